@@ -1,0 +1,504 @@
+"""Every setting of dora_ray, its unit, its origin and its default: this file is the only home of a default.
+
+The defaults are the recipe `paper`: the method of arXiv 2310.08584, and where the paper gives no value, the released code's.
+"Released" below means that code's value. A recipe or a user's YAML file holds only what differs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import reduce
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from dora_ray.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Interval = tuple[float, float]
+
+ARCHITECTURES: dict[str, dict[str, int]] = {
+    "vit_tiny_patch16_224": {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16},
+    "vit_small_patch16_224": {"width": 384, "depth": 12, "num_heads": 6, "patch_size": 16},
+    "vit_small_patch8_224": {"width": 384, "depth": 12, "num_heads": 6, "patch_size": 8},
+    "vit_base_patch16_224": {"width": 768, "depth": 12, "num_heads": 12, "patch_size": 16},
+    "vit_base_patch8_224": {"width": 768, "depth": 12, "num_heads": 12, "patch_size": 8},
+    "vit_large_patch16_224": {"width": 1024, "depth": 24, "num_heads": 16, "patch_size": 16},
+}
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The encoder: a timm VisionTransformer."""
+
+    name: str = "vit_small_patch16_224"
+    """timm architecture; gives the four sizes below where they are not set (released: ViT-S/16)."""
+    width: Count = 384
+    """Embedding width D."""
+    depth: Count = 12
+    """Number of blocks."""
+    num_heads: Count = 6
+    """Attention heads a block: the pool that objects are drawn from."""
+    patch_size: Count = 16
+    """Side of a patch, pixels."""
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Stochastic depth of the last block of the student, rising linearly from 0 (released)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_of_the_architecture(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        name = values.get("name", "vit_small_patch16_224")
+        if name not in ARCHITECTURES:
+            raise ValueError(f"model.name={name!r} is not known; choose from {', '.join(ARCHITECTURES)}")
+        return {**ARCHITECTURES[name], **values}
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"model.width={self.width} is not a multiple of model.num_heads={self.num_heads}")
+        return self
+
+
+class DataConfig(Section):
+    """Videos and the frame store."""
+
+    videos: tuple[str, ...] = ()
+    """Files, folders, globs, URIs, or package:NAME/PATH for a file inside an installed Python package."""
+    source: Literal["store"] = "store"
+    """Where clips are read: the frame store."""
+    store: str | None = None
+    """Folder or URI of the frame store; not set: the folder `store` beside the run's folder."""
+    decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"
+    """Library that decodes at ingest; PyAV is exact on every file of the conformance suite."""
+    frames_per_second: Positive = 6.0
+    """Frames kept in the store for each second of video: also the number of places a second where a clip may start."""
+    short_side: Count = 512
+    """Short side of a stored frame, pixels: the smallest first crop then needs almost no upsampling."""
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 85
+    """JPEG quality of a stored frame."""
+    segment_seconds: Positive = 20.0
+    """Length of a unit of ingest work, rounded up to a key frame: what a failed task repeats."""
+    max_bad_fraction: Fraction = 0.01
+    """Share of a run's clips that may be unreadable before it stops."""
+    prefetch_slots: Count = 4
+    """Slots decoded ahead of each training worker."""
+    slots_per_task: Count = 1
+    """Slots that one decode task reads: raise it where a slot is read in a few milliseconds."""
+    window_steps: Count = 256
+    """Steps of one Ray Data pipeline; the next window's is warmed up before the last one ends."""
+
+
+class ClipConfig(Section):
+    """What one training sample is cut from."""
+
+    num_frames: Annotated[int, Field(ge=2)] = 8
+    """Frames T of a clip; 2 is the frame pair (paper: 8)."""
+    stride_seconds: Positive = 1.0
+    """Time between a clip's frames (paper: 1 s, 60 frames)."""
+    avoid_cuts: bool = True
+    """Start no clip that a shot cut runs through: an object cannot be tracked across one."""
+
+
+class CropsConfig(Section):
+    """Views and their augmentation (released)."""
+
+    clip_size: Count = 300
+    """Side of the first random resized crop, shared by a clip's frames, pixels: what travels to the training worker."""
+    clip_scale: Interval = (0.2, 1.0)
+    """Area of the first crop, share of the frame."""
+    global_size: Count = 224
+    """Side of a global view, pixels."""
+    global_scale: Interval = (0.4, 1.0)
+    """Area of a global view, share of the first crop."""
+    num_globals: Annotated[int, Field(ge=1, le=2)] | None = None
+    """Global views a clip; not set: 1 with objects, 2 without (DINO compares two)."""
+    num_locals: Natural = 6
+    """Local views L a frame."""
+    local_size: Count = 96
+    """Side of a local view, pixels (DINO's; released: 112)."""
+    local_scale: Interval = (0.05, 0.4)
+    """Area of a local view, share of the first crop."""
+    aspect_ratio: Interval = (0.75, 4 / 3)
+    """Width / height of a crop before it is resized to a square."""
+    flip_probability: Fraction = 0.5
+    """Horizontal flip of a global view, shared by the clip's frames."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Strength of brightness, contrast, saturation and hue jitter, drawn for each frame."""
+    jitter_probability: Fraction = 0.8
+    """Share of frames with color jitter."""
+    gray_probability: Fraction = 0.2
+    """Share of frames turned gray."""
+    global_blur_probability: Fraction = 0.1
+    """Share of global frames blurred."""
+    local_blur_probability: Fraction = 0.5
+    """Share of local frames blurred."""
+    blur_sigma: Interval = (0.1, 2.0)
+    """Standard deviation of the blur, pixels of the view."""
+
+
+class TrackingConfig(Section):
+    """Objects: discovered by attention heads, made distinct by Sinkhorn-Knopp, tracked by cross-attention."""
+
+    kind: Literal["dora", "none", "random"] = "dora"
+    """dora: tracked objects; none: DINO on the same clips; random: masks of the same area at random places."""
+    num_objects: Count = 3
+    """Objects k: distinct heads drawn for a clip."""
+    block: Annotated[int, Field(le=-1)] = -2
+    """Teacher block whose projections give Q and K, counted from the end (paper: second-last; released: last)."""
+    normalize_patches: bool = True
+    """L2-normalize the patch tokens Z in the cost (released)."""
+    num_iterations: Natural = 30
+    """Sinkhorn-Knopp iterations (released); 0: naive cross-attention, the prototypes stay as discovered."""
+    epsilon: Positive = 0.05
+    """Entropic regularization of Sinkhorn-Knopp (released)."""
+    threshold: Literal["clip", "batch", "soft"] = "clip"
+    """Mask rule: above the mean of its own frame; the released rule over the slot; or soft."""
+    heads_per: Literal["clip", "slot"] = "clip"
+    """Whether heads are drawn for each clip or once for a slot (released)."""
+
+
+class LossConfig(Section):
+    """Distillation from teacher to student."""
+
+    student_temperature: Positive = 0.1
+    """Temperature of the student's softmax (released)."""
+    teacher_temperature: Positive = 0.04
+    """Temperature of the teacher's softmax (released)."""
+    center_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Momentum of the teacher's output center (released)."""
+    reduction: Literal["mean", "released"] = "mean"
+    """Mean over objects and local views, or the released code's running sum."""
+
+
+class HeadConfig(Section):
+    """The projection head (released: DINO's)."""
+
+    num_layers: Count = 3
+    """Layers of the MLP before the prototypes."""
+    hidden_width: Count = 2048
+    """Width of the hidden layers."""
+    bottleneck_width: Count = 256
+    """Width of the normalized bottleneck."""
+    num_outputs: Count = 65536
+    """Outputs O."""
+
+
+class OptimConfig(Section):
+    """The optimizer, its schedules (functions of the step) and the slots of a global batch."""
+
+    steps: Count = 309_000
+    """Optimizer updates of the whole run (released: 100 epochs of a 1h50 video in batches of 128)."""
+    slots: Count = 8
+    """Slots S of a global batch: an upper bound of the number of workers, and part of what the run is."""
+    clips_per_slot: Count = 16
+    """Clips M of a slot (released: 16 a GPU, 128 a batch)."""
+    lr: Positive = 2.5e-4
+    """Learning rate after warm-up, as used (released: 5e-4 x clips / 256)."""
+    final_lr: Annotated[float, Field(ge=0.0)] = 1e-5
+    """Learning rate at the last step (released)."""
+    warmup_steps: Natural = 30_900
+    """Steps of linear warm-up (released: 10 epochs)."""
+    freeze_last_layer_steps: Natural = 3090
+    """Steps during which the head's last layer is not updated (released: 1 epoch)."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.04
+    """AdamW weight decay at the start, of every tensor of two or more dimensions (released)."""
+    final_weight_decay: Annotated[float, Field(ge=0.0)] = 0.4
+    """Weight decay at the last step, reached by half a cosine (released)."""
+    teacher_momentum: Fraction = 0.996
+    """Momentum of the teacher's moving average at the start (released)."""
+    final_teacher_momentum: Fraction = 1.0
+    """Teacher momentum at the last step, reached by half a cosine (released)."""
+    gradient_clip: Positive | None = 3.0
+    """Largest norm of each parameter's gradient (released: per parameter, not global); null: no clipping."""
+    reduction: Literal["exact", "float32"] = "exact"
+    """How slot gradients are added: in fixed point, bit-identical for any number of workers, or in float32."""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """Autocast type of the forward on a GPU; a CPU always computes in float32."""
+
+
+class ClusterConfig(Section):
+    """Where the run may execute. Nothing here changes what is learnt."""
+
+    num_workers: Natural | tuple[Natural, Count] = 1
+    """Training workers: a number, 0 (in this very process), or [fewest, most] for an elastic run."""
+    use_gpu: bool = False
+    """One GPU for each worker."""
+    cpus_per_worker: Positive = 1.0
+    """CPUs that Ray reserves for a worker."""
+    threads_per_worker: Count | None = None
+    """Threads of a worker on the CPU; not set: this machine's CPUs / the most workers. Set 1 for bit-identical runs on CPUs."""
+    decode_cpus: Positive = 0.5
+    """CPUs that Ray reserves for one decode task."""
+    decode_label: str | None = None
+    """Value of the node label `role` that decode tasks are pinned to, such as "decode"; not set: any node."""
+    max_failures: Annotated[int, Field(ge=-1)] = 8
+    """Worker failures that the run survives, -1 for any number; drained nodes are never counted."""
+    collective_timeout_seconds: Positive = 300.0
+    """Time after which a collective operation that hangs is an error."""
+
+
+class RunConfig(Section):
+    """Bookkeeping."""
+
+    seed: Natural = 0
+    """Seed of everything random."""
+    checkpoint_seconds: Positive = 60.0
+    """Time between checkpoints: the most work that a killed worker costs."""
+    log_every_steps: Count = 10
+    """Steps between lines of metrics.jsonl; a line holds the means since the last one."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept."""
+    deterministic: bool = True
+    """Ask torch for deterministic kernels, without which a GPU's results differ from run to run."""
+
+
+class EvaluationConfig(Section):
+    """kNN beside the training, on a folder with train/CLASS/* and test/CLASS/*."""
+
+    images: str | None = None
+    """Labeled folder; not set: no evaluation while training."""
+    every_steps: Natural = 0
+    """Steps between evaluations, on top of the last step; 0: at the last step alone."""
+    max_images: Count = 2000
+    """Images of each half that are used while training."""
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    clip: ClipConfig = ClipConfig()
+    crops: CropsConfig = CropsConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    loss: LossConfig = LossConfig()
+    head: HeadConfig = HeadConfig()
+    optim: OptimConfig = OptimConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    run: RunConfig = RunConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def num_globals(self) -> int:
+        """Global views a clip: as set, or what the kind of tracking needs."""
+        return self.crops.num_globals or (2 if self.tracking.kind == "none" else 1)
+
+    @property
+    def max_workers(self) -> int:
+        """The most training workers the run may have; 1 in local mode."""
+        workers = self.cluster.num_workers
+        return max(1, workers if isinstance(workers, int) else workers[1])
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        problems = [message for holds, message in self._rules() if not holds]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _rules(self) -> list[tuple[bool, str]]:
+        """What must hold between sections, each with the sentence that says so when it does not."""
+        model, crops, tracking, optim, workers = self.model, self.crops, self.tracking, self.optim, self.cluster.num_workers
+        objects = tracking.kind != "none"
+        sizes = {"crops.global_size": crops.global_size, "crops.local_size": crops.local_size}
+        scales = {name: getattr(crops, name) for name in ("clip_scale", "global_scale", "local_scale", "aspect_ratio")}
+        rules = [
+            (
+                not objects or tracking.num_objects <= model.num_heads,
+                f"tracking.num_objects={tracking.num_objects} is more than the encoder's {model.num_heads} attention heads, of "
+                f"which each object needs its own: use at most {model.num_heads}, or raise model.num_heads",
+            ),
+            (
+                -tracking.block <= model.depth,
+                f"tracking.block={tracking.block} is outside the encoder's {model.depth} blocks: use -{model.depth} to -1",
+            ),
+            (
+                self.max_workers <= optim.slots,
+                f"cluster.num_workers={workers} asks for more workers than the {optim.slots} slots of a step: use at most "
+                f"{optim.slots} workers, or raise optim.slots",
+            ),
+            (
+                isinstance(workers, int) or 1 <= workers[0] <= workers[1],
+                f"cluster.num_workers={workers} must be [fewest, most] with 1 <= fewest <= most",
+            ),
+            (
+                not objects or self.num_globals == 1,
+                f"crops.num_globals={crops.num_globals} with tracking.kind={tracking.kind}: objects are tracked in 1 global view",
+            ),
+            (
+                objects or self.num_globals == 2,
+                "crops.num_globals=1 with tracking.kind=none: DINO compares 2 global views",
+            ),
+            (
+                optim.warmup_steps <= optim.steps,
+                f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}: lower the warm-up too",
+            ),
+            (
+                self.data.frames_per_second * self.clip.stride_seconds >= 1,
+                f"clip.stride_seconds={self.clip.stride_seconds} is shorter than the time between the "
+                f"{self.data.frames_per_second:g} frames a second that are kept: raise one of the two",
+            ),
+            (
+                self.loss.reduction != "released" or not objects or crops.num_locals != 1,
+                "loss.reduction=released drops the first local view: use crops.num_locals of 0, or of 2 and more",
+            ),
+        ]
+        rules += [
+            (size % model.patch_size == 0, f"{name}={size} is not a multiple of the patch size {model.patch_size}")
+            for name, size in sizes.items()
+        ]
+        rules += [
+            (0 < low <= high and (name == "aspect_ratio" or high <= 1), f"crops.{name}={[low, high]} must be [low, high], 0 < low <= high")
+            for name, (low, high) in scales.items()
+        ]
+        return rules
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _recipes().iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config = "tiny", *overrides: str) -> Config:
+    """A checked configuration.
+
+    Args:
+        source: a recipe's name, the path of a YAML file, a mapping, or a Config. A file or mapping may name a recipe or
+            another file that it starts from with the key `base`.
+        overrides: "section.key=value", the value as YAML.
+
+    Raises:
+        ConfigError: with the key, what is allowed, and the nearest known key.
+    """
+    values = source.model_dump(mode="json") if isinstance(source, Config) else _load_values(source)
+    for override in overrides:
+        values = _set(values, *_parse_override(override))
+    return _validate(values)
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """A YAML mapping; ConfigError with line and column when it is malformed."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{name} is not valid YAML: {where}{error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name} holds a {type(values).__name__}; a mapping of sections is needed, such as 'optim: {{lr: 1e-3}}'")
+    return values
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return flat
+
+
+def known_keys() -> list[str]:
+    """All dotted keys of the configuration."""
+    return list(flatten(Config().model_dump()))
+
+
+def nearest_key(key: str) -> str:
+    """' Did you mean X?' for the nearest known key, or where the keys are listed."""
+    close = difflib.get_close_matches(key, known_keys() + list(Config.model_fields), n=1, cutoff=0.5)
+    tail = key.rsplit(".", 1)[-1]
+    same_tail = [name for name in known_keys() if name.rsplit(".", 1)[-1] == tail]
+    best = same_tail[:1] or close
+    return f" Did you mean {best[0]}?" if best else " `dora-ray config` lists all keys."
+
+
+def _recipes() -> Any:
+    return package_files("dora_ray") / "recipes"
+
+
+def _load_values(source: str | Path | Mapping[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    values = dict(source) if isinstance(source, Mapping) else parse_yaml(_read_source(str(source)), str(source))
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if str(base) in seen:
+        raise ConfigError(f"base: {base} leads back to itself ({' -> '.join([*seen, str(base)])})")
+    return _merge(_load_values(str(base), (*seen, str(base))), values)
+
+
+def _read_source(source: str) -> str:
+    if source in recipe_names():
+        return str((_recipes() / f"{source}.yaml").read_text(encoding="utf-8"))
+    path = Path(source)
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source} cannot be read as text: {error}") from error
+    near = difflib.get_close_matches(source, recipe_names(), n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{source!r} is neither a recipe ({', '.join(recipe_names())}) nor an existing YAML file.{hint}")
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not an override: write section.key=value, such as optim.lr=1e-3")
+    try:
+        return key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key} is not valid YAML: {text!r}") from error
+
+
+def _set(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    return _merge(values, reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value))
+
+
+def _validate(values: Mapping[str, Any]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One error of pydantic in a sentence: the key, what it got, what is allowed."""
+    key = ".".join(str(part) for part in detail["loc"] if str(part) in _known_words())
+    if detail["type"] == "extra_forbidden":
+        key = ".".join(str(part) for part in detail["loc"])
+        return f"unknown configuration key {key}.{nearest_key(key)}"
+    if detail["type"] == "value_error":
+        return str(detail.get("ctx", {}).get("error", detail["msg"]))
+    return f"{key}={detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def _known_words() -> set[str]:
+    """Section and key names."""
+    return {word for key in known_keys() for word in key.split(".")}

@@ -1,0 +1,1 @@
+"""Videos, the frame store, the clip plan and the clip stream."""

@@ -1,0 +1,133 @@
+"""Files of runs and stores, on a local path or behind any fsspec URI (s3://, gs://, memory://).
+
+A path is a plain string everywhere: "runs/a" and "s3://bucket/runs/a" go through the same functions.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether the path names a URI other than file://."""
+    text = os.fspath(path)
+    return "://" in text and not text.startswith("file://")
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """The path as every node and every working directory understands it: local paths become absolute."""
+    text = os.fspath(path)
+    return text if is_remote(text) else str(Path(text.removeprefix("file://")).expanduser().absolute())
+
+
+def join(root: str | os.PathLike[str], *parts: str) -> str:
+    """The path below `root`."""
+    text = os.fspath(root)
+    return "/".join([text.rstrip("/"), *parts]) if is_remote(text) else str(Path(text, *parts))
+
+
+def _filesystem(path: str | os.PathLike[str]) -> tuple[Any, str]:
+    filesystem, inner = url_to_fs(os.fspath(path))
+    return filesystem, inner
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, inner = _filesystem(path)
+    return bool(filesystem.exists(inner))
+
+
+def list_names(folder: str | os.PathLike[str]) -> list[str]:
+    """Sorted names in a folder; empty when there is no such folder."""
+    filesystem, inner = _filesystem(folder)
+    filesystem.invalidate_cache()
+    if not filesystem.isdir(inner):
+        return []
+    names = (Path(entry.rstrip("/")).name for entry in filesystem.ls(inner, detail=False))
+    return sorted(name for name in names if name)
+
+
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """Create a folder and those above it."""
+    filesystem, inner = _filesystem(folder)
+    filesystem.makedirs(inner, exist_ok=True)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The file's content. Raises FileNotFoundError."""
+    with fsspec.open(os.fspath(path), "rb") as file:
+        return bytes(file.read())
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The file's content as UTF-8."""
+    return read_bytes(path).decode("utf-8")
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a whole file so that a reader sees the old content or the new, never a part.
+
+    Object stores put a file in one operation; on a local disk a temporary neighbor is flushed and renamed.
+    """
+    text = os.fspath(path)
+    if is_remote(text):
+        with fsspec.open(text, "wb") as file:
+            file.write(content)
+        return
+    target = Path(text.removeprefix("file://"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], content: str) -> None:
+    """Write a whole UTF-8 file, as `write_bytes` does."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Remove a file or a whole folder; nothing happens when it is not there."""
+    filesystem, inner = _filesystem(path)
+    if filesystem.exists(inner):
+        filesystem.rm(inner, recursive=True)
+
+
+class LineFile:
+    """Appends lines to a file that may live in an object store.
+
+    A local file is appended to, line by line. An object cannot be: there its earlier content is read once and the whole
+    is put again by `flush`, which the caller does at checkpoints; lines since then are lost with the process.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._remote = is_remote(self.path)
+        self._content = bytearray(read_bytes(self.path)) if self._remote and exists(self.path) else bytearray()
+        if not self._remote:
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, line: str) -> None:
+        """Add one line."""
+        encoded = (line + "\n").encode("utf-8")
+        if self._remote:
+            self._content += encoded
+            return
+        with Path(self.path).open("ab") as file:
+            file.write(encoded)
+
+    def flush(self) -> None:
+        """Make every line so far visible to readers."""
+        if self._remote:
+            write_bytes(self.path, bytes(self._content))

@@ -1,0 +1,66 @@
+"""The projection head of DINO (arXiv 2104.14294), which DoRA keeps.
+
+Shapes: D width of the encoder, P bottleneck, O outputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class WeightNormLinear(nn.Module):
+    """A linear layer without bias whose rows are unit directions times a learnt gain.
+
+    Attributes:
+        direction: (O, P), of any length.
+        gain: (O, 1), length of each row, 1 at the start.
+    """
+
+    def __init__(self, in_width: int, num_outputs: int) -> None:
+        super().__init__()
+        self.direction = nn.Parameter(torch.empty(num_outputs, in_width))
+        self.gain = nn.Parameter(torch.ones(num_outputs, 1))
+        nn.init.trunc_normal_(self.direction, std=0.02)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., P) -> (..., O)."""
+        return F.linear(features, self.gain * F.normalize(self.direction, dim=1))
+
+
+class DINOHead(nn.Module):
+    """An MLP to an L2-normalized bottleneck, then one weight-normalized prototype for each output.
+
+    Args:
+        in_width: width D of the features.
+        hidden_width: width of the hidden layers.
+        bottleneck_width: width P before the last layer.
+        num_layers: linear layers of the MLP, at least 1, the last one giving the bottleneck.
+        num_outputs: outputs O.
+    """
+
+    def __init__(
+        self, in_width: int, *, hidden_width: int, bottleneck_width: int, num_layers: int, num_outputs: int
+    ) -> None:
+        super().__init__()
+        widths = [in_width, *[hidden_width] * (num_layers - 1), bottleneck_width]
+        layers: list[nn.Module] = []
+        for width_in, width_out in itertools.pairwise(widths):
+            layers += [nn.Linear(width_in, width_out), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.last_layer = WeightNormLinear(bottleneck_width, num_outputs)
+        self.mlp.apply(_initialize)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., D) -> (..., O)."""
+        outputs: Tensor = self.last_layer(F.normalize(self.mlp(features), dim=-1))
+        return outputs
+
+
+def _initialize(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Linear):
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)

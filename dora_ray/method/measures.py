@@ -1,0 +1,80 @@
+"""What is logged beside the loss, because self-supervised learning fails silently. All are 0-dimensional and detached.
+
+Shapes: B clips, T frames, N patches, K objects, V views, G global views, O head outputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_ray.method.losses import teacher_probabilities
+from dora_ray.method.precision import full_precision
+
+Measures = dict[str, Tensor]
+
+
+@torch.no_grad()
+@full_precision
+def teacher_measures(teacher: Tensor, center: Tensor, *, temperature: float) -> Measures:
+    """How far the teacher's targets are from collapse.
+
+    Args:
+        teacher: (..., O) outputs.
+        center: (O,).
+        temperature: the teacher's.
+
+    Returns:
+        teacher_entropy: mean entropy of a target, nats; log O when all targets are flat.
+        teacher_kl_uniform: mean KL divergence of a target from the uniform distribution, log O - entropy, nats.
+        teacher_diversity: entropy of the mean target less the mean entropy, nats: 0 when all images get one target,
+            which is either kind of collapse; at most the logarithm of the number of images.
+    """
+    probabilities = teacher_probabilities(teacher, center, temperature=temperature).flatten(0, -2)
+    entropy = _entropy(probabilities).mean()
+    return {
+        "teacher_entropy": entropy,
+        "teacher_kl_uniform": math.log(probabilities.shape[-1]) - entropy,
+        "teacher_diversity": _entropy(probabilities.mean(dim=0)) - entropy,
+    }
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return -torch.xlogy(probabilities, probabilities).sum(dim=-1)
+
+
+@torch.no_grad()
+@full_precision
+def mask_measures(masks: Tensor) -> Measures:
+    """Size and overlap of masks (B, K, T, N).
+
+    Returns:
+        mask_area: mean mask value: the share of a frame that an object view keeps.
+        object_overlap: mean intersection over union of two objects of a frame, 0 for a single object.
+    """
+    pairs = list(itertools.combinations(range(masks.shape[1]), 2))
+    overlap = masks.new_zeros(())
+    if pairs:
+        one, other = (masks[:, [pair[side] for pair in pairs]] for side in (0, 1))
+        union = torch.maximum(one, other).sum(dim=-1)
+        overlap = (torch.minimum(one, other).sum(dim=-1) / union.clamp(min=torch.finfo(masks.dtype).tiny)).mean()
+    return {"mask_area": masks.mean(), "object_overlap": overlap}
+
+
+@torch.no_grad()
+@full_precision
+def sinkhorn_residual(assignment: Tensor) -> Tensor:
+    """Mean relative error of an object's share of the patches, |sum over patches - N / K| / (N / K), of (B, N, K)."""
+    num_patches, num_objects = assignment.shape[1:]
+    return (assignment.sum(dim=1) * (num_objects / num_patches) - 1).abs().mean()
+
+
+@torch.no_grad()
+@full_precision
+def agreement(students: Tensor, teacher: Tensor) -> Tensor:
+    """Mean cosine between the outputs of student views (B, V, T, O) and of their frame's teacher (B, T, O)."""
+    return torch.einsum("bvto,bto->bvt", F.normalize(students, dim=-1), F.normalize(teacher, dim=-1)).mean()

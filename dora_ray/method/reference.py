@@ -1,0 +1,243 @@
+"""The step as the obvious loop: what `slot_forward` must equal, and what `dora-ray bench step` compares it with.
+
+One forward for each frame and each view, the full attention matrix of every block written down and kept, every token
+computed to the end, the loss one pair of outputs at a time. Only the networks' weights and the measures, which are no
+part of the method, are shared with the fast path.
+Shapes: B clips, T frames, C channels, N patches, D width, K objects, L local views, G global views, O head outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from dora_ray.method.dora import Kind, Network, SlotOutput
+from dora_ray.method.losses import Reduction
+from dora_ray.method.measures import Measures, agreement, mask_measures, sinkhorn_residual, teacher_measures
+from dora_ray.method.tracking import Threshold
+
+
+@dataclass(frozen=True)
+class NaiveFeatures:
+    """Everything about one frame of all clips.
+
+    Attributes:
+        tokens: (B, 1 + N, D) after the final norm.
+        queries: of each block, (B, H, 1 + N, D / H).
+        keys: of each block, (B, H, 1 + N, D / H).
+        attention: of each block, (B, H, 1 + N, 1 + N).
+    """
+
+    tokens: Tensor
+    queries: list[Tensor]
+    keys: list[Tensor]
+    attention: list[Tensor]
+
+
+def naive_features(vit: VisionTransformer, images: Tensor) -> NaiveFeatures:
+    """A forward of images (B, C, H, W) that keeps queries, keys and the attention matrices of every block."""
+    tokens = vit._pos_embed(vit.patch_embed(images))
+    queries, keys, matrices = [], [], []
+    for block in vit.blocks:
+        attention = block.attn
+        qkv = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, attention.head_dim))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        matrix = torch.softmax(query @ key.transpose(-2, -1) * attention.head_dim**-0.5, dim=-1)
+        mixed = attention.proj((matrix @ value).transpose(1, 2).flatten(2))
+        tokens = tokens + block.drop_path1(block.ls1(mixed))
+        tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+        queries.append(query)
+        keys.append(key)
+        matrices.append(matrix)
+    return NaiveFeatures(vit.norm(tokens), queries, keys, matrices)
+
+
+def naive_sinkhorn(scores: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
+    """(N, K) assignment from (N, K) scores: a kernel, and rows and columns divided in turn."""
+    num_patches, num_objects = scores.shape
+    assignment = torch.exp((scores - scores.max()) / epsilon)
+    for _ in range(num_iterations):
+        assignment = assignment / assignment.sum(dim=0, keepdim=True) / num_objects
+        assignment = assignment / assignment.sum(dim=1, keepdim=True) / num_patches
+    return assignment * num_patches
+
+
+def naive_maps(
+    frames: list[NaiveFeatures],
+    heads: Tensor,
+    *,
+    block: int,
+    normalize_patches: bool,
+    num_iterations: int,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention maps (B, K, T, N), and assignments (B, N, K), clip by clip (equations 1 to 4)."""
+    maps, assignments = [], []
+    for clip, clip_heads in enumerate(heads):
+        attention = frames[0].attention[block][clip, :, 0, 1:]
+        query = frames[0].queries[block][clip, :, 1:].transpose(0, 1).flatten(1)
+        prototypes = torch.stack([attention[head] @ query for head in clip_heads])
+        patches = frames[0].tokens[clip, 1:]
+        if normalize_patches:
+            patches = patches / patches.norm(dim=1, keepdim=True)
+        if num_iterations > 0:
+            assignment = naive_sinkhorn(patches @ prototypes.T, epsilon=epsilon, num_iterations=num_iterations)
+            prototypes = assignment.T @ patches
+            assignments.append(assignment)
+        keys = [frame.keys[block][clip, :, 1:].transpose(0, 1).flatten(1) for frame in frames]
+        scale = query.shape[1] ** -0.5
+        maps.append(torch.stack([torch.softmax(prototypes @ key.T * scale, dim=1) for key in keys], dim=1))
+    return torch.stack(maps), torch.stack(assignments) if assignments else torch.empty(0)
+
+
+def naive_masks(maps: Tensor, threshold: Threshold) -> Tensor:
+    """Masks (B, K, T, N), one object of one frame at a time (equation 5)."""
+    masks = torch.zeros_like(maps)
+    for i in range(maps.shape[1]):
+        for t in range(maps.shape[2]):
+            of_frame = maps[:, i, t]
+            if threshold == "clip":
+                masks[:, i, t] = (of_frame > of_frame.mean(dim=1, keepdim=True)).to(maps.dtype)
+            elif threshold == "batch":
+                unit = of_frame / of_frame.norm(dim=1, keepdim=True)
+                masks[:, i, t] = (unit > unit.mean()).to(maps.dtype)
+            else:
+                masks[:, i, t] = of_frame / of_frame.max(dim=1, keepdim=True).values
+            for clip in range(len(maps)):
+                if threshold == "clip" and masks[clip, i, t].sum() == 0:
+                    masks[clip, i, t, of_frame[clip].argmax()] = 1.0
+    return masks
+
+
+def naive_random_masks(masks: Tensor, noise: Tensor) -> Tensor:
+    """The values of masks (B, K, T, N), the largest where the noise is largest."""
+    shuffled = torch.zeros_like(masks)
+    for b, i, t in torch.cartesian_prod(*(torch.arange(size) for size in masks.shape[:3])).tolist():
+        places = noise[b, i, t].sort(descending=True).indices
+        shuffled[b, i, t, places] = masks[b, i, t].sort(descending=True).values
+    return shuffled
+
+
+def naive_cross_entropy(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Mean over clips of the cross-entropy between outputs (B, O) and target probabilities (B, O)."""
+    return -(target * torch.log_softmax(student / temperature, dim=-1)).sum(dim=-1).mean()
+
+
+def naive_dora_loss(
+    objects: list[list[Tensor]],
+    locals_: list[list[Tensor]],
+    targets: list[Tensor],
+    *,
+    temperature: float,
+    reduction: Reduction,
+) -> Tensor:
+    """Equation 6 on outputs [view][frame] of (B, O) and targets [frame] of (B, O)."""
+    counted = locals_[1:] if reduction == "released" else locals_
+    total = running = torch.zeros_like(targets[0][0, 0])
+    for of_object in objects:
+        of_frames = torch.zeros_like(total)
+        for t, target in enumerate(targets):
+            loss = naive_cross_entropy(of_object[t], target, temperature)
+            if counted:
+                of_locals = [naive_cross_entropy(view[t], target, temperature) for view in counted]
+                loss = (loss + torch.stack(of_locals).mean()) / 2
+            of_frames = of_frames + loss
+        running = (running + of_frames) / len(targets) if reduction == "released" else of_frames / len(targets)
+        total = total + running
+    return total / len(objects)
+
+
+def naive_dino_loss(students: list[list[Tensor]], targets: list[list[Tensor]], *, temperature: float) -> Tensor:
+    """DINO's loss on outputs [view][frame] and targets [view][frame] of (B, O)."""
+    terms = [
+        naive_cross_entropy(student[t], target[t], temperature)
+        for g, target in enumerate(targets)
+        for v, student in enumerate(students)
+        if v != g
+        for t in range(len(target))
+    ]
+    return torch.stack(terms).mean()
+
+
+def reference_slot_forward(
+    student: Network,
+    teacher: Network,
+    center: Tensor,
+    *,
+    globals_: Tensor,
+    locals_: Tensor,
+    heads: Tensor,
+    noise: Tensor | None,
+    kind: Kind,
+    block: int,
+    normalize_patches: bool,
+    num_iterations: int,
+    epsilon: float,
+    threshold: Threshold,
+    student_temperature: float,
+    teacher_temperature: float,
+    reduction: Reduction,
+) -> SlotOutput:
+    """What `slot_forward` computes, with the same arguments and results, one frame and one view at a time."""
+    teacher.eval()
+    num_globals, num_frames = globals_.shape[1:3]
+    with torch.no_grad():
+        features = [
+            [naive_features(teacher.backbone, globals_[:, g, t]) for t in range(num_frames)] for g in range(num_globals)
+        ]
+        outputs = [[teacher.project(frame.tokens[:, 0]) for frame in view] for view in features]
+        targets = [[torch.softmax((output - center) / teacher_temperature, dim=-1) for output in v] for v in outputs]
+    of_locals = _student_outputs(student, locals_)
+    stacked = torch.stack([torch.stack(view, dim=1) for view in outputs], dim=1)
+    measures = teacher_measures(stacked, center, temperature=teacher_temperature)
+    if kind == "none":
+        of_globals = _student_outputs(student, globals_)
+        loss = naive_dino_loss(of_globals + of_locals, targets, temperature=student_temperature)
+        students = {"global_agreement": of_globals, "local_agreement": of_locals}
+    else:
+        with torch.no_grad():
+            maps, assignments = naive_maps(
+                features[0],
+                heads,
+                block=block,
+                normalize_patches=normalize_patches,
+                num_iterations=num_iterations,
+                epsilon=epsilon,
+            )
+            masks = naive_masks(maps, threshold)
+            if kind == "random" and noise is not None:
+                masks = naive_random_masks(masks, noise)
+        of_objects = _student_outputs(student, _object_views(globals_[:, 0], masks))
+        loss = naive_dora_loss(of_objects, of_locals, targets[0], temperature=student_temperature, reduction=reduction)
+        students = {"object_agreement": of_objects, "local_agreement": of_locals}
+        residual = sinkhorn_residual(assignments) if num_iterations > 0 else loss.new_zeros(())
+        measures |= mask_measures(masks) | {"sinkhorn_residual": residual}
+    measures |= {"loss": loss.detach(), **_agreements(stacked.mean(dim=1), students)}
+    return SlotOutput(loss, stacked.sum(dim=(0, 1, 2), dtype=torch.float32), stacked.shape[:3].numel(), measures)
+
+
+def _object_views(frames: Tensor, masks: Tensor) -> Tensor:
+    """(B, K, T, C, H, W) from frames (B, T, C, H, W) and masks (B, K, T, N) enlarged to pixels."""
+    grid = round(masks.shape[-1] ** 0.5)
+    pixels = F.interpolate(masks.flatten(0, 2).view(-1, 1, grid, grid), size=frames.shape[-2:], mode="nearest")
+    return frames.unsqueeze(1) * pixels.view(*masks.shape[:3], 1, *frames.shape[-2:])
+
+
+def _student_outputs(student: Network, views: Tensor) -> list[list[Tensor]]:
+    """Outputs [view][frame] of (B, O) on views (B, V, T, C, H, W)."""
+    return [
+        [student.project(naive_features(student.backbone, frame).tokens[:, 0]) for frame in view.transpose(0, 1)]
+        for view in views.transpose(0, 1)
+    ]
+
+
+def _agreements(targets: Tensor, students: dict[str, list[list[Tensor]]]) -> Measures:
+    return {
+        name: agreement(torch.stack([torch.stack(view, dim=1) for view in views], dim=1), targets)
+        for name, views in students.items()
+        if views
+    }

@@ -1,0 +1,49 @@
+"""Sinkhorn-Knopp in the log domain.
+
+Shapes: B clips, N patches, K objects.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dora_ray.method.precision import full_precision
+
+
+@torch.no_grad()
+@full_precision
+def sinkhorn_knopp(scores: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
+    """Soft assignment of patches to objects with balanced objects: M* of arXiv 2310.08584, section 4.
+
+    The naive loop, whose exponential overflows for large scores and whose rows underflow for small epsilon::
+
+        M = exp(scores / epsilon)
+        repeat num_iterations times:
+            M = M / M.sum(patches) * N / K      # each object gets its share of the patches
+            M = M / M.sum(objects)              # each patch is given away exactly once
+
+    Here only the logarithms of the two scalings are iterated, so nothing overflows and rounding does not accumulate.
+
+    Args:
+        scores: (B, N, K) similarities, which are the negative cost.
+        epsilon: entropic regularization, in the unit of the scores; smaller is harder.
+        num_iterations: at least 1.
+
+    Returns:
+        (B, N, K), without gradient: every row sums to 1, every column tends to N / K.
+
+    Raises:
+        ValueError: if num_iterations is less than 1, or epsilon is not positive.
+    """
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations={num_iterations}: Sinkhorn-Knopp needs num_iterations of at least 1")
+    if not epsilon > 0:
+        raise ValueError(f"epsilon={epsilon}: Sinkhorn-Knopp needs a positive epsilon")
+    log_kernel = scores / epsilon
+    log_rows = torch.zeros_like(log_kernel[:, :, :1])
+    for _ in range(num_iterations):
+        # The factor N / K is left out: it is the same for all columns, and the rows divide it away.
+        log_columns = -torch.logsumexp(log_kernel + log_rows, dim=1, keepdim=True)
+        log_rows = -torch.logsumexp(log_kernel + log_columns, dim=2, keepdim=True)
+    return torch.softmax(log_kernel + log_columns, dim=2)

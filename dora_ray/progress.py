@@ -1,0 +1,151 @@
+"""How far a long job is: a bar on a terminal, a log line now and then anywhere else.
+
+    with Progress("train", unit="steps") as progress:
+        progress.update(step=12, total=3000, loss=5.1, clips_per_second=9.7, data_wait=0.02)
+
+Without a terminal (a batch system, a container's log, a pipe) a line goes to this module's logger, at level INFO, at
+most every ten seconds and once at the end. Imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 10.0
+REFRESH_SECONDS = 0.1
+# The remaining time follows the speed of this many updates, so that a change in the number of workers soon shows.
+SPEED_UPDATES = 100
+
+Value = float | int | str | None
+
+_FORMATS: dict[str, Callable[[Value], str]] = {
+    "loss": "loss {:.4f}".format,
+    "clips_per_second": "{:,.1f} clips/s".format,
+    "frames_per_second": "{:,.1f} frames/s".format,
+    "data_wait": "data wait {:.0%}".format,
+}
+
+
+class Progress:
+    """Shows one job's progress; a context manager, entered once.
+
+    Attributes:
+        title: what is going on, in a word or two.
+        unit: what is counted, in the plural: "steps", "segments".
+    """
+
+    def __init__(
+        self,
+        title: str,
+        *,
+        unit: str,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepares the display; nothing is shown before the first update.
+
+        Args:
+            title: see the attributes.
+            unit: see the attributes.
+            console: where a bar would go; standard error by default, which leaves standard output to results.
+            clock: seconds from any origin.
+        """
+        self.title = title
+        self.unit = unit
+        self._clock = clock
+        self._console = Console(stderr=True) if console is None else console
+        self._bar: RichProgress | None = None
+        self._speed: deque[tuple[float, int]] = deque(maxlen=SPEED_UPDATES)
+        self._pending = ""
+        self._shown_at = -float("inf")
+
+    def __enter__(self) -> Self:
+        """Opens the bar, if the console is a terminal that can move its cursor."""
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            # Without rich's refreshing thread: each update draws, and nothing runs beside the job.
+            self._bar = RichProgress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[details]}", markup=False),
+                console=self._console,
+                auto_refresh=False,
+            )
+            self._bar.add_task(self.title, total=None, details="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Shows the last update, whatever ended the job, and closes the bar."""
+        self._show()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, *, step: int, total: int | None, **fields: Value) -> None:
+        """Takes note of the job's state; shows it unless the last one is too recent.
+
+        Args:
+            step: how many are done. A smaller number than before (a restart from a checkpoint) is fine.
+            total: how many there are, None if that is not known.
+            **fields: more to show, in this order; None is left out. ``loss``, ``clips_per_second``,
+                ``frames_per_second`` and ``data_wait`` (a share of 1) get their units, others become ``name value``.
+        """
+        remaining = self._remaining_seconds(step, total)
+        details = [_count(step, total, self.unit), *_describe(fields)]
+        if remaining is not None:
+            details.append(f"ETA {datetime.timedelta(seconds=round(remaining))}")
+        self._pending = ", ".join(details)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, total=total, details=self._pending)
+        if self._clock() - self._shown_at >= (LOG_SECONDS if self._bar is None else REFRESH_SECONDS):
+            self._show()
+
+    def _show(self) -> None:
+        if not self._pending:
+            return
+        if self._bar is None:
+            logger.info("%s: %s", self.title, self._pending)
+        else:
+            self._bar.refresh()
+        self._pending = ""
+        self._shown_at = self._clock()
+
+    def _remaining_seconds(self, step: int, total: int | None) -> float | None:
+        if self._speed and step < self._speed[-1][1]:
+            self._speed.clear()
+        self._speed.append((self._clock(), step))
+        (first_time, first_step), (last_time, last_step) = self._speed[0], self._speed[-1]
+        if total is None or last_step == first_step:
+            return None
+        return max(0, total - step) * (last_time - first_time) / (last_step - first_step)
+
+
+def _count(step: int, total: int | None, unit: str) -> str:
+    if total is None:
+        return f"{step:,} {unit}"
+    return f"{step:,}/{total:,} {unit}" + (f" ({step / total:.0%})" if total else "")
+
+
+def _describe(fields: dict[str, Value]) -> list[str]:
+    """Each field that has a value, in words."""
+    described = []
+    for name, value in fields.items():
+        if value is None:
+            continue
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        words = _FORMATS[name](value) if name in _FORMATS else f"{name.replace('_', ' ')} {shown}"
+        described.append(words)
+    return described

@@ -1,0 +1,69 @@
+"""Small networks and slots whose attention has structure, shared by the tests of the method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_ray.method.dora import Network, build_network
+
+NUM_HEADS, NUM_PATCHES, NUM_OUTPUTS = 6, 16, 12
+
+
+def build_small(seed: int, *, drop_path: float = 0.0, dtype: torch.dtype = torch.float64) -> Network:
+    """A network for 32 px, in 16 patches; its weights are large, so that its attention is far from flat."""
+    torch.manual_seed(seed)
+    network = build_network(
+        name="vit_tiny_patch16_224",
+        width=24,
+        depth=3,
+        num_heads=NUM_HEADS,
+        patch_size=8,
+        image_size=32,
+        drop_path=drop_path,
+        num_layers=3,
+        hidden_width=16,
+        bottleneck_width=8,
+        num_outputs=NUM_OUTPUTS,
+    )
+    with torch.no_grad():
+        for parameter in network.backbone.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return network.to(dtype)
+
+
+def draw_slot(
+    *, num_frames: int, num_objects: int, num_locals: int = 3, num_globals: int = 1, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """The tensors of a slot of two clips."""
+    generator = torch.Generator().manual_seed(num_frames)
+    clips = torch.randn(2, num_globals, num_frames, 3, 32, 32, generator=generator, dtype=torch.float64)
+    return {
+        "globals_": clips.to(dtype),
+        "locals_": torch.randn(2, num_locals, num_frames, 3, 16, 16, generator=generator, dtype=torch.float64).to(
+            dtype
+        ),
+        "heads": torch.stack([torch.randperm(NUM_HEADS, generator=generator)[:num_objects] for _ in range(2)]),
+        "noise": torch.rand(2, num_objects, num_frames, NUM_PATCHES, generator=generator),
+    }
+
+
+def draw_center(dtype: torch.dtype = torch.float64) -> Tensor:
+    """A center that is not 0."""
+    return 0.1 * torch.randn(NUM_OUTPUTS, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
+
+
+PAPER: dict[str, Any] = {
+    "kind": "dora",
+    "block": -2,
+    "normalize_patches": True,
+    "num_iterations": 30,
+    "epsilon": 0.05,
+    "threshold": "clip",
+    "student_temperature": 0.1,
+    "teacher_temperature": 0.04,
+    "reduction": "mean",
+}
+RELEASED = PAPER | {"block": -1, "threshold": "batch", "reduction": "released"}

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from dora_ray.errors import ConfigError
+from dora_ray.method.vit import build_vit, cls_features, image_features, tracked_features
+from tests.method.networks import NUM_HEADS, build_small
+from tests.oracles import method as oracle
+
+SIZES = {"width": 24, "depth": 3, "num_heads": 6, "patch_size": 8, "image_size": 32, "drop_path": 0.0}
+
+
+@pytest.fixture(scope="module")
+def vit() -> VisionTransformer:
+    return build_small(0).backbone.eval()
+
+
+def draw_frames(num_frames: int = 3, size: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, num_frames, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+def block_inputs(vit: VisionTransformer, images: torch.Tensor, block: int) -> torch.Tensor:
+    """Tokens (B', 1 + N, D) that go into a block, caught on their way through timm's own forward."""
+    caught: list[torch.Tensor] = []
+    handle = vit.blocks[block].register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+    with torch.no_grad():
+        vit.forward_features(images)
+    handle.remove()
+    return caught[0]
+
+
+@pytest.mark.parametrize("size", [16, 32, 48])
+def test_cls_features_equal_timms(vit, size):
+    images = draw_frames(size=size).flatten(0, 1)
+    torch.testing.assert_close(cls_features(vit, images), vit(images), rtol=1e-10, atol=1e-12)
+    features = image_features(vit, images)
+    assert torch.equal(features.cls, vit(images))
+    assert torch.equal(features.patches, vit.forward_features(images)[:, 1:])
+
+
+def test_gradients_of_cls_features_equal_timms(vit):
+    images = draw_frames().flatten(0, 1)
+
+    def gradients(output: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(output.sin().sum(), list(vit.parameters())))
+
+    torch.testing.assert_close(gradients(cls_features(vit, images)), gradients(vit(images)), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_frames", [1, 3])
+@pytest.mark.parametrize("block", [-1, -2, -3])
+def test_tracked_features_equal_the_equation(vit, block, num_frames):
+    frames = draw_frames(num_frames)
+    tracked = tracked_features(vit, frames, block=block)
+    weights = {name: value.numpy() for name, value in vit.blocks[block].state_dict().items()}
+    for b, t in np.ndindex(2, num_frames):
+        tokens = block_inputs(vit, frames[b, t][None], block)[0].numpy()
+        query, key, attention = oracle.cls_attention(tokens, weights, NUM_HEADS)
+        np.testing.assert_allclose(tracked.key[b, t].detach(), key, rtol=1e-9, atol=1e-12)
+        if t == 0:
+            np.testing.assert_allclose(tracked.query0[b].detach(), query, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(tracked.cls_attention0[b].detach(), attention, rtol=1e-9, atol=1e-12)
+    features = image_features(vit, frames.flatten(0, 1))
+    torch.testing.assert_close(tracked.cls.flatten(0, 1), features.cls, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(tracked.patches0, features.patches.unflatten(0, (2, -1))[:, 0], rtol=1e-10, atol=1e-12)
+
+
+def test_attention_leaves_a_share_to_cls_itself(vit):
+    attention = tracked_features(vit, draw_frames(), block=-1).cls_attention0.sum(dim=-1)
+    assert bool(((attention > 0) & (attention < 1)).all())
+
+
+@pytest.mark.parametrize("block", [0, 1, -4])
+def test_blocks_count_from_the_end(vit, block):
+    with pytest.raises(ValueError, match="use -3 to -1"):
+        tracked_features(vit, draw_frames(), block=block)
+
+
+def test_drop_path_is_drawn_from_the_seeded_generator():
+    vit = build_small(0, drop_path=0.5).backbone.train()
+    images = draw_frames().flatten(0, 1)
+
+    def seeded(forward, seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return forward(images)
+
+    ours = seeded(lambda batch: cls_features(vit, batch), 1)
+    torch.testing.assert_close(ours, seeded(vit, 1), rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(ours, seeded(lambda batch: cls_features(vit, batch), 2))
+
+
+def test_a_vit_with_other_parts_is_read_too():
+    """Normalized queries and keys, and layer scale, as some of timm's models have."""
+    torch.manual_seed(0)
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=6, num_classes=0, qk_norm=True, init_values=0.5
+    ).double()
+    images = draw_frames().flatten(0, 1)
+    torch.testing.assert_close(cls_features(vit, images), vit(images), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "vit_teeny"}, "no model 'vit_teeny'"),
+        ({"num_heads": 5}, "multiple of 5"),
+        ({"name": "vit_base_patch16_rpn_224"}, "not a plain ViT"),
+    ],
+)
+def test_what_is_no_plain_vit_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        build_vit(**({"name": "vit_tiny_patch16_224"} | SIZES | changes))
