@@ -117,6 +117,13 @@ class LineFile:
         self._content = bytearray(read_bytes(self.path)) if self._remote and exists(self.path) else bytearray()
         if not self._remote:
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            self._end_cut_line()
+
+    def _end_cut_line(self) -> None:
+        """A writer that was killed may have left half a line, which the next one must not continue."""
+        with Path(self.path).open("ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")
 
     def append(self, line: str) -> None:
         """Add one line."""

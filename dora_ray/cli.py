@@ -1,0 +1,269 @@
+"""The command line: words -> Config -> one call of the API. Imports neither torch nor ray before a command needs them.
+
+Exit status: 0 done, 1 failed, 2 bad configuration or usage, 3 bad data, 4 bad checkpoint, 5 not enough resources,
+130 Ctrl-C. An error that we foresaw is one message; any other is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from dora_ray import __version__
+from dora_ray.errors import DoRAError
+
+INTERRUPTED = 130
+Handler = Callable[[argparse.Namespace], None]
+
+_EXIT_STATUS = """\
+exit status:
+  0 done   1 failed   2 bad configuration or usage   3 bad data   4 bad checkpoint   5 not enough resources   130 Ctrl-C
+"""
+_OVERRIDES = "section.key=value, such as optim.steps=300; `dora-ray config` lists all keys"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    options = _parse(arguments)
+    _log_to_stderr(verbose=options.verbose)
+    handler: Handler = getattr(import_module("dora_ray.commands"), options.handler)
+    try:
+        handler(options)
+        sys.stdout.flush()
+    except DoRAError as error:
+        sys.stderr.write(f"dora-ray: {error}\n")
+        return error.exit_status
+    except KeyboardInterrupt:
+        sys.stderr.write("dora-ray: interrupted\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Python would complain once more when it flushes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, where words such as key=value may stand before, between and after them.
+
+    argparse takes a list of words at one place alone; what it leaves over is appended to the command's list.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    words: list[str] | None = getattr(options, options.spill, None) if options.spill else None
+    if rest and (words is None or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if words is not None:
+        words.extend(rest)
+    return options
+
+
+def _log_to_stderr(*, verbose: bool) -> None:
+    """Our own messages to standard error, which leaves standard output to results."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("dora_ray")
+    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dora-ray",
+        description="Learn image encoders from long unlabeled videos with DoRA (Discover and tRAck), on Ray.",
+        epilog=_EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dora-ray {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (
+        _add_train,
+        _add_sweep,
+        _add_eval,
+        _add_data,
+        _add_show,
+        _add_export,
+        _add_report,
+        _add_config,
+        _add_bench,
+        _add_status,
+    ):
+        add(commands)
+    _command(commands, "doctor", "check this machine: versions, processors, memory, decoders, Ray, disk")
+    return parser
+
+
+Commands = argparse._SubParsersAction  # argparse gives its type no public name
+
+
+def _command(
+    commands: Commands[argparse.ArgumentParser], name: str, summary: str, *, handler: str = "", spill: str = ""
+) -> argparse.ArgumentParser:
+    """A command's parser; it is carried out by the function of dora_ray.commands with the command's name.
+
+    `spill` names the list that takes the words between and after the options.
+    """
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(handler=handler or f"run_{name}", spill=spill)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write the result there as JSON too")
+
+
+def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands, "train", "train an encoder; videos that are not ingested yet are ingested first", spill="words"
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="RECIPE | FILE.yaml | key=value", help=f"a recipe or a YAML file, then {_OVERRIDES}"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder or URI of the run; not given: runs/<time>")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
+    existing.add_argument("--overwrite", action="store_true", help="remove the run in DIR first")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print what would be done, write nothing"
+    )
+
+
+def _add_sweep(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands, "sweep", "run the trials of a sweep's file and report what they found", spill="overrides"
+    )
+    parser.add_argument("file", metavar="FILE.yaml", help="the sweep, such as sweeps/objects.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help=f"for all trials: {_OVERRIDES}; or metric=knn, seeds=[0,1]"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder or URI of the sweep; not given: runs/sweep-<time>")
+    parser.add_argument("--resume", action="store_true", help="run what is missing or failed in DIR")
+
+
+def _add_eval(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "eval", "evaluate a checkpoint's encoder, frozen, on labeled images", spill="options")
+    parser.add_argument("task", choices=("knn", "linear"), help="nearest neighbors, or a linear probe")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run's folder, or an exported encoder")
+    parser.add_argument(
+        "options",
+        nargs="*",
+        metavar="option=value",
+        help="a setting of the task, such as device=cuda or random_init=true",
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", required=True, help="labeled images: DIR/train/CLASS/* and DIR/test/CLASS/*"
+    )
+    _add_json(parser)
+
+
+def _add_data(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "data", help="look at, ingest, or make videos", description="Look at, ingest, or make videos."
+    )
+    parts = parser.add_subparsers(metavar="WHAT", required=True)
+    index = _command(
+        parts, "index", "look at videos in one pass, without decoding them", handler="run_data_index", spill="videos"
+    )
+    index.add_argument("videos", nargs="+", metavar="VIDEO", help="files, folders, globs, or URIs")
+    index.add_argument("--store", metavar="DIR", help="keep the indexes in this frame store")
+    _add_json(index)
+    ingest = _command(
+        parts,
+        "ingest",
+        "decode videos once, into a frame store; goes on where it was interrupted",
+        handler="run_data_ingest",
+        spill="words",
+    )
+    ingest.add_argument(
+        "words",
+        nargs="+",
+        metavar="VIDEO | data.key=value",
+        help="files, folders, globs, or URIs, then settings of `data`",
+    )
+    ingest.add_argument("--store", metavar="DIR", required=True, help="folder or URI of the frame store")
+    ingest.add_argument(
+        "--recipe", default="paper", metavar="RECIPE | FILE.yaml", help="whose `data` settings to use; not given: paper"
+    )
+    _add_synth(parts)
+
+
+def _add_synth(parts: Commands[argparse.ArgumentParser]) -> None:
+    synth = parts.add_parser(
+        "synth", help="make a video or labeled images to try things on", description="Make data to try things on."
+    )
+    kinds = synth.add_subparsers(metavar="KIND", required=True)
+    video = _command(
+        kinds, "video", "a video of moving objects, its frame number painted in every frame", handler="run_synth_video"
+    )
+    video.add_argument("out", metavar="FILE.mp4")
+    video.add_argument("--seconds", type=float, default=10.0, metavar="N", help="length (10)")
+    video.add_argument("--size", type=_size, default=(640, 360), metavar="WxH", help="pixels (640x360)")
+    video.add_argument("--fps", type=float, default=30.0, metavar="N", help="frames a second (30)")
+    video.add_argument("--cuts", type=float, nargs="*", default=[], metavar="SECONDS", help="when another scene starts")
+    video.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same pictures (0)")
+    photos = _command(
+        kinds, "photos", "crops of ten photographs as labeled images (extra: demo)", handler="run_synth_photos"
+    )
+    photos.add_argument("out", metavar="DIR")
+    photos.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same crops (0)")
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 640x360")
+    return int(width), int(height)
+
+
+def _add_show(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "show", "draw what a checkpoint's teacher discovers and tracks in a video")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or a run's folder")
+    parser.add_argument("video", metavar="VIDEO")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder of the pictures; not given: the run's own `pictures`, which its report shows",
+    )
+    parser.add_argument("--clips", type=int, metavar="N", help="clips to draw")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the clips and the attention heads")
+
+
+def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "export", "write a checkpoint's encoder as a timm model folder")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or a run's folder")
+    parser.add_argument("--out", metavar="DIR", required=True, help="a new or empty folder")
+
+
+def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "report", "write report.html into the folder of a run or a sweep")
+    parser.add_argument("path", metavar="RUN_OR_SWEEP")
+
+
+def _add_config(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "config", "print a whole configuration, every key with its meaning", spill="words")
+    parser.add_argument(
+        "words", nargs="*", metavar="RECIPE | FILE.yaml | key=value", help="not given: the recipe paper, all defaults"
+    )
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema instead")
+
+
+def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "bench", "measure this machine on our path and on a naive one")
+    parser.add_argument("what", choices=("data", "step"), help="ingest and reading of clips, or the training step")
+    parser.add_argument("--quick", action="store_true", help="a minute or two on two cores")
+    _add_json(parser)
+
+
+def _add_status(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "status", "tell how a run is doing")
+    parser.add_argument("run", metavar="RUN", help="the run's folder or URI")
+    _add_json(parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""The frame store: every kept frame of a video, downscaled and JPEG-coded, found by (video, presentation time).
+
+    <store>/<name>-<digest>/index.npz                  the video's index (video.VideoIndex)
+    <store>/<name>-<digest>/f6-s512-q85.lance          one Lance dataset for each video and setting
+
+The digest is of the video's content, so a changed file gets another folder. A row is a frame:
+    segment int32, pts int64 (ticks), jpeg large_binary, width int16, height int16, signature (cuts.SIGNATURE_BYTES)
+A frame that cannot be decoded has its row too, with null in jpeg and signature: what was tried is never tried again.
+Whole segments are appended by atomic commits, and readers pin a version, so a store can grow while it is read.
+
+F stored frames of a video that can be read, H and W their height and width.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lance
+import numpy as np
+import pyarrow as pa
+import simplejpeg
+from lance.fragment import FragmentMetadata, write_fragments
+
+from dora_ray import files
+from dora_ray.data import cuts
+from dora_ray.data.decoders import DecodedFrame, scaled_size
+from dora_ray.data.video import VideoIndex, file_stamp, index_video
+from dora_ray.errors import VideoError
+
+# Ray forks only to exec its daemons at once, which is safe; lance warns at every fork of a process that has imported it.
+warnings.filterwarnings("ignore", message="lance is not fork-safe")
+
+INDEX_NAME = "index.npz"
+OPEN_DATASETS = 64
+SCHEMA = pa.schema(
+    [
+        ("segment", pa.int32()),
+        ("pts", pa.int64()),
+        ("jpeg", pa.large_binary()),
+        ("width", pa.int16()),
+        ("height", pa.int16()),
+        ("signature", pa.binary(cuts.SIGNATURE_BYTES)),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredVideo:
+    """One video's readable frames in a store, at one pinned version of its dataset.
+
+    Attributes:
+        path: the video file; uri, version: its Lance dataset, and the version that `rows` belong to.
+        times: (F,) float64 seconds from the video's first frame, ascending: the true times of the frames.
+        rows: (F,) int64 their rows.
+        cuts: (F,) bool, True where a frame starts a new shot (the first frame does not count).
+        width, height: of every stored frame, pixels.
+        missing: kept frames that could not be decoded; they leave holes in `times`.
+        digest: of the video's content.
+    """
+
+    video_id: str
+    path: str
+    uri: str
+    version: int
+    times: np.ndarray
+    rows: np.ndarray
+    cuts: np.ndarray
+    width: int
+    height: int
+    missing: int
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+
+def dataset_uri(store: str, video_id: str, *, frames_per_second: float, short_side: int, jpeg_quality: int) -> str:
+    """Where the frames of a video at one setting are."""
+    return files.join(store, video_id, f"f{frames_per_second:g}-s{short_side}-q{jpeg_quality}.lance")
+
+
+def load_index(path: str, *, store: str) -> VideoIndex:
+    """The index of a video file, from the store when the file is the one that was indexed, else made and stored.
+
+    Raises:
+        VideoError: the file cannot be read.
+    """
+    path = files.absolute(path)
+    for name in files.list_names(store):
+        known = stored_index(store, name) if name[:-8] == VideoIndex.name_of(path) + "-" else None
+        if known and known.path == path and _same_file(known):
+            return known
+    index = index_video(path)
+    files.write_bytes(files.join(store, index.video_id, INDEX_NAME), index.to_bytes())
+    return index
+
+
+def stored_index(store: str, video_id: str) -> VideoIndex | None:
+    """The index in a store, None where there is none that can be read."""
+    try:
+        return VideoIndex.from_bytes(files.read_bytes(files.join(store, video_id, INDEX_NAME)))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def open_videos(
+    videos: Sequence[str | VideoIndex], *, store: str, frames_per_second: float, short_side: int, jpeg_quality: int
+) -> list[StoredVideo]:
+    """The stored frames of each video, in the order given.
+
+    Raises:
+        VideoError: a video is not, or not wholly, in the store at this setting, or none of its frames could be decoded.
+    """
+    indexes = [v if isinstance(v, VideoIndex) else load_index(v, store=store) for v in videos]
+    setting = {"frames_per_second": frames_per_second, "short_side": short_side, "jpeg_quality": jpeg_quality}
+    return [_open_video(index, store, setting) for index in indexes]
+
+
+def unstored_frames(index: VideoIndex, uri: str, *, frames_per_second: float) -> np.ndarray:
+    """Ticks of the kept frames that the dataset at `uri` has no row for, ascending."""
+    wanted = index.pts[index.kept_frames(frames_per_second)]
+    dataset = _latest(uri)
+    stored = dataset.to_table(columns=["pts"])["pts"].to_numpy() if dataset else np.empty(0, np.int64)
+    return np.setdiff1d(wanted, stored)
+
+
+def read_jpegs(video: StoredVideo, frames: Sequence[int]) -> list[bytes]:
+    """The JPEG files of the stored frames numbered `frames` (0 <= n < F), in that order.
+
+    Raises:
+        VideoError: the store was changed or removed.
+    """
+    return [buffer.to_pybytes() for buffer in _take(video, frames)]
+
+
+def read_frames(video: StoredVideo, frames: Sequence[int]) -> list[np.ndarray]:
+    """The stored frames numbered `frames` (0 <= n < F), in that order: (H, W, 3) uint8 RGB each.
+
+    Raises:
+        VideoError: the store was changed or removed, or a picture is damaged.
+    """
+    try:
+        return [simplejpeg.decode_jpeg(np.frombuffer(buffer, np.uint8), "RGB") for buffer in _take(video, frames)]
+    except ValueError as error:
+        raise VideoError(
+            f"{video.uri}: holds a damaged picture ({error}); remove that folder and ingest again"
+        ) from error
+
+
+def create_dataset(uri: str) -> None:
+    """Make an empty dataset, unless there is one."""
+    if _latest(uri) is None:
+        try:
+            lance.write_dataset(SCHEMA.empty_table(), uri, mode="create")
+        except OSError:
+            # Another ingest may have made it between the look and the writing.
+            if _latest(uri) is None:
+                raise
+
+
+def frame_row(frame: DecodedFrame, *, segment: int, jpeg_quality: int) -> dict[str, object]:
+    """A row of the dataset."""
+    return {
+        "segment": segment,
+        "pts": frame.pts,
+        "jpeg": simplejpeg.encode_jpeg_yuv_planes(frame.y, frame.u, frame.v, jpeg_quality),
+        "width": frame.width,
+        "height": frame.height,
+        "signature": cuts.signature(frame.y, frame.u, frame.v),
+    }
+
+
+def missing_row(pts: int, *, segment: int, width: int, height: int) -> dict[str, object]:
+    """A row that says: this frame cannot be decoded."""
+    return {"segment": segment, "pts": pts, "jpeg": None, "width": width, "height": height, "signature": None}
+
+
+def write_rows(uri: str, rows: Sequence[dict[str, object]]) -> list[str]:
+    """Write rows as data files that no reader sees before `commit`; returns their descriptions."""
+    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    return [json.dumps(fragment.to_json()) for fragment in write_fragments(table, uri, mode="append")]
+
+
+def commit(uri: str, fragments: Sequence[str]) -> None:
+    """Make written rows part of the dataset, all in one version."""
+    added = [FragmentMetadata.from_json(fragment) for fragment in fragments]
+    version = lance.dataset(uri).version
+    lance.LanceDataset.commit(uri, lance.LanceOperation.Append(added), read_version=version)
+
+
+def _same_file(index: VideoIndex) -> bool:
+    try:
+        return file_stamp(index.path) == (index.size_bytes, index.mtime_ns)
+    except OSError:
+        return False
+
+
+def _latest(uri: str) -> lance.LanceDataset | None:
+    try:
+        return lance.dataset(uri)
+    except ValueError:
+        return None
+
+
+def _open_video(index: VideoIndex, store: str, setting: dict[str, float]) -> StoredVideo:
+    uri = dataset_uri(store, index.video_id, **setting)
+    dataset = _latest(uri)
+    wanted = index.pts[index.kept_frames(setting["frames_per_second"])]
+    table = dataset.to_table(columns=["pts", "signature"]) if dataset else SCHEMA.empty_table()
+    # Two ingests side by side may both have stored a frame: the first row counts.
+    pts, rows = np.unique(table["pts"].to_numpy(), return_index=True)
+    lacking = len(np.setdiff1d(wanted, pts))
+    if lacking or dataset is None:
+        raise VideoError(
+            f"{index.path}: {lacking} of {len(wanted)} frames are not in the store {store} at {Path(uri).stem};"
+            " run: dora-ray data ingest, with the same data.* settings"
+        )
+    chosen = np.isin(pts, wanted) & table["signature"].is_valid().to_numpy()[rows]
+    if not chosen.any():
+        raise VideoError(
+            f"{index.path}: none of its {len(wanted)} frames could be decoded; get the file again or leave it out"
+        )
+    pts, rows = pts[chosen], rows[chosen]
+    signatures = np.frombuffer(b"".join(table["signature"].take(rows).to_pylist()), np.uint8)
+    width, height = scaled_size(index.width, index.height, int(setting["short_side"]))
+    return StoredVideo(
+        video_id=index.video_id,
+        path=index.path,
+        uri=uri,
+        version=dataset.version,
+        times=index.seconds(pts),
+        rows=rows.astype(np.int64),
+        cuts=cuts.find_cuts(signatures.reshape(len(pts), cuts.SIGNATURE_BYTES)),
+        width=width,
+        height=height,
+        missing=len(wanted) - len(pts),
+        digest=index.digest,
+    )
+
+
+@functools.lru_cache(maxsize=OPEN_DATASETS)
+def _pinned(uri: str, version: int) -> lance.LanceDataset:
+    return lance.dataset(uri, version=version)
+
+
+def _take(video: StoredVideo, frames: Sequence[int]) -> list[pa.Buffer]:
+    rows = video.rows[np.asarray(frames, np.int64)]
+    try:
+        column = _pinned(video.uri, video.version).take(rows.tolist(), columns=["jpeg"])["jpeg"]
+    except (OSError, ValueError) as error:
+        reason = str(error).partition(", /")[0]
+        raise VideoError(f"{video.uri}: cannot be read ({reason}); ingest {video.path} again") from error
+    return [value.as_buffer() for value in column]

@@ -1,0 +1,81 @@
+"""How good is a checkpoint's encoder? One function for every protocol; each protocol has its own file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dora_ray import files
+from dora_ray.errors import ConfigError
+from dora_ray.evaluation.corloc import evaluate_corloc
+from dora_ray.evaluation.features import training_size
+from dora_ray.evaluation.knn import evaluate_knn
+from dora_ray.evaluation.linear import evaluate_linear
+from dora_ray.evaluation.options import CorlocOptions, KnnOptions, LinearOptions, OptionsType, VosOptions, parse_options
+from dora_ray.evaluation.vos import evaluate_vos
+from dora_ray.weights import load_backbone, random_backbone, resolve_checkpoint
+
+__all__ = ["TASKS", "evaluate"]
+
+TASKS: dict[str, tuple[OptionsType, Callable[..., dict[str, Any]]]] = {
+    "knn": (KnnOptions, evaluate_knn),
+    "linear": (LinearOptions, evaluate_linear),
+    "corloc": (CorlocOptions, evaluate_corloc),
+    "vos": (VosOptions, evaluate_vos),
+}
+
+
+def evaluate(
+    checkpoint: str | os.PathLike[str], task: str, *, data: str | os.PathLike[str], **options: Any
+) -> dict[str, Any]:
+    """Evaluate a checkpoint's teacher, frozen.
+
+    Args:
+        checkpoint: A checkpoint, a run's folder (its newest checkpoint) or an exported encoder; local or a URI.
+        task: "knn", "linear", "corloc" or "vos".
+        data: The data's folder: train/CLASS/* and test/CLASS/* for knn and linear, images and boxes for corloc (Pascal
+            VOC's layout, or images/ and boxes.json), DAVIS 2016's layout for vos.
+        **options: The task's settings; `dora_ray.evaluation.options` lists them with their defaults.
+
+    Returns:
+        task, checkpoint, data, settings (all options as used) and results (shares in [0, 1]); ready for JSON.
+
+    Raises:
+        ConfigError: An unknown task or option, or data in another layout.
+        CheckpointError: The checkpoint is missing, incomplete, damaged or of another architecture.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"Unknown evaluation {task!r}; choose from {', '.join(TASKS)}.")
+    kind, run = TASKS[task]
+    parsed = parse_options(kind, task, options)
+    folder = resolve_checkpoint(checkpoint)
+    device = check_device(parsed.device)
+    backbone = random_backbone(folder, seed=parsed.seed) if parsed.random_init else load_backbone(folder)
+    settings = parsed.model_dump()
+    if "image_size" in settings:
+        settings["image_size"] = settings["image_size"] or training_size(backbone)
+    accepted = {name: value for name, value in settings.items() if name not in ("random_init", "seed")}
+    return {
+        "task": task,
+        "checkpoint": folder,
+        "data": files.absolute(data),
+        "settings": parsed.model_copy(update=settings).model_dump(mode="json"),
+        "results": run(backbone.to(device), data, **accepted),
+    }
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: No device has that name here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device={name!r} cannot be used here ({str(error).splitlines()[0]}). Use cpu.") from error
+    return device

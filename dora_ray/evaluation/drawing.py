@@ -1,0 +1,155 @@
+"""Drawing with Pillow and NumPy alone: heat maps, masks over frames, a grid with labels, a short H.264 movie.
+
+Legend: K objects, h x w patches of a map, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+BACKGROUND = (255, 255, 255)
+INK = (30, 30, 34)
+GAP = 6
+MARGIN = 16
+LINE = 20
+FONT_SIZE = 15
+STRIPE = 7
+_PALETTE = ((235, 70, 60), (40, 170, 90), (60, 120, 245), (245, 180, 30), (190, 80, 215), (30, 195, 210))
+# Dark violet to yellow with steadily rising lightness: order is seen in gray print and by color-blind people as well.
+_HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
+
+
+def object_color(index: int) -> tuple[int, int, int]:
+    """The color of object number `index`: a fixed palette, then hues a golden angle apart."""
+    if index < len(_PALETTE):
+        return _PALETTE[index]
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1.0, 0.75, 0.9)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def heat_colors(values: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1] (...) to colors (..., 3) uint8; what lies outside is clipped."""
+    position = np.clip(values, 0.0, 1.0) * (len(_HEAT) - 1)
+    channels = [np.interp(position, np.arange(len(_HEAT)), _HEAT[:, channel]) for channel in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def enlarge(cells: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    """(h, w) or (h, w, 3) to (H, W) or (H, W, 3): each patch becomes a rectangle, so that patches stay visible."""
+    rows = np.arange(height) * cells.shape[0] // height
+    columns = np.arange(width) * cells.shape[1] // width
+    return cells[rows[:, None], columns[None, :]]
+
+
+def overlay(frame: np.ndarray, masks: np.ndarray, *, strength: float) -> np.ndarray:
+    """Objects' colors over a frame whose background is dimmed, striped where objects overlap, so that each shows.
+
+    Args:
+        frame: (H, W, 3) uint8.
+        masks: (K, h, w) in [0, 1].
+        strength: Share of the objects' color, the rest being the frame's.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    height, width = frame.shape[:2]
+    large = np.stack([enlarge(mask, height=height, width=width) for mask in masks]).astype(np.float64)
+    colors = np.array([object_color(index) for index in range(len(masks))], dtype=np.float64)
+    chosen = _striped_choice(large > 0)
+    covered = np.take_along_axis(large, chosen[None], axis=0)[0][..., None]
+    tinted = (1 - strength) * frame + strength * colors[chosen]
+    drawn = covered * tinted + (1 - covered) * 0.45 * frame
+    for mask, color in zip(large, colors, strict=True):
+        drawn[outline(mask > 0.5)] = color
+    return drawn.round().astype(np.uint8)
+
+
+def _striped_choice(covering: np.ndarray) -> np.ndarray:
+    """(K, H, W) bool to (H, W): at each pixel one of the objects that cover it, changing along diagonal stripes."""
+    rows, columns = np.indices(covering.shape[1:])
+    turn = (rows + columns) // STRIPE % np.maximum(covering.sum(axis=0), 1)
+    return (covering & (covering.cumsum(axis=0) == turn + 1)).argmax(axis=0)
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask (H, W) bool with a neighbor outside it, the picture's border not counting."""
+    inner = mask.copy()
+    inner[1:] &= mask[:-1]
+    inner[:-1] &= mask[1:]
+    inner[:, 1:] &= mask[:, :-1]
+    inner[:, :-1] &= mask[:, 1:]
+    return mask & ~inner
+
+
+def resize(frame: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    """A frame (H', W', 3) uint8 at another size, antialiased."""
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a grid: its label, the label's color, and its cells; None leaves a cell empty."""
+
+    label: str
+    color: tuple[int, int, int]
+    cells: Sequence[np.ndarray | None]
+
+
+def grid(rows: Sequence[Row], *, titles: Sequence[str], heading: Sequence[str], notes: Sequence[str]) -> Image.Image:
+    """Cells of one size with a title above each column and a label before each row.
+
+    Args:
+        rows: Their cells are (H, W, 3) uint8.
+        titles: Of the columns.
+        heading: Lines above the grid, the first one larger.
+        notes: Lines below it.
+    """
+    font, large = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE + 5)
+    height, width = next(cell for row in rows for cell in row.cells if cell is not None).shape[:2]
+    left = MARGIN + max(int(font.getlength(line)) for row in rows for line in row.label.split("\n")) + 2 * GAP
+    top = MARGIN + LINE * len(heading) + 4 * GAP + LINE
+    right = left + len(titles) * (width + GAP)
+    text = max(int(font.getlength(line)) for line in (*heading, *notes)) + 2 * MARGIN + 60
+    size = (max(right + MARGIN, text), top + len(rows) * (height + GAP) + GAP + LINE * len(notes) + MARGIN)
+    canvas = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    for number, line in enumerate(heading):
+        draw.text(
+            (MARGIN, MARGIN - 4 + (LINE * number + GAP if number else 0)),
+            line,
+            fill=INK,
+            font=font if number else large,
+        )
+    for column, title in enumerate(titles):
+        draw.text((left + column * (width + GAP) + width / 2, top - 6), title, fill=INK, font=font, anchor="ms")
+    for number, row in enumerate(rows):
+        y = top + number * (height + GAP)
+        draw.multiline_text((MARGIN, y + height / 2), row.label, fill=row.color, font=font, anchor="lm")
+        for column, cell in enumerate(row.cells):
+            if cell is not None:
+                canvas.paste(Image.fromarray(cell), (left + column * (width + GAP), y))
+    for number, line in enumerate(notes):
+        y = top + len(rows) * (height + GAP) + GAP + LINE * number
+        draw.text((MARGIN, y), line, fill=INK, font=font)
+    return canvas
+
+
+def write_movie(path: str | os.PathLike[str], frames: Sequence[np.ndarray], *, frames_per_second: float) -> None:
+    """Frames (H, W, 3) uint8 as an H.264 file that browsers play; an odd last row or column is cut off."""
+    height, width = (side // 2 * 2 for side in frames[0].shape[:2])
+    rate = Fraction(frames_per_second).limit_denominator(1000)
+    with av.open(os.fspath(path), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "fast"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))

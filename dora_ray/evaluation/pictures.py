@@ -1,0 +1,260 @@
+"""Pictures of what a checkpoint sees in a video: the attention that discovers objects, and the objects as tracked.
+
+Legend: T frames, K objects, H x W pixels of a frame, h x w patches of it, N = h w.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dora_ray import files
+from dora_ray.data.video import VideoIndex, index_video
+from dora_ray.errors import ConfigError
+from dora_ray.evaluation import drawing
+from dora_ray.evaluation.features import normalize, whole_size
+from dora_ray.evaluation.shots import FRAMES_PER_SECOND, Shot, draw_shot
+from dora_ray.method.dora import track_objects
+from dora_ray.method.tracking import Threshold
+from dora_ray.method.vit import tracked_features
+from dora_ray.timm_folder import IMAGENET_MEAN
+from dora_ray.weights import Meta, load_backbone, read_meta, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+CELL_HEIGHT, CELL_WIDTH = 150, 230
+MASK_STRENGTH = 0.55
+
+
+@dataclass(frozen=True, eq=False)
+class Tracks:
+    """The objects of a shot.
+
+    Attributes:
+        heads: (K,) attention heads that discovered them.
+        attention: (K, h, w) their CLS attention in frame 0.
+        maps: (K, T, h, w) the tracked maps T' (equation 4), each summing to 1.
+        masks: (K, T, h, w) in [0, 1].
+    """
+
+    heads: np.ndarray
+    attention: np.ndarray
+    maps: np.ndarray
+    masks: np.ndarray
+
+
+def show(
+    checkpoint: str | os.PathLike[str],
+    video: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    seed: int = 0,
+    num_clips: int = 2,
+    num_frames: int = 6,
+    num_objects: int | None = None,
+    image_size: int | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Draw the objects that a checkpoint's teacher discovers and tracks in a video.
+
+    For each clip: clip-0.png, with the frames, the attention of the heads that discovered the objects, the tracked maps
+    and the masks; and clip-0.mp4, the same objects followed through all that lies between.
+
+    Args:
+        checkpoint: A checkpoint or a run's folder. Its own configuration says how objects are tracked.
+        video: A video file.
+        out: Folder of the pictures.
+        seed: Of the clips' places in the video and of the heads.
+        num_clips: Clips to draw.
+        num_frames: Frames of a picture, `clip.stride_seconds` apart; fewer where the video is too short.
+        num_objects: K; None: as trained.
+        image_size: Short side of what the encoder sees, pixels (a multiple of its patch size); None: as trained.
+        device: Where the encoder runs.
+
+    Returns:
+        pictures and movies (lists of paths), and clips: seconds, heads and has_cut of each.
+
+    Raises:
+        ConfigError: A number that cannot work, or a file in `out` that would be overwritten.
+        CheckpointError: The checkpoint cannot be loaded.
+        VideoError: The video cannot be read, or is shorter than two frames of a clip.
+    """
+    folder = resolve_checkpoint(checkpoint)
+    meta = read_meta(folder)
+    size, objects = _check_numbers(meta.config, num_objects, image_size, num_clips=num_clips, num_frames=num_frames)
+    paths = _free_paths(Path(out), num_clips)
+    index = index_video(files.absolute(video))
+    backbone = load_backbone(folder).to(device)
+    rng = np.random.default_rng(seed)
+    stride = float(meta.config["clip"]["stride_seconds"])
+    clips = []
+    for picture, movie in paths:
+        shot = draw_shot(index, rng, num_frames=num_frames, stride_seconds=stride)
+        heads = rng.permutation(meta.config["model"]["num_heads"])[:objects]
+        tracks = track(backbone, shot.frames, heads, image_size=size, device=device, **_tracking_arguments(meta.config))
+        columns = np.unique(np.abs(shot.times[:, None] - _column_times(shot, stride)).argmin(axis=0))
+        figure(shot, tracks, columns, heading=_heading(meta, index, shot)).save(picture)
+        drawing.write_movie(movie, list(movie_frames(shot, tracks)), frames_per_second=FRAMES_PER_SECOND)
+        clips.append({"seconds": float(shot.times[0]), "heads": heads.tolist(), "has_cut": shot.has_cut})
+    return {"pictures": [str(path) for path, _ in paths], "movies": [str(path) for _, path in paths], "clips": clips}
+
+
+def _check_numbers(
+    config: dict[str, Any], num_objects: int | None, image_size: int | None, *, num_clips: int, num_frames: int
+) -> tuple[int, int]:
+    """Image size and number of objects, as given or as trained."""
+    model = config["model"]
+    size = config["crops"]["global_size"] if image_size is None else image_size
+    objects = config["tracking"]["num_objects"] if num_objects is None else num_objects
+    if num_clips < 1 or num_frames < 2:
+        raise ConfigError(f"num_clips={num_clips}, num_frames={num_frames}: use at least 1 clip and 2 frames.")
+    if size < 1 or size % model["patch_size"]:
+        raise ConfigError(f"image_size={size} is not a multiple of the encoder's patch size {model['patch_size']}.")
+    if not 1 <= objects <= model["num_heads"]:
+        raise ConfigError(f"num_objects={objects}: use 1 to {model['num_heads']}, the encoder's attention heads.")
+    return size, objects
+
+
+def _free_paths(out: Path, num_clips: int) -> list[tuple[Path, Path]]:
+    paths = [(out / f"clip-{number}.png", out / f"clip-{number}.mp4") for number in range(num_clips)]
+    used = [str(path) for pair in paths for path in pair if path.exists()]
+    if used or (out.exists() and not out.is_dir()):
+        raise ConfigError(f"{(used or [str(out)])[0]} exists already. Give another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    return paths
+
+
+def _tracking_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    names = ("block", "normalize_patches", "num_iterations", "epsilon", "threshold")
+    return {name: config["tracking"][name] for name in names}
+
+
+@torch.inference_mode()
+def track(
+    vit: VisionTransformer,
+    frames: np.ndarray,
+    heads: np.ndarray,
+    *,
+    image_size: int,
+    device: str,
+    block: int,
+    normalize_patches: bool,
+    num_iterations: int,
+    epsilon: float,
+    threshold: Threshold,
+) -> Tracks:
+    """Discover objects in the first frame and track them through all, as a training step does with one clip.
+
+    Args:
+        vit: The teacher's encoder, on `device`.
+        frames: (T, H, W, 3) uint8; the encoder sees them whole, the short side being `image_size` pixels.
+        heads: (K,) attention heads.
+        image_size: In pixels.
+        device: Of the encoder.
+        block: As `tracked_features`.
+        normalize_patches: As `track_objects`.
+        num_iterations: As `track_objects`.
+        epsilon: As `track_objects`.
+        threshold: As `track_objects`.
+    """
+    patch = int(vit.patch_embed.patch_size[0])
+    size = (frames.shape[2], frames.shape[1])
+    width, height = whole_size(size, short_side=image_size, patch_size=patch)
+    small = np.stack([drawing.resize(frame, height=height, width=width) for frame in frames])
+    images = normalize(torch.from_numpy(small).to(device))
+    tracked = tracked_features(vit, images[None], block=block)
+    objects = track_objects(
+        tracked,
+        torch.from_numpy(heads).to(device)[None],
+        normalize_patches=normalize_patches,
+        num_iterations=num_iterations,
+        epsilon=epsilon,
+        threshold=threshold,
+    )
+    shape = (height // patch, width // patch)
+    attention = tracked.cls_attention0[0].cpu().numpy()[heads].reshape(len(heads), *shape)
+    maps, masks = (
+        part[0].cpu().numpy().reshape(len(heads), len(frames), *shape) for part in (objects.maps, objects.masks)
+    )
+    return Tracks(heads, attention, maps, masks)
+
+
+def _column_times(shot: Shot, stride_seconds: float) -> np.ndarray:
+    """Times of the picture's columns: the shot's first frame, and one every stride, seconds."""
+    return np.arange(shot.times[0], shot.times[-1] + stride_seconds / 2, stride_seconds)
+
+
+def _heading(meta: Meta, index: VideoIndex, shot: Shot) -> list[str]:
+    model, tracking = meta.config["model"], meta.config["tracking"]
+    lines = [
+        f"{Path(index.path).name} from {shot.times[0]:.2f} s: objects found in the first frame and tracked",
+        f"teacher after {meta.step} steps ({model['name']}, {model['width']} wide, {model['depth']} deep); "
+        f"block {tracking['block']}, {tracking['num_iterations']} Sinkhorn-Knopp iterations, "
+        f"masks: {tracking['threshold']}",
+    ]
+    return lines + (["a shot cut runs through this clip: no shot of the video was long enough"] if shot.has_cut else [])
+
+
+def cell_size(frame: np.ndarray) -> tuple[int, int]:
+    """Height and width of a picture's cell for frames (H, W, 3): their shape, as large as a cell may be."""
+    height, width = frame.shape[:2]
+    scale = min(CELL_HEIGHT / height, CELL_WIDTH / width)
+    return round(height * scale), round(width * scale)
+
+
+def figure(shot: Shot, tracks: Tracks, columns: np.ndarray, *, heading: list[str]) -> Image.Image:
+    """One picture of a shot: time runs to the right, starting with the attention that each object was discovered by.
+
+    Rows: the frames; all objects' masks over them; and for each object its head's CLS attention in the first frame and
+    its tracked maps, then what the student sees of it (equation 5).
+
+    Args:
+        shot: The frames.
+        tracks: Their objects.
+        columns: Numbers of the frames to draw.
+        heading: Lines above the picture.
+    """
+    height, width = cell_size(shot.frames[0])
+    frames = [drawing.resize(shot.frames[t], height=height, width=width) for t in columns]
+    covered = [
+        drawing.overlay(frame, tracks.masks[:, t], strength=MASK_STRENGTH)
+        for frame, t in zip(frames, columns, strict=True)
+    ]
+    rows = [drawing.Row("frame", drawing.INK, [None, *frames]), drawing.Row("objects", drawing.INK, [None, *covered])]
+    for k, head in enumerate(tracks.heads.tolist()):
+        cells = [_heat(tracks.attention[k], height, width), *(_heat(tracks.maps[k, t], height, width) for t in columns)]
+        seen = [_object_view(frame, tracks.masks[k, t]) for frame, t in zip(frames, columns, strict=True)]
+        rows.append(drawing.Row(f"object {k + 1}\n(head {head})", drawing.object_color(k), cells))
+        rows.append(drawing.Row("its view", drawing.object_color(k), [None, *seen]))
+    titles = ["CLS attention", *(f"{shot.times[t] - shot.times[0]:+.1f} s" for t in columns)]
+    notes = [
+        "CLS attention: of the head that discovered the object, in the first frame. Other columns: the object's",
+        "tracked map, and its view, which is what the student sees. A map goes from 0 (violet) to its own largest",
+        "value (yellow). Stripes: objects overlap.",
+    ]
+    return drawing.grid(rows, titles=titles, heading=heading, notes=notes)
+
+
+def _heat(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    return drawing.enlarge(drawing.heat_colors(values / max(float(values.max()), 1e-12)), height=height, width=width)
+
+
+def _object_view(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The frame (H, W, 3) where the mask (h, w) is 1 and the mean color, which the encoder sees as 0, where it is 0."""
+    kept = drawing.enlarge(mask, height=frame.shape[0], width=frame.shape[1])[..., None]
+    return (kept * frame + (1 - kept) * 255 * np.array(IMAGENET_MEAN)).round().astype(np.uint8)
+
+
+def movie_frames(shot: Shot, tracks: Tracks) -> Iterator[np.ndarray]:
+    """The frames beside the same frames with the objects on them: (H, 2 W + gap, 3) uint8."""
+    gap = np.full((shot.frames.shape[1], 2 * drawing.GAP, 3), 255, dtype=np.uint8)
+    for t, frame in enumerate(shot.frames):
+        yield np.concatenate([frame, gap, drawing.overlay(frame, tracks.masks[:, t], strength=MASK_STRENGTH)], axis=1)

@@ -1,0 +1,1 @@
+"""Elastic training on Ray Train: slots, exact sums, checkpoints."""

@@ -1,0 +1,159 @@
+"""The Ray side of a run: connecting, checking resources, the elastic trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dora_ray import files
+from dora_ray.config import Config
+from dora_ray.errors import ClusterError, DoRAError
+from dora_ray.training.journal import EVENTS
+from dora_ray.training.worker import CHECKPOINTS, Job, ray_worker
+
+# Measured on Ray 2.60: how soon a lost node, a failed start or a joined node is acted upon. A user's own settings win.
+RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+RESIZE_INTERVAL_SECONDS = 10.0
+OBJECT_STORE_BYTES = 2**30
+
+
+@contextmanager
+def connect(config: Config) -> Iterator[None]:
+    """A connection to Ray for as long as the context is open; none in local mode.
+
+    The cluster is the one this process is already connected to, else the one that RAY_ADDRESS names (`ray job submit` sets it), else
+    one that is started here and ends with the context. The latter is given enough logical CPUs for the workers and
+    one decode task, so that a machine with few cores is slow but never waits for itself.
+    """
+    import ray
+
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized() or config.cluster.num_workers == 0:
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address)
+        else:
+            needed = math.ceil(config.max_workers * config.cluster.cpus_per_worker + config.cluster.decode_cpus)
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, needed),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="warning",
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(config: Config) -> None:
+    """Whether the cluster has, or can grow to, what the fewest workers need.
+
+    Raises:
+        ClusterError: it has not, and says what is missing.
+    """
+    import ray
+
+    workers = config.cluster.num_workers
+    if workers == 0:
+        return
+    fewest = workers if isinstance(workers, int) else workers[0]
+    wanted = {"CPU": fewest * config.cluster.cpus_per_worker + config.cluster.decode_cpus}
+    if config.cluster.use_gpu:
+        wanted["GPU"] = float(fewest)
+    present = ray.cluster_resources()
+    missing = {name: count for name, count in wanted.items() if present.get(name, 0.0) < count}
+    if missing and not _can_grow():
+        found = ", ".join(f"{present.get(name, 0):g} {name}s" for name in missing)
+        needed = ", ".join(f"{count:g} {name}s" for name, count in missing.items())
+        raise ClusterError(
+            f"the cluster has {found}; {fewest} workers and their decoding need {needed}. Lower cluster.num_workers or "
+            "cluster.cpus_per_worker, set cluster.use_gpu=false, or add nodes."
+        )
+
+
+def _can_grow() -> bool:
+    """Whether an autoscaler with node types of its own runs on this cluster; without one, Ray names a node's type after its id."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    nodes = [*status.active_nodes, *status.idle_nodes]
+    return any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
+
+
+def run_on_ray(job: Job) -> None:
+    """Train with Ray Train until the last step, through failures and resizes.
+
+    Raises:
+        DoRAError: more failures than cluster.max_failures.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    cluster, workers = job.config.cluster, job.config.cluster.num_workers
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
+    trainer = TorchTrainer(
+        ray_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=int(cluster.collective_timeout_seconds)),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_SECONDS,
+        ),
+        run_config=RunConfig(
+            name=CHECKPOINTS,
+            storage_path=job.run,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.config.run.keep_checkpoints),
+            callbacks=[_failure_log(job.run)],
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        cause = next(iter(getattr(error, "worker_failures", {}).values()), error)
+        raise DoRAError(
+            f"training stopped after {cluster.max_failures} restarts (cluster.max_failures); the last failure: {_short(cause)}. "
+            f"The last checkpoint is kept: fix the cause and go on with --resume --out {job.run}"
+        ) from error
+
+
+def _short(error: BaseException) -> str:
+    """The last line of an error, which in Ray's holds the worker's own."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _failure_log(run: str) -> Any:
+    """A Ray Train callback that writes worker failures to events.jsonl; it lives in the controller."""
+    from ray.train import UserCallback
+
+    class FailureLog(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            lines = files.LineFile(files.join(run, EVENTS))
+            for rank, error in worker_exceptions.items():
+                lines.append(json.dumps({"time": time.time(), "event": "failure", "rank": rank, "error": _short(error)}))
+            lines.flush()
+
+    return FailureLog()

@@ -1,0 +1,245 @@
+"""From a configuration to a finished run: check everything, ingest what is missing, start the workers, watch them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import yaml
+
+from dora_ray import errors, files
+from dora_ray.config import Config, flatten, load_config
+from dora_ray.data.ingest import IngestProgress, ingest
+from dora_ray.data.plan import Plan
+from dora_ray.data.store import StoredVideo
+from dora_ray.data.video import VideoIndex, find_videos, index_video
+from dora_ray.errors import CheckpointError, ConfigError, DoRAError, VideoError
+from dora_ray.training.checkpoint import require_plan
+from dora_ray.training.cluster import check_resources, connect, run_on_ray
+from dora_ray.training.journal import STATUS, read_metrics
+from dora_ray.training.tail import MetricsTail
+from dora_ray.training.worker import Job, LocalWorld, latest_checkpoint, record_failure, train_loop
+from dora_ray.weights import read_meta, require_architecture
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
+OnMetrics = Callable[[dict[str, Any]], None]
+OnIngest = Callable[[IngestProgress], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its folder.
+        metrics: its last line of metrics.
+        checkpoint: its last checkpoint.
+    """
+
+    path: str
+    metrics: dict[str, Any] = field(repr=False)
+    checkpoint: str
+
+
+def train(
+    config: Config | str | dict[str, Any] | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_metrics: OnMetrics | None = None,
+    on_ingest: OnIngest | None = None,
+) -> Run:
+    """Train an encoder.
+
+    Args:
+        config: a Config, or what `load_config` takes. Not given with `resume`: the configuration of the run in `out`.
+        out: folder or URI of the run, reachable from every node; not given: runs/<time>.
+        resume: go on from the newest checkpoint in `out`.
+        overwrite: remove the run that is in `out`.
+        on_metrics: called in this process with every new line of metrics.
+        on_ingest: called in this process while videos are ingested.
+
+    Raises:
+        ConfigError, VideoError, CheckpointError, ClusterError: before anything is written or any GPU is asked for.
+        DivergenceError: a number was not finite.
+    """
+    run = files.absolute(out if out is not None else f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
+    config = _choose_config(config, run, resume=resume)
+    _check_folder(run, resume=resume, overwrite=overwrite)
+    indexes = _index_videos(config)
+    with connect(config):
+        check_resources(config)
+        plan = make_plan(config, _ingest(config, run, on_ingest))
+        plan.check()
+        job = Job(config, plan, run, _checkpoint_to_resume(run, config, plan, resume=resume), _num_threads(config))
+        logger.info("%d videos, %d places where a clip may start", len(indexes), plan.clips_per_epoch)
+        if overwrite:
+            files.remove(run)
+        files.write_text(files.join(run, CONFIG), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        with MetricsTail(run, on_metrics):
+            _execute(job)
+    return _finished(run)
+
+
+def dry_run(config: Config, *, out: str | os.PathLike[str] | None = None) -> str:
+    """What `train` would do, in a few lines of YAML, after the same checks and without writing anything."""
+    run = files.absolute(out if out is not None else "runs/<time>")
+    indexes = _index_videos(config)
+    seconds = sum(index.real_seconds for index in indexes)
+    workers = config.cluster.num_workers
+    facts = {
+        "run": run,
+        "store": _store(config, run),
+        "videos": [f"{index.path} ({index.width}x{index.height}, {index.codec}, {index.real_seconds:.1f} s)" for index in indexes],
+        "frames_to_keep": round(seconds * config.data.frames_per_second),
+        "clips_a_step": config.optim.slots * config.optim.clips_per_slot,
+        "epochs": round(
+            config.optim.steps * config.optim.slots * config.optim.clips_per_slot
+            / max(1.0, seconds * config.data.frames_per_second), 2
+        ),
+        "workers": workers if isinstance(workers, int) else list(workers),
+        "gpus": (config.max_workers if config.cluster.use_gpu else 0),
+        "cpus": config.max_workers * config.cluster.cpus_per_worker + config.cluster.decode_cpus,
+    }
+    return str(yaml.safe_dump({"would_do": facts, "config": config.model_dump(mode="json")}, sort_keys=False))
+
+
+def make_plan(config: Config, videos: list[StoredVideo]) -> Plan:
+    """The plan of a configuration over stored videos."""
+    whole = flatten(config.model_dump(mode="json"))
+    shaping = ("clip.", "crops.", "tracking.", "data.frames_per_second", "data.short_side", "data.jpeg_quality")
+    shaping += ("optim.slots", "optim.clips_per_slot", "model.num_heads")
+    return Plan(
+        videos=tuple(videos),
+        num_frames=config.clip.num_frames,
+        stride_seconds=config.clip.stride_seconds,
+        avoid_cuts=config.clip.avoid_cuts,
+        seed=config.run.seed,
+        slots=config.optim.slots,
+        clips_per_slot=config.optim.clips_per_slot,
+        clip_size=config.crops.clip_size,
+        clip_scale=config.crops.clip_scale,
+        aspect_ratio=config.crops.aspect_ratio,
+        settings={key: value for key, value in whole.items() if key.startswith(shaping)},
+    )
+
+
+def _choose_config(config: Config | str | dict[str, Any] | None, run: str, *, resume: bool) -> Config:
+    if config is not None:
+        return load_config(config)
+    path = files.join(run, CONFIG)
+    if not resume:
+        raise ConfigError("no configuration was given: name a recipe (paper, released, tiny) or a YAML file")
+    if not files.exists(path):
+        raise ConfigError(f"{run} has no {CONFIG}, so there is no run to resume: name the run's folder")
+    return load_config(yaml.safe_load(files.read_text(path)))
+
+
+def _check_folder(run: str, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite exclude each other: go on with the run, or begin it again")
+    names = files.list_names(run)
+    if not names:
+        if files.exists(run) and not files.is_remote(run) and not os.path.isdir(run):
+            raise ConfigError(f"{run} is a file: give a folder")
+        return
+    is_run = CONFIG in names
+    if (resume or overwrite) and not is_run:
+        raise ConfigError(f"{run} is not empty and not a run of dora_ray (no {CONFIG}): give another folder. Nothing was changed.")
+    if not resume and not overwrite:
+        raise ConfigError(
+            f"{run} is in use ({', '.join(names[:4])}): continue it with --resume, replace it with --overwrite, or give another --out"
+        )
+
+
+def _index_videos(config: Config) -> list[VideoIndex]:
+    """Every video, looked at but not decoded.
+
+    Raises:
+        VideoError: a video cannot be read, or all are shorter than a clip.
+    """
+    if not config.data.videos:
+        raise ConfigError("data.videos is empty: name video files, folders or globs, such as data.videos=[walk.mp4]")
+    indexes = [index_video(path) for path in find_videos(config.data.videos)]
+    needed = (config.clip.num_frames - 1) * config.clip.stride_seconds
+    longest = max(indexes, key=lambda index: index.real_seconds)
+    if longest.real_seconds < needed:
+        raise VideoError(
+            f"{longest.path} lasts {longest.real_seconds:.2f} s, and no video is longer; a clip of clip.num_frames="
+            f"{config.clip.num_frames} frames, clip.stride_seconds={config.clip.stride_seconds:g} apart, needs {needed:g} s. Lower "
+            "one of the two, or add longer videos."
+        )
+    return indexes
+
+
+def _store(config: Config, run: str) -> str:
+    """The frame store: as set, or the folder `store` beside the run's."""
+    if config.data.store is not None:
+        return files.absolute(config.data.store)
+    return files.join(run.rstrip("/").rsplit("/", 1)[0], "store")
+
+
+def _ingest(config: Config, run: str, on_ingest: OnIngest | None) -> list[StoredVideo]:
+    data = config.data
+    return ingest(
+        find_videos(data.videos),
+        store=_store(config, run),
+        decoder=data.decoder,
+        frames_per_second=data.frames_per_second,
+        short_side=data.short_side,
+        jpeg_quality=data.jpeg_quality,
+        segment_seconds=data.segment_seconds,
+        progress=on_ingest,
+    )
+
+
+def _checkpoint_to_resume(run: str, config: Config, plan: Plan, *, resume: bool) -> str | None:
+    if not resume:
+        return None
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        return None
+    meta = read_meta(checkpoint)
+    require_architecture(checkpoint, config.model_dump(mode="json"))
+    require_plan(checkpoint, meta, plan)
+    return checkpoint
+
+
+def _num_threads(config: Config) -> int:
+    return config.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // config.max_workers)
+
+
+def _execute(job: Job) -> None:
+    """Run the workers to the end.
+
+    Raises:
+        DoRAError: what all ranks decided to stop for.
+    """
+    try:
+        if job.config.cluster.num_workers == 0:
+            train_loop(job, LocalWorld(job))
+        else:
+            run_on_ray(job)
+    except DoRAError as error:
+        record_failure(job.run, error)
+        raise
+    status = yaml.safe_load(files.read_text(files.join(job.run, STATUS)))
+    if status["state"] == "failed":
+        raise getattr(errors, status["error"])(status["message"])
+
+
+def _finished(run: str) -> Run:
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise CheckpointError(f"{run} ended without a checkpoint: see {files.join(run, 'events.jsonl')}")
+    lines = read_metrics(run)
+    return Run(run, lines[-1] if lines else {}, checkpoint)

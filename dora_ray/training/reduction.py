@@ -1,0 +1,133 @@
+"""Sums over slots and ranks that do not depend on their order.
+
+The masks of DoRA are hard thresholds: a difference in the last bit of a gradient sum can flip a patch and grow. `exact` therefore
+adds in fixed point. A quantity x (a gradient, the teacher's output sum, the measures) whose largest element was below 2^e in the last step is
+added as round(x * 2^(46 - e)) in int64. Integer addition is associative, so the sum is the same for every number of ranks and
+every assignment of slots to them. 46 bits keep far more than float32's 24, and leave 17 for growth and for the number of slots; where
+they do not suffice, all ranks see it in the same reduction, raise e and repeat the step. `float32` adds floats: cheaper to send.
+
+Everything of a step travels in one flat all-reduce: integer records first, then the quantities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FRACTION_BITS = 46
+HEADROOM_BITS = 62
+FIRST_EXPONENT = 0
+RETRY_BITS = 16
+
+AllReduce = Callable[[Tensor], None]
+Reduction = Literal["exact", "float32"]
+
+
+class SlotSums:
+    """Sums of a step.
+
+    Args:
+        sizes: number of elements of each quantity.
+        num_records: integers that travel with them; a rank sets its own, and the sum over ranks comes back.
+        num_slots: S, for the headroom.
+        reduction: exact or float32.
+        exponents: (Q,) int32 on the CPU, from the last step; see `next_exponents`.
+        device: where the quantities are.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        num_records: int,
+        num_slots: int,
+        reduction: Reduction,
+        exponents: Tensor,
+        device: torch.device,
+    ) -> None:
+        self.sizes = list(sizes)
+        self.num_records = num_records
+        self.exponents = exponents
+        self._exact = reduction == "exact"
+        count = len(self.sizes)
+        header = 2 * count + num_records
+        self._records = torch.zeros(header, dtype=torch.int64, device=device)
+        body = torch.zeros(sum(self.sizes), dtype=torch.int64 if self._exact else torch.float32, device=device)
+        if self._exact:
+            self._flat = torch.cat([self._records, body])
+            self._records, body = self._flat[:header], self._flat[header:]
+        self._body = list(body.split(self.sizes))
+        self._whole_body = body
+        self._scales = [2.0 ** (FRACTION_BITS - int(exponent)) for exponent in exponents]
+        limit = torch.tensor([2.0**HEADROOM_BITS / num_slots / scale for scale in self._scales], dtype=torch.float64)
+        self._limits = limit.to(device)
+
+    def add(self, quantities: Sequence[Tensor]) -> None:
+        """Add one slot's quantities, given in the order of `sizes`."""
+        largest = torch.stack([q.detach().abs().amax().double() if q.numel() else q.new_zeros((), dtype=torch.float64) for q in quantities])
+        count = len(self.sizes)
+        self._records[:count] += ~torch.isfinite(largest)
+        if not self._exact:
+            for total, quantity in zip(self._body, quantities, strict=True):
+                total += quantity.detach().reshape(-1)
+            return
+        self._records[count : 2 * count] += largest >= self._limits
+        for total, quantity, scale in zip(self._body, quantities, self._scales, strict=True):
+            total += (quantity.detach().reshape(-1).double() * scale).round_().to(torch.int64)
+
+    def set_records(self, values: Tensor) -> None:
+        """Set this rank's integers, (num_records,) int64."""
+        self._records[2 * len(self.sizes) :] = values.to(self._records.device)
+
+    def all_reduce(self, all_reduce: AllReduce | None) -> SumResult:
+        """Add over the ranks (None: this is the only one) and convert back to float32."""
+        if all_reduce is not None and self._exact:
+            all_reduce(self._flat)
+        elif all_reduce is not None:
+            all_reduce(self._records)
+            all_reduce(self._whole_body)
+        records = self._records.cpu()
+        count = len(self.sizes)
+        quantities = [
+            (total.double() / scale).float() if self._exact else total
+            for total, scale in zip(self._body, self._scales, strict=True)
+        ]
+        return SumResult(quantities, records[:count], records[count : 2 * count], records[2 * count :])
+
+
+class SumResult:
+    """What came back, the same on every rank.
+
+    Attributes:
+        quantities: flat float32 sums over all slots.
+        not_finite: (Q,) number of slots in which a quantity was not finite.
+        overflowed: (Q,) number of slots in which a quantity had outgrown its scale.
+        records: (num_records,) int64 sums over ranks.
+    """
+
+    def __init__(self, quantities: list[Tensor], not_finite: Tensor, overflowed: Tensor, records: Tensor) -> None:
+        self.quantities = quantities
+        self.not_finite = not_finite
+        self.overflowed = overflowed
+        self.records = records
+
+
+def next_exponents(quantities: Sequence[Tensor], exponents: Tensor, *, first: bool) -> Tensor:
+    """The (Q,) exponents for the next step, from this step's sums: a function of the history alone, equal on all ranks.
+
+    They follow growth at once and shrink by one a step, so that one small gradient does not narrow the range; a quantity that
+    is zero keeps its own.
+    """
+    largest = torch.stack([q.abs().amax() if q.numel() else q.new_zeros(()) for q in quantities]).cpu()
+    seen = torch.frexp(largest).exponent.to(torch.int32)
+    if not first:
+        seen = torch.maximum(seen, exponents - 1)
+    return torch.where(largest > 0, seen, exponents)
+
+
+def raised_exponents(exponents: Tensor, overflowed: Tensor) -> Tensor:
+    """The exponents with which a step is repeated after some quantities outgrew their scale."""
+    return torch.where(overflowed > 0, exponents + RETRY_BITS, exponents)

@@ -1,0 +1,282 @@
+"""One optimizer step: every slot forward and backward by itself, one exact sum, one update.
+
+Nothing here knows of Ray: a worker hands in its slots' clips and a function that adds tensors over the ranks.
+Shapes: M clips a slot, T frames, G global and L local views, K objects, N patches, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dora_ray.config import Config
+from dora_ray.data.augment import ViewParameters, draw_views, render
+from dora_ray.data.plan import Purpose, slot_generator, slot_seed
+from dora_ray.data.stream import SlotBatch
+from dora_ray.errors import DivergenceError
+from dora_ray.method.dora import Network, SlotOutput, build_network, slot_forward
+from dora_ray.training.optim import Rates, clip_each, make_optimizer, rates, set_rates, update_teacher
+from dora_ray.training.reduction import AllReduce, SlotSums, SumResult, next_exponents, raised_exponents
+from dora_ray.weights import network_arguments
+
+
+@dataclass
+class TrainState:
+    """All that a step reads and changes, and all that a checkpoint holds.
+
+    Attributes:
+        student: the network that is trained.
+        teacher: its moving average.
+        center: (O,) moving average of the teacher's output.
+        optimizer: AdamW of the student.
+        exponents: (Q,) int32, scale of each summed quantity; see `reduction`.
+        step: steps done; also the whole position in the data.
+        bad_clips: numbers of the clips that could not be read and weighed nothing.
+    """
+
+    student: Network
+    teacher: Network
+    center: Tensor
+    optimizer: torch.optim.AdamW
+    exponents: Tensor
+    step: int = 0
+    bad_clips: list[int] = field(default_factory=list)
+
+
+def initial_state(config: Config, device: torch.device) -> TrainState:
+    """Student and teacher start equal, from the seed alone."""
+    torch.manual_seed(slot_seed(config.run.seed, 0, 0, Purpose.INITIAL_WEIGHTS))
+    student = build_network(**network_arguments(config.model_dump(mode="json")))
+    teacher = deepcopy(student).requires_grad_(False).eval()
+    student, teacher = student.to(device).train(), teacher.to(device)
+    optimizer = make_optimizer(student, config.optim.lr, config.optim.weight_decay)
+    num_quantities = len(list(student.parameters())) + 2
+    return TrainState(
+        student=student,
+        teacher=teacher,
+        center=torch.zeros(config.head.num_outputs, device=device),
+        optimizer=optimizer,
+        exponents=torch.zeros(num_quantities, dtype=torch.int32),
+    )
+
+
+def measure_names(config: Config) -> list[str]:
+    """The measures that every slot of this configuration gives, in a fixed order."""
+    names = ["loss", "teacher_entropy", "teacher_kl_uniform", "teacher_diversity"]
+    names += ["local_agreement"] if config.crops.num_locals else []
+    if config.tracking.kind == "none":
+        return [*names, "global_agreement"]
+    return [*names, "object_agreement", "mask_area", "object_overlap", "sinkhorn_residual"]
+
+
+@dataclass(frozen=True)
+class SlotDraws:
+    """Everything random of a slot besides its clips, drawn on the CPU before the forward.
+
+    Attributes:
+        global_views: for G views.
+        local_views: for L views.
+        heads: (M, K) int64, distinct attention heads of each clip.
+        noise: (M, K, T, N) in [0, 1), for random masks; None otherwise.
+        network_seed: for what layers draw themselves (drop path).
+    """
+
+    global_views: ViewParameters
+    local_views: ViewParameters
+    heads: Tensor
+    noise: Tensor | None
+    network_seed: int
+
+
+def draw_slot(config: Config, step: int, slot: int) -> SlotDraws:
+    """The draws of one slot: a pure function of (seed, step, slot)."""
+    crops, tracking, num_clips = config.crops, config.tracking, config.optim.clips_per_slot
+
+    def generator(purpose: Purpose) -> np.random.Generator:
+        return slot_generator(config.run.seed, step, slot, purpose)
+
+    shared: dict[str, Any] = {
+        "num_clips": num_clips,
+        "num_frames": config.clip.num_frames,
+        "clip_size": crops.clip_size,
+        "ratio": crops.aspect_ratio,
+        "jitter": crops.jitter,
+        "jitter_probability": crops.jitter_probability,
+        "gray_probability": crops.gray_probability,
+        "blur_sigma": crops.blur_sigma,
+    }
+    global_views = draw_views(
+        generator(Purpose.GLOBAL_VIEWS),
+        num_views=config.num_globals,
+        scale=crops.global_scale,
+        per_frame_boxes=False,
+        flip_probability=crops.flip_probability,
+        blur_probability=crops.global_blur_probability,
+        **shared,
+    )
+    local_views = draw_views(
+        generator(Purpose.LOCAL_VIEWS),
+        num_views=crops.num_locals,
+        scale=crops.local_scale,
+        per_frame_boxes=True,
+        flip_probability=0.0,
+        blur_probability=crops.local_blur_probability,
+        **shared,
+    )
+    num_objects = min(tracking.num_objects, config.model.num_heads)
+    draws = num_clips if tracking.heads_per == "clip" else 1
+    rng = generator(Purpose.HEADS)
+    heads = np.stack([rng.permutation(config.model.num_heads)[:num_objects] for _ in range(draws)])
+    return SlotDraws(
+        global_views=global_views,
+        local_views=local_views,
+        heads=torch.from_numpy(np.broadcast_to(heads, (num_clips, num_objects)).copy()),
+        noise=_mask_noise(config, generator(Purpose.RANDOM_MASKS)) if tracking.kind == "random" else None,
+        network_seed=slot_seed(config.run.seed, step, slot, Purpose.NETWORK),
+    )
+
+
+def _mask_noise(config: Config, rng: np.random.Generator) -> Tensor:
+    num_patches = (config.crops.global_size // config.model.patch_size) ** 2
+    shape = (config.optim.clips_per_slot, config.tracking.num_objects, config.clip.num_frames, num_patches)
+    return torch.from_numpy(rng.random(shape, dtype=np.float32))
+
+
+def _take(parameters: ViewParameters, rows: Tensor) -> ViewParameters:
+    return ViewParameters(parameters.boxes[rows], parameters.flip[rows], parameters.color[rows], parameters.sigma[rows])
+
+
+def slot_output(
+    state: TrainState, clips: NDArray[np.uint8], valid: NDArray[np.bool_], draws: SlotDraws, config: Config
+) -> SlotOutput:
+    """Views and forward of the readable clips of one slot.
+
+    Args:
+        state: the networks and the center.
+        clips: (M, T, H, W, 3) uint8.
+        valid: (M,).
+        draws: the slot's random numbers.
+        config: the run's.
+    """
+    device = state.center.device
+    rows = torch.from_numpy(np.flatnonzero(valid))
+    pixels = torch.from_numpy(np.ascontiguousarray(clips[valid])).to(device, non_blocking=True)
+    globals_ = render(pixels, _take(draws.global_views, rows), size=config.crops.global_size)
+    locals_ = render(pixels, _take(draws.local_views, rows), size=config.crops.local_size)
+    torch.manual_seed(draws.network_seed)
+    tracking, loss = config.tracking, config.loss
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and config.optim.precision == "bf16"):
+        return slot_forward(
+            state.student,
+            state.teacher,
+            state.center,
+            globals_=globals_,
+            locals_=locals_,
+            heads=draws.heads[rows].to(device),
+            noise=None if draws.noise is None else draws.noise[rows].to(device),
+            kind=tracking.kind,
+            block=tracking.block,
+            normalize_patches=tracking.normalize_patches,
+            num_iterations=tracking.num_iterations,
+            epsilon=tracking.epsilon,
+            threshold=tracking.threshold,
+            student_temperature=loss.student_temperature,
+            teacher_temperature=loss.teacher_temperature,
+            reduction=loss.reduction,
+        )
+
+
+def slot_quantities(state: TrainState, batch: SlotBatch, config: Config) -> list[Tensor]:
+    """What one slot adds to the step: a gradient for each parameter, the teacher's output sum, the measures.
+
+    An unreadable clip has weight 0 and the slot keeps its nominal size: the means over readable clips are weighed by their share.
+    """
+    parameters = list(state.student.parameters())
+    names = measure_names(config)
+    share = float(batch.valid.mean())
+    if share == 0.0:
+        return [*(torch.zeros_like(p) for p in parameters), torch.zeros_like(state.center), state.center.new_zeros(len(names))]
+    output = slot_output(state, batch.clips, batch.valid, draw_slot(config, batch.step, batch.slot), config)
+    gradients = torch.autograd.grad(output.loss * share, parameters, materialize_grads=True)
+    measures = torch.stack([output.measures[name].float() for name in names]) * share
+    return [*gradients, output.teacher_sum, measures]
+
+
+def sum_slots(
+    state: TrainState, batches: Sequence[SlotBatch], records: Tensor, config: Config, all_reduce: AllReduce | None
+) -> SumResult:
+    """Forward and backward of this rank's slots, and the sum over all slots of all ranks.
+
+    Raises:
+        DivergenceError: on every rank alike, naming what is not finite and the step.
+    """
+    while True:
+        sums = SlotSums(
+            [*(p.numel() for p in state.student.parameters()), state.center.numel(), len(measure_names(config))],
+            num_records=records.numel(),
+            num_slots=config.optim.slots,
+            reduction=config.optim.reduction,
+            exponents=state.exponents,
+            device=state.center.device,
+        )
+        for batch in batches:
+            sums.add(slot_quantities(state, batch, config))
+        sums.set_records(records)
+        result = sums.all_reduce(all_reduce)
+        _require_finite(state, result)
+        if not result.overflowed.any():
+            return result
+        state.exponents = raised_exponents(state.exponents, result.overflowed)
+
+
+def _require_finite(state: TrainState, result: SumResult) -> None:
+    if not result.not_finite.any():
+        return
+    names = [f"the gradient of {name}" for name, _ in state.student.named_parameters()]
+    names += ["the teacher's output", "a measure (the loss among them)"]
+    found = [name for name, count in zip(names, result.not_finite.tolist(), strict=True) if count]
+    raise DivergenceError(
+        f"step {state.step}: {found[-1]} is not finite" + (f", with {len(found) - 1} others" if len(found) > 1 else "")
+        + ". All workers stopped; the last checkpoint is untouched. Lower optim.lr, or raise loss.teacher_temperature."
+    )
+
+
+@torch.no_grad()
+def apply_step(state: TrainState, result: SumResult, config: Config) -> tuple[dict[str, float], Rates]:
+    """Update student, center and teacher from the sums of one step, and count it.
+
+    Returns:
+        The measures' means over all clips, and the rates used.
+    """
+    optim, num_slots = config.optim, config.optim.slots
+    state.exponents = next_exponents(result.quantities, state.exponents, first=state.step == 0)
+    *gradients, teacher_sum, measures = result.quantities
+    parameters = list(state.student.parameters())
+    gradients = [g.div_(num_slots).view_as(p) for g, p in zip(gradients, parameters, strict=True)]
+    if optim.gradient_clip is not None:
+        clip_each(gradients, optim.gradient_clip)
+    values = rates(state.step, optim)
+    set_rates(state.optimizer, values)
+    frozen = set(map(id, state.student.head.last_layer.parameters())) if state.step < optim.freeze_last_layer_steps else set()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = None if id(parameter) in frozen else gradient
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    _update_center(state, teacher_sum, config)
+    update_teacher(state.teacher, state.student, values.teacher_momentum)
+    state.step += 1
+    names = measure_names(config)
+    return dict(zip(names, (measures / num_slots).tolist(), strict=True)), values
+
+
+def _update_center(state: TrainState, teacher_sum: Tensor, config: Config) -> None:
+    """Equation 7: once a step, after all slots, over the nominal size of the batch."""
+    size = config.optim.slots * config.optim.clips_per_slot * config.clip.num_frames * config.num_globals
+    state.center.lerp_(teacher_sum / size, 1.0 - config.loss.center_momentum)

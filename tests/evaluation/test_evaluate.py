@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dora_ray import evaluate, export
+from dora_ray.errors import CheckpointError, ConfigError
+from tests.evaluation.checkpoints import small_config, write_checkpoint
+
+COLORS = {"blue": (30, 60, 220), "green": (40, 190, 60), "red": (220, 50, 40)}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Three classes of noisy color fields: an untrained encoder keeps color, so even it tells them apart."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 5)):
+        for name, color in COLORS.items():
+            (root / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = np.clip(rng.normal(color, 20, size=(36, 44, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{index:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "checkpoints" / "step-00000007", small_config())
+
+
+def test_knn_tells_colors_apart_and_says_what_it_did(checkpoint, images):
+    result = evaluate(checkpoint, "knn", data=images)
+    assert json.loads(json.dumps(result)) == result
+    assert result["task"] == "knn"
+    assert result["checkpoint"] == str(checkpoint)
+    assert result["data"] == str(images)
+    assert result["settings"]["neighbors"] == [20, 10, 100, 200]
+    assert result["settings"]["image_size"] == 32
+    numbers = result["results"]
+    assert numbers["top1"] == numbers["top1_by_k"]["20"]
+    assert sorted(numbers["top1_by_k"]) == ["10", "20", "36"]
+    assert numbers["k_lowered_to"] == 36
+    assert numbers["chance"] == pytest.approx(1 / 3)
+    assert numbers["top1_by_k"]["10"] > 0.8
+    assert (numbers["num_train"], numbers["num_test"], numbers["num_classes"]) == (36, 15, 3)
+
+
+def test_linear_tells_colors_apart(checkpoint, images):
+    result = evaluate(checkpoint, "linear", data=images, lr=0.1, epochs=30)
+    assert json.loads(json.dumps(result)) == result
+    assert result["results"]["top1"] > 0.8
+    assert result["results"]["top5"] == 1.0
+    assert result["results"]["num_blocks"] == 3  # the encoder has no fourth
+
+
+@pytest.mark.parametrize("task", ["knn", "linear"])
+def test_an_evaluation_repeats_itself_from_an_export_too(checkpoint, images, tmp_path, task):
+    options = {"epochs": 5} if task == "linear" else {}
+    first = evaluate(checkpoint, task, data=images, **options)
+    again = evaluate(export(checkpoint, tmp_path / "export"), task, data=images, **options)
+    assert first["results"] == again["results"]
+    assert first["settings"] == again["settings"]
+
+
+def test_a_random_encoder_ignores_the_weights(checkpoint, images, tmp_path):
+    other = write_checkpoint(tmp_path / "step-00000009", small_config(), step=9)
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[-4000:] = bytes(4000)
+    (other / "model.safetensors").write_bytes(bytes(content))
+    drawn = [evaluate(path, "knn", data=images, random_init=True, neighbors=(1, 2, 3)) for path in (checkpoint, other)]
+    assert drawn[0]["results"] == drawn[1]["results"]
+    assert drawn[0]["settings"]["random_init"] is True
+
+
+def test_fewer_images_and_another_size_can_be_asked_for(checkpoint, images):
+    result = evaluate(
+        checkpoint, "knn", data=images, max_images=9, image_size=48, neighbors=[3], batch_size=4, num_workers=1
+    )
+    assert (result["results"]["num_train"], result["results"]["num_test"]) == (9, 9)
+    assert result["results"]["k_lowered_to"] is None
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("nearest", {}, "choose from knn, linear, corloc, vos"),
+        ("knn", {"epochs": 3}, "knn.*has no option 'epochs'.*neighbors"),
+        ("knn", {"neighbours": (3,)}, "Did you mean neighbors"),
+        ("knn", {"neighbors": ()}, "neighbors"),
+        ("knn", {"neighbors": (0,)}, "neighbors"),
+        ("linear", {"lr": -1}, "lr=-1"),
+        ("knn", {"device": "toaster"}, "device='toaster'"),
+    ],
+)
+def test_what_is_not_known_or_allowed_is_refused(checkpoint, images, task, options, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(checkpoint, task, data=images, **options)
+
+
+def test_missing_data_and_checkpoints_have_their_own_errors(checkpoint, images, tmp_path):
+    with pytest.raises(ConfigError, match="train/CLASS"):
+        evaluate(checkpoint, "knn", data=tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        evaluate(tmp_path / "nothing", "knn", data=images)

@@ -1,0 +1,133 @@
+"""The configuration: what it accepts, and what it answers to what it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dora_ray.config import Config, flatten, known_keys, load_config, recipe_names
+from dora_ray.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", ["paper", "released", "tiny"])
+def test_every_recipe_loads(name: str) -> None:
+    assert name in recipe_names()
+    assert isinstance(load_config(name), Config)
+
+
+def test_paper_is_the_default() -> None:
+    assert load_config("paper") == Config()
+
+
+def test_paper_and_released_differ_as_the_method_says() -> None:
+    paper, released = (flatten(load_config(name).model_dump()) for name in ("paper", "released"))
+    different = {key: released[key] for key in paper if paper[key] != released[key]}
+    assert different == {
+        "tracking.block": -1,
+        "tracking.threshold": "batch",
+        "tracking.heads_per": "slot",
+        "loss.reduction": "released",
+        "crops.local_size": 112,
+    }
+
+
+def test_tiny_has_heads_enough_for_sweeps() -> None:
+    assert load_config("tiny").model.num_heads >= 6
+
+
+def test_architecture_gives_the_sizes() -> None:
+    model = load_config({"model": {"name": "vit_base_patch16_224", "depth": 3}}).model
+    assert (model.width, model.depth, model.num_heads) == (768, 3, 12)
+
+
+def test_overrides_win_over_file_over_base(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: tiny\noptim: {lr: 0.5, steps: 77}\n")
+    optim = load_config(str(path), "optim.steps=88").optim
+    assert (optim.lr, optim.steps, optim.slots) == (0.5, 88, load_config("tiny").optim.slots)
+
+
+def test_override_in_scientific_notation() -> None:
+    assert load_config("tiny", "optim.lr=1e-3").optim.lr == 1e-3
+
+
+def test_dump_and_load_round_trip() -> None:
+    config = load_config("tiny", "cluster.num_workers=[1, 2]")
+    assert load_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_fixed_names_exist() -> None:
+    fixed = """model.name model.width model.depth model.num_heads model.drop_path data.videos data.source data.store data.decoder
+    data.frames_per_second data.short_side clip.num_frames clip.stride_seconds clip.avoid_cuts crops.num_locals crops.local_size
+    crops.global_size crops.num_globals tracking.kind tracking.num_objects tracking.block tracking.normalize_patches
+    tracking.num_iterations tracking.epsilon tracking.threshold loss.student_temperature loss.teacher_temperature
+    loss.center_momentum loss.reduction head.num_outputs optim.steps optim.slots optim.clips_per_slot optim.lr optim.warmup_steps
+    optim.freeze_last_layer_steps optim.weight_decay optim.teacher_momentum optim.reduction cluster.num_workers cluster.use_gpu
+    run.seed run.checkpoint_seconds evaluation.images evaluation.every_steps""".split()
+    assert set(fixed) <= set(known_keys())
+
+
+def test_every_field_is_documented() -> None:
+    for name, section in Config.model_fields.items():
+        for key, field in section.default.__class__.model_fields.items():
+            assert field.description, f"{name}.{key} has no docstring"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("optim.lrr=1",), ["optim.lrr", "Did you mean optim.lr?"]),
+        (("num_objects=2",), ["num_objects", "Did you mean tracking.num_objects?"]),
+        (("tracking.num_objects=7",), ["tracking.num_objects=7", "6 attention heads", "at most 6"]),
+        (("cluster.num_workers=3",), ["cluster.num_workers=3", "2 slots", "at most 2"]),
+        (("cluster.num_workers=[2, 1]",), ["[fewest, most]"]),
+        (("tracking.kind=foo",), ["tracking.kind='foo'", "'dora', 'none' or 'random'"]),
+        (("tracking.block=-9",), ["tracking.block=-9", "4 blocks"]),
+        (("crops.local_size=33",), ["crops.local_size=33", "multiple of the patch size 8"]),
+        (("model.name=vit_huge",), ["vit_huge", "vit_small_patch16_224"]),
+        (("model.num_heads=7",), ["96", "7"]),
+        (("optim.lr=fast",), ["optim.lr='fast'", "number"]),
+        (("optim.lr",), ["section.key=value"]),
+        (("crops.num_globals=2",), ["crops.num_globals=2", "1 global view"]),
+        (("clip.num_frames=1",), ["clip.num_frames=1", "greater than or equal to 2"]),
+        (("clip.stride_seconds=0.01",), ["clip.stride_seconds=0.01", "12 frames a second"]),
+        (("optim.warmup_steps=9999",), ["optim.warmup_steps=9999"]),
+    ],
+)
+def test_bad_values_are_answered(overrides: tuple[str, ...], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny", *overrides)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_kind_none_alone_makes_the_baseline() -> None:
+    assert load_config("tiny", "tracking.kind=none").num_globals == 2
+
+
+def test_malformed_yaml_names_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("optim:\n  lr: [1, 2\nrun: {seed: 1}\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not valid YAML: line 3, column"):
+        load_config(str(path))
+
+
+def test_yaml_that_is_no_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="mapping of sections"):
+        load_config(str(path))
+
+
+def test_base_that_leads_to_itself(tmp_path: Path) -> None:
+    path = tmp_path / "loop.yaml"
+    path.write_text(f"base: {path}\n")
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        load_config(str(path))
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="Did you mean tiny"):
+        load_config("tinny")

@@ -1,0 +1,50 @@
+"""Files behind plain paths and behind URIs."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from dora_ray import files
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+
+def test_write_read_list_remove(root: str) -> None:
+    path = files.join(root, "a", "b.txt")
+    assert not files.exists(path)
+    assert files.list_names(files.join(root, "a")) == []
+    files.write_text(path, "naïve")
+    assert files.read_text(path) == "naïve"
+    assert files.list_names(files.join(root, "a")) == ["b.txt"]
+    files.remove(files.join(root, "a"))
+    assert not files.exists(path)
+
+
+def test_lines_survive_a_second_writer(root: str) -> None:
+    path = files.join(root, "lines.jsonl")
+    for line in ("one", "two"):
+        writer = files.LineFile(path)
+        writer.append(line)
+        writer.flush()
+    assert files.read_text(path) == "one\ntwo\n"
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "kept.txt"
+    files.write_text(path, "old")
+    with pytest.raises(TypeError):
+        files.write_bytes(path, "not bytes")  # type: ignore[arg-type]
+    assert files.read_text(path) == "old"
+    assert files.list_names(tmp_path) == ["kept.txt"]
+
+
+def test_absolute_keeps_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert files.absolute("runs/a") == str(tmp_path / "runs" / "a")
+    assert files.absolute("s3://bucket/a") == "s3://bucket/a"

@@ -1,0 +1,55 @@
+"""What attempts leave behind, and which of their lines are the history."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dora_ray.training.journal import Journal, collapse_warnings, read_history, read_lines, read_metrics
+
+ALIVE = {"teacher_entropy": 2.0, "teacher_diversity": 1.0, "object_overlap": 0.4}
+
+
+def attempt(run: str, begin: int, steps: range, mark: int, world_size: int = 1) -> None:
+    journal = Journal(run, step=begin, num_steps=10, world_size=world_size)
+    for step in steps:
+        journal.ledger(step, [mark, step])
+        journal.metrics(step + 1, {"loss": float(mark)})
+    journal.close()
+
+
+def test_a_later_attempt_takes_back_what_was_lost(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    attempt(run, 0, range(7), mark=1)
+    attempt(run, 4, range(4, 6), mark=2, world_size=2)
+    assert read_history(run) == {0: [1, 0], 1: [1, 1], 2: [1, 2], 3: [1, 3], 4: [2, 4], 5: [2, 5]}
+    assert [(line["step"], line["attempt"]) for line in read_metrics(run)] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
+    events = read_lines(str(tmp_path / "events.jsonl"))
+    assert [(e["event"], e["attempt"]) for e in events] == [("start", 1), ("start", 2), ("resize", 2)]
+    assert (events[-1]["before"], events[-1]["after"]) == (1, 2)
+
+
+def test_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    attempt(str(tmp_path), 0, range(2), mark=1)
+    with (tmp_path / "ledger.jsonl").open("a") as file:
+        file.write('{"attempt": 1, "step": 2, "slo')
+    assert list(read_history(str(tmp_path))) == [0, 1]
+    attempt(str(tmp_path), 1, range(1, 3), mark=2)
+    assert read_history(str(tmp_path)) == {0: [1, 0], 1: [2, 1], 2: [2, 2]}
+
+
+def test_status_is_whole_json(tmp_path: Path) -> None:
+    attempt(str(tmp_path), 0, range(1), mark=1)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"], status["steps"], status["world_size"]) == ("running", 1, 10, 1)
+
+
+def test_collapse_is_named() -> None:
+    assert collapse_warnings(ALIVE, num_outputs=256, num_images=32) == []
+    for measure, value, word in [
+        ("teacher_entropy", 5.54, "uniform"),
+        ("teacher_diversity", 0.001, "same output"),
+        ("object_overlap", 0.99, "objects"),
+    ]:
+        (warning,) = collapse_warnings(ALIVE | {measure: value}, num_outputs=256, num_images=32)
+        assert word in warning

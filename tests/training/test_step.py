@@ -1,0 +1,158 @@
+"""A step: the sum of its slots, whoever computes them; unreadable clips weigh nothing; what diverges is named."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+
+from dora_ray.config import Config, load_config
+from dora_ray.data.plan import slots_of_rank
+from dora_ray.data.stream import SlotBatch
+from dora_ray.errors import DivergenceError
+from dora_ray.training.step import (
+    TrainState,
+    apply_step,
+    draw_slot,
+    initial_state,
+    measure_names,
+    slot_output,
+    slot_quantities,
+    sum_slots,
+)
+from tests.conftest import SMALL
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small_config(*overrides: str) -> Config:
+    return load_config("tiny", *SMALL, *overrides)
+
+
+def batch(config: Config, step: int, slot: int, valid: list[bool] | None = None) -> SlotBatch:
+    size, count = config.crops.clip_size, config.optim.clips_per_slot
+    rng = np.random.default_rng([step, slot])
+    clips = rng.integers(0, 256, (count, config.clip.num_frames, size, size, 3), dtype=np.uint8)
+    return SlotBatch(step, slot, clips, np.array(valid or [True] * count), slot)
+
+
+def train(config: Config, world_size: int, steps: int = 4) -> TrainState:
+    """The state after some steps of `world_size` ranks, which hold equal states and are computed one after the other."""
+    state = initial_state(config, CPU)
+    records = torch.zeros(1, dtype=torch.int64)
+    for step in range(steps):
+        shares = [
+            [batch(config, step, slot) for slot in slots_of_rank(rank, world_size, config.optim.slots)]
+            for rank in range(world_size)
+        ]
+        sent: list[torch.Tensor] = []
+        for share in shares[1:]:
+            sum_slots(state, share, records, config, lambda flat: sent.append(flat.clone()))
+
+        def receive(flat: torch.Tensor, sent: list[torch.Tensor] = sent) -> None:
+            for other in sent:
+                flat += other
+
+        apply_step(state, sum_slots(state, shares[0], records, config, receive), config)
+    return state
+
+
+@pytest.mark.parametrize("kind", ["dora", "random", "none"])
+def test_weights_are_bit_identical_for_every_world_size(kind: str) -> None:
+    config = small_config(f"tracking.kind={kind}", "model.drop_path=0.2")
+    alone = train(config, 1)
+    for world_size in (2, 3, 4):
+        shared = train(config, world_size)
+        for name, tensor in alone.student.state_dict().items():
+            assert torch.equal(tensor, shared.student.state_dict()[name]), name
+        assert torch.equal(alone.center, shared.center)
+        assert torch.equal(alone.exponents, shared.exponents)
+
+
+def test_gradient_is_the_mean_over_all_clips() -> None:
+    """One slot of four clips and four slots of one clip hold the same clips and draws: so they have the same mean gradient."""
+    config = small_config("model.drop_path=0")
+    state = initial_state(config, CPU)
+    whole, draws = batch(config, 0, 0), draw_slot(config, 0, 0)
+    together = slot_output(state, whole.clips, whole.valid, draws, config).loss
+    alone = [
+        slot_output(state, whole.clips, np.arange(len(whole.valid)) == i, draws, config).loss for i in range(len(whole.valid))
+    ]
+    torch.testing.assert_close(together, torch.stack(alone).mean())
+
+
+def test_unreadable_clips_weigh_nothing_over_the_nominal_size() -> None:
+    config = small_config("model.drop_path=0")
+    state = initial_state(config, CPU)
+    full, half = batch(config, 0, 1), batch(config, 0, 1, [True, False])
+    garbage = deepcopy(half)
+    garbage.clips[1] = 255
+    for one, other in zip(slot_quantities(state, half, config), slot_quantities(state, garbage, config), strict=True):
+        assert torch.equal(one, other)
+    readable = slot_output(state, full.clips, half.valid, draw_slot(config, 0, 1), config)
+    loss = slot_quantities(state, half, config)[-1][0]
+    torch.testing.assert_close(loss, readable.loss.detach().float() / 2)
+    nothing = slot_quantities(state, batch(config, 0, 1, [False, False]), config)
+    assert all(not quantity.any() for quantity in nothing)
+
+
+def test_last_layer_is_frozen_first_and_clipped_gradients_move_the_rest() -> None:
+    config = small_config("optim.freeze_last_layer_steps=1")
+    state = initial_state(config, CPU)
+    for step, moves in enumerate([False, True]):
+        before = {name: tensor.clone() for name, tensor in state.student.state_dict().items()}
+        batches = [batch(config, step, slot) for slot in range(config.optim.slots)]
+        state.optimizer.param_groups[0]["lr"] = 1.0
+        apply_step(state, sum_slots(state, batches, torch.zeros(0, dtype=torch.int64), config, None), config)
+        moved = {name for name, tensor in state.student.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert ("head.last_layer.direction" in moved) == moves
+        assert state.step == step + 1
+
+
+def test_center_is_a_moving_average_over_the_batch() -> None:
+    config = small_config()
+    state = initial_state(config, CPU)
+    batches = [batch(config, 0, slot) for slot in range(config.optim.slots)]
+    outputs = [slot_output(state, b.clips, b.valid, draw_slot(config, 0, b.slot), config).teacher_sum for b in batches]
+    views = config.optim.slots * config.optim.clips_per_slot * config.clip.num_frames
+    expected = 0.1 * torch.stack(outputs).sum(0) / views
+    apply_step(state, sum_slots(state, batches, torch.zeros(0, dtype=torch.int64), config, None), config)
+    torch.testing.assert_close(state.center, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_not_finite_names_measure_and_step() -> None:
+    config = small_config()
+    state = initial_state(config, CPU)
+    with torch.no_grad():
+        state.student.head.mlp[0].bias.fill_(float("nan"))
+    with pytest.raises(DivergenceError, match=r"step 0: .*loss.* is not finite"):
+        sum_slots(state, [batch(config, 0, 0)], torch.zeros(0, dtype=torch.int64), config, None)
+
+
+@pytest.mark.parametrize("heads_per", ["clip", "slot"])
+def test_heads_are_distinct_and_drawn_per_clip_or_slot(heads_per: str) -> None:
+    config = small_config(f"tracking.heads_per={heads_per}", "optim.clips_per_slot=16")
+    heads = draw_slot(config, 5, 1).heads
+    assert heads.shape == (16, 3)
+    assert all(len(set(row)) == 3 and set(row) <= set(range(6)) for row in heads.tolist())
+    assert (len({tuple(row) for row in heads.tolist()}) == 1) == (heads_per == "slot")
+
+
+@pytest.mark.parametrize("kind", ["dora", "random", "none"])
+@pytest.mark.parametrize("num_locals", [0, 2])
+def test_measures_are_those_of_the_method(kind: str, num_locals: int) -> None:
+    config = small_config(f"tracking.kind={kind}", f"crops.num_locals={num_locals}")
+    state = initial_state(config, CPU)
+    one = batch(config, 0, 0)
+    output = slot_output(state, one.clips, one.valid, draw_slot(config, 0, 0), config)
+    assert set(output.measures) == set(measure_names(config))

@@ -1,0 +1,154 @@
+"""Whole trainings in this process, on a real video: what they leave behind, and that a resumed one is the undisturbed one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+import dora_ray
+from dora_ray.errors import CheckpointError, ConfigError, DivergenceError, VideoError
+from dora_ray.training.journal import read_history, read_lines, read_metrics
+from dora_ray.training.launch import dry_run
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")  # the ingest runs on it
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, store: Path, ray_cluster) -> Path:
+    """A small run that nothing disturbed."""
+    from tests.conftest import BIKES, SMALL
+
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    config = dora_ray.load_config("tiny", *SMALL, f"data.videos=[{BIKES}]", f"data.store={store}")
+    lines: list[dict] = []
+    result = dora_ray.train(config, out=run, on_metrics=lines.append)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert result.path == str(run)
+    assert result.metrics["step"] == 6
+    assert Path(result.checkpoint).name == "step-00000006"
+    return run
+
+
+def test_run_folder(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "events.jsonl", "ledger.jsonl", "status.json", "tensorboard", "checkpoints"} <= names
+    assert json.loads((finished / "status.json").read_text())["state"] == "done"
+    assert [event["event"] for event in read_lines(str(finished / "events.jsonl"))][-1] == "end"
+    assert any((finished / "tensorboard").iterdir())
+    assert list(read_history(str(finished))) == list(range(6))
+    assert dora_ray.load_config(yaml.safe_load((finished / "config.yaml").read_text())).optim.steps == 6
+
+
+def test_checkpoint_folder(finished: Path) -> None:
+    folder = finished / "checkpoints" / "step-00000006"
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "state.pt", "meta.json"}
+    state = torch.load(folder / "state.pt", weights_only=True)
+    assert state["step"] == 6
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["bad_clips"] == []
+    assert meta["plan_digest"]
+
+
+def test_metrics_hold_what_collapse_would_show_in(finished: Path) -> None:
+    line = read_metrics(str(finished))[-1]
+    assert {
+        "loss", "teacher_entropy", "teacher_kl_uniform", "center_norm", "mask_area", "object_overlap", "sinkhorn_residual",
+        "object_agreement", "clips_per_second", "data_wait_seconds", "lr",
+    } <= line.keys()  # fmt: skip
+
+
+def test_resumed_run_is_the_undisturbed_run(finished: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
+    run = tmp_path / "cut"
+    short = dora_ray.load_config("tiny", *small, "run.checkpoint_seconds=0.001", "run.keep_checkpoints=9")
+    dora_ray.train(short, out=run)
+    checkpoints = run / "checkpoints"
+    for name in ("step-00000006", "step-00000005", "step-00000004"):
+        for path in sorted(checkpoints.glob(f"{name}/*")):
+            path.unlink()
+    (checkpoints / "latest").write_text("step-00000003\n")
+    dora_ray.train(short, out=run, resume=True)
+    assert same(weights_of(run), weights_of(finished))
+    assert read_history(str(run)) == read_history(str(finished))
+    attempts = {line["attempt"] for line in read_metrics(str(run)) if line["step"] > 3}
+    assert attempts == {2}
+
+
+def test_resume_without_configuration_takes_the_runs_own(finished: Path) -> None:
+    before = weights_of(finished)
+    assert dora_ray.train(out=finished, resume=True).metrics["step"] == 6
+    assert same(before, weights_of(finished))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("tracking.num_objects=2", "tracking.num_objects: 3 in the checkpoint, 2 now"),
+        ("run.seed=1", "seed: 0 in the checkpoint, 1 now"),
+        ("optim.slots=2", "optim.slots: 4 in the checkpoint, 2 now"),
+        ("model.width=96", "width"),
+    ],
+)
+def test_resume_with_another_plan_or_model_is_refused(finished: Path, small: tuple[str, ...], override: str, words: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(CheckpointError, match=words):
+        dora_ray.train(dora_ray.load_config("tiny", *small, override), out=finished, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_folder_in_use_is_refused(finished: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
+    config = dora_ray.load_config("tiny", *small)
+    with pytest.raises(ConfigError, match=r"is in use .*--resume.*--overwrite"):
+        dora_ray.train(config, out=finished)
+    (tmp_path / "holiday.jpg").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="not a run of dora_ray"):
+        dora_ray.train(config, out=tmp_path, overwrite=True)
+    assert (tmp_path / "holiday.jpg").read_bytes() == b"mine"
+
+
+def test_divergence_is_named_and_recorded(tmp_path: Path, small: tuple[str, ...]) -> None:
+    config = dora_ray.load_config("tiny", *small, "optim.lr=1e30", "optim.warmup_steps=0")
+    with pytest.raises(DivergenceError, match=r"step \d: .* is not finite"):
+        dora_ray.train(config, out=tmp_path / "run")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["error"] == "DivergenceError"
+
+
+def test_video_shorter_than_a_clip(tmp_path: Path, small: tuple[str, ...]) -> None:
+    config = dora_ray.load_config("tiny", *small, "clip.stride_seconds=20")
+    with pytest.raises(VideoError, match=r"needs 20 s.*Lower"):
+        dora_ray.train(config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_videos(tmp_path: Path, small: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.videos is empty"):
+        dora_ray.train(dora_ray.load_config("tiny", *small, "data.videos=[]"), out=tmp_path / "run")
+
+
+def test_online_knn(tmp_path: Path, small: tuple[str, ...]) -> None:
+    from dora_ray.data.synthetic import make_photo_classes
+
+    make_photo_classes(tmp_path / "photos", seed=0)
+    config = dora_ray.load_config("tiny", *small, "optim.steps=2", f"evaluation.images={tmp_path / 'photos'}", "evaluation.max_images=40")
+    assert 0 <= dora_ray.train(config, out=tmp_path / "run").metrics["knn"] <= 1
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, small: tuple[str, ...]) -> None:
+    text = dry_run(dora_ray.load_config("tiny", *small), out=tmp_path / "run")
+    assert yaml.safe_load(text)["would_do"]["clips_a_step"] == 8
+    assert not (tmp_path / "run").exists()

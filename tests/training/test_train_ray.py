@@ -1,0 +1,83 @@
+"""Trainings on a real Ray cluster: any number of workers, and a worker killed in the middle, give the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import dora_ray
+from dora_ray.errors import ClusterError, DivergenceError
+from dora_ray.training.journal import read_history, read_lines
+from tests.training.test_train_local import same, weights_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, store: Path, ray_cluster) -> Path:
+    """The run that the others are compared with, in this process."""
+    from tests.conftest import BIKES, SMALL
+
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    config = dora_ray.load_config("tiny", *SMALL, f"data.videos=[{BIKES}]", f"data.store={store}", "optim.steps=30")
+    dora_ray.train(config, out=run)
+    return run
+
+
+def test_three_workers_that_do_not_divide_the_slots(undisturbed: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
+    config = dora_ray.load_config("tiny", *small, "optim.steps=30", "cluster.num_workers=3", "data.window_steps=11")
+    result = dora_ray.train(config, out=tmp_path / "run")
+    assert result.metrics["world_size"] == 3
+    assert same(weights_of(tmp_path / "run"), weights_of(undisturbed))
+    assert read_history(result.path) == read_history(str(undisturbed))
+
+
+def test_killed_worker_costs_nothing_but_time(undisturbed: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
+    run = tmp_path / "run"
+    config = dora_ray.load_config(
+        "tiny", *small, "optim.steps=30", "cluster.num_workers=[1, 2]", "run.checkpoint_seconds=0.05", "data.slots_per_task=2"
+    )
+    killed: list[int] = []
+
+    def kill_after_a_checkpoint() -> None:
+        while not killed and not stop.wait(0.05):
+            events = read_lines(str(run / "events.jsonl"))
+            if any(event["event"] == "checkpoint" for event in events):
+                killed.append(next(event["pid"] for event in events if event["event"] == "start"))
+                os.kill(killed[0], signal.SIGKILL)
+
+    stop = threading.Event()
+    killer = threading.Thread(target=kill_after_a_checkpoint)
+    killer.start()
+    try:
+        dora_ray.train(config, out=run)
+    finally:
+        stop.set()
+        killer.join()
+    events = read_lines(str(run / "events.jsonl"))
+    assert killed
+    assert [event["event"] for event in events].count("start") >= 2
+    assert any(event["event"] == "failure" for event in events)
+    assert same(weights_of(run), weights_of(undisturbed))
+    assert read_history(str(run)) == read_history(str(undisturbed))
+
+
+def test_divergence_stops_all_workers_at_once(tmp_path: Path, small: tuple[str, ...]) -> None:
+    config = dora_ray.load_config("tiny", *small, "optim.lr=1e30", "optim.warmup_steps=0", "cluster.num_workers=2")
+    started = time.monotonic()
+    with pytest.raises(DivergenceError, match=r"step \d: .* is not finite"):
+        dora_ray.train(config, out=tmp_path / "run")
+    assert [event["event"] for event in read_lines(str(tmp_path / "run" / "events.jsonl"))].count("start") == 1
+    assert time.monotonic() - started < 120
+
+
+def test_more_gpus_than_there_are(tmp_path: Path, small: tuple[str, ...]) -> None:
+    config = dora_ray.load_config("tiny", *small, "cluster.num_workers=2", "cluster.use_gpu=true")
+    with pytest.raises(ClusterError, match=r"the cluster has 0 GPUs; 2 workers .* need 2 GPUs"):
+        dora_ray.train(config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
