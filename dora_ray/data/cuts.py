@@ -1,12 +1,15 @@
 """Shot cuts, and the few bytes kept of every stored frame that they are found from.
 
-A signature is 64 + 256 + 64 + 64 bytes: a joint color histogram (4 x 4 x 4 bins of y, u, v; each byte 255 times the square root
-of the bin's share, so that a dot product is the Bhattacharyya coefficient), and area-averaged thumbnails of y (16 x 16), u and v (8 x 8).
+A signature is 64 + 256 + 64 + 64 bytes: a joint color histogram (4 x 4 x 4 bins of y, u, v; each byte 255 times the
+square root of the bin's share, so that a dot product is the Bhattacharyya coefficient), and area-averaged thumbnails of
+y (16 x 16), u and v (8 x 8).
 
 F frames, H and W a picture's height and width.
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 
@@ -21,7 +24,7 @@ RATIO = 2.5
 
 def signature(y: np.ndarray, u: np.ndarray, v: np.ndarray) -> bytes:
     """SIGNATURE_BYTES bytes of one picture: y (H, W), u and v (H / 2, W / 2), uint8."""
-    bins = (y[::2, ::2] >> 6).astype(np.intp) * 16 + (u >> 6) * 4 + (v >> 6)
+    bins = (y[::2, ::2] >> 2 & 0b110000) | (u >> 4 & 0b1100) | (v >> 6)
     share = np.bincount(bins.ravel(), minlength=HISTOGRAM) / bins.size
     histogram = np.rint(255 * np.sqrt(share)).astype(np.uint8)
     half = THUMB // 2
@@ -43,8 +46,8 @@ def lightness(signatures: np.ndarray) -> np.ndarray:
 def distances(signatures: np.ndarray) -> np.ndarray:
     """(F, SIGNATURE_BYTES) -> (F,) how much each frame differs from the one before, 0 same to 1; the first is 0.
 
-    The mean of two views that fail in different places: the histogram's Hellinger distance (blind to motion, moved by light)
-    and one minus the thumbnails' correlation (blind to light, moved by motion).
+    The mean of two views that fail in different places: the histogram's Hellinger distance (blind to motion, moved by
+    light) and one minus the thumbnails' correlation (blind to light, moved by motion).
     """
     result = np.zeros(len(signatures))
     if len(signatures) > 1:
@@ -60,8 +63,8 @@ def distances(signatures: np.ndarray) -> np.ndarray:
 def find_cuts(signatures: np.ndarray) -> np.ndarray:
     """(F, SIGNATURE_BYTES) uint8 -> (F,) bool, True where a frame starts a new shot; the first frame never does.
 
-    A frame is a cut where its distance to the frame before is above FLOOR, above RATIO times the median of the distances
-    of the NEIGHBORS frames on each side (what motion alone does just there), and the largest within one frame of it.
+    A frame is a cut where its distance to the frame before is above FLOOR, above RATIO times the median distance of the
+    NEIGHBORS frames on each side (what motion alone does just there), and the largest within one frame of it.
     """
     distance = distances(signatures)
     num_frames = len(distance)
@@ -80,10 +83,15 @@ def find_cuts(signatures: np.ndarray) -> np.ndarray:
 def _thumb(plane: np.ndarray, size: int) -> np.ndarray:
     """(H, W) -> (size, size) uint8 area means; rows and columns are repeated where a picture has fewer than `size`."""
     height, width = plane.shape
-    rows = np.arange(size) * height // size
-    columns = np.arange(size) * width // size
-    if height < size or width < size:
-        return plane[np.ix_(rows, columns)]
-    sums = np.add.reduceat(np.add.reduceat(plane, rows, axis=0, dtype=np.uint32), columns, axis=1)
-    counts = np.diff(rows, append=height)[:, None] * np.diff(columns, append=width)
-    return np.rint(sums / counts).astype(np.uint8)
+    rows, columns = _bins(height, size), _bins(width, size)
+    sums = rows @ plane.astype(np.float32) @ columns.T
+    return np.rint(sums / (rows.sum(1)[:, None] * columns.sum(1))).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=32)
+def _bins(length: int, size: int) -> np.ndarray:
+    """(size, length) float32: 1 where a pixel belongs to a bin; every bin has at least one."""
+    starts = np.arange(size) * length // size
+    stops = np.maximum(np.arange(1, size + 1) * length // size, starts + 1)
+    pixel = np.arange(length)
+    return ((pixel >= starts[:, None]) & (pixel < stops[:, None])).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Decoders behind one protocol: frames asked for by presentation time, downscaled, as full-range BT.601 planes (what JPEG holds).
+"""Decoders behind one protocol: frames by presentation time, downscaled, as the full-range BT.601 planes of JPEG.
 
 A decoder that is known to show another frame than the one asked for refuses the file and says why: a missing frame is
 recorded, a wrong one would go unseen.
@@ -18,7 +18,8 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from dora_ray import files
-from dora_ray.data.video import VideoIndex, open_container, video_stream
+from dora_ray.data.sources import open_container, video_stream
+from dora_ray.data.video import VideoIndex
 from dora_ray.errors import ConfigError, VideoError
 
 NAMES = ("pyav", "decord", "torchcodec")
@@ -57,8 +58,9 @@ class Decoder(Protocol):
         """Why this decoder would be wrong on the file; None where it is right."""
 
     def decode(self, index: VideoIndex, pts: Sequence[int], *, short_side: int) -> Iterator[DecodedFrame]:
-        """The frames shown from the times `pts` (ascending ticks of `index.pts`), best within one segment, in that order.
+        """The frames shown from the times `pts` on, in that order.
 
+        The times are ascending ticks of `index.pts`, best within one segment: decoding starts at the key frame before.
         Frames that cannot be decoded, or that depend on damaged ones, are left out.
 
         Raises:

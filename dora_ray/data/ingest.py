@@ -1,7 +1,8 @@
 """Ingest: a Ray Data job that decodes every video once, by key-frame-aligned segments, into the frame store.
 
-A task decodes the frames that one segment still lacks and writes them as a data file; the driver commits those files to the
-datasets as results come in. A killed ingest therefore repeats only the segments in flight, and one with nothing to do starts no Ray.
+A task decodes the frames that one segment still lacks and writes them as a data file; the driver commits those files
+to the datasets as results come in, every COMMIT_SECONDS. A killed ingest therefore repeats the segments in flight and
+those few seconds, and one with nothing to do starts no Ray.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import numpy as np
 from dora_ray import files
 from dora_ray.data import store as frame_store
 from dora_ray.data.decoders import get_decoder, scaled_size
+from dora_ray.data.sources import find_videos
 from dora_ray.data.store import StoredVideo
-from dora_ray.data.video import VideoIndex, find_videos
+from dora_ray.data.video import VideoIndex
 from dora_ray.errors import VideoError
 
 logger = logging.getLogger(__name__)
@@ -249,7 +251,7 @@ def _consume(
             results.put(row)
             if stop.is_set():
                 return
-    except Exception as error:  # it is raised again by the thread that waits for the results
+    except Exception as error:  # noqa: BLE001  it is raised again by the thread that waits for the results
         results.put(error)
 
 
@@ -261,7 +263,7 @@ def _dataset(work: Sequence[_Work], task: Callable[..., dict[str, Any]]) -> Any:
         ray.init(address="local", include_dashboard=False, log_to_driver=False)
     import ray.data
 
-    # Our progress callback speaks for the job: Ray Data's note that its bars are off, and its closing line, are left out.
+    # Our progress callback speaks for the job: Ray Data's note that its bars are off, and its last line, are left out.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     items = [{"work": json.dumps(vars(part))} for part in work]

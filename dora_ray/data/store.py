@@ -29,10 +29,11 @@ from lance.fragment import FragmentMetadata, write_fragments
 from dora_ray import files
 from dora_ray.data import cuts
 from dora_ray.data.decoders import DecodedFrame, scaled_size
-from dora_ray.data.video import VideoIndex, file_stamp, index_video
+from dora_ray.data.sources import file_stamp
+from dora_ray.data.video import VideoIndex, index_video
 from dora_ray.errors import VideoError
 
-# Ray forks only to exec its daemons at once, which is safe; lance warns at every fork of a process that has imported it.
+# Ray forks only to exec its daemons at once, which is safe; lance warns at every fork of a process that imported it.
 warnings.filterwarnings("ignore", message="lance is not fork-safe")
 
 INDEX_NAME = "index.npz"

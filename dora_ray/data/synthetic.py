@@ -1,4 +1,4 @@
-"""Made data: videos whose every frame says its number, and a small labeled image set from photographs that packages ship.
+"""Made data: videos whose frames say their numbers, and a small labeled image set from photographs that packages ship.
 
 H, W height and width of a picture, pixels.
 """
@@ -56,7 +56,8 @@ def make_video(
 
     Args:
         path: .mp4, .mkv, .webm, .ts ...: the suffix chooses the container.
-        width, height: pixels, even; the width at least 80, or the numbers cannot be read.
+        width: pixels, even, at least 80, or the numbers cannot be read.
+        height: pixels, even.
         num_frames: at most 65536, the numbers that can be painted.
         frames_per_second: constant.
         seed: the same seed gives the same pictures.
@@ -98,7 +99,19 @@ def encode_video(
     times: Sequence[float] | None = None,
     rotation: int = 0,
 ) -> Path:
-    """Encode (H, W, 3) uint8 RGB pictures; `times` (seconds) makes the rate variable, `rotation` (degrees counterclockwise) is a flag."""
+    """Encode (H, W, 3) uint8 RGB pictures.
+
+    Args:
+        path: the suffix chooses the container.
+        frames: the pictures, all of one size.
+        frames_per_second: the nominal rate.
+        codec: an encoder of PyAV's FFmpeg.
+        group_size: frames from key frame to key frame, at most.
+        options: of the encoder.
+        pixel_format: FFmpeg's name of the stored format.
+        times: seconds at which each picture is shown, ascending, where the rate is variable.
+        rotation: degrees counterclockwise that players are told to turn the pictures: 0, 90, 180 or 270.
+    """
     rate = Fraction(frames_per_second).limit_denominator(1001)
     base = Fraction(1, 90000) if times is not None else 1 / rate
     with av.open(str(path), "w") as container:
@@ -140,11 +153,12 @@ def read_counter(picture: np.ndarray) -> int:
 def make_photo_classes(
     out: str | Path, *, seed: int, size: int = 64, num_train: int = 80, num_test: int = 40
 ) -> list[str]:
-    """Write out/{train,test}/CLASS/NNN.jpg: crops of ten photographs that scikit-image and scikit-learn ship, a class each.
+    """Write out/{train,test}/CLASS/NNN.jpg: crops of ten photographs that scikit-image and scikit-learn ship.
 
-    A photograph is divided into 4 x 4 cells like a chessboard: training crops lie in white cells, test crops in black ones,
-    so no pixel is in both. A crop takes half to all of its cell, at random, is perhaps mirrored, and every channel is brought
-    to a random mean and contrast, so that average color says nothing about the class.
+    A photograph is a class. It is divided into cells like a chessboard, a quarter of its short side each: training
+    crops lie in white cells, test crops in black ones, so no pixel is in both. A crop takes half to all of its cell's
+    side, is perhaps mirrored, and every channel is brought to a random mean and contrast, so that average color says
+    nothing about the class.
 
     What accuracy on it measures: whether features of texture, edges and material carry over to other parts of the same
     photograph under changes of scale and color. It does not measure recognition of object categories, and its numbers
@@ -154,7 +168,8 @@ def make_photo_classes(
         out: folder, made as needed.
         seed: the same seed gives the same files.
         size: side of a crop, pixels.
-        num_train, num_test: crops of each class.
+        num_train: training crops of each class.
+        num_test: test crops of each class.
 
     Returns:
         The class names.
@@ -204,7 +219,7 @@ class _Scene:
 
 
 def _texture(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """(height, width, 3) uint8: noise at six scales, the coarse ones strongest, colored by a palette of four random colors."""
+    """(height, width, 3) uint8: noise at six scales, the coarse ones strongest, in a palette of four random colors."""
     size = (int(width), int(height))
     picture = Image.new("L", size, 127)
     for octave in range(6):

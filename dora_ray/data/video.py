@@ -1,42 +1,35 @@
-"""Video files: finding them, and the index of what is in one.
+"""The index of what is in a video file.
 
-Frames are named by their presentation time (pts, an integer in units of the stream's time base), never by number / rate:
-rates are averages, and the frame counts in headers are missing or wrong in cut, truncated and streamed files.
+Frames are named by their presentation time (pts, an integer in units of the stream's time base), never by
+number / rate: rates are averages, and the frame counts in headers are missing or wrong in cut, truncated and streamed
+files.
 
 F frames of the file, G key frames.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import importlib.util
 import io
 import json
-import os
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
-import fsspec
 import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
-from fsspec.core import url_to_fs
 
 from dora_ray import files
+from dora_ray.data.sources import file_stamp, find_videos, open_container, video_stream
 from dora_ray.errors import VideoError
 
-SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .ts .m2ts .mts .mpg .mpeg .wmv .flv .ogv .3gp .gif".split(),
-)
-PACKAGE = "package:"
+__all__ = ["Segment", "VideoIndex", "find_videos", "index_video"]
+
 INDEX_FORMAT = 1
 LOST_SECONDS = 1.0
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
@@ -56,7 +49,8 @@ class VideoIndex:
     """What one pass over a file's packets tells, without decoding more than its first picture.
 
     Attributes:
-        digest: hash of the times, sizes, key flags and the first bytes of the key frames: two files with one digest hold one video.
+        digest: hash of the times, sizes, key flags and the first bytes of the key frames: two files with one digest
+            hold one video.
         time_base: numerator and denominator of a tick, seconds.
         pts: (F,) int64 ascending, ticks: every frame that can be shown.
         key_pts: (G,) int64 ascending, ticks: frames that decoding can start at.
@@ -119,7 +113,8 @@ class VideoIndex:
     def kept_frames(self, frames_per_second: float) -> np.ndarray:
         """Positions in `pts` of the frames on screen at 0, 1/r, 2/r ... seconds, each once, ascending.
 
-        Containers round times to their tick (1 ms in Matroska), so a frame counts as shown half a tick, at most 1 ms, early.
+        Containers round times to their tick (1 ms in Matroska), so a frame counts as shown half a tick, at most 1 ms,
+        early.
         """
         times = self.times
         slack = min(self.tick / 2, 1e-3) + 1e-9
@@ -167,65 +162,6 @@ class VideoIndex:
         record["time_base"] = tuple(record["time_base"])
         record["warnings"] = tuple(record["warnings"])
         return cls(pts=pts, key_pts=key_pts, **record)
-
-
-def find_videos(patterns: Sequence[str]) -> list[str]:
-    """Video files that the patterns name, as absolute paths or URIs, sorted, each once.
-
-    A pattern is a file, a folder (searched to its bottom for video suffixes), a glob, a URI, or package:NAME/PATH for a file
-    inside an installed Python package, which is located without importing it.
-
-    Raises:
-        VideoError: a pattern matches nothing.
-    """
-    found = {path for pattern in patterns for path in _matches(pattern)}
-    return sorted(found)
-
-
-def file_stamp(path: str) -> tuple[int, int]:
-    """Size in bytes and modification time in ns (0 where the file system has none): what tells a changed file."""
-    if not files.is_remote(path):
-        status = Path(path).stat()
-        return status.st_size, status.st_mtime_ns
-    filesystem, inner = url_to_fs(path)
-    return int(filesystem.info(inner).get("size") or 0), 0
-
-
-@contextmanager
-def open_container(path: str) -> Iterator[InputContainer]:
-    """The file as a PyAV container; remote files are read through fsspec.
-
-    Raises:
-        VideoError: the file is missing, empty, a folder, or nothing that FFmpeg reads.
-    """
-    source: Any = None
-    try:
-        _check_there(path)
-        source = fsspec.open(path, "rb").open() if files.is_remote(path) else path
-        container = av.open(source, metadata_errors="replace")
-    except (OSError, av.FFmpegError) as error:
-        raise VideoError(_open_failure(path, error)) from error
-    try:
-        yield container
-    finally:
-        container.close()
-        if source is not path:
-            source.close()
-
-
-def video_stream(container: InputContainer, path: str) -> VideoStream:
-    """The first moving-picture stream.
-
-    Raises:
-        VideoError: a still picture, or sound only (a song's cover is not a video).
-    """
-    if "image2" in container.format.name or container.format.name.endswith("_pipe"):
-        raise VideoError(f"{path}: is a still picture ({container.format.name}), not a video; name a video file")
-    for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            return stream
-    kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-    raise VideoError(f"{path}: has no video stream (it holds: {kinds}); name a file with pictures")
 
 
 def index_video(path: str) -> VideoIndex:
@@ -325,7 +261,7 @@ def _build_index(path: str, container: InputContainer, stream: VideoStream, scan
 
 
 def _timeline(path: str, scan: _Scan) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(F,) and (G,) ascending times, and whether some frames follow a key frame in the file and precede it on screen."""
+    """(F,) and (G,) ascending times, and whether some frames are stored after a key frame and shown before it."""
     if not scan.pts and scan.without_time:
         raise VideoError(
             f"{path}: its frames carry no presentation times; copy it into Matroska: ffmpeg -i IN -c copy OUT.mkv"
@@ -334,7 +270,7 @@ def _timeline(path: str, scan: _Scan) -> tuple[np.ndarray, np.ndarray, bool]:
     if not keys.any():
         detail = f" ({scan.broken})" if scan.broken else ""
         raise VideoError(
-            f"{path}: no key frame among {len(order)} packets{detail}, so nothing in it can be decoded; get the file again"
+            f"{path}: no key frame among {len(order)} packets{detail}, so it cannot be decoded; get the file again"
         )
     key_pts = np.unique(order[keys])
     latest_key = np.maximum.accumulate(np.where(keys, order, np.iinfo(np.int64).min))
@@ -381,8 +317,8 @@ def _warnings(
     found = []
     if declared - real > LOST_SECONDS:
         found.append(
-            f"{path}: its header promises {declared:.1f} s, {real:.1f} s are there: the end is lost (a broken download?);"
-            " what is there is used"
+            f"{path}: its header promises {declared:.1f} s, {real:.1f} s are there: the end is lost"
+            " (a broken download?); what is there is used"
         )
     if scan.broken:
         found.append(f"{path}: reading stopped at {real:.1f} s ({scan.broken}); what comes before is used")
@@ -390,74 +326,3 @@ def _warnings(
         name = HDR_TRANSFERS[transfer]
         found.append(f"{path}: high dynamic range ({name}, {pixel_format}) is not tone-mapped; colors will look flat")
     return tuple(found)
-
-
-def _check_there(path: str) -> None:
-    if files.is_remote(path):
-        return
-    place = Path(path)
-    if not place.exists():
-        raise VideoError(f"{path}: no such file; check the path, on every node")
-    if place.is_dir():
-        raise VideoError(f"{path}: is a folder, and one video file is wanted here")
-    if place.stat().st_size == 0:
-        raise VideoError(f"{path}: is empty (0 bytes); get the file again")
-
-
-def _open_failure(path: str, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error)
-    if isinstance(error, PermissionError):
-        return f"{path}: may not be read ({reason}); check its permissions or your credentials"
-    if isinstance(error, FileNotFoundError):
-        return f"{path}: no such file ({reason}); check the path"
-    return (
-        f"{path}: is not a video that FFmpeg can read ({reason}), or an MP4 whose end was cut off; get the file again"
-    )
-
-
-def _matches(pattern: str) -> list[str]:
-    if pattern.startswith(PACKAGE):
-        return _matches(_inside_package(pattern))
-    if files.is_remote(pattern):
-        return _remote_matches(pattern)
-    place = files.absolute(pattern)
-    if os.path.isdir(place):
-        found = [str(p) for p in Path(place).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-        return found or _nothing(pattern, f"the folder holds no video ({' '.join(sorted(SUFFIXES))})")
-    if os.path.exists(place):
-        return [place]
-    if not glob.has_magic(place):
-        return _nothing(pattern, "no such file or folder")
-    found = [p for p in glob.glob(place, recursive=True) if Path(p).suffix.lower() in SUFFIXES and Path(p).is_file()]
-    return found or _nothing(pattern, "no video matches")
-
-
-def _remote_matches(pattern: str) -> list[str]:
-    filesystem, inner = url_to_fs(pattern)
-    try:
-        if glob.has_magic(inner):
-            found = filesystem.glob(inner)
-        elif pattern.startswith(("http://", "https://")) or not filesystem.isdir(inner):
-            return [pattern]
-        else:
-            found = filesystem.find(inner)
-    except OSError as error:
-        raise VideoError(f"{pattern}: cannot be listed ({error}); check the address and your credentials") from error
-    videos = [str(filesystem.unstrip_protocol(p)) for p in found if Path(p).suffix.lower() in SUFFIXES]
-    return videos or _nothing(pattern, "no video there")
-
-
-def _inside_package(pattern: str) -> str:
-    """The file system path of package:NAME/PATH."""
-    name, _, inner = pattern.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None:
-        raise VideoError(f"{pattern}: the Python package {name!r} is not installed; install it, or name a file")
-    folders = list(spec.submodule_search_locations or [])
-    if not folders:
-        raise VideoError(f"{pattern}: {name!r} is a single module without a folder of files; name another package")
-    return str(Path(folders[0], inner))
-
-
-def _nothing(pattern: str, reason: str) -> list[str]:
-    raise VideoError(f"videos: {pattern!r}: {reason}; give a file, a folder, a glob, a URI or package:NAME/PATH")

@@ -1,4 +1,4 @@
-"""Labelled images of a folder, and a frozen encoder's features of them.
+"""Labeled images of a folder, and a frozen encoder's features of them.
 
 Legend: M images, D width, S size of a square image in pixels.
 
@@ -32,7 +32,7 @@ LAYOUT = "FOLDER/train/CLASS/image.jpg and FOLDER/test/CLASS/image.jpg (val/ in 
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """Image files and their labels, in a fixed order (by class, then by name).
 
     Attributes:
@@ -45,15 +45,15 @@ class LabelledImages:
     labels: Tensor
     classes: tuple[str, ...]
 
-    def thinned(self, max_images: int | None) -> LabelledImages:
+    def thinned(self, max_images: int | None) -> LabeledImages:
         """At most `max_images` of them, evenly spaced over the list, so that every class keeps its share; None: all."""
         if max_images is None or max_images >= len(self.paths):
             return self
         kept = [index * len(self.paths) // max_images for index in range(max_images)]
-        return LabelledImages(tuple(self.paths[index] for index in kept), self.labels[kept], self.classes)
+        return LabeledImages(tuple(self.paths[index] for index in kept), self.labels[kept], self.classes)
 
 
-def find_images(folder: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> LabelledImages:
+def find_images(folder: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> LabeledImages:
     """The images of FOLDER/CLASS/, searched below each class too.
 
     Args:
@@ -65,10 +65,10 @@ def find_images(folder: str | os.PathLike[str], *, classes: Sequence[str] | None
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ConfigError(f"No folder {root}. Labelled images are laid out as {LAYOUT}.")
+        raise ConfigError(f"No folder {root}. Labeled images are laid out as {LAYOUT}.")
     found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not found:
-        raise ConfigError(f"{root} has no folder of a class in it. Labelled images are laid out as {LAYOUT}.")
+        raise ConfigError(f"{root} has no folder of a class in it. Labeled images are laid out as {LAYOUT}.")
     names = tuple(found if classes is None else classes)
     unknown = [name for name in found if name not in names]
     if unknown:
@@ -79,26 +79,26 @@ def find_images(folder: str | os.PathLike[str], *, classes: Sequence[str] | None
         raise ConfigError(f"{root / empty[0]} has no image in it; images end in {', '.join(SUFFIXES)}.")
     labels = [names.index(name) for name, paths in by_class.items() for _ in paths]
     paths = tuple(path for paths in by_class.values() for path in paths)
-    return LabelledImages(paths, torch.tensor(labels, dtype=torch.int64), names)
+    return LabeledImages(paths, torch.tensor(labels, dtype=torch.int64), names)
 
 
 def _image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def find_splits(folder: str | os.PathLike[str]) -> tuple[LabelledImages, LabelledImages]:
-    """The training and the test part of a labelled folder; labels are the training part's.
+def find_splits(folder: str | os.PathLike[str]) -> tuple[LabeledImages, LabeledImages]:
+    """The training and the test part of a labeled folder; labels are the training part's.
 
     Raises:
         ConfigError: The layout is another one, or as `find_images`.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ConfigError(f"No folder {root}. Labelled images are laid out as {LAYOUT}.")
+        raise ConfigError(f"No folder {root}. Labeled images are laid out as {LAYOUT}.")
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test is None:
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8]) or "nothing"
-        raise ConfigError(f"{root} holds {found}. Labelled images are laid out as {LAYOUT}.")
+        raise ConfigError(f"{root} holds {found}. Labeled images are laid out as {LAYOUT}.")
     train = find_images(root / "train")
     return train, find_images(test, classes=train.classes)
 

@@ -104,7 +104,7 @@ def evaluate_knn(
     num_workers: int,
     device: str,
 ) -> dict[str, Any]:
-    """Weighted nearest neighbors on a folder of labelled images.
+    """Weighted nearest neighbors on a folder of labeled images.
 
     Args:
         backbone: On `device`, in evaluation mode.

@@ -109,7 +109,7 @@ def evaluate_linear(
     num_workers: int,
     device: str,
 ) -> dict[str, Any]:
-    """A linear probe on a folder of labelled images, on the CLS tokens of the last blocks, side by side.
+    """A linear probe on a folder of labeled images, on the CLS tokens of the last blocks, side by side.
 
     Args:
         backbone: On `device`, in evaluation mode.

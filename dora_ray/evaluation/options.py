@@ -27,7 +27,7 @@ class Options(Section):
 
 
 class ImageOptions(Options):
-    """What the tasks on labelled images take."""
+    """What the tasks on labeled images take."""
 
     image_size: Count | None = None
     """Side of the square images, pixels; not set: what the encoder was trained on."""

@@ -90,6 +90,8 @@ def show(
     folder = resolve_checkpoint(checkpoint)
     meta = read_meta(folder)
     size, objects = _check_numbers(meta.config, num_objects, image_size, num_clips=num_clips, num_frames=num_frames)
+    if files.is_remote(out):
+        raise ConfigError(f"pictures are written to a local folder, not to {out}. Give a local folder.")
     paths = _free_paths(Path(out), num_clips)
     index = index_video(files.absolute(video))
     backbone = load_backbone(folder).to(device)

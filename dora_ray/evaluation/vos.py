@@ -9,6 +9,7 @@ exp(similarity / 0.1). Scored at the annotation's size, without the first and th
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 LAYOUT = "FOLDER/JPEGImages/480p/SEQUENCE/00000.jpg and FOLDER/Annotations/480p/SEQUENCE/00000.png"
+_TILE = 8  # side of what is compared at a time, patches
 BOUNDARY_TOLERANCE = 0.008  # of the image's diagonal
 
 
@@ -98,19 +100,30 @@ def propagate(
     Returns:
         (h, w, L), each patch summing to 1 where the labels do.
     """
-    height, width = target.shape[:2]
-    columns = torch.arange(width, device=target.device)
-    far = (columns[:, None] - columns[None, :]).abs() > radius
-    rows = []
-    for y in range(height):
-        window = slice(max(0, y - radius), y + radius + 1)
-        near, near_labels = features[:, window], labels[:, window].flatten(0, 2)
-        similarity = torch.einsum("wd,cyxd->wcyx", target[y], near)
-        similarity = similarity.masked_fill(far[:, None, None, :], -torch.inf).flatten(1)
-        best, index = similarity.topk(min(num_neighbors, similarity.shape[1]), dim=-1)
+    height, width, num_labels = *target.shape[:2], labels.shape[-1]
+    result = labels.new_zeros(height, width, num_labels)
+    # Tiles, because comparing a whole frame with all it could look at would mostly be thrown away.
+    for y, x in itertools.product(range(0, height, _TILE), range(0, width, _TILE)):
+        tile = target[y : y + _TILE, x : x + _TILE]
+        top, left = max(0, y - radius), max(0, x - radius)
+        window = (slice(None), slice(top, y + _TILE + radius), slice(left, x + _TILE + radius))
+        near, near_labels = features[window], labels[window].flatten(0, 2)
+        similarity = torch.einsum("abd,cyxd->abcyx", tile, near)
+        far_rows = _far(y, tile.shape[0], top, near.shape[1], radius=radius, device=target.device)
+        far_columns = _far(x, tile.shape[1], left, near.shape[2], radius=radius, device=target.device)
+        far = far_rows[:, None, None, :, None] | far_columns[None, :, None, None, :]
+        similarity = similarity.masked_fill_(far, -torch.inf).flatten(2)
+        best, index = similarity.topk(min(num_neighbors, similarity.shape[-1]), dim=-1)
         weights = torch.softmax(best / temperature, dim=-1)
-        rows.append(torch.einsum("wn,wnl->wl", weights, near_labels[index]))
-    return torch.stack(rows)
+        result[y : y + _TILE, x : x + _TILE] = torch.einsum("abn,abnl->abl", weights, near_labels[index])
+    return result
+
+
+def _far(start: int, length: int, near_start: int, near_length: int, *, radius: int, device: torch.device) -> Tensor:
+    """(length, near_length) bool: whether two positions along one axis are more than the radius apart."""
+    ours = torch.arange(start, start + length, device=device)
+    theirs = torch.arange(near_start, near_start + near_length, device=device)
+    return (ours[:, None] - theirs[None, :]).abs() > radius
 
 
 def segment(
@@ -141,8 +154,9 @@ def segment(
     labels = torch.stack([1 - foreground, foreground], dim=-1)
     context = [(first, labels)]
     for target in features:
-        stacked = [torch.stack(part) for part in zip(*context, strict=True)]
-        labels = propagate(*stacked, target, radius=radius, num_neighbors=num_neighbors, temperature=temperature)
+        earlier, earlier_labels = (torch.stack(part) for part in zip(*context, strict=True))
+        settings = {"radius": radius, "num_neighbors": num_neighbors}
+        labels = propagate(earlier, earlier_labels, target, **settings, temperature=temperature)
         yield enlarge_labels(labels, height=first_mask.shape[0], width=first_mask.shape[1])
         context = [context[0], *[*context[1:], (target, labels)][-num_frames:]]
 

@@ -34,7 +34,7 @@ def test_every_frame_is_exact_or_the_file_is_refused(name, kind, tmp_path):
     decoder, index = get_decoder(name), index_video(str(videos.EXACT[kind](tmp_path)))
     if kind in REFUSES[name]:
         assert decoder.refusal(index)
-        with pytest.raises(VideoError, match="use data.decoder=pyav"):
+        with pytest.raises(VideoError, match=r"use data\.decoder=pyav"):
             numbers(decoder, index, index.pts)
         return
     assert decoder.refusal(index) is None

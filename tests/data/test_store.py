@@ -170,7 +170,7 @@ def test_a_damaged_index_in_the_store_is_made_again(film):
 
 
 def test_names_with_odd_characters(tmp_path):
-    path = videos.h264(tmp_path).rename(tmp_path / "Ein Weg #1 – 100%.mp4")
+    path = videos.h264(tmp_path).rename(tmp_path / "Ein Weg #1 + 100%é.mp4")
     store = str(tmp_path / "store")
     index = load_index(str(path), store=store)
     assert index.video_id == f"Ein_Weg_1_100_-{index.digest[:8]}"

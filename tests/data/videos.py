@@ -1,4 +1,4 @@
-"""Small test videos of every kind that has broken a video loader, encoded with PyAV. Each frame's picture says its number."""
+"""Small test videos of every kind that has broken a loader, encoded with PyAV; each picture says its number."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def truncated(folder: Path, suffix: str, keep: float = 0.5, seconds: float = 4.0
 
 
 def damaged(folder: Path, first: int = 14, count: int = 2) -> Path:
-    """The H.264 file with the data of `count` packets from number `first` zeroed: damage in the second group of four."""
+    """The H.264 file with `count` packets zeroed from number `first` on: damage in the second group of four."""
     path = h264(folder)
     with av.open(str(path)) as reader:
         packets = [(p.pos, p.size) for p in reader.demux(video=0) if p.size][first : first + count]

@@ -27,7 +27,7 @@ def paint(path, color, size=(40, 30)):
 
 
 @pytest.fixture
-def labelled(tmp_path):
+def labeled(tmp_path):
     for part, count in (("train", 4), ("test", 2)):
         for level, name in ((200, "light"), (20, "dark")):
             for index in range(count):
@@ -50,57 +50,57 @@ def vit():
     ).eval()
 
 
-def test_images_are_found_in_a_fixed_order(labelled):
-    images = find_images(labelled / "train")
+def test_images_are_found_in_a_fixed_order(labeled):
+    images = find_images(labeled / "train")
     assert images.classes == ("dark", "light")
     assert images.labels.tolist() == [0] * 4 + [1] * 4
     assert [path.name for path in images.paths] == ["0.png", "1.png", "2.png", "3.png"] * 2
 
 
-def test_nested_and_upper_case_images_count_and_others_do_not(labelled):
-    paint(labelled / "train" / "dark" / "more" / "a.JPG", (0, 0, 0))
-    (labelled / "train" / "dark" / "notes.txt").write_text("no image")
-    (labelled / "train" / ".cache").mkdir()
-    assert find_images(labelled / "train").labels.tolist() == [0] * 5 + [1] * 4
+def test_nested_and_upper_case_images_count_and_others_do_not(labeled):
+    paint(labeled / "train" / "dark" / "more" / "a.JPG", (0, 0, 0))
+    (labeled / "train" / "dark" / "notes.txt").write_text("no image")
+    (labeled / "train" / ".cache").mkdir()
+    assert find_images(labeled / "train").labels.tolist() == [0] * 5 + [1] * 4
 
 
-def test_thinning_keeps_the_share_of_every_class(labelled):
-    thinned = find_images(labelled / "train").thinned(4)
+def test_thinning_keeps_the_share_of_every_class(labeled):
+    thinned = find_images(labeled / "train").thinned(4)
     assert thinned.labels.tolist() == [0, 0, 1, 1]
     assert [path.name for path in thinned.paths] == ["0.png", "2.png"] * 2
-    assert find_images(labelled / "train").thinned(100).labels.shape == (8,)
+    assert find_images(labeled / "train").thinned(100).labels.shape == (8,)
 
 
-def test_splits_share_the_training_classes(labelled):
-    (labelled / "test").rename(labelled / "val")
-    for path in (labelled / "val" / "dark").iterdir():
+def test_splits_share_the_training_classes(labeled):
+    (labeled / "test").rename(labeled / "val")
+    for path in (labeled / "val" / "dark").iterdir():
         path.unlink()
-    (labelled / "val" / "dark").rmdir()
-    train, test = find_splits(labelled)
+    (labeled / "val" / "dark").rmdir()
+    train, test = find_splits(labeled)
     assert train.classes == test.classes
     assert test.labels.tolist() == [1, 1]
 
 
-def test_layout_errors_explain_the_layout(labelled):
+def test_layout_errors_explain_the_layout(labeled):
     with pytest.raises(ConfigError, match=r"No folder .*train/CLASS"):
-        find_splits(labelled / "nothing")
+        find_splits(labeled / "nothing")
     with pytest.raises(ConfigError, match=r"holds dark, light.*train/CLASS"):
-        find_splits(labelled / "train")
+        find_splits(labeled / "train")
     with pytest.raises(ConfigError, match="no folder of a class"):
-        find_images(labelled / "train" / "dark")
-    (labelled / "test" / "blue").mkdir()
+        find_images(labeled / "train" / "dark")
+    (labeled / "test" / "blue").mkdir()
     with pytest.raises(ConfigError, match="training part lacks: blue"):
-        find_splits(labelled)
-    (labelled / "train" / "blue").mkdir()
+        find_splits(labeled)
+    (labeled / "train" / "blue").mkdir()
     with pytest.raises(ConfigError, match=r"blue has no image"):
-        find_splits(labelled)
+        find_splits(labeled)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_an_unreadable_image_is_named(labelled, content):
-    (labelled / "train" / "dark" / "2.png").write_bytes(content)
+def test_an_unreadable_image_is_named(labeled, content):
+    (labeled / "train" / "dark" / "2.png").write_bytes(content)
     with pytest.raises(ConfigError, match=r"dark/2\.png cannot be read"):
-        list(image_batches(find_images(labelled / "train").paths, size=16, batch_size=3, num_workers=2))
+        list(image_batches(find_images(labeled / "train").paths, size=16, batch_size=3, num_workers=2))
 
 
 def test_a_cut_off_image_is_named(tmp_path):
@@ -135,8 +135,8 @@ def test_every_color_mode_becomes_rgb(tmp_path, mode):
     assert read_image(path, size=16).min() > 250
 
 
-def test_features_keep_the_order_of_the_images(labelled, vit):
-    images = find_images(labelled / "train")
+def test_features_keep_the_order_of_the_images(labeled, vit):
+    images = find_images(labeled / "train")
     options = {"size": 32, "num_workers": 3, "device": "cpu"}
     whole = extract(final_cls(vit), images.paths, batch_size=100, **options)
     parts = extract(final_cls(vit), images.paths, batch_size=3, **options)

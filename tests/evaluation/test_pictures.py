@@ -87,6 +87,8 @@ def test_show_overwrites_nothing(checkpoint, video, tmp_path):
     with pytest.raises(ConfigError, match=r"clip-1\.mp4 exists"):
         show(checkpoint, video, out=tmp_path)
     assert not (tmp_path / "clip-0.png").exists()
+    with pytest.raises(ConfigError, match="local folder"):
+        show(checkpoint, video, out="s3://bucket/pictures")
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,10 @@ def slow_propagate(features, labels, target, *, radius, num_neighbors, temperatu
     return result
 
 
+@pytest.mark.parametrize("tile", [2, 3, 8])
 @pytest.mark.parametrize(("radius", "num_neighbors"), [(1, 5), (0, 5), (2, 1), (9, 500)])
-def test_propagation_is_the_slow_loop(radius, num_neighbors):
+def test_propagation_is_the_slow_loop(monkeypatch, radius, num_neighbors, tile):
+    monkeypatch.setattr(vos, "_TILE", tile)
     generator = torch.Generator().manual_seed(0)
     features = F.normalize(torch.randn(3, 4, 5, 6, generator=generator, dtype=torch.float64), dim=-1)
     target = F.normalize(torch.randn(4, 5, 6, generator=generator, dtype=torch.float64), dim=-1)
