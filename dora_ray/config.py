@@ -1,7 +1,7 @@
 """Every setting of dora_ray, its unit, its origin and its default: this file is the only home of a default.
 
-The defaults are the recipe `paper`: the method of arXiv 2310.08584, and where the paper gives no value, the released code's.
-"Released" below means that code's value. A recipe or a user's YAML file holds only what differs.
+The defaults are the recipe `paper`: the method of arXiv 2310.08584, and where the paper gives no value, the released
+code's. "Released" below means that code's value. A recipe or a user's YAML file holds only what differs.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class ClusterConfig(Section):
     cpus_per_worker: Positive = 1.0
     """CPUs that Ray reserves for a worker."""
     threads_per_worker: Count | None = None
-    """Threads of a worker on the CPU; not set: this machine's CPUs / the most workers. Set 1 for bit-identical runs on CPUs."""
+    """Threads of a worker on the CPU; not set: this machine's CPUs / the most workers. Part of a run's exact bits."""
     decode_cpus: Positive = 0.5
     """CPUs that Ray reserves for one decode task."""
     decode_label: str | None = None
@@ -313,23 +313,32 @@ class Config(Section):
 
     def _rules(self) -> list[tuple[bool, str]]:
         """What must hold between sections, each with the sentence that says so when it does not."""
-        model, crops, tracking, optim, workers = self.model, self.crops, self.tracking, self.optim, self.cluster.num_workers
+        model, crops, tracking, optim, workers = (
+            self.model,
+            self.crops,
+            self.tracking,
+            self.optim,
+            self.cluster.num_workers,
+        )
         objects = tracking.kind != "none"
         sizes = {"crops.global_size": crops.global_size, "crops.local_size": crops.local_size}
         scales = {name: getattr(crops, name) for name in ("clip_scale", "global_scale", "local_scale", "aspect_ratio")}
         rules = [
             (
                 not objects or tracking.num_objects <= model.num_heads,
-                f"tracking.num_objects={tracking.num_objects} is more than the encoder's {model.num_heads} attention heads, of "
+                f"tracking.num_objects={tracking.num_objects} is more than the encoder's {model.num_heads} "
+                "attention heads, of "
                 f"which each object needs its own: use at most {model.num_heads}, or raise model.num_heads",
             ),
             (
                 -tracking.block <= model.depth,
-                f"tracking.block={tracking.block} is outside the encoder's {model.depth} blocks: use -{model.depth} to -1",
+                f"tracking.block={tracking.block} is outside the encoder's {model.depth} blocks: use "
+                f"-{model.depth} to -1",
             ),
             (
                 self.max_workers <= optim.slots,
-                f"cluster.num_workers={workers} asks for more workers than the {optim.slots} slots of a step: use at most "
+                f"cluster.num_workers={workers} asks for more workers than the {optim.slots} slots of a step: use "
+                "at most "
                 f"{optim.slots} workers, or raise optim.slots",
             ),
             (
@@ -338,7 +347,8 @@ class Config(Section):
             ),
             (
                 not objects or self.num_globals == 1,
-                f"crops.num_globals={crops.num_globals} with tracking.kind={tracking.kind}: objects are tracked in 1 global view",
+                f"crops.num_globals={crops.num_globals} with tracking.kind={tracking.kind}: objects are tracked "
+                "in 1 global view",
             ),
             (
                 objects or self.num_globals == 2,
@@ -346,7 +356,8 @@ class Config(Section):
             ),
             (
                 optim.warmup_steps <= optim.steps,
-                f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}: lower the warm-up too",
+                f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}: lower the "
+                "warm-up too",
             ),
             (
                 self.data.frames_per_second * self.clip.stride_seconds >= 1,
@@ -363,7 +374,10 @@ class Config(Section):
             for name, size in sizes.items()
         ]
         rules += [
-            (0 < low <= high and (name == "aspect_ratio" or high <= 1), f"crops.{name}={[low, high]} must be [low, high], 0 < low <= high")
+            (
+                0 < low <= high and (name == "aspect_ratio" or high <= 1),
+                f"crops.{name}={[low, high]} must be [low, high], 0 < low <= high",
+            )
             for name, (low, high) in scales.items()
         ]
         return rules
@@ -404,7 +418,9 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{name} holds a {type(values).__name__}; a mapping of sections is needed, such as 'optim: {{lr: 1e-3}}'")
+        raise ConfigError(
+            f"{name} holds a {type(values).__name__}; a mapping of sections is needed, such as 'optim: {{lr: 1e-3}}'"
+        )
     return values
 
 

@@ -59,13 +59,53 @@ def test_dump_and_load_round_trip() -> None:
 
 
 def test_fixed_names_exist() -> None:
-    fixed = """model.name model.width model.depth model.num_heads model.drop_path data.videos data.source data.store data.decoder
-    data.frames_per_second data.short_side clip.num_frames clip.stride_seconds clip.avoid_cuts crops.num_locals crops.local_size
-    crops.global_size crops.num_globals tracking.kind tracking.num_objects tracking.block tracking.normalize_patches
-    tracking.num_iterations tracking.epsilon tracking.threshold loss.student_temperature loss.teacher_temperature
-    loss.center_momentum loss.reduction head.num_outputs optim.steps optim.slots optim.clips_per_slot optim.lr optim.warmup_steps
-    optim.freeze_last_layer_steps optim.weight_decay optim.teacher_momentum optim.reduction cluster.num_workers cluster.use_gpu
-    run.seed run.checkpoint_seconds evaluation.images evaluation.every_steps""".split()
+    fixed = [
+        "model.name",
+        "model.width",
+        "model.depth",
+        "model.num_heads",
+        "model.drop_path",
+        "data.videos",
+        "data.source",
+        "data.store",
+        "data.decoder",
+        "data.frames_per_second",
+        "data.short_side",
+        "clip.num_frames",
+        "clip.stride_seconds",
+        "clip.avoid_cuts",
+        "crops.num_locals",
+        "crops.local_size",
+        "crops.global_size",
+        "crops.num_globals",
+        "tracking.kind",
+        "tracking.num_objects",
+        "tracking.block",
+        "tracking.normalize_patches",
+        "tracking.num_iterations",
+        "tracking.epsilon",
+        "tracking.threshold",
+        "loss.student_temperature",
+        "loss.teacher_temperature",
+        "loss.center_momentum",
+        "loss.reduction",
+        "head.num_outputs",
+        "optim.steps",
+        "optim.slots",
+        "optim.clips_per_slot",
+        "optim.lr",
+        "optim.warmup_steps",
+        "optim.freeze_last_layer_steps",
+        "optim.weight_decay",
+        "optim.teacher_momentum",
+        "optim.reduction",
+        "cluster.num_workers",
+        "cluster.use_gpu",
+        "run.seed",
+        "run.checkpoint_seconds",
+        "evaluation.images",
+        "evaluation.every_steps",
+    ]
     assert set(fixed) <= set(known_keys())
 
 

@@ -1,6 +1,7 @@
 """Reading clips: our frame store beside the loader that opens the video anew for every clip and seeks.
 
-Both read the same 8-frame clips, 1 s apart, of one generated 4K H.264 file, on one core, in one process, and end with a 300 x 300 crop.
+Both read the same 8-frame clips, 1 s apart, of one generated 4K H.264 file, on one core, in one process, and end with a
+300 x 300 crop.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dora_ray.data.augment import crop_clip, random_boxes
-from dora_ray.data.decoders import open_decoder
+from dora_ray.data.decoders import get_decoder
 from dora_ray.data.ingest import ingest
 from dora_ray.data.store import read_frames
 from dora_ray.data.synthetic import make_video
@@ -37,13 +38,19 @@ def run(*, quick: bool) -> dict[str, Any]:
         rng = np.random.default_rng(0)
         ingest_seconds = _ingest_cpu_seconds(index)
         (video,) = ingest(
-            [path], store=str(Path(folder, "store")), decoder="pyav", frames_per_second=6, short_side=512, jpeg_quality=85,
+            [path],
+            store=str(Path(folder, "store")),
+            decoder="pyav",
+            frames_per_second=6,
+            short_side=512,
+            jpeg_quality=85,
             segment_seconds=20.0,
-        )  # fmt: skip
+        )
         starts = rng.integers(0, len(video.times) - 6 * NUM_FRAMES, 50)
         stored = statistics.median(_cpu_seconds(lambda s=s: _store_clip(video, int(s), rng)) for s in starts)
         reference = statistics.median(
-            _cpu_seconds(lambda s=s: _reference_clip(path, float(video.times[s]), rng)) for s in starts[:reference_clips]
+            _cpu_seconds(lambda s=s: _reference_clip(path, float(video.times[s]), rng))
+            for s in starts[:reference_clips]
         )
     return {
         "file": f"{WIDTH}x{HEIGHT} H.264, {RATE} frames/s, {seconds} s",
@@ -63,11 +70,11 @@ def _cpu_seconds(work: Any) -> float:
 
 def _ingest_cpu_seconds(index: VideoIndex) -> float:
     """Decoding and downscaling every kept frame of the file, without Ray and without the store."""
-    decoder = open_decoder("pyav")
-    kept = index.pts[index.kept_frames(6.0)]
+    decoder = get_decoder("pyav")
+    kept = index.pts[index.kept_frames(6.0)].tolist()
 
     def decode_all() -> None:
-        for _ in decoder(index, kept, short_side=512):
+        for _ in decoder.decode(index, kept, short_side=512):
             pass
 
     return _cpu_seconds(decode_all)

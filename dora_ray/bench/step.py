@@ -1,6 +1,7 @@
 """The training step: our batched forward and backward beside the naive loop, on the same random views.
 
-Works without Ray. The naive loop is `method.reference`: a forward for each frame and each object, all attention matrices kept.
+Works without Ray. The naive loop is `method.reference`: a forward for each frame and each object, all attention
+matrices kept.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def run(*, quick: bool) -> dict[str, Any]:
         quick: two rounds instead of five.
 
     Returns:
-        seconds_per_step, reference_seconds_per_step, ratio (ours / reference), matmul_share (of the float rate of a large matrix
-        product in the same run), peak_memory_mb, and the setting.
+        seconds_per_step, reference_seconds_per_step, ratio (ours / reference), matmul_share (of the float rate of a
+        large matrix product in the same run), peak_memory_mb, and the setting.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = GPU_SETTING if device.type == "cuda" else CPU_SETTING
@@ -121,8 +122,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _step_flops(student: Network, arguments: dict[str, Any]) -> float:
-    """Operations of a step's encoder and head, from their sizes: 2 a weight and token, and attention; backward twice forward."""
-    clips = arguments["globals_"].shape[0]
+    """Operations of a step's encoders and heads: 2 a weight and token, and attention; backward is twice forward."""
     width = student.backbone.embed_dim
     depth = len(student.backbone.blocks)
     block_weights = sum(p.numel() for p in student.backbone.blocks.parameters() if p.ndim == 2)
@@ -135,7 +135,6 @@ def _step_flops(student: Network, arguments: dict[str, Any]) -> float:
         return frames * (2 * tokens * block_weights + depth * 4 * tokens**2 * width + embed + 2 * head_weights)
 
     whole, local = forward_flops(arguments["globals_"]), forward_flops(arguments["locals_"])
-    assert clips > 0
     return whole + 3 * (NUM_OBJECTS * whole + local)
 
 

@@ -1,7 +1,8 @@
-"""The plan: which clips, and which random numbers, every slot of every step is made of. Pure, and the same on every machine.
+"""The plan: which clips and random numbers every slot of every step is made of. Pure, the same on every machine.
 
-Clip number n = (step * S + slot) * M + i, with S slots a step and M clips a slot. Its epoch is n // E and its place in that
-epoch's permutation n % E, where E is the number of places at which a clip may start, over all videos: so videos weigh by length.
+Clip number n = (step * S + slot) * M + i, with S slots a step and M clips a slot. Its epoch is n // E and its place in
+that epoch's permutation n % E, where E is the number of places at which a clip may start, over all videos: so videos
+weigh by length.
 """
 
 from __future__ import annotations
@@ -123,8 +124,10 @@ class Plan:
         longest = max((video.times[-1] - video.times[0] for video in self.videos if len(video.times)), default=0.0)
         uncut = " without a shot cut in it (clip.avoid_cuts=true)" if self.avoid_cuts and longest >= needed else ""
         raise VideoError(
-            f"no clip fits: a clip spans {needed:g} s ({self.num_frames} frames, {self.stride_seconds:g} s apart){uncut}, and the "
-            f"longest of the {len(self.videos)} videos has {longest:.2f} s. Lower clip.num_frames or clip.stride_seconds, or add "
+            f"no clip fits: a clip spans {needed:g} s ({self.num_frames} frames, {self.stride_seconds:g} s "
+            f"apart){uncut}, and the "
+            f"longest of the {len(self.videos)} videos has {longest:.2f} s. Lower clip.num_frames or "
+            "clip.stride_seconds, or add "
             "longer videos."
         )
 
@@ -172,9 +175,9 @@ def clip_table(
 ) -> NDArray[np.int64]:
     """(E_v, T): the stored frames of every clip of one video.
 
-    A clip may start at every stored frame. Its frame i is the stored frame nearest to start + i * stride; a start is left out
-    when one of them is further away than three quarters of the usual spacing (a hole, or the video's end), or when a shot
-    starts between its first and last frame.
+    A clip may start at every stored frame. Its frame i is the stored frame nearest to start + i * stride; a start is
+    left out when one of them is further away than three quarters of the usual spacing (a hole, or the video's end), or
+    when a shot starts between its first and last frame.
 
     Args:
         times: (F,) seconds of the stored frames, ascending.

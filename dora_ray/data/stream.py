@@ -1,8 +1,8 @@
 """The clip stream: plan -> decoded and cropped uint8 clips -> one batch a slot, in the order of the plan.
 
-`read_slot` makes a slot, anywhere. `ray_slots` runs it in Ray Data tasks on the cluster's CPUs, `local_slots` in threads of this
-process. Ray Data has no iterator state, so position is never asked of it: each rank builds a dataset of the slots that it still
-has to compute (a window of steps at a time), and `preserve_order` hands them out in that order.
+`read_slot` makes a slot, anywhere. `ray_slots` runs it in Ray Data tasks on the cluster's CPUs, `local_slots` in
+threads of this process. Ray Data has no iterator state, so position is never asked of it: each rank builds a dataset of
+the slots that it still has to compute (a window of steps at a time), and `preserve_order` hands them out in that order.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def read_slot(plan: Plan, step: int, slot: int) -> SlotBatch:
             pixels[i] = crop_clip(read_frames(video, clip.frames), box, plan.clip_size)
             valid[i] = True
         except (VideoError, OSError) as error:
-            logger.warning("clip %d (%s, %.2f s) cannot be read: %s", clip.number, video.path, video.times[clip.frames[0]], error)
+            logger.warning(
+                "clip %d (%s, %.2f s) cannot be read: %s", clip.number, video.path, video.times[clip.frames[0]], error
+            )
     return SlotBatch(step, slot, pixels, valid, _digest(clips, pixels))
 
 
@@ -143,7 +145,12 @@ def ray_slots(
 
 
 def _slot_dataset(
-    plan_ref: Any, window: list[SlotKey], slots_per_task: int, cpus_per_task: float, memory_share: float, node_label: str | None
+    plan_ref: Any,
+    window: list[SlotKey],
+    slots_per_task: int,
+    cpus_per_task: float,
+    memory_share: float,
+    node_label: str | None,
 ) -> Any:
     import ray.data
     from ray.data import ExecutionOptions, ExecutionResources
@@ -195,7 +202,7 @@ class _Window:
                 if not self._put(row):
                     return
             self._put(self._END)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  it is raised again by the thread that iterates
             self._put(error)
 
     def _put(self, item: Any) -> bool:

@@ -5,7 +5,6 @@ Shapes: B clips, T frames, N patches, K objects, V views, G global views, O head
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
@@ -56,12 +55,14 @@ def mask_measures(masks: Tensor) -> Measures:
         mask_area: mean mask value: the share of a frame that an object view keeps.
         object_overlap: mean intersection over union of two objects of a frame, 0 for a single object.
     """
-    pairs = list(itertools.combinations(range(masks.shape[1]), 2))
+    num_objects = masks.shape[1]
     overlap = masks.new_zeros(())
-    if pairs:
-        one, other = (masks[:, [pair[side] for pair in pairs]] for side in (0, 1))
-        union = torch.maximum(one, other).sum(dim=-1)
-        overlap = (torch.minimum(one, other).sum(dim=-1) / union.clamp(min=torch.finfo(masks.dtype).tiny)).mean()
+    if num_objects > 1:
+        # Indices made on the device: a Python list of them would make the host wait for it.
+        pairs = torch.triu_indices(num_objects, num_objects, offset=1, device=masks.device)
+        one, other = masks.index_select(1, pairs[0]), masks.index_select(1, pairs[1])
+        union = torch.maximum(one, other).sum(dim=-1).clamp(min=torch.finfo(masks.dtype).tiny)
+        overlap = (torch.minimum(one, other).sum(dim=-1) / union).mean()
     return {"mask_area": masks.mean(), "object_overlap": overlap}
 
 

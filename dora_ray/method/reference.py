@@ -1,24 +1,28 @@
 """The step as the obvious loop: what `slot_forward` must equal, and what `dora-ray bench step` compares it with.
 
 One forward for each frame and each view, the full attention matrix of every block written down and kept, every token
-computed to the end, the loss one pair of outputs at a time. Only the networks' weights and the measures, which are no
-part of the method, are shared with the fast path.
+computed to the end, the loss one pair of outputs at a time. Only the networks' weights, the embedding of patches, and
+the measures, which are no part of the method, are shared with the fast path.
 Shapes: B clips, T frames, C channels, N patches, D width, K objects, L local views, G global views, O head outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from dora_ray.method.dora import Kind, Network, SlotOutput
 from dora_ray.method.losses import Reduction
 from dora_ray.method.measures import Measures, agreement, mask_measures, sinkhorn_residual, teacher_measures
 from dora_ray.method.tracking import Threshold
+from dora_ray.method.vit import embed
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,10 @@ class NaiveFeatures:
 
 def naive_features(vit: VisionTransformer, images: Tensor) -> NaiveFeatures:
     """A forward of images (B, C, H, W) that keeps queries, keys and the attention matrices of every block."""
-    tokens = vit._pos_embed(vit.patch_embed(images))
+    tokens = embed(vit, images)
     queries, keys, matrices = [], [], []
-    for block in vit.blocks:
-        attention = block.attn
+    for block in cast(Iterable[Block], vit.blocks):
+        attention = cast(Attention, block.attn)
         qkv = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, attention.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         matrix = torch.softmax(query @ key.transpose(-2, -1) * attention.head_dim**-0.5, dim=-1)

@@ -7,6 +7,7 @@ Shapes: B clips, B' images, T frames, C channels, N patches, D width, H heads.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from dora_ray.errors import ConfigError
 from dora_ray.method.precision import full_precision
+
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Tracked:
         query0: (B, N, D) queries of frame 0 in the chosen block.
         key: (B, T, N, D) keys of every frame in the chosen block.
         cls_attention0: (B, H, N) attention of CLS to the patches of frame 0 in the chosen block: a softmax over all
-            tokens, without the columns of the tokens that are no patches.
+            tokens, without the column of CLS itself.
     """
 
     cls: Tensor
@@ -87,20 +90,25 @@ def build_vit(
         drop_path_rate=drop_path,
         pretrained=False,
     )
-    if not isinstance(vit, VisionTransformer) or not all(_is_plain(block) for block in vit.blocks):
+    if not isinstance(vit, VisionTransformer) or not _is_plain(vit):
         raise ConfigError(f"{name!r} is not a plain ViT with queries and keys: use 'vit_small_patch16_224'")
     return vit
 
 
-def _is_plain(block: torch.nn.Module) -> bool:
-    """Whether a block is the one whose forward `_last_block` repeats for CLS alone."""
-    return type(block) is Block and type(block.attn) is Attention and block.attn.gate is None
+def _is_plain(vit: VisionTransformer) -> bool:
+    """Whether `embed` and `_cls_of_block` do what the model's own forward does: a CLS token, no other, plain blocks."""
+    plain_tokens = vit.has_class_token and vit.num_prefix_tokens == 1 and vit.pos_embed is not None
+    return (
+        plain_tokens
+        and not vit.no_embed_class
+        and all(type(b) is Block and type(b.attn) is Attention and b.attn.gate is None for b in vit.blocks)
+    )
 
 
 def image_features(vit: VisionTransformer, images: Tensor) -> Features:
     """CLS and patch tokens of images (B', C, H, W) after the final norm."""
     tokens = vit.forward_features(images)
-    return Features(cls=tokens[:, 0], patches=tokens[:, vit.num_prefix_tokens :])
+    return Features(cls=tokens[:, 0], patches=tokens[:, 1:])
 
 
 def cls_features(vit: VisionTransformer, images: Tensor) -> Tensor:
@@ -113,7 +121,7 @@ def cls_features(vit: VisionTransformer, images: Tensor) -> Tensor:
     Returns:
         (B', D), what `image_features(vit, images).cls` gives.
     """
-    tokens = _embed(vit, images)
+    tokens = embed(vit, images)
     for block in vit.blocks[:-1]:
         tokens = block(tokens)
     return _normalize(vit, _cls_of_block(_block(vit, -1), tokens))[:, 0]
@@ -134,7 +142,7 @@ def tracked_features(vit: VisionTransformer, frames: Tensor, *, block: int) -> T
     if not -depth <= block <= -1:
         raise ValueError(f"block={block}: blocks count from the end, use -{depth} to -1")
     num_clips, num_frames = frames.shape[:2]
-    tokens = _embed(vit, frames.flatten(0, 1))
+    tokens = embed(vit, frames.flatten(0, 1))
     for index in range(depth):
         if index == depth + block:
             query0, key, cls_attention0 = _projections(vit, block, torch.unflatten(tokens, 0, (num_clips, num_frames)))
@@ -144,13 +152,41 @@ def tracked_features(vit: VisionTransformer, frames: Tensor, *, block: int) -> T
     first = _normalize(vit, vit.blocks[-1](by_frame[:, 0]))
     others = _normalize(vit, _cls_of_block(_block(vit, -1), by_frame[:, 1:].flatten(0, 1)))[:, 0]
     cls = torch.cat([first[:, :1], torch.unflatten(others, 0, (num_clips, num_frames - 1))], dim=1)
-    return Tracked(cls, first[:, vit.num_prefix_tokens :], query0, key, cls_attention0)
+    return Tracked(cls, first[:, 1:], query0, key, cls_attention0)
 
 
-def _embed(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """Tokens (B', 1 + N, D) before the first block."""
-    tokens: Tensor = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-    return tokens
+def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """Tokens (B', 1 + N, D) before the first block, of images (B', C, H, W) of any multiple of the patch size."""
+    patches = vit.patch_embed(images)
+    cls_token = cast(Tensor, vit.cls_token).expand(len(images), -1, -1)
+    positions = _positions(cast(Tensor, vit.pos_embed), vit.patch_embed.grid_size, tuple(patches.shape[1:3]))
+    tokens = torch.cat([cls_token, patches.flatten(1, 2)], dim=1) + positions
+    embedded: Tensor = vit.norm_pre(vit.patch_drop(vit.pos_drop(tokens)))
+    return embedded
+
+
+@full_precision
+def _positions(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
+    """The position embedding (1, 1 + N, D) of one grid for another grid.
+
+    timm interpolates it with a kernel whose backward adds in any order on a GPU, which would make equal runs differ.
+    The same interpolation as a product with a constant matrix is deterministic.
+    """
+    if old == new:
+        return pos_embed
+    matrix = _interpolation(old, new, pos_embed.dtype, pos_embed.device)
+    return torch.cat([pos_embed[:, :1], matrix @ pos_embed[:, 1:]], dim=1)
+
+
+@functools.lru_cache(maxsize=16)
+def _interpolation(old: Grid, new: Grid, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix (new patches, old patches) of timm's bicubic, antialiased interpolation between two grids."""
+    num_old = old[0] * old[1]
+    # A tensor made in inference mode could never be used in a backward, and this one is kept.
+    with torch.inference_mode(False), torch.no_grad():
+        units = torch.eye(num_old, dtype=torch.float64).view(num_old, 1, *old)
+        columns = F.interpolate(units, size=new, mode="bicubic", antialias=True)
+        return columns.flatten(1).T.contiguous().to(device=device, dtype=dtype)
 
 
 def _block(vit: VisionTransformer, index: int) -> Block:
@@ -187,13 +223,13 @@ def _project(attention: Attention, tokens: Tensor, part: int) -> Tensor:
 
 def _projections(vit: VisionTransformer, index: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """query0 (B, N, D), key (B, T, N, D), cls_attention0 (B, H, N) of a block's input (B, T, 1 + N, D)."""
-    block, prefix = _block(vit, index), vit.num_prefix_tokens
+    block = _block(vit, index)
     attention = cast(Attention, block.attn)
     normalized = block.norm1(tokens)
     query0 = _project(attention, normalized[:, 0], 0)
     key = _project(attention, normalized, 1)
     row = _attention_row(query0[:, :, 0], key[:, 0])
-    return _concatenate(query0)[:, prefix:], _concatenate(key)[:, :, prefix:], row[:, :, prefix:]
+    return _concatenate(query0)[:, 1:], _concatenate(key)[:, :, 1:], row[:, :, 1:]
 
 
 @full_precision

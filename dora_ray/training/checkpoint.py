@@ -1,7 +1,7 @@
-"""Checkpoints: step-00001234/{model.safetensors, state.pt, meta.json}, with meta.json written last and `latest` after it.
+"""Checkpoints: step-00001234/{model.safetensors, state.pt, meta.json}; meta.json is written last, then `latest`.
 
-A folder without meta.json is incomplete and never read. `Snapshot` copies the state to the CPU in the step; writing it is left to a
-background thread.
+A folder without meta.json is incomplete and never read. A snapshot copies the state to the CPU in the step; writing it is
+left to a background thread.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> No
     """Put a checkpoint into a newly made state.
 
     Raises:
-        CheckpointError: it is incomplete, damaged, of another architecture, or of another plan; the message names what differs.
+        CheckpointError: it is incomplete, damaged, of another architecture, or of another plan; the message names what
+            differs.
     """
     meta = weights.read_meta(folder)
     weights.require_architecture(folder, config.model_dump(mode="json"))
@@ -115,7 +116,9 @@ def _read_state(folder: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no {STATE}: it holds weights, but nothing to resume from.") from error
     except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}). Resume from an earlier checkpoint.") from error
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}). Resume from an earlier checkpoint."
+        ) from error
     return dict(tensors)
 
 

@@ -30,9 +30,9 @@ OBJECT_STORE_BYTES = 2**30
 def connect(config: Config) -> Iterator[None]:
     """A connection to Ray for as long as the context is open; none in local mode.
 
-    The cluster is the one this process is already connected to, else the one that RAY_ADDRESS names (`ray job submit` sets it), else
-    one that is started here and ends with the context. The latter is given enough logical CPUs for the workers and
-    one decode task, so that a machine with few cores is slow but never waits for itself.
+    The cluster is the one this process is already connected to, else the one that RAY_ADDRESS names (`ray job submit`
+    sets it), else one that is started here and ends with the context. The latter is given enough logical CPUs for the
+    workers and one decode task, so that a machine with few cores is slow but never waits for itself.
     """
     import ray
 
@@ -90,7 +90,7 @@ def check_resources(config: Config) -> None:
 
 
 def _can_grow() -> bool:
-    """Whether an autoscaler with node types of its own runs on this cluster; without one, Ray names a node's type after its id."""
+    """Whether an autoscaler with node types of its own runs here; without one, Ray names a node's type after its id."""
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status
 
@@ -134,7 +134,8 @@ def run_on_ray(job: Job) -> None:
     except TrainingFailedError as error:
         cause = next(iter(getattr(error, "worker_failures", {}).values()), error)
         raise DoRAError(
-            f"training stopped after {cluster.max_failures} restarts (cluster.max_failures); the last failure: {_short(cause)}. "
+            f"training stopped after {cluster.max_failures} restarts (cluster.max_failures); the last failure: "
+            f"{_short(cause)}. "
             f"The last checkpoint is kept: fix the cause and go on with --resume --out {job.run}"
         ) from error
 
@@ -153,7 +154,9 @@ def _failure_log(run: str) -> Any:
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             lines = files.LineFile(files.join(run, EVENTS))
             for rank, error in worker_exceptions.items():
-                lines.append(json.dumps({"time": time.time(), "event": "failure", "rank": rank, "error": _short(error)}))
+                lines.append(
+                    json.dumps({"time": time.time(), "event": "failure", "rank": rank, "error": _short(error)})
+                )
             lines.flush()
 
     return FailureLog()

@@ -1,7 +1,7 @@
 """What a run writes beside its checkpoints: metrics.jsonl, ledger.jsonl, events.jsonl, status.json, tensorboard/.
 
-Only rank 0 writes. Every line carries its attempt (1, 2, ...: each start of the worker group is one). An attempt that begins at step s
-takes back the steps from s on of the attempts before it; `read_history` and `read_metrics` apply that.
+Only rank 0 writes. Every line carries its attempt (1, 2, ...: each start of the worker group is one). An attempt that
+begins at step s takes back the steps from s on of the attempts before it; `read_history` and `read_metrics` apply that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from typing import Any
 
 from dora_ray import files
 
-METRICS, EVENTS, STATUS, LEDGER, TENSORBOARD = "metrics.jsonl", "events.jsonl", "status.json", "ledger.jsonl", "tensorboard"
+METRICS, EVENTS, STATUS, LEDGER, TENSORBOARD = (
+    "metrics.jsonl",
+    "events.jsonl",
+    "status.json",
+    "ledger.jsonl",
+    "tensorboard",
+)
 
 
 def read_lines(path: str) -> list[dict[str, Any]]:
@@ -151,11 +157,19 @@ def collapse_warnings(metrics: dict[str, float], *, num_outputs: int, num_images
     """
     warnings = []
     if metrics["teacher_entropy"] > 0.99 * math.log(num_outputs):
-        warnings.append("the teacher's output is almost uniform over all outputs: lower loss.teacher_temperature or optim.lr")
+        warnings.append(
+            "the teacher's output is almost uniform over all outputs: lower loss.teacher_temperature or optim.lr"
+        )
     if metrics["teacher_diversity"] < 0.01 * math.log(min(num_images, num_outputs)):
-        warnings.append("the teacher gives every image the same output: raise loss.teacher_temperature or lower loss.center_momentum")
+        warnings.append(
+            "the teacher gives every image the same output: raise loss.teacher_temperature or lower "
+            "loss.center_momentum"
+        )
     if metrics.get("object_overlap", 0.0) > 0.95:
-        warnings.append("the objects of a clip are almost the same patches: raise tracking.num_iterations or lower tracking.num_objects")
+        warnings.append(
+            "the objects of a clip are almost the same patches: raise tracking.num_iterations or lower "
+            "tracking.num_objects"
+        )
     return warnings
 
 

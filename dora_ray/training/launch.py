@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -17,8 +15,9 @@ from dora_ray import errors, files
 from dora_ray.config import Config, flatten, load_config
 from dora_ray.data.ingest import IngestProgress, ingest
 from dora_ray.data.plan import Plan
-from dora_ray.data.store import StoredVideo
-from dora_ray.data.video import VideoIndex, find_videos, index_video
+from dora_ray.data.sources import find_videos
+from dora_ray.data.store import StoredVideo, load_index
+from dora_ray.data.video import VideoIndex, index_video
 from dora_ray.errors import CheckpointError, ConfigError, DoRAError, VideoError
 from dora_ray.training.checkpoint import require_plan
 from dora_ray.training.cluster import check_resources, connect, run_on_ray
@@ -75,10 +74,11 @@ def train(
     run = files.absolute(out if out is not None else f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
     config = _choose_config(config, run, resume=resume)
     _check_folder(run, resume=resume, overwrite=overwrite)
-    indexes = _index_videos(config)
+    store = _store(config, run)
+    indexes = _check_lengths(config, [load_index(path, store=store) for path in _paths(config)])
     with connect(config):
         check_resources(config)
-        plan = make_plan(config, _ingest(config, run, on_ingest))
+        plan = make_plan(config, _ingest(config, store, on_ingest))
         plan.check()
         job = Job(config, plan, run, _checkpoint_to_resume(run, config, plan, resume=resume), _num_threads(config))
         logger.info("%d videos, %d places where a clip may start", len(indexes), plan.clips_per_epoch)
@@ -93,18 +93,24 @@ def train(
 def dry_run(config: Config, *, out: str | os.PathLike[str] | None = None) -> str:
     """What `train` would do, in a few lines of YAML, after the same checks and without writing anything."""
     run = files.absolute(out if out is not None else "runs/<time>")
-    indexes = _index_videos(config)
+    indexes = _check_lengths(config, [index_video(path) for path in _paths(config)])
     seconds = sum(index.real_seconds for index in indexes)
     workers = config.cluster.num_workers
     facts = {
         "run": run,
         "store": _store(config, run),
-        "videos": [f"{index.path} ({index.width}x{index.height}, {index.codec}, {index.real_seconds:.1f} s)" for index in indexes],
+        "videos": [
+            f"{index.path} ({index.width}x{index.height}, {index.codec}, {index.real_seconds:.1f} s)"
+            for index in indexes
+        ],
         "frames_to_keep": round(seconds * config.data.frames_per_second),
         "clips_a_step": config.optim.slots * config.optim.clips_per_slot,
         "epochs": round(
-            config.optim.steps * config.optim.slots * config.optim.clips_per_slot
-            / max(1.0, seconds * config.data.frames_per_second), 2
+            config.optim.steps
+            * config.optim.slots
+            * config.optim.clips_per_slot
+            / max(1.0, seconds * config.data.frames_per_second),
+            2,
         ),
         "workers": workers if isinstance(workers, int) else list(workers),
         "gpus": (config.max_workers if config.cluster.use_gpu else 0),
@@ -154,28 +160,35 @@ def _check_folder(run: str, *, resume: bool, overwrite: bool) -> None:
         return
     is_run = CONFIG in names
     if (resume or overwrite) and not is_run:
-        raise ConfigError(f"{run} is not empty and not a run of dora_ray (no {CONFIG}): give another folder. Nothing was changed.")
+        raise ConfigError(
+            f"{run} is not empty and not a run of dora_ray (no {CONFIG}): give another folder. Nothing was changed."
+        )
     if not resume and not overwrite:
         raise ConfigError(
-            f"{run} is in use ({', '.join(names[:4])}): continue it with --resume, replace it with --overwrite, or give another --out"
+            f"{run} is in use ({', '.join(names[:4])}): continue it with --resume, replace it with --overwrite, "
+            "or give another --out"
         )
 
 
-def _index_videos(config: Config) -> list[VideoIndex]:
-    """Every video, looked at but not decoded.
-
-    Raises:
-        VideoError: a video cannot be read, or all are shorter than a clip.
-    """
+def _paths(config: Config) -> list[str]:
     if not config.data.videos:
         raise ConfigError("data.videos is empty: name video files, folders or globs, such as data.videos=[walk.mp4]")
-    indexes = [index_video(path) for path in find_videos(config.data.videos)]
+    return find_videos(config.data.videos)
+
+
+def _check_lengths(config: Config, indexes: list[VideoIndex]) -> list[VideoIndex]:
+    """The videos, if one is long enough for a clip: found out before anything is decoded.
+
+    Raises:
+        VideoError: all are shorter.
+    """
     needed = (config.clip.num_frames - 1) * config.clip.stride_seconds
     longest = max(indexes, key=lambda index: index.real_seconds)
     if longest.real_seconds < needed:
         raise VideoError(
             f"{longest.path} lasts {longest.real_seconds:.2f} s, and no video is longer; a clip of clip.num_frames="
-            f"{config.clip.num_frames} frames, clip.stride_seconds={config.clip.stride_seconds:g} apart, needs {needed:g} s. Lower "
+            f"{config.clip.num_frames} frames, clip.stride_seconds={config.clip.stride_seconds:g} apart, needs "
+            f"{needed:g} s. Lower "
             "one of the two, or add longer videos."
         )
     return indexes
@@ -188,11 +201,11 @@ def _store(config: Config, run: str) -> str:
     return files.join(run.rstrip("/").rsplit("/", 1)[0], "store")
 
 
-def _ingest(config: Config, run: str, on_ingest: OnIngest | None) -> list[StoredVideo]:
+def _ingest(config: Config, store: str, on_ingest: OnIngest | None) -> list[StoredVideo]:
     data = config.data
     return ingest(
         find_videos(data.videos),
-        store=_store(config, run),
+        store=store,
         decoder=data.decoder,
         frames_per_second=data.frames_per_second,
         short_side=data.short_side,

@@ -1,10 +1,12 @@
 """Sums over slots and ranks that do not depend on their order.
 
-The masks of DoRA are hard thresholds: a difference in the last bit of a gradient sum can flip a patch and grow. `exact` therefore
-adds in fixed point. A quantity x (a gradient, the teacher's output sum, the measures) whose largest element was below 2^e in the last step is
-added as round(x * 2^(46 - e)) in int64. Integer addition is associative, so the sum is the same for every number of ranks and
-every assignment of slots to them. 46 bits keep far more than float32's 24, and leave 17 for growth and for the number of slots; where
-they do not suffice, all ranks see it in the same reduction, raise e and repeat the step. `float32` adds floats: cheaper to send.
+The masks of DoRA are hard thresholds: a difference in the last bit of a gradient sum can flip a patch and grow. `exact`
+therefore adds in fixed point. A quantity x (a gradient, the teacher's output sum, the measures) whose largest element
+was below 2^e in the last step is added as round(x * 2^(46 - e)) in int64. Integer addition is associative, so the sum
+is the same for every number of ranks and every assignment of slots to them. 46 bits keep far more than float32's 24,
+and leave 17 for growth and for the number of slots; where they do not suffice, all ranks see it in the same reduction,
+raise e and repeat the step. `float32` adds
+floats: cheaper to send.
 
 Everything of a step travels in one flat all-reduce: integer records first, then the quantities.
 """
@@ -67,16 +69,21 @@ class SlotSums:
 
     def add(self, quantities: Sequence[Tensor]) -> None:
         """Add one slot's quantities, given in the order of `sizes`."""
-        largest = torch.stack([q.detach().abs().amax().double() if q.numel() else q.new_zeros((), dtype=torch.float64) for q in quantities])
+        largest = torch.stack(
+            [
+                q.detach().abs().amax().double() if q.numel() else q.new_zeros((), dtype=torch.float64)
+                for q in quantities
+            ]
+        )
         count = len(self.sizes)
         self._records[:count] += ~torch.isfinite(largest)
         if not self._exact:
             for total, quantity in zip(self._body, quantities, strict=True):
-                total += quantity.detach().reshape(-1)
+                total.add_(quantity.detach().reshape(-1))
             return
         self._records[count : 2 * count] += largest >= self._limits
         for total, quantity, scale in zip(self._body, quantities, self._scales, strict=True):
-            total += (quantity.detach().reshape(-1).double() * scale).round_().to(torch.int64)
+            total.add_((quantity.detach().reshape(-1).double() * scale).round_().to(torch.int64))
 
     def set_records(self, values: Tensor) -> None:
         """Set this rank's integers, (num_records,) int64."""
@@ -118,8 +125,8 @@ class SumResult:
 def next_exponents(quantities: Sequence[Tensor], exponents: Tensor, *, first: bool) -> Tensor:
     """The (Q,) exponents for the next step, from this step's sums: a function of the history alone, equal on all ranks.
 
-    They follow growth at once and shrink by one a step, so that one small gradient does not narrow the range; a quantity that
-    is zero keeps its own.
+    They follow growth at once and shrink by one a step, so that one small gradient does not narrow the range; a
+    quantity that is zero keeps its own.
     """
     largest = torch.stack([q.abs().amax() if q.numel() else q.new_zeros(()) for q in quantities]).cpu()
     seen = torch.frexp(largest).exponent.to(torch.int32)

@@ -172,7 +172,9 @@ def slot_output(
     locals_ = render(pixels, _take(draws.local_views, rows), size=config.crops.local_size)
     torch.manual_seed(draws.network_seed)
     tracking, loss = config.tracking, config.loss
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and config.optim.precision == "bf16"):
+    with torch.autocast(
+        device.type, torch.bfloat16, enabled=device.type == "cuda" and config.optim.precision == "bf16"
+    ):
         return slot_forward(
             state.student,
             state.teacher,
@@ -196,13 +198,18 @@ def slot_output(
 def slot_quantities(state: TrainState, batch: SlotBatch, config: Config) -> list[Tensor]:
     """What one slot adds to the step: a gradient for each parameter, the teacher's output sum, the measures.
 
-    An unreadable clip has weight 0 and the slot keeps its nominal size: the means over readable clips are weighed by their share.
+    An unreadable clip has weight 0 and the slot keeps its nominal size: the means over readable clips are weighed by
+    their share.
     """
     parameters = list(state.student.parameters())
     names = measure_names(config)
     share = float(batch.valid.mean())
     if share == 0.0:
-        return [*(torch.zeros_like(p) for p in parameters), torch.zeros_like(state.center), state.center.new_zeros(len(names))]
+        return [
+            *(torch.zeros_like(p) for p in parameters),
+            torch.zeros_like(state.center),
+            state.center.new_zeros(len(names)),
+        ]
     output = slot_output(state, batch.clips, batch.valid, draw_slot(config, batch.step, batch.slot), config)
     gradients = torch.autograd.grad(output.loss * share, parameters, materialize_grads=True)
     measures = torch.stack([output.measures[name].float() for name in names]) * share
@@ -243,7 +250,8 @@ def _require_finite(state: TrainState, result: SumResult) -> None:
     names += ["the teacher's output", "a measure (the loss among them)"]
     found = [name for name, count in zip(names, result.not_finite.tolist(), strict=True) if count]
     raise DivergenceError(
-        f"step {state.step}: {found[-1]} is not finite" + (f", with {len(found) - 1} others" if len(found) > 1 else "")
+        f"step {state.step}: {found[-1]} is not finite"
+        + (f", with {len(found) - 1} others" if len(found) > 1 else "")
         + ". All workers stopped; the last checkpoint is untouched. Lower optim.lr, or raise loss.teacher_temperature."
     )
 
@@ -264,7 +272,11 @@ def apply_step(state: TrainState, result: SumResult, config: Config) -> tuple[di
         clip_each(gradients, optim.gradient_clip)
     values = rates(state.step, optim)
     set_rates(state.optimizer, values)
-    frozen = set(map(id, state.student.head.last_layer.parameters())) if state.step < optim.freeze_last_layer_steps else set()
+    frozen = (
+        set(map(id, state.student.head.last_layer.parameters()))
+        if state.step < optim.freeze_last_layer_steps
+        else set()
+    )
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = None if id(parameter) in frozen else gradient
     state.optimizer.step()

@@ -1,4 +1,4 @@
-"""What every training worker runs: the loop over steps, the same in this process (`LocalWorld`) and under Ray Train (`RayWorld`)."""
+"""What every training worker runs: the loop over steps, in this process or as one rank of a Ray Train group."""
 
 from __future__ import annotations
 
@@ -106,15 +106,18 @@ class LocalWorld:
         self._pending: Future[None] | None = None
 
     def latest(self) -> str | None:
+        """The newest complete checkpoint."""
         return self._job.resume_from
 
     def stream(self, steps: range, slots: Sequence[int]) -> Iterator[SlotBatch]:
+        """This rank's slots, in order."""
         keys = ((step, slot) for step in steps for slot in slots)
         return local_slots(
             self._job.plan, keys, prefetch=self._job.config.data.prefetch_slots, num_threads=self._job.num_threads
         )
 
     def save(self, snapshot: Snapshot | None, name: str, journal: Journal | None, step: int, *, wait: bool) -> None:
+        """Store a checkpoint; called by all ranks, with the snapshot on rank 0 alone."""
         assert snapshot is not None
         assert journal is not None
         self._finish()
@@ -135,6 +138,7 @@ class LocalWorld:
             self._pending = None
 
     def busy(self) -> bool:
+        """Whether the last checkpoint is still being written."""
         return self._writer.writing
 
 
@@ -155,6 +159,7 @@ class RayWorld:
         self._writer = _Writer(job.checkpoints)
 
     def latest(self) -> str | None:
+        """The newest complete checkpoint."""
         import ray.train
 
         checkpoint = ray.train.get_checkpoint()
@@ -163,6 +168,7 @@ class RayWorld:
         return files.join(self._job.checkpoints, max(names)) if names else None
 
     def stream(self, steps: range, slots: Sequence[int]) -> Iterator[SlotBatch]:
+        """This rank's slots, in order."""
         data, cluster = self._job.config.data, self._job.config.cluster
         return ray_slots(
             self._job.plan,
@@ -177,6 +183,7 @@ class RayWorld:
         )
 
     def save(self, snapshot: Snapshot | None, name: str, journal: Journal | None, step: int, *, wait: bool) -> None:
+        """Store a checkpoint; called by all ranks, with the snapshot on rank 0 alone."""
         import ray.train
         from ray.train import Checkpoint, CheckpointUploadMode
 
@@ -198,14 +205,15 @@ class RayWorld:
         )
 
     def busy(self) -> bool:
+        """Whether the last checkpoint is still being written."""
         return self._writer.writing
 
 
 def ray_worker(arguments: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker.
 
-    Errors of ours are decided by all ranks together, so every rank returns; Ray would repeat the run after an exception, which
-    cannot help. The launcher reads the error from status.json.
+    Errors of ours are decided by all ranks together, so every rank returns; Ray would repeat the run after an
+    exception, which cannot help. The launcher reads the error from status.json.
     """
     job: Job = arguments["job"]
     world = RayWorld(job)
@@ -303,7 +311,9 @@ class _Loop:
             first = optim.slots + batch.slot * optim.clips_per_slot
             records[first : first + optim.clips_per_slot] = ~batch.valid
         elapsed = time.monotonic() - self._saved_at
-        records[-1] = self.world.rank == 0 and elapsed >= self.job.config.run.checkpoint_seconds and not self.world.busy()
+        records[-1] = (
+            self.world.rank == 0 and elapsed >= self.job.config.run.checkpoint_seconds and not self.world.busy()
+        )
         return torch.from_numpy(records)
 
     def _count_bad(self, bad: list[int]) -> None:
@@ -321,7 +331,8 @@ class _Loop:
             video = self.job.plan.videos[clip.video]
             raise VideoError(
                 f"step {state.step}: {len(state.bad_clips)} clips could not be read, more than data.max_bad_fraction="
-                f"{config.data.max_bad_fraction:g} allows; the last is of {video.path} at {video.times[clip.frames[0]]:.2f} s. Check "
+                f"{config.data.max_bad_fraction:g} allows; the last is of {video.path} at "
+                f"{video.times[clip.frames[0]]:.2f} s. Check "
                 "that the frame store is complete and reachable from every node, or ingest the video again."
             )
 
@@ -347,7 +358,7 @@ class _Loop:
                 journal.event("warning", step=step, message=warning)
 
     def _knn(self, images: str, max_images: int) -> float:
-        """kNN accuracy of the teacher as it is now; the other ranks wait in their next reduction."""
+        """KNN accuracy of the teacher as it is now; the other ranks wait in their next reduction."""
         backbone = self.state.teacher.backbone
         options = KnnOptions(image_size=training_size(backbone), max_images=max_images, device=str(self.world.device))
         settings = options.model_dump(exclude={"random_init", "seed"})

@@ -140,7 +140,8 @@ def test_random_numbers_differ_by_every_part_of_their_key() -> None:
 
 
 def test_random_numbers_are_these_forever() -> None:
-    # NumPy promises that SeedSequence and PCG64 never change; these were printed by NumPy 2.4.6 when the plan was first written.
+    # NumPy promises that SeedSequence and PCG64 never change; these were printed by NumPy 2.4.6 when the plan was first
+    # written.
     assert slot_seed(0, 1, 2, Purpose.NETWORK) == 4244340947422063925
     assert slot_generator(0, 1, 2, Purpose.CLIP_CROP).integers(0, 1000, 4).tolist() == [409, 560, 463, 865]
 

@@ -23,7 +23,14 @@ def test_a_later_attempt_takes_back_what_was_lost(tmp_path: Path) -> None:
     attempt(run, 0, range(7), mark=1)
     attempt(run, 4, range(4, 6), mark=2, world_size=2)
     assert read_history(run) == {0: [1, 0], 1: [1, 1], 2: [1, 2], 3: [1, 3], 4: [2, 4], 5: [2, 5]}
-    assert [(line["step"], line["attempt"]) for line in read_metrics(run)] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
+    assert [(line["step"], line["attempt"]) for line in read_metrics(run)] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 1),
+        (5, 2),
+        (6, 2),
+    ]
     events = read_lines(str(tmp_path / "events.jsonl"))
     assert [(e["event"], e["attempt"]) for e in events] == [("start", 1), ("start", 2), ("resize", 2)]
     assert (events[-1]["before"], events[-1]["after"]) == (1, 2)

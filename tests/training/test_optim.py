@@ -38,7 +38,9 @@ def test_only_tensors_of_two_dimensions_decay() -> None:
 
 def test_teacher_is_the_moving_average() -> None:
     teacher, student = nn.Linear(2, 2), nn.Linear(2, 2)
-    expected = [0.9 * t.detach() + 0.1 * s.detach() for t, s in zip(teacher.parameters(), student.parameters(), strict=True)]
+    expected = [
+        0.9 * t.detach() + 0.1 * s.detach() for t, s in zip(teacher.parameters(), student.parameters(), strict=True)
+    ]
     update_teacher(teacher, student, 0.9)
     for ours, wanted in zip(teacher.parameters(), expected, strict=True):
         torch.testing.assert_close(ours, wanted)

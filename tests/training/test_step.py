@@ -46,8 +46,22 @@ def batch(config: Config, step: int, slot: int, valid: list[bool] | None = None)
     return SlotBatch(step, slot, clips, np.array(valid or [True] * count), slot)
 
 
+class Others:
+    """The other ranks, as the first one sees them in an all-reduce."""
+
+    def __init__(self) -> None:
+        self._sent: list[torch.Tensor] = []
+
+    def send(self, flat: torch.Tensor) -> None:
+        self._sent.append(flat.clone())
+
+    def receive(self, flat: torch.Tensor) -> None:
+        for other in self._sent:
+            flat += other
+
+
 def train(config: Config, world_size: int, steps: int = 4) -> TrainState:
-    """The state after some steps of `world_size` ranks, which hold equal states and are computed one after the other."""
+    """The state after some steps of `world_size` ranks; they hold equal states and compute one after the other."""
     state = initial_state(config, CPU)
     records = torch.zeros(1, dtype=torch.int64)
     for step in range(steps):
@@ -55,15 +69,10 @@ def train(config: Config, world_size: int, steps: int = 4) -> TrainState:
             [batch(config, step, slot) for slot in slots_of_rank(rank, world_size, config.optim.slots)]
             for rank in range(world_size)
         ]
-        sent: list[torch.Tensor] = []
+        others = Others()
         for share in shares[1:]:
-            sum_slots(state, share, records, config, lambda flat: sent.append(flat.clone()))
-
-        def receive(flat: torch.Tensor, sent: list[torch.Tensor] = sent) -> None:
-            for other in sent:
-                flat += other
-
-        apply_step(state, sum_slots(state, shares[0], records, config, receive), config)
+            sum_slots(state, share, records, config, others.send)
+        apply_step(state, sum_slots(state, shares[0], records, config, others.receive), config)
     return state
 
 
@@ -79,14 +88,15 @@ def test_weights_are_bit_identical_for_every_world_size(kind: str) -> None:
         assert torch.equal(alone.exponents, shared.exponents)
 
 
-def test_gradient_is_the_mean_over_all_clips() -> None:
-    """One slot of four clips and four slots of one clip hold the same clips and draws: so they have the same mean gradient."""
+def test_loss_is_the_mean_over_the_clips() -> None:
+    """The loss of a slot is the mean of its clips' losses, each with its own draws."""
     config = small_config("model.drop_path=0")
     state = initial_state(config, CPU)
     whole, draws = batch(config, 0, 0), draw_slot(config, 0, 0)
     together = slot_output(state, whole.clips, whole.valid, draws, config).loss
     alone = [
-        slot_output(state, whole.clips, np.arange(len(whole.valid)) == i, draws, config).loss for i in range(len(whole.valid))
+        slot_output(state, whole.clips, np.arange(len(whole.valid)) == i, draws, config).loss
+        for i in range(len(whole.valid))
     ]
     torch.testing.assert_close(together, torch.stack(alone).mean())
 

@@ -40,7 +40,12 @@ def test_three_workers_that_do_not_divide_the_slots(undisturbed: Path, tmp_path:
 def test_killed_worker_costs_nothing_but_time(undisturbed: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
     run = tmp_path / "run"
     config = dora_ray.load_config(
-        "tiny", *small, "optim.steps=30", "cluster.num_workers=[1, 2]", "run.checkpoint_seconds=0.05", "data.slots_per_task=2"
+        "tiny",
+        *small,
+        "optim.steps=30",
+        "cluster.num_workers=[1, 2]",
+        "run.checkpoint_seconds=0.05",
+        "data.slots_per_task=2",
     )
     killed: list[int] = []
 
