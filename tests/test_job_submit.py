@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-START_SECONDS, JOB_SECONDS, STOP_SECONDS = 120, 400, 20
+START_SECONDS, JOB_SECONDS, STOP_SECONDS = 120, 400, 5
 
 
 @dataclass(frozen=True)
@@ -56,23 +59,25 @@ def ask(url: str, token: str | None) -> int:
 
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[Head]:
-    """A head started as cluster.yaml starts one: token, dashboard on loopback. Ends with its own process group alone."""
+    """A head started as cluster.yaml starts one: token, dashboard on loopback. Only its own processes are ended."""
     token, token_file = secrets.token_hex(32), tmp_path / "token"
     token_file.write_text(token)
     token_file.chmod(0o600)
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
     environment |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_worker_niceness": "0",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
+    # Ray puts Unix sockets there, whose whole paths may have 107 characters: too few for a folder below tmp_path.
+    folder = tempfile.mkdtemp(prefix="ray-")
     gcs, dashboard, client, agent, agent_grpc, metrics = free_ports(6)
     command = [
         str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
         f"--dashboard-agent-grpc-port={agent_grpc}", f"--metrics-export-port={metrics}", "--num-cpus=3",
-        "--object-store-memory=300000000", "--disable-usage-stats", f"--temp-dir={_short_folder(tmp_path)}",
+        "--object-store-memory=300000000", "--disable-usage-stats", f"--temp-dir={folder}",
     ]  # fmt: skip
     with (tmp_path / "head.log").open("wb") as log:
         process = subprocess.Popen(
@@ -88,24 +93,16 @@ def head(tmp_path: Path) -> Iterator[Head]:
         yield Head(url, environment, token)
     finally:
         _end(process)
-
-
-def _short_folder(tmp_path: Path) -> str:
-    """Ray's session folder: the path of a Unix socket below it may have 107 characters."""
-    folder = Path("/tmp") / f"ray-{tmp_path.parent.name[-8:]}-{os.getpid()}"
-    return str(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process group that `start_new_session` made, and nothing else."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        deadline = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.2)
+    """End the head, which ends what it started, and then whatever is left in the process group that is its own."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=STOP_SECONDS)
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,7 +100,8 @@ def ingest(
         task = functools.partial(
             ingest_segment, store=store, decoder=decoder, short_side=short_side, jpeg_quality=jpeg_quality
         )
-        _commit_results(work, _run_tasks(work, task), num_videos=len(indexes), progress=progress)
+        with _cluster():
+            _commit_results(work, _run_tasks(work, task), num_videos=len(indexes), progress=progress)
     return frame_store.open_videos(indexes, store=store, **setting)
 
 
@@ -219,6 +221,21 @@ def _tell(progress: Callable[[IngestProgress], None] | None, state: IngestProgre
         progress(state)
 
 
+@contextmanager
+def _cluster() -> Iterator[None]:
+    """The Ray cluster of the caller, or one of this machine that ends with the ingest."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def _run_tasks(work: Sequence[_Work], task: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Results in the order they finish. Raises VideoError when nothing has finished for STALL_SECONDS."""
     results: queue.Queue[Any] = queue.Queue()
@@ -257,10 +274,6 @@ def _consume(
 
 def _dataset(work: Sequence[_Work], task: Callable[..., dict[str, Any]]) -> Any:
     """One block and one task for each segment, so that a retry repeats one segment."""
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(address="local", include_dashboard=False, log_to_driver=False)
     import ray.data
 
     # Our progress callback speaks for the job: Ray Data's note that its bars are off, and its last line, are left out.

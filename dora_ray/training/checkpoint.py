@@ -1,7 +1,7 @@
 """Checkpoints: step-00001234/{model.safetensors, state.pt, meta.json}; meta.json is written last, then `latest`.
 
-A folder without meta.json is incomplete and never read. A snapshot copies the state to the CPU in the step; writing it is
-left to a background thread.
+A folder without meta.json is incomplete and never read. A snapshot copies the state to the CPU in the step; writing it
+is left to a background thread.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from dora_ray import files
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
 from dora_ray.training.journal import EVENTS
-from dora_ray.training.worker import CHECKPOINTS, Job, ray_worker
+from dora_ray.training.worker import ray_worker
+from dora_ray.training.worlds import CHECKPOINTS, Job
 
 # Measured on Ray 2.60: how soon a lost node, a failed start or a joined node is acted upon. A user's own settings win.
 RAY_SETTINGS = {

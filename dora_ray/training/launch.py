@@ -23,7 +23,8 @@ from dora_ray.training.checkpoint import require_plan
 from dora_ray.training.cluster import check_resources, connect, run_on_ray
 from dora_ray.training.journal import STATUS, read_metrics
 from dora_ray.training.tail import MetricsTail
-from dora_ray.training.worker import Job, LocalWorld, latest_checkpoint, record_failure, train_loop
+from dora_ray.training.worker import record_failure, train_loop
+from dora_ray.training.worlds import Job, LocalWorld, latest_checkpoint
 from dora_ray.weights import read_meta, require_architecture
 
 logger = logging.getLogger(__name__)

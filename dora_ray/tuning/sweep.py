@@ -226,6 +226,8 @@ def _run_trials(
     folder: str, spec: SweepSpec, pending: Sequence[Trial], *, limit: int, on_trial: OnTrial | None
 ) -> None:
     """Let Ray Tune run the trials; how they ended is in their folders afterwards."""
+    # Ray Tune's newer output prints a box to standard output whatever `verbose` says; results alone belong there.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
 
     for trial in pending:
@@ -271,7 +273,7 @@ def _scheduler(spec: SweepSpec, pending: Sequence[Trial]) -> Any:
 
     steps = max(trial.config.optim.steps for trial in pending)
     return AsyncHyperBandScheduler(
-        time_attr="step", max_t=steps, grace_period=max(1, round(GRACE_SHARE * steps)), reduction_factor=2
+        time_attr="step", max_t=steps + 1, grace_period=max(1, round(GRACE_SHARE * steps)), reduction_factor=2
     )
 
 
