@@ -28,14 +28,15 @@ OVERRIDE = re.compile(r"[A-Za-z_]+(\.[A-Za-z_]+)*=")
 SILENT_SECONDS = 300.0
 
 
-def _write(text: str) -> None:
+def write(text: str) -> None:
+    """To standard output, with a line end."""
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
 
 
-def _write_facts(facts: Mapping[str, Any]) -> None:
+def write_facts(facts: Mapping[str, Any]) -> None:
     """Names and values, aligned."""
     width = max((len(name) for name in facts), default=0)
-    _write("\n".join(f"{name:<{width}}  {_plain(value)}" for name, value in facts.items()))
+    write("\n".join(f"{name:<{width}}  {_plain(value)}" for name, value in facts.items()))
 
 
 def _plain(value: Any) -> str:
@@ -78,7 +79,7 @@ def _load(words: Sequence[str]) -> Config | None:
     return load_config(names[0], *overrides) if names else None
 
 
-class _Stages:
+class Stages:
     """Progress of one stage after the other: the first update of the next one closes the last."""
 
     def __init__(self) -> None:
@@ -86,7 +87,7 @@ class _Stages:
         self._title = ""
         self._progress: Progress | None = None
 
-    def __enter__(self) -> _Stages:
+    def __enter__(self) -> Stages:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,9 +148,9 @@ def run_train(options: argparse.Namespace) -> None:
     from dora_ray.training.launch import dry_run, train
 
     if options.dry_run:
-        _write(dry_run(config, out=options.out))
+        write(dry_run(config, out=options.out))
         return
-    with _Stages() as stages:
+    with Stages() as stages:
         run = train(
             load_config(config),
             out=options.out,
@@ -159,11 +160,11 @@ def run_train(options: argparse.Namespace) -> None:
             on_ingest=stages.ingest,
         )
     shown = ("step", "loss", "object_agreement", "local_agreement", "knn", "clips_per_second")
-    _write_facts(
+    write_facts(
         {"run": run.path, "checkpoint": run.checkpoint}
         | {name: run.metrics[name] for name in shown if name in run.metrics}
     )
-    _write(f"\nNext: dora-ray report {run.path}; dora-ray export {run.path} --out DIR; dora-ray show {run.path} VIDEO")
+    write(f"\nNext: dora-ray report {run.path}; dora-ray export {run.path} --out DIR; dora-ray show {run.path} VIDEO")
 
 
 def run_sweep(options: argparse.Namespace) -> None:
@@ -175,7 +176,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     spec = load_sweep(options.file, *options.overrides)
     total = len(expand(spec))
     ended: list[str] = []
-    with _Stages() as stages:
+    with Stages() as stages:
 
         def on_trial(name: str, status: str) -> None:
             ended.append(name)
@@ -184,7 +185,7 @@ def run_sweep(options: argparse.Namespace) -> None:
         result = sweep(options.file, *options.overrides, out=options.out, resume=options.resume, on_trial=on_trial)
     counts = {status: sum(row.status == status for row in result.results) for status in ("done", "stopped", "failed")}
     tally = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    _write_facts(
+    write_facts(
         {
             "sweep": result.path,
             "trials": tally,
@@ -192,7 +193,7 @@ def run_sweep(options: argparse.Namespace) -> None:
             "report": files.join(result.path, "report.html"),
         }
     )
-    _write("\n" + answer(result.results, spec))
+    write("\n" + answer(result.results, spec))
 
 
 def run_eval(options: argparse.Namespace) -> None:
@@ -209,7 +210,7 @@ def run_eval(options: argparse.Namespace) -> None:
         settings[name] = yaml.safe_load(text)
     result = evaluate(options.checkpoint, options.task, data=options.data, **settings)
     _write_json(options.json, result)
-    _write_facts(
+    write_facts(
         {"task": result["task"], "checkpoint": result["checkpoint"], "data": result["data"], **result["results"]}
     )
 
@@ -236,8 +237,8 @@ def run_data_index(options: argparse.Namespace) -> None:
             "warnings": list(index.warnings),
         }
         if rows:
-            _write("")
-        _write_facts(facts)
+            write("")
+        write_facts(facts)
         rows.append(facts)
     _write_json(options.json, rows)
 
@@ -253,7 +254,7 @@ def run_data_ingest(options: argparse.Namespace) -> None:
         raise ConfigError("no video was given: name files, folders, globs or URIs")
     config = load_config(options.recipe, *overrides)
     data = config.data
-    with _Stages() as stages, connect(config):
+    with Stages() as stages, connect(config):
         stored = ingest(
             videos,
             store=options.store,
@@ -264,7 +265,7 @@ def run_data_ingest(options: argparse.Namespace) -> None:
             segment_seconds=data.segment_seconds,
             progress=stages.ingest,
         )
-    _write_facts(
+    write_facts(
         {"store": files.absolute(options.store)} | {video.path: f"{len(video.times)} frames" for video in stored}
     )
 
@@ -292,7 +293,7 @@ def run_synth_video(options: argparse.Namespace) -> None:
         seed=options.seed,
         cuts=cuts,
     )
-    _write(str(path))
+    write(str(path))
 
 
 def run_synth_photos(options: argparse.Namespace) -> None:
@@ -301,7 +302,7 @@ def run_synth_photos(options: argparse.Namespace) -> None:
 
     _refuse_existing(options.out)
     names = make_photo_classes(options.out, seed=options.seed)
-    _write_facts({"folder": options.out, "classes": names})
+    write_facts({"folder": options.out, "classes": names})
 
 
 def _refuse_existing(path: str) -> None:
@@ -321,7 +322,7 @@ def run_show(options: argparse.Namespace) -> None:
         out=out,
         **{name: value for name, value in chosen.items() if value is not None},
     )
-    _write("\n".join([*result["pictures"], *result["movies"]]))
+    write("\n".join([*result["pictures"], *result["movies"]]))
 
 
 def _pictures_of(checkpoint: str) -> str:
@@ -335,14 +336,14 @@ def run_export(options: argparse.Namespace) -> None:
     """Export an encoder."""
     from dora_ray.weights import export
 
-    _write(str(export(options.checkpoint, options.out)))
+    write(str(export(options.checkpoint, options.out)))
 
 
 def run_report(options: argparse.Namespace) -> None:
     """Write a report."""
     from dora_ray.tuning.report import report
 
-    _write(str(report(options.path)))
+    write(str(report(options.path)))
 
 
 def run_config(options: argparse.Namespace) -> None:
@@ -350,11 +351,11 @@ def run_config(options: argparse.Namespace) -> None:
     from dora_ray.config import Config
 
     if options.schema:
-        _write(json.dumps(Config.model_json_schema(), indent=2))
+        write(json.dumps(Config.model_json_schema(), indent=2))
         return
     config = _load(options.words or ["paper"])
     assert config is not None
-    _write("\n".join(_explained(config)))
+    write("\n".join(_explained(config)))
 
 
 def _explained(config: Config) -> Iterable[str]:
@@ -373,7 +374,7 @@ def run_bench(options: argparse.Namespace) -> None:
 
     result = import_module(f"dora_ray.bench.{options.what}").run(quick=options.quick)
     _write_json(options.json, result)
-    _write_facts(result)
+    write_facts(result)
 
 
 def run_status(options: argparse.Namespace) -> None:
@@ -389,7 +390,7 @@ def run_status(options: argparse.Namespace) -> None:
         raise ConfigError(f"{path} is damaged ({error}): the run writes it again at its next step") from error
     age = time.time() - float(status.pop("time", time.time()))
     _write_json(options.json, status)
-    _write_facts(
+    write_facts(
         {
             "run": files.absolute(options.run),
             **{name: value for name, value in status.items() if value is not None},
@@ -397,7 +398,7 @@ def run_status(options: argparse.Namespace) -> None:
         }
     )
     if status.get("state") == "running" and age > SILENT_SECONDS:
-        _write(
+        write(
             f"\nNothing has been heard for {age:.0f} s: the run was probably killed. "
             f"Go on with: dora-ray train --resume --out {options.run}"
         )
@@ -409,10 +410,10 @@ def run_doctor(options: argparse.Namespace) -> None:
 
     findings = examine()
     marks = {True: "ok     ", False: "PROBLEM", None: "-      "}
-    _write("\n".join(f"{marks[finding.good]}  {finding.name:<14} {finding.text}" for finding in findings))
+    write("\n".join(f"{marks[finding.good]}  {finding.name:<14} {finding.text}" for finding in findings))
     wrong = [finding for finding in findings if finding.good is False]
     if wrong:
-        _write("\n" + "\n".join(f"{finding.name}: {finding.remedy}" for finding in wrong))
+        write("\n" + "\n".join(f"{finding.name}: {finding.remedy}" for finding in wrong))
         raise DoRAError(
             f"{len(wrong)} problem{'s' * (len(wrong) > 1)} found: {', '.join(finding.name for finding in wrong)}"
         )

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from functools import reduce
-from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from dora_ray.config_source import flatten, load_values, with_override
 from dora_ray.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -383,11 +381,6 @@ class Config(Section):
         return rules
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _recipes().iterdir() if entry.name.endswith(".yaml"))
-
-
 def load_config(source: str | Path | Mapping[str, Any] | Config = "tiny", *overrides: str) -> Config:
     """A checked configuration.
 
@@ -399,38 +392,10 @@ def load_config(source: str | Path | Mapping[str, Any] | Config = "tiny", *overr
     Raises:
         ConfigError: with the key, what is allowed, and the nearest known key.
     """
-    values = source.model_dump(mode="json") if isinstance(source, Config) else _load_values(source)
+    values = source.model_dump(mode="json") if isinstance(source, Config) else load_values(source)
     for override in overrides:
-        values = _set(values, *_parse_override(override))
+        values = with_override(values, override)
     return _validate(values)
-
-
-def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """A YAML mapping; ConfigError with line and column when it is malformed."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{name} is not valid YAML: {where}{error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is not valid YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{name} holds a {type(values).__name__}; a mapping of sections is needed, such as 'optim: {{lr: 1e-3}}'"
-        )
-    return values
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat.update(flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
-    return flat
 
 
 def known_keys() -> list[str]:
@@ -445,56 +410,6 @@ def nearest_key(key: str) -> str:
     same_tail = [name for name in known_keys() if name.rsplit(".", 1)[-1] == tail]
     best = same_tail[:1] or close
     return f" Did you mean {best[0]}?" if best else " `dora-ray config` lists all keys."
-
-
-def _recipes() -> Any:
-    return package_files("dora_ray") / "recipes"
-
-
-def _load_values(source: str | Path | Mapping[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    values = dict(source) if isinstance(source, Mapping) else parse_yaml(_read_source(str(source)), str(source))
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    if str(base) in seen:
-        raise ConfigError(f"base: {base} leads back to itself ({' -> '.join([*seen, str(base)])})")
-    return _merge(_load_values(str(base), (*seen, str(base))), values)
-
-
-def _read_source(source: str) -> str:
-    if source in recipe_names():
-        return str((_recipes() / f"{source}.yaml").read_text(encoding="utf-8"))
-    path = Path(source)
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{source} cannot be read as text: {error}") from error
-    near = difflib.get_close_matches(source, recipe_names(), n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{source!r} is neither a recipe ({', '.join(recipe_names())}) nor an existing YAML file.{hint}")
-
-
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _parse_override(override: str) -> tuple[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{override!r} is not an override: write section.key=value, such as optim.lr=1e-3")
-    try:
-        return key.strip(), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {key} is not valid YAML: {text!r}") from error
-
-
-def _set(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    return _merge(values, reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value))
 
 
 def _validate(values: Mapping[str, Any]) -> Config:

@@ -23,7 +23,6 @@ PACKAGES = (
     "pyarrow",
     "av",
     "simplejpeg",
-    "kornia",
     "safetensors",
     "pydantic",
     "tensorboardX",

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dora_ray.config import Config, flatten, known_keys, load_config, recipe_names
+from dora_ray.config import Config, known_keys, load_config
+from dora_ray.config_source import flatten, recipe_names
 from dora_ray.errors import ConfigError
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from dora_ray import errors, files
-from dora_ray.config import Config, flatten, load_config
+from dora_ray.config import Config, load_config
+from dora_ray.config_source import flatten
 from dora_ray.data.ingest import IngestProgress, ingest
 from dora_ray.data.plan import Plan
 from dora_ray.data.sources import find_videos

@@ -16,7 +16,8 @@ import yaml
 from markupsafe import Markup
 
 from dora_ray import files
-from dora_ray.config import Config, flatten
+from dora_ray.config import Config
+from dora_ray.config_source import flatten
 from dora_ray.errors import ConfigError
 from dora_ray.training.journal import read_lines, read_metrics
 from dora_ray.tuning.figures import PANELS, draw_key, draw_panel, series

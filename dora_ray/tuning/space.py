@@ -19,7 +19,8 @@ import numpy as np
 import yaml
 from pydantic import Field, ValidationError
 
-from dora_ray.config import Config, Count, Natural, Section, flatten, known_keys, load_config, nearest_key, parse_yaml
+from dora_ray.config import Config, Count, Natural, Section, known_keys, load_config, nearest_key
+from dora_ray.config_source import flatten, parse_yaml
 from dora_ray.errors import ConfigError
 
 KINDS = {

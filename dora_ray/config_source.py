@@ -1,0 +1,100 @@
+"""From words and files to one mapping: recipes, YAML files, `base`, and key=value overrides. Knows no key's meaning."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import reduce
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dora_ray.errors import ConfigError
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _recipes().iterdir() if entry.name.endswith(".yaml"))
+
+
+def _recipes() -> Any:
+    return package_files("dora_ray") / "recipes"
+
+
+def load_values(source: str | Path | Mapping[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe, a YAML file or a mapping, laid over those of its `base`."""
+    values = dict(source) if isinstance(source, Mapping) else parse_yaml(_read_source(str(source)), str(source))
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if str(base) in seen:
+        raise ConfigError(f"base: {base} leads back to itself ({' -> '.join([*seen, str(base)])})")
+    return _merge(load_values(str(base), (*seen, str(base))), values)
+
+
+def _read_source(source: str) -> str:
+    if source in recipe_names():
+        return str((_recipes() / f"{source}.yaml").read_text(encoding="utf-8"))
+    path = Path(source)
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source} cannot be read as text: {error}") from error
+    near = difflib.get_close_matches(source, recipe_names(), n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{source!r} is neither a recipe ({', '.join(recipe_names())}) nor an existing YAML file.{hint}")
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def with_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """The values with one "section.key=value" laid over them."""
+    key, value = _parse_override(override)
+    return _merge(values, reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value))
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not an override: write section.key=value, such as optim.lr=1e-3")
+    try:
+        return key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key} is not valid YAML: {text!r}") from error
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """A YAML mapping; ConfigError with line and column when it is malformed."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{name} is not valid YAML: {where}{error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{name} holds a {type(values).__name__}; a mapping of sections is needed, such as 'optim: {{lr: 1e-3}}'"
+        )
+    return values
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return flat
