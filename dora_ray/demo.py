@@ -54,7 +54,7 @@ def run_demo(out: Path, overrides: Sequence[str]) -> None:
         f"DoRA on {Path(video).name}: {config.optim.steps} steps of "
         f"{config.optim.slots * config.optim.clips_per_slot} clips\n"
     )
-    make_photo_classes(photos, seed=0)
+    make_photo_classes(photos, seed=0, num_test=100)
     with Stages() as stages:
         dora_ray.train(
             config,
