@@ -147,7 +147,9 @@ def _add_sweep(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _add_eval(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "eval", "evaluate a checkpoint's encoder, frozen, on labeled images", spill="options")
-    parser.add_argument("task", choices=("knn", "linear"), help="nearest neighbors, or a linear probe")
+    parser.add_argument(
+        "task", choices=("knn", "linear", "corloc", "vos"), help="neighbors, linear probe, boxes, video objects"
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run's folder, or an exported encoder")
     parser.add_argument(
         "options",

@@ -130,29 +130,27 @@ class Stages:
 def run_train(options: argparse.Namespace) -> None:
     """Train, or say what training would do."""
     from dora_ray.config import load_config
+    from dora_ray.training.launch import dry_run, saved_config, train
 
     names, overrides = _split(options.words)
     if options.resume and not names:
         if options.out is None:
             raise ConfigError("--resume needs the run to go on with: --out DIR")
-        saved = files.join(options.out, "config.yaml")
-        if not files.exists(saved):
-            raise ConfigError(f"{options.out} has no config.yaml, so there is no run to resume: give the run's folder")
-        names = [saved]
-    config = _load([*names, *overrides])
-    if config is None:
-        raise ConfigError(
-            "no configuration was given: name a recipe (paper, released, tiny) or a YAML file, "
-            "such as `dora-ray train tiny`"
-        )
-    from dora_ray.training.launch import dry_run, train
-
+        config = load_config(saved_config(files.absolute(options.out)), *overrides)
+    else:
+        found = _load(options.words)
+        if found is None:
+            raise ConfigError(
+                "no configuration was given: name a recipe (paper, released, tiny) or a YAML file, "
+                "such as `dora-ray train tiny`"
+            )
+        config = found
     if options.dry_run:
-        write(dry_run(config, out=options.out))
+        write(dry_run(config, out=options.out, resume=options.resume, overwrite=options.overwrite))
         return
     with Stages() as stages:
         run = train(
-            load_config(config),
+            config,
             out=options.out,
             resume=options.resume,
             overwrite=options.overwrite,
@@ -198,16 +196,10 @@ def run_sweep(options: argparse.Namespace) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     """Evaluate an encoder and print the results."""
-    import yaml
-
+    from dora_ray.config_source import parse_override
     from dora_ray.evaluation import evaluate
 
-    settings = {}
-    for word in options.options:
-        name, equals, text = word.partition("=")
-        if not equals:
-            raise ConfigError(f"{word!r} is not a setting: write option=value, such as device=cuda")
-        settings[name] = yaml.safe_load(text)
+    settings = dict(parse_override(word) for word in options.options)
     result = evaluate(options.checkpoint, options.task, data=options.data, **settings)
     _write_json(options.json, result)
     write_facts(

@@ -61,7 +61,7 @@ class ModelConfig(Section):
         if not isinstance(values, Mapping):
             return values
         name = values.get("name", "vit_small_patch16_224")
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             raise ValueError(f"model.name={name!r} is not known; choose from {', '.join(ARCHITECTURES)}")
         return {**ARCHITECTURES[name], **values}
 
@@ -238,8 +238,8 @@ class ClusterConfig(Section):
     """One GPU for each worker."""
     cpus_per_worker: Positive = 1.0
     """CPUs that Ray reserves for a worker."""
-    threads_per_worker: Count | None = None
-    """Threads of a worker on the CPU; not set: this machine's CPUs / the most workers. Part of a run's exact bits."""
+    threads_per_worker: Count = 1
+    """Threads of a worker on the CPU. They change the last bits of sums, workers do not: prefer workers."""
     decode_cpus: Positive = 0.5
     """CPUs that Ray reserves for one decode task."""
     decode_label: str | None = None

@@ -58,14 +58,15 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
     """The values with one "section.key=value" laid over them."""
-    key, value = _parse_override(override)
+    key, value = parse_override(override)
     return _merge(values, reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value))
 
 
-def _parse_override(override: str) -> tuple[str, Any]:
+def parse_override(override: str) -> tuple[str, Any]:
+    """("section.key", value) of "section.key=value"; ConfigError when it is not one, or the value is not YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{override!r} is not an override: write section.key=value, such as optim.lr=1e-3")
+        raise ConfigError(f"{override!r} has no value: write key=value, such as optim.lr=1e-3")
     try:
         return key.strip(), yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -6,11 +6,13 @@ A path is a plain string everywhere: "runs/a" and "s3://bucket/runs/a" go throug
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.core import url_to_fs
+
+from dora_ray.errors import ConfigError
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -32,7 +34,13 @@ def join(root: str | os.PathLike[str], *parts: str) -> str:
 
 
 def _filesystem(path: str | os.PathLike[str]) -> tuple[Any, str]:
-    filesystem, inner = url_to_fs(os.fspath(path))
+    try:
+        filesystem, inner = url_to_fs(os.fspath(path))
+    except ImportError as error:
+        hint = "pip install 'dora-ray[s3]' or 'dora-ray[gcs]'"
+        raise ConfigError(f"{path} needs a package that is not installed ({error}): {hint}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be opened: {error}. Use a local path, s3:// or gs://.") from error
     return filesystem, inner
 
 
@@ -60,8 +68,8 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The file's content. Raises FileNotFoundError."""
-    with fsspec.open(os.fspath(path), "rb") as file:
-        return bytes(file.read())
+    filesystem, inner = _filesystem(path)
+    return bytes(filesystem.cat_file(inner))
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -76,12 +84,12 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """
     text = os.fspath(path)
     if is_remote(text):
-        with fsspec.open(text, "wb") as file:
-            file.write(content)
+        filesystem, inner = _filesystem(text)
+        filesystem.pipe_file(inner, content)
         return
     target = Path(text.removeprefix("file://"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
             file.write(content)

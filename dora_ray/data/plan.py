@@ -156,7 +156,7 @@ class Plan:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What the plan is, key by key: compared when a run is resumed."""
-        videos = {video.video_id: _video_digest(video) for video in self.videos}
+        videos = [[video.video_id, _video_digest(video)] for video in self.videos]
         return {"seed": self.seed, "videos": videos, **{key: self.settings[key] for key in sorted(self.settings)}}
 
     @cached_property

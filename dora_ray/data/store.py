@@ -256,4 +256,8 @@ def _take(video: StoredVideo, frames: Sequence[int]) -> list[pa.Buffer]:
     except (OSError, ValueError) as error:
         reason = str(error).partition(", /")[0]
         raise VideoError(f"{video.uri}: cannot be read ({reason}); ingest {video.path} again") from error
+    if len(column) != len(rows):  # Lance leaves out rows that do not exist
+        raise VideoError(
+            f"{video.uri}: {len(rows) - len(column)} of {len(rows)} rows are gone; ingest {video.path} again"
+        )
     return [value.as_buffer() for value in column]

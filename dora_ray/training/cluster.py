@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from dora_ray import files
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
@@ -74,6 +76,10 @@ def check_resources(config: Config) -> None:
 
     workers = config.cluster.num_workers
     if workers == 0:
+        if config.cluster.use_gpu and not torch.cuda.is_available():
+            raise ClusterError(
+                "cluster.use_gpu=true, and torch finds no GPU on this machine: set cluster.use_gpu=false"
+            )
         return
     fewest = workers if isinstance(workers, int) else workers[0]
     wanted = {"CPU": fewest * config.cluster.cpus_per_worker + config.cluster.decode_cpus}

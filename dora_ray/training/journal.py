@@ -1,7 +1,8 @@
 """What a run writes beside its checkpoints: metrics.jsonl, ledger.jsonl, events.jsonl, status.json, tensorboard/.
 
-Only rank 0 writes. Every line carries its attempt (1, 2, ...: each start of the worker group is one). An attempt that
-begins at step s takes back the steps from s on of the attempts before it; `read_history` and `read_metrics` apply that.
+Rank 0 writes; Ray Train's controller adds failures to the events. Every line carries its attempt (1, 2, ...: each start
+of the worker group is one). An attempt that begins at step s takes back the steps from s on of the attempts before it;
+`read_history` and `read_metrics` apply that.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from dora_ray import files
@@ -66,18 +70,24 @@ class Journal:
         step: step that the attempt begins at.
         num_steps: steps of the whole run.
         world_size: workers of the attempt.
+        last_checkpoint: name of the checkpoint that the attempt begins from.
     """
 
-    def __init__(self, run: str, *, step: int, num_steps: int, world_size: int) -> None:
+    def __init__(
+        self, run: str, *, step: int, num_steps: int, world_size: int, last_checkpoint: str | None = None
+    ) -> None:
         self.run = run
         self._metrics = files.LineFile(files.join(run, METRICS))
         self._events = files.LineFile(files.join(run, EVENTS))
         self._ledger = files.LineFile(files.join(run, LEDGER))
-        earlier = [line for line in read_lines(self._events.path) if line["event"] == "start"]
+        events = read_lines(self._events.path)
+        earlier = [line for line in events if line["event"] == "start"]
+        self._failures = sum(line["event"] == "failure" for line in events)
         self.attempt = len(earlier) + 1
         self._num_steps, self._world_size = num_steps, world_size
-        self._last_checkpoint: str | None = None
+        self._last_checkpoint = last_checkpoint
         self._board: Any = None
+        self._board_folder = ""
         # The ledger counts steps from 0; a line of metrics carries the number of steps done.
         self._ledger.append(json.dumps({"attempt": self.attempt, "begin": step}))
         self._metrics.append(json.dumps({"attempt": self.attempt, "begin": step + 1}))
@@ -108,8 +118,18 @@ class Journal:
         if self._board is None:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(logdir=files.join(self.run, TENSORBOARD), flush_secs=10)
+            remote = files.is_remote(self.run)
+            self._board_folder = tempfile.mkdtemp() if remote else files.join(self.run, TENSORBOARD)
+            self._board = SummaryWriter(logdir=self._board_folder, flush_secs=10)
         return self._board
+
+    def _copy_board(self) -> None:
+        """TensorBoard's writer appends, which an object store cannot: there its files are put again at every flush."""
+        if self._board is None or not files.is_remote(self.run):
+            return
+        self._board.flush()
+        for path in Path(self._board_folder).iterdir():
+            files.write_bytes(files.join(self.run, TENSORBOARD, path.name), path.read_bytes())
 
     def status(self, state: str, step: int, **fields: Any) -> None:
         """Write status.json."""
@@ -121,6 +141,7 @@ class Journal:
             world_size=self._world_size,
             attempt=self.attempt,
             last_checkpoint=self._last_checkpoint,
+            failures=self._failures,
             **fields,
         )
 
@@ -134,12 +155,15 @@ class Journal:
         """Make all lines visible."""
         for lines in (self._metrics, self._ledger, self._events):
             lines.flush()
+        self._copy_board()
 
     def close(self) -> None:
         """Flush, and close TensorBoard's file."""
         self.flush()
         if self._board is not None:
             self._board.close()
+            if files.is_remote(self.run):
+                shutil.rmtree(self._board_folder, ignore_errors=True)
 
 
 def write_status(run: str, **fields: Any) -> None:

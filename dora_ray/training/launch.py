@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -13,17 +14,18 @@ import yaml
 
 from dora_ray import errors, files
 from dora_ray.config import Config, load_config
-from dora_ray.config_source import flatten
+from dora_ray.config_source import flatten, parse_yaml
 from dora_ray.data.ingest import IngestProgress, ingest
 from dora_ray.data.plan import Plan
 from dora_ray.data.sources import find_videos
 from dora_ray.data.store import StoredVideo, load_index
 from dora_ray.data.video import VideoIndex, index_video
 from dora_ray.errors import CheckpointError, ConfigError, DoRAError, VideoError
+from dora_ray.evaluation.features import find_splits
 from dora_ray.training.checkpoint import require_plan
 from dora_ray.training.cluster import check_resources, connect, run_on_ray
 from dora_ray.training.journal import STATUS, read_metrics
-from dora_ray.training.tail import MetricsTail
+from dora_ray.training.tail import RunTail
 from dora_ray.training.worker import record_failure, train_loop
 from dora_ray.training.worlds import Job, LocalWorld, latest_checkpoint
 from dora_ray.weights import read_meta, require_architecture
@@ -31,6 +33,7 @@ from dora_ray.weights import read_meta, require_architecture
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 OnMetrics = Callable[[dict[str, Any]], None]
 OnIngest = Callable[[IngestProgress], None]
 
@@ -73,29 +76,37 @@ def train(
         ConfigError, VideoError, CheckpointError, ClusterError: before anything is written or any GPU is asked for.
         DivergenceError: a number was not finite.
     """
-    run = files.absolute(out if out is not None else f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
-    config = _choose_config(config, run, resume=resume)
-    _check_folder(run, resume=resume, overwrite=overwrite)
+    run = files.absolute(out if out is not None else _default_run())
+    config = _prepare(load_config(config) if config is not None else saved_config(run, resume=resume))
+    _check_folder(run, config, resume=resume, overwrite=overwrite)
     store = _store(config, run)
     indexes = _check_lengths(config, [load_index(path, store=store) for path in _paths(config)])
     with connect(config):
         check_resources(config)
-        plan = make_plan(config, _ingest(config, store, on_ingest))
+        plan = make_plan(config, ingest_videos(config, store, on_ingest))
         plan.check()
-        job = Job(config, plan, run, _checkpoint_to_resume(run, config, plan, resume=resume), _num_threads(config))
+        job = Job(config, plan, run, _checkpoint_to_resume(run, config, plan, resume=resume))
         logger.info("%d videos, %d places where a clip may start", len(indexes), plan.clips_per_epoch)
-        if overwrite:
-            files.remove(run)
-        files.write_text(files.join(run, CONFIG), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        with MetricsTail(run, on_metrics):
+        _prepare_folder(job, overwrite=overwrite)
+        with RunTail(run, on_metrics):
             _execute(job)
     return _finished(run)
 
 
-def dry_run(config: Config, *, out: str | os.PathLike[str] | None = None) -> str:
-    """What `train` would do, in a few lines of YAML, after the same checks and without writing anything."""
-    run = files.absolute(out if out is not None else "runs/<time>")
-    indexes = _check_lengths(config, [index_video(path) for path in _paths(config)])
+def _default_run() -> str:
+    """A folder named by the time: here, or in a Ray job, whose own folder is removed later, below the home folder."""
+    name = f"runs/{datetime.now():%Y-%m-%d-%H%M%S}"
+    return f"~/dora-ray/{name}" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else name
+
+
+def dry_run(
+    config: Config, *, out: str | os.PathLike[str] | None = None, resume: bool = False, overwrite: bool = False
+) -> str:
+    """What `train` would do, as YAML, after its checks of folder, images and videos, and without writing anything."""
+    run = files.absolute(out if out is not None else _default_run())
+    config = _prepare(config)
+    _check_folder(run, config, resume=resume, overwrite=overwrite)
+    indexes = check_videos(config)
     seconds = sum(index.real_seconds for index in indexes)
     workers = config.cluster.num_workers
     facts = {
@@ -118,7 +129,7 @@ def dry_run(config: Config, *, out: str | os.PathLike[str] | None = None) -> str
         "gpus": (config.max_workers if config.cluster.use_gpu else 0),
         "cpus": config.max_workers * config.cluster.cpus_per_worker + config.cluster.decode_cpus,
     }
-    return str(yaml.safe_dump({"would_do": facts, "config": config.model_dump(mode="json")}, sort_keys=False))
+    return str(yaml.safe_dump({"config": config.model_dump(mode="json"), "would_do": facts}, sort_keys=False))
 
 
 def make_plan(config: Config, videos: list[StoredVideo]) -> Plan:
@@ -127,7 +138,8 @@ def make_plan(config: Config, videos: list[StoredVideo]) -> Plan:
     shaping = ("clip.", "crops.", "tracking.", "data.frames_per_second", "data.short_side", "data.jpeg_quality")
     shaping += ("optim.slots", "optim.clips_per_slot", "model.num_heads")
     return Plan(
-        videos=tuple(videos),
+        # By content, so that neither names nor folders matter to what a slot is made of.
+        videos=tuple(sorted(videos, key=lambda video: video.video_id)),
         num_frames=config.clip.num_frames,
         stride_seconds=config.clip.stride_seconds,
         avoid_cuts=config.clip.avoid_cuts,
@@ -141,22 +153,59 @@ def make_plan(config: Config, videos: list[StoredVideo]) -> Plan:
     )
 
 
-def _choose_config(config: Config | str | dict[str, Any] | None, run: str, *, resume: bool) -> Config:
-    if config is not None:
-        return load_config(config)
-    path = files.join(run, CONFIG)
+def saved_config(run: str, *, resume: bool = True) -> Config:
+    """The configuration of the run in a folder, for a resume that names none.
+
+    Raises:
+        ConfigError: no resume was asked for, or there is no run.
+    """
     if not resume:
         raise ConfigError("no configuration was given: name a recipe (paper, released, tiny) or a YAML file")
+    path = files.join(run, CONFIG)
     if not files.exists(path):
-        raise ConfigError(f"{run} has no {CONFIG}, so there is no run to resume: name the run's folder")
-    return load_config(yaml.safe_load(files.read_text(path)))
+        raise ConfigError(f"{run} has no {CONFIG}, so there is no run to resume: give the run's folder")
+    return load_config(parse_yaml(files.read_text(path), path))
 
 
-def _check_folder(run: str, *, resume: bool, overwrite: bool) -> None:
+def _prepare(config: Config) -> Config:
+    """The configuration with the labeled folder as an absolute path, which every worker understands, and checked."""
+    if config.evaluation.images is None:
+        return config
+    images = files.absolute(config.evaluation.images)
+    find_splits(images)
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"images": images})})
+
+
+def _prepare_folder(job: Job, *, overwrite: bool) -> None:
+    """The run's folder, with nothing in it that the new attempt does not begin from.
+
+    Ray's own list of checkpoints goes: the job says where to begin, and Ray refuses a list whose checkpoints were
+    written or removed without it, as in local mode.
+    """
+    try:
+        if overwrite:
+            files.remove(job.run)
+        for name in files.list_names(job.checkpoints):
+            if name == RAY_SNAPSHOT or (name.startswith("step-") and name not in (job.resume_from or "")):
+                files.remove(files.join(job.checkpoints, name))
+        files.write_text(
+            files.join(job.run, CONFIG), yaml.safe_dump(job.config.model_dump(mode="json"), sort_keys=False)
+        )
+    except OSError as error:
+        raise ConfigError(f"{job.run} cannot be written ({error}): give another --out") from error
+
+
+def _check_folder(run: str, config: Config, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other: go on with the run, or begin it again")
+    if overwrite and _store(config, run).startswith(run.rstrip("/") + "/"):
+        raise ConfigError(
+            f"data.store={config.data.store} is inside {run}, which --overwrite would remove: move the store"
+        )
     names = files.list_names(run)
     if not names:
+        if resume:
+            logger.warning("%s holds no run yet: nothing to resume, it begins at step 0", run)
         if files.exists(run) and not files.is_remote(run) and not os.path.isdir(run):
             raise ConfigError(f"{run} is a file: give a folder")
         return
@@ -176,6 +225,11 @@ def _paths(config: Config) -> list[str]:
     if not config.data.videos:
         raise ConfigError("data.videos is empty: name video files, folders or globs, such as data.videos=[walk.mp4]")
     return find_videos(config.data.videos)
+
+
+def check_videos(config: Config) -> list[VideoIndex]:
+    """Every video, looked at without writing anything: VideoError where one cannot be read or all are too short."""
+    return _check_lengths(config, [index_video(path) for path in _paths(config)])
 
 
 def _check_lengths(config: Config, indexes: list[VideoIndex]) -> list[VideoIndex]:
@@ -203,7 +257,8 @@ def _store(config: Config, run: str) -> str:
     return files.join(run.rstrip("/").rsplit("/", 1)[0], "store")
 
 
-def _ingest(config: Config, store: str, on_ingest: OnIngest | None) -> list[StoredVideo]:
+def ingest_videos(config: Config, store: str, on_ingest: OnIngest | None = None) -> list[StoredVideo]:
+    """Bring the configuration's videos into the store."""
     data = config.data
     return ingest(
         find_videos(data.videos),
@@ -229,10 +284,6 @@ def _checkpoint_to_resume(run: str, config: Config, plan: Plan, *, resume: bool)
     return checkpoint
 
 
-def _num_threads(config: Config) -> int:
-    return config.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // config.max_workers)
-
-
 def _execute(job: Job) -> None:
     """Run the workers to the end.
 
@@ -247,7 +298,7 @@ def _execute(job: Job) -> None:
     except DoRAError as error:
         record_failure(job.run, error)
         raise
-    status = yaml.safe_load(files.read_text(files.join(job.run, STATUS)))
+    status = json.loads(files.read_text(files.join(job.run, STATUS)))
     if status["state"] == "failed":
         raise getattr(errors, status["error"])(status["message"])
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dora_ray.config import Config
 from dora_ray.data.plan import slots_of_rank
 from dora_ray.data.stream import SlotBatch
-from dora_ray.errors import DoRAError, VideoError
+from dora_ray.errors import CheckpointError, ConfigError, DivergenceError, DoRAError, VideoError
 from dora_ray.evaluation.features import training_size
 from dora_ray.evaluation.knn import evaluate_knn
 from dora_ray.evaluation.options import KnnOptions
@@ -23,11 +23,11 @@ from dora_ray.training.checkpoint import checkpoint_name, load_state, take_snaps
 from dora_ray.training.journal import Journal, MetricsWindow, collapse_warnings, write_status
 from dora_ray.training.optim import Rates
 from dora_ray.training.step import TrainState, apply_step, initial_state, sum_slots
-from dora_ray.training.worlds import Job, RayWorld, World
+from dora_ray.training.worlds import Job, RayWorld, World, discard_after
 
 
 def ray_worker(arguments: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker.
+    """Entry point of a Ray Train worker: what all ranks raise alike ends the run, anything else restarts it.
 
     Errors of ours are decided by all ranks together, so every rank returns; Ray would repeat the run after an
     exception, which cannot help. The launcher reads the error from status.json.
@@ -36,7 +36,7 @@ def ray_worker(arguments: dict[str, Any]) -> None:
     world = RayWorld(job)
     try:
         train_loop(job, world)
-    except DoRAError as error:
+    except (DivergenceError, VideoError, CheckpointError) as error:
         if world.rank == 0:
             record_failure(job.run, error)
 
@@ -56,7 +56,11 @@ def train_loop(job: Job, world: World) -> None:
         load_state(checkpoint, state, config, job.plan)
     journal = None
     if world.rank == 0:
-        journal = Journal(job.run, step=state.step, num_steps=config.optim.steps, world_size=world.size)
+        discard_after(job.checkpoints, checkpoint)
+        name = checkpoint_name(state.step) if checkpoint is not None else None
+        journal = Journal(
+            job.run, step=state.step, num_steps=config.optim.steps, world_size=world.size, last_checkpoint=name
+        )
     slots = slots_of_rank(world.rank, world.size, config.optim.slots)
     stream = world.stream(range(state.step, config.optim.steps), slots)
     try:
@@ -67,7 +71,7 @@ def train_loop(job: Job, world: World) -> None:
 
 
 def _prepare_torch(job: Job, world: World) -> None:
-    torch.set_num_threads(job.num_threads)
+    torch.set_num_threads(job.config.cluster.threads_per_worker)
     if world.device.type != "cuda":
         return
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -91,12 +95,13 @@ class _Loop:
 
     def run(self) -> None:
         """All steps that are left, and a last checkpoint."""
-        steps = self.job.config.optim.steps
+        steps, begun_at = self.job.config.optim.steps, self.state.step
         while self.state.step < steps:
             due = self._step()
             if due and self.state.step < steps:
                 self._save(wait=False)
-        self._save(wait=True)
+        if self.state.step > begun_at:
+            self._save(wait=True)
         if self.journal is not None:
             self.journal.event("end", step=self.state.step)
             self.journal.status("done", self.state.step)
@@ -156,7 +161,9 @@ class _Loop:
     def _log(self, journal: Journal, rates: Rates) -> None:
         config, step = self.job.config, self.state.step
         last = step == config.optim.steps
-        if step % config.run.log_every_steps and not last:
+        evaluation = config.evaluation
+        evaluate = bool(evaluation.images) and (last or _divides(evaluation.every_steps, step))
+        if not (last or evaluate or _divides(config.run.log_every_steps, step)):
             return
         clips = config.optim.slots * config.optim.clips_per_slot
         values = self._window.means(clips) | {
@@ -165,21 +172,30 @@ class _Loop:
             "teacher_momentum": rates.teacher_momentum,
             "bad_clips": float(len(self.state.bad_clips)),
         }
-        evaluation = config.evaluation
-        if evaluation.images and (last or (evaluation.every_steps and step % evaluation.every_steps == 0)):
-            values["knn"] = self._knn(evaluation.images, evaluation.max_images)
+        if evaluate:
+            values |= self._knn(journal)
         journal.metrics(step, values)
         views = config.optim.clips_per_slot * config.clip.num_frames * config.num_globals
         if step > config.optim.warmup_steps:
             for warning in collapse_warnings(values, num_outputs=config.head.num_outputs, num_images=views):
                 journal.event("warning", step=step, message=warning)
 
-    def _knn(self, images: str, max_images: int) -> float:
-        """KNN accuracy of the teacher as it is now; the other ranks wait in their next reduction."""
-        backbone = self.state.teacher.backbone
-        options = KnnOptions(image_size=training_size(backbone), max_images=max_images, device=str(self.world.device))
-        settings = options.model_dump(exclude={"random_init", "seed"})
-        return float(evaluate_knn(backbone, images, **settings)["top1"])
+    def _knn(self, journal: Journal) -> dict[str, float]:
+        """Accuracy of kNN with the teacher as it is now; the other ranks wait in their next reduction.
+
+        Images that cannot be read must not end one rank of a training: they are told as a warning.
+        """
+        backbone, evaluation = self.state.teacher.backbone, self.job.config.evaluation
+        assert evaluation.images is not None
+        options = KnnOptions(
+            image_size=training_size(backbone), max_images=evaluation.max_images, device=str(self.world.device)
+        )
+        try:
+            result = evaluate_knn(backbone, evaluation.images, **options.model_dump(exclude={"random_init", "seed"}))
+        except (ConfigError, OSError) as error:
+            journal.event("warning", step=self.state.step, message=f"no kNN: {error}")
+            return {}
+        return {"knn": float(result["top1"])}
 
     def _save(self, *, wait: bool) -> None:
         snapshot = None
@@ -188,6 +204,10 @@ class _Loop:
         name = checkpoint_name(self.state.step)
         self.world.save(snapshot, name, self.journal, self.state.step, wait=wait)
         self._saved_at = time.monotonic()
+
+
+def _divides(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _split_records(records: Tensor, config: Config) -> tuple[list[int], list[int], bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,14 +31,12 @@ class Job:
         plan: the plan.
         run: the run's folder.
         resume_from: checkpoint that the run continues, found when it was launched.
-        num_threads: threads of a worker on the CPU.
     """
 
     config: Config
     plan: Plan
     run: str
     resume_from: str | None
-    num_threads: int
 
     @property
     def checkpoints(self) -> str:
@@ -67,20 +66,32 @@ class World(Protocol):
 
 
 class _Writer:
-    """Writes snapshots and remembers whether one is under way."""
+    """Writes one snapshot at a time, in the order of the steps, and knows whether one is under way."""
 
     def __init__(self, checkpoints: str) -> None:
         self._checkpoints = checkpoints
-        self.writing = False
+        self._idle = threading.Event()
+        self._idle.set()
+
+    def begin(self) -> None:
+        """Wait for the snapshot before this one, so that `latest` never goes back."""
+        self._idle.wait()
+        self._idle.clear()
 
     def write(self, snapshot: Snapshot, journal: Journal, step: int) -> str:
+        """Write what was begun; the lines of the journal that the weights have seen come first."""
         started = time.monotonic()
         try:
+            journal.flush()
             folder = write_snapshot(snapshot, self._checkpoints)
             journal.checkpoint(snapshot.name, step, time.monotonic() - started)
         finally:
-            self.writing = False
+            self._idle.set()
         return folder
+
+    def busy(self) -> bool:
+        """Whether a snapshot is being written."""
+        return not self._idle.is_set()
 
 
 class LocalWorld:
@@ -104,7 +115,10 @@ class LocalWorld:
         """This rank's slots, in order."""
         keys = ((step, slot) for step in steps for slot in slots)
         return local_slots(
-            self._job.plan, keys, prefetch=self._job.config.data.prefetch_slots, num_threads=self._job.num_threads
+            self._job.plan,
+            keys,
+            prefetch=self._job.config.data.prefetch_slots,
+            num_threads=self._job.config.cluster.threads_per_worker,
         )
 
     def save(self, snapshot: Snapshot | None, name: str, journal: Journal | None, step: int, *, wait: bool) -> None:
@@ -112,15 +126,14 @@ class LocalWorld:
         assert snapshot is not None
         assert journal is not None
         self._finish()
-        self._writer.writing = True
+        self._writer.begin()
         self._pending = self._pool.submit(self._write, snapshot, journal, step)
         if wait:
             self._finish()
 
     def _write(self, snapshot: Snapshot, journal: Journal, step: int) -> None:
         self._writer.write(snapshot, journal, step)
-        names = [name for name in files.list_names(self._job.checkpoints) if name.startswith("step-")]
-        for old in names[: -self._job.config.run.keep_checkpoints]:
+        for old in step_names(self._job.checkpoints)[: -self._job.config.run.keep_checkpoints]:
             files.remove(files.join(self._job.checkpoints, old))
 
     def _finish(self) -> None:
@@ -130,7 +143,7 @@ class LocalWorld:
 
     def busy(self) -> bool:
         """Whether the last checkpoint is still being written."""
-        return self._writer.writing
+        return self._writer.busy()
 
 
 class RayWorld:
@@ -185,7 +198,8 @@ class RayWorld:
             return target
 
         target = Checkpoint(files.join(self._job.checkpoints, name))
-        self._writer.writing = snapshot is not None
+        if snapshot is not None:
+            self._writer.begin()
         ray.train.report(
             {"step": step},
             checkpoint=target if snapshot is not None else None,
@@ -197,7 +211,28 @@ class RayWorld:
 
     def busy(self) -> bool:
         """Whether the last checkpoint is still being written."""
-        return self._writer.writing
+        return self._writer.busy()
+
+
+def step_names(checkpoints: str) -> list[str]:
+    """Names of all checkpoints, complete or not, oldest first."""
+    return [name for name in files.list_names(checkpoints) if name.startswith("step-")]
+
+
+def discard_after(checkpoints: str, kept: str | None) -> None:
+    """Remove the checkpoints that are newer than the one an attempt begins from (None: all), and point `latest` at it.
+
+    A killed group may leave a folder half written, or a whole one that Ray had not registered yet; nobody else removes
+    them.
+    """
+    name = kept.rstrip("/").rsplit("/", 1)[-1] if kept is not None else ""
+    newer = [other for other in step_names(checkpoints) if other > name]
+    if newer and name:
+        files.write_text(files.join(checkpoints, LATEST), name + "\n")
+    elif newer:
+        files.remove(files.join(checkpoints, LATEST))
+    for other in newer:
+        files.remove(files.join(checkpoints, other))
 
 
 def latest_checkpoint(run: str) -> str | None:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import Field, ValidationError
 
 from dora_ray.config import Config, Count, Natural, Section, known_keys, load_config, nearest_key
-from dora_ray.config_source import flatten, parse_yaml
+from dora_ray.config_source import flatten, parse_override, parse_yaml
 from dora_ray.errors import ConfigError
 
 KINDS = {
@@ -158,7 +157,7 @@ def _key_of(override: str) -> str:
 
 
 def _value_of(override: str) -> Any:
-    return yaml.safe_load(override.partition("=")[2])
+    return parse_override(override)[1]
 
 
 def _as_overrides(values: Any) -> list[str]:

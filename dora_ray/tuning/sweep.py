@@ -30,11 +30,10 @@ import yaml
 
 from dora_ray import files
 from dora_ray.config import Config, load_config
-from dora_ray.data.ingest import ingest
 from dora_ray.data.synthetic import make_photo_classes
 from dora_ray.errors import ConfigError
 from dora_ray.training.cluster import check_resources, connect
-from dora_ray.training.launch import dry_run, train
+from dora_ray.training.launch import check_videos, ingest_videos, train
 from dora_ray.tuning.report import report
 from dora_ray.tuning.results import (
     Row,
@@ -99,13 +98,14 @@ def sweep(
     trials = [_place(trial, spec, folder) for trial in expand(spec)]
     configs = _distinct_data([trial.config for trial in trials])
     for config in configs:
-        dry_run(config, out=trial_folder(folder, trials[0].name))
+        check_videos(config)
     with connect(_largest(trials)):
         limit = _trials_at_a_time(trials, spec)
         write_spec(files.join(folder, "sweep.yaml"), spec)
         _make_images(trials, folder)
         for config in configs:
-            _ingest(config)
+            assert config.data.store is not None
+            ingest_videos(config, config.data.store)
         pending = [trial for trial in trials if trial_status(folder, trial.name) not in ("done", "stopped")]
         logger.info("%d of %d trials to run, %d at a time", len(pending), len(trials), limit)
         if pending:
@@ -170,21 +170,6 @@ def _make_images(trials: Sequence[Trial], folder: str) -> None:
 def _distinct_data(configs: Sequence[Config]) -> list[Config]:
     """One configuration for each way in which the trials read their videos."""
     return list({(config.data.model_dump_json(), config.clip.model_dump_json()): config for config in configs}.values())
-
-
-def _ingest(config: Config) -> None:
-    """Bring the videos into the store once, before trials would do so side by side."""
-    data = config.data
-    assert data.store is not None
-    ingest(
-        data.videos,
-        store=data.store,
-        decoder=data.decoder,
-        frames_per_second=data.frames_per_second,
-        short_side=data.short_side,
-        jpeg_quality=data.jpeg_quality,
-        segment_seconds=data.segment_seconds,
-    )
 
 
 def _cpus(config: Config) -> float:

@@ -154,6 +154,8 @@ def test_digest_names_every_input() -> None:
         make_plan(stored(30, name="b")),
         make_plan(stored(30, cuts=(4,))),
         make_plan(stored(30), seed=1),
+        make_plan(stored(30), stored(30, name="b")),
+        make_plan(stored(30, name="b"), stored(30)),
         replace(plan, settings={"clip.num_frames": 3}),
     ]
     assert len({plan.digest, *(other.digest for other in others)}) == len(others) + 1

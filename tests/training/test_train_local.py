@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import yaml
 
 import dora_ray
+from dora_ray import files
 from dora_ray.errors import CheckpointError, ConfigError, DivergenceError, VideoError
 from dora_ray.training.journal import read_history, read_lines, read_metrics
 from dora_ray.training.launch import dry_run
@@ -163,3 +166,53 @@ def test_dry_run_writes_nothing(tmp_path: Path, small: tuple[str, ...]) -> None:
     text = dry_run(dora_ray.load_config("tiny", *small), out=tmp_path / "run")
     assert yaml.safe_load(text)["would_do"]["clips_a_step"] == 8
     assert not (tmp_path / "run").exists()
+
+
+def test_labeled_folder_is_checked_first(tmp_path: Path, small: tuple[str, ...]) -> None:
+    config = dora_ray.load_config("tiny", *small, f"evaluation.images={tmp_path / 'nowhere'}")
+    with pytest.raises(ConfigError, match="nowhere"):
+        dora_ray.train(config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_clips_are_recorded_and_bounded(tmp_path: Path, small: tuple[str, ...], monkeypatch) -> None:
+    """A store whose first frames have vanished: training goes on without their clips, up to the bound."""
+    from dora_ray.training import launch
+
+    plain = launch.ingest_videos
+
+    def without_a_frame(*arguments):
+        (video,) = plain(*arguments)
+        rows = video.rows.copy()
+        rows[:3] = 10**6
+        return [replace(video, rows=rows)]
+
+    monkeypatch.setattr(launch, "ingest_videos", without_a_frame)
+    strict = dora_ray.load_config("tiny", *small)
+    with pytest.raises(VideoError, match=r"clips could not be read.*bikes\.mp4 at \d"):
+        dora_ray.train(strict, out=tmp_path / "strict")
+    run = tmp_path / "lenient"
+    dora_ray.train(dora_ray.load_config("tiny", *small, "data.max_bad_fraction=0.5"), out=run)
+    bad = json.loads((run / "checkpoints" / "step-00000006" / "meta.json").read_text())["bad_clips"]
+    assert bad
+    assert bad == sorted(set(bad))
+    assert all(0 <= number < 48 for number in bad)
+
+
+def test_overwrite_begins_again(tmp_path: Path, small: tuple[str, ...], finished: Path) -> None:
+    run = tmp_path / "run"
+    config = dora_ray.load_config("tiny", *small)
+    dora_ray.train(dora_ray.load_config("tiny", *small, "run.seed=7"), out=run)
+    dora_ray.train(config, out=run, overwrite=True)
+    assert same(weights_of(run), weights_of(finished))
+    inside = dora_ray.load_config("tiny", *small, f"data.store={run / 'store'}")
+    with pytest.raises(ConfigError, match="would remove"):
+        dora_ray.train(inside, out=run, overwrite=True)
+
+
+def test_run_behind_a_uri(small: tuple[str, ...]) -> None:
+    run = f"memory://runs/{uuid.uuid4().hex}"
+    result = dora_ray.train(dora_ray.load_config("tiny", *small, "optim.steps=2"), out=run)
+    assert result.checkpoint == f"{run}/checkpoints/step-00000002"
+    assert {"tensorboard", "metrics.jsonl", "ledger.jsonl"} <= set(files.list_names(run))
+    assert dora_ray.train(out=run, resume=True).metrics["step"] == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +34,9 @@ def test_three_workers_that_do_not_divide_the_slots(undisturbed: Path, tmp_path:
     assert result.metrics["world_size"] == 3
     assert same(weights_of(tmp_path / "run"), weights_of(undisturbed))
     assert read_history(result.path) == read_history(str(undisturbed))
+    for _ in range(2):
+        dora_ray.train(out=tmp_path / "run", resume=True)
+        assert same(weights_of(tmp_path / "run"), weights_of(undisturbed))
 
 
 def test_killed_worker_costs_nothing_but_time(undisturbed: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
@@ -74,11 +76,9 @@ def test_killed_worker_costs_nothing_but_time(undisturbed: Path, tmp_path: Path,
 
 def test_divergence_stops_all_workers_at_once(tmp_path: Path, small: tuple[str, ...]) -> None:
     config = dora_ray.load_config("tiny", *small, "optim.lr=1e30", "optim.warmup_steps=0", "cluster.num_workers=2")
-    started = time.monotonic()
     with pytest.raises(DivergenceError, match=r"step \d: .* is not finite"):
         dora_ray.train(config, out=tmp_path / "run")
     assert [event["event"] for event in read_lines(str(tmp_path / "run" / "events.jsonl"))].count("start") == 1
-    assert time.monotonic() - started < 120
 
 
 def test_more_gpus_than_there_are(tmp_path: Path, small: tuple[str, ...]) -> None:
