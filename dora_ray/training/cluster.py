@@ -27,6 +27,9 @@ RAY_SETTINGS = {
 }
 RESIZE_INTERVAL_SECONDS = 10.0
 OBJECT_STORE_BYTES = 2**30
+# Ray ends an idle process after a second once there are more processes than cores, actors counted: on a laptop that is every decode
+# process between two tasks, and each new one imports torch. So the limit is raised on clusters that are started here.
+KEPT_WORKERS = 64
 
 
 @contextmanager
@@ -57,6 +60,7 @@ def connect(config: Config) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level="warning",
                 object_store_memory=OBJECT_STORE_BYTES,
+                _system_config={"num_workers_soft_limit": KEPT_WORKERS},
             )
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from error

@@ -50,7 +50,7 @@ def test_draws_repeat_and_are_the_same_for_every_grid_point():
 
 def test_overrides_reach_every_trial_and_the_sweep_itself():
     mapping = {"space": {"tracking.num_objects": [1, 2]}, "overrides": {"optim": {"steps": 170}}}
-    spec = load_sweep(mapping, "optim.slots=1", "metric=knn", "mode=max", "seeds=[3]")
+    spec = load_sweep(mapping, "optim.slots=1", "cluster.num_workers=1", "metric=knn", "mode=max", "seeds=[3]")
     assert (spec.metric, spec.mode, spec.seeds) == ("knn", "max", (3,))
     assert {(trial.config.optim.steps, trial.config.optim.slots) for trial in expand(spec)} == {(170, 1)}
 
