@@ -7,6 +7,7 @@ measured, and what so little training can and cannot show.
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 import time
@@ -20,6 +21,8 @@ from dora_ray.errors import DoRAError
 
 OUT = "demo-output"
 RANDOM_SEEDS = (0, 1, 2)
+# Twice the size of training, so that objects are drawn in patches half as large.
+PICTURE_SIZE = 96
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe `tiny`")
     parser.add_argument("--out", default=OUT, help=f"folder for everything the demo writes (default: {OUT})")
     options = parser.parse_args(arguments)
+    # Where there is no terminal, progress is lines of this logger.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("dora_ray").setLevel(logging.INFO)
     try:
         run_demo(Path(options.out), options.overrides)
     except DoRAError as error:
@@ -63,7 +69,7 @@ def run_demo(out: Path, overrides: Sequence[str]) -> None:
             on_metrics=stages.train(config.optim.steps),
             on_ingest=stages.ingest,
         )
-    pictures = show(run, video, out=run / "pictures")
+    pictures = show(run, video, out=run / "pictures", image_size=PICTURE_SIZE)
     encoder = _export(run, out)
     knn = _knn(run, photos)
     page = report(run)
