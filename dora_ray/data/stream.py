@@ -138,7 +138,7 @@ def ray_slots(
                 if index >= count // 2 and following is None and first + window_steps < len(steps):
                     following = open_window(first + window_steps)
                 batch = _to_batch(row)
-                yield batch if batch.valid.all() else _read_again(plan_ref, batch, cpus_per_task)
+                yield batch if batch.valid.all() else _read_again(plan_ref, batch, cpus_per_task, node_label)
             if following is not None:
                 window, following = following, None
     finally:
@@ -179,7 +179,7 @@ def _slot_dataset(
 def _breather() -> type[Any]:
     """A pause in every turn of Ray Data's control loop.
 
-    While finished blocks wait for their consumer the loop of Ray 2.60 turns without pause, in the very process that trains:
+    While finished blocks wait for their consumer the loop of Ray 2.60 turns without pause, in the process that trains:
     measured, it took more of a core than the training did.
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
@@ -195,11 +195,12 @@ def _to_batch(row: dict[str, Any]) -> SlotBatch:
     return SlotBatch(int(row["step"][0]), int(row["slot"][0]), row["clips"][0], row["valid"][0], int(row["digest"][0]))
 
 
-def _read_again(plan_ref: Any, batch: SlotBatch, cpus_per_task: float) -> SlotBatch:
-    """A slot with unreadable clips is read once more, on any other worker, before its clips are given up."""
+def _read_again(plan_ref: Any, batch: SlotBatch, cpus_per_task: float, node_label: str | None) -> SlotBatch:
+    """A slot with unreadable clips is read once more, by a task of its own, before its clips are given up."""
     import ray
 
-    reader = ray.remote(num_cpus=cpus_per_task, scheduling_strategy="SPREAD")(read_slot)
+    placed = {"label_selector": {"role": node_label}} if node_label else {"scheduling_strategy": "SPREAD"}
+    reader = ray.remote(num_cpus=cpus_per_task, **placed)(read_slot)
     again: SlotBatch = ray.get(reader.remote(plan_ref, batch.step, batch.slot))
     return again
 

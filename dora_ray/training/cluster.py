@@ -27,8 +27,8 @@ RAY_SETTINGS = {
 }
 RESIZE_INTERVAL_SECONDS = 10.0
 OBJECT_STORE_BYTES = 2**30
-# Ray ends an idle process after a second once there are more processes than cores, actors counted: on a laptop that is every decode
-# process between two tasks, and each new one imports torch. So the limit is raised on clusters that are started here.
+# Ray ends an idle process after a second once there are more processes than cores, actors counted: on a laptop that is
+# every decode process between two tasks, and each new one imports torch. So clusters that are started here keep more.
 KEPT_WORKERS = 64
 
 
