@@ -214,6 +214,7 @@ def _run_trials(
     # Ray Tune's newer output prints a box to standard output whatever `verbose` says; results alone belong there.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
+    from ray.exceptions import ActorDiedError
 
     for trial in pending:
         files.remove(error_file(folder, trial.name))
@@ -237,9 +238,12 @@ def _run_trials(
     # An older attempt's books name other trials: Tune would mix both.
     files.remove(files.join(folder, "tune"))
     for result in tuner.fit():
-        _note_end(
-            folder, (result.config or {}).get("trial", ""), result.error, done=bool((result.metrics or {}).get("done"))
-        )
+        done = bool((result.metrics or {}).get("done"))
+        # Ray Tune ends a stopped trial by ending its actor, and now and then calls that death the trial's error. What goes
+        # wrong inside a trial is written down by the trial itself.
+        stopped = spec.scheduler == "asha" and isinstance(result.error, ActorDiedError)
+        name = (result.config or {}).get("trial", "")
+        _note_end(folder, name, None if stopped else result.error, done=done or stopped)
 
 
 def _reserve(pending: Sequence[Trial]) -> dict[str, float]:
