@@ -239,7 +239,7 @@ def _run_trials(
     files.remove(files.join(folder, "tune"))
     for result in tuner.fit():
         done = bool((result.metrics or {}).get("done"))
-        # Ray Tune ends a stopped trial by ending its actor, and now and then calls that death the trial's error. What goes
+        # Ray Tune ends a stopped trial by ending its actor, and may call that death the trial's error. What goes
         # wrong inside a trial is written down by the trial itself.
         stopped = spec.scheduler == "asha" and isinstance(result.error, ActorDiedError)
         name = (result.config or {}).get("trial", "")
