@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     options = _parse(arguments)
     _log_to_stderr(verbose=options.verbose)
-    handler: Handler = getattr(import_module("dora_ray.commands"), options.handler)
+    module, function = options.handler.split(".")
+    handler: Handler = getattr(import_module(f"dora_ray.commands.{module}"), function)
     try:
         handler(options)
         sys.stdout.flush()
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_config,
         _add_bench,
         _add_status,
+        _add_chaos,
     ):
         add(commands)
     _command(commands, "doctor", "check this machine: versions, processors, memory, decoders, Ray, disk")
@@ -104,12 +106,13 @@ Commands = argparse._SubParsersAction  # argparse gives its type no public name
 def _command(
     commands: Commands[argparse.ArgumentParser], name: str, summary: str, *, handler: str = "", spill: str = ""
 ) -> argparse.ArgumentParser:
-    """A command's parser; it is carried out by the function of dora_ray.commands with the command's name.
+    """A command's parser; it is carried out by `run` of the module of dora_ray.commands with the command's name.
 
-    `spill` names the list that takes the words between and after the options.
+    `handler` names another module and function, as module.function; `spill` names the list that takes the words
+    between and after the options.
     """
     parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-    parser.set_defaults(handler=handler or f"run_{name}", spill=spill)
+    parser.set_defaults(handler=handler or f"{name}.run", spill=spill)
     return parser
 
 
@@ -169,7 +172,7 @@ def _add_data(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parts = parser.add_subparsers(metavar="WHAT", required=True)
     index = _command(
-        parts, "index", "look at videos in one pass, without decoding them", handler="run_data_index", spill="videos"
+        parts, "index", "look at videos in one pass, without decoding them", handler="data.run_index", spill="videos"
     )
     index.add_argument("videos", nargs="+", metavar="VIDEO", help="files, folders, globs, or URIs")
     index.add_argument("--store", metavar="DIR", help="keep the indexes in this frame store")
@@ -178,7 +181,7 @@ def _add_data(commands: Commands[argparse.ArgumentParser]) -> None:
         parts,
         "ingest",
         "decode videos once, into a frame store; goes on where it was interrupted",
-        handler="run_data_ingest",
+        handler="data.run_ingest",
         spill="words",
     )
     ingest.add_argument(
@@ -200,7 +203,10 @@ def _add_synth(parts: Commands[argparse.ArgumentParser]) -> None:
     )
     kinds = synth.add_subparsers(metavar="KIND", required=True)
     video = _command(
-        kinds, "video", "a video of moving objects, its frame number painted in every frame", handler="run_synth_video"
+        kinds,
+        "video",
+        "a video of moving objects, its frame number painted in every frame",
+        handler="data.run_synth_video",
     )
     video.add_argument("out", metavar="FILE.mp4")
     video.add_argument("--seconds", type=float, default=10.0, metavar="N", help="length (10)")
@@ -209,7 +215,7 @@ def _add_synth(parts: Commands[argparse.ArgumentParser]) -> None:
     video.add_argument("--cuts", type=float, nargs="*", default=[], metavar="SECONDS", help="when another scene starts")
     video.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same pictures (0)")
     photos = _command(
-        kinds, "photos", "crops of ten photographs as labeled images (extra: demo)", handler="run_synth_photos"
+        kinds, "photos", "crops of ten photographs as labeled images (extra: demo)", handler="data.run_synth_photos"
     )
     photos.add_argument("out", metavar="DIR")
     photos.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same crops (0)")
@@ -264,6 +270,22 @@ def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
 def _add_status(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "status", "tell how a run is doing")
     parser.add_argument("run", metavar="RUN", help="the run's folder or URI")
+    _add_json(parser)
+
+
+def _add_chaos(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "chaos", "kill, drain, grow and damage small trainings, and check that nothing is lost")
+    parser.add_argument(
+        "--faults",
+        metavar="NAME,...",
+        help="worker_kill, node_kill, drain, join, checkpoint_kill, resize_path, truncate, corrupt_segment, "
+        "hung_decoder; not given: all, a run each",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the steps and the victims (0)")
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="times that each fault strikes its run (1)")
+    parser.add_argument(
+        "--quick", action="store_true", help="one run for all; not given which: worker_kill, drain and join"
+    )
     _add_json(parser)
 
 

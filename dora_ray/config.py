@@ -77,8 +77,8 @@ class DataConfig(Section):
 
     videos: tuple[str, ...] = ()
     """Files, folders, globs, URIs, or package:NAME/PATH for a file inside an installed Python package."""
-    source: Literal["store"] = "store"
-    """Where clips are read: the frame store."""
+    source: Literal["store", "video"] = "store"
+    """Where clips are read: the frame store, which is filled first, or the videos, decoded while the run trains."""
     store: str | None = None
     """Folder or URI of the frame store; not set: the folder `store` beside the run's folder."""
     decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"
@@ -91,14 +91,23 @@ class DataConfig(Section):
     """JPEG quality of a stored frame."""
     segment_seconds: Positive = 20.0
     """Length of a unit of ingest work, rounded up to a key frame: what a failed task repeats."""
+    decode_seconds: Positive = 120.0
+    """Time that decoding one clip, or ten seconds of video at ingest, may take before its process is ended and the
+    work is given to another; after a second end the frames count as unreadable."""
     max_bad_fraction: Fraction = 0.01
     """Share of a run's clips that may be unreadable before it stops."""
     prefetch_slots: Count = 4
     """Slots decoded ahead of each training worker."""
     slots_per_task: Count = 1
     """Slots that one decode task reads: raise it where a slot is read in a few milliseconds."""
-    window_steps: Count = 256
-    """Steps of one Ray Data pipeline; the next window's is warmed up before the last one ends."""
+    stream_segment_seconds: Positive = 60.0
+    """With data.source=video: least length of a part of a video that is decoded at once, rounded up to a key frame. The
+    last clip of a part reaches a clip's length into the next one, which is decoded twice."""
+    shuffle_segments: Count = 4
+    """With data.source=video: parts whose clips a slot shuffles together; twice as many are held in memory."""
+    crops_per_clip: Count = 1
+    """With data.source=video: how often an epoch shows each clip, every time cropped anew: decoding costs that much
+    less a clip."""
 
 
 class ClipConfig(Section):
@@ -168,6 +177,10 @@ class TrackingConfig(Section):
     """Mask rule: above the mean of its own frame; the released rule over the slot; or soft."""
     heads_per: Literal["clip", "slot"] = "clip"
     """Whether heads are drawn for each clip or once for a slot (released)."""
+    views: Literal["masked", "packed"] = "masked"
+    """Object views: whole frames that are 0 outside the object, or (ours, less work) its patches alone."""
+    every_steps: Count = 1
+    """Objects are looked for in every n-th step, their loss times n; the other steps have local views alone (ours)."""
 
 
 class LossConfig(Section):
@@ -227,6 +240,10 @@ class OptimConfig(Section):
     """How slot gradients are added: in fixed point, bit-identical for any number of workers, or in float32."""
     precision: Literal["bf16", "float32"] = "bf16"
     """Autocast type of the forward on a GPU; a CPU always computes in float32."""
+    teacher_precision: Literal["same", "bf16"] = "same"
+    """Autocast type of the teacher's networks, on any device: as the student's, or bf16."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the student's blocks, compute the rest again in the backward: less memory, more time."""
 
 
 class ClusterConfig(Section):
@@ -248,6 +265,10 @@ class ClusterConfig(Section):
     """Worker failures that the run survives, -1 for any number; drained nodes are never counted."""
     collective_timeout_seconds: Positive = 300.0
     """Time after which a collective operation that hangs is an error."""
+    stall_seconds: Positive = 900.0
+    """Time after which a worker whose step does not end is ended and started again."""
+    resize_seconds: Positive = 10.0
+    """Least time between two looks at whether an elastic run can have more workers."""
 
 
 class RunConfig(Section):
@@ -353,6 +374,16 @@ class Config(Section):
                 "crops.num_globals=1 with tracking.kind=none: DINO compares 2 global views",
             ),
             (
+                self.data.source == "store" or not self.clip.avoid_cuts,
+                "clip.avoid_cuts=true with data.source=video: where shots begin is known only after decoding; set "
+                "clip.avoid_cuts=false (a walking tour has no cuts), or data.source=store",
+            ),
+            (
+                self.data.source == "video" or self.data.crops_per_clip == 1,
+                f"data.crops_per_clip={self.data.crops_per_clip} with data.source=store: a stored clip costs nearly "
+                "nothing to read; set data.crops_per_clip=1, or data.source=video",
+            ),
+            (
                 optim.warmup_steps <= optim.steps,
                 f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}: lower the "
                 "warm-up too",
@@ -361,6 +392,20 @@ class Config(Section):
                 self.data.frames_per_second * self.clip.stride_seconds >= 1,
                 f"clip.stride_seconds={self.clip.stride_seconds} is shorter than the time between the "
                 f"{self.data.frames_per_second:g} frames a second that are kept: raise one of the two",
+            ),
+            (
+                tracking.views != "packed" or tracking.threshold != "soft",
+                "tracking.views=packed with tracking.threshold=soft: a soft mask leaves nothing out; use clip or batch",
+            ),
+            (
+                tracking.every_steps == 1 or not objects or crops.num_locals > 0,
+                f"tracking.every_steps={tracking.every_steps} with crops.num_locals=0: the steps without objects would "
+                "have no loss",
+            ),
+            (
+                tracking.every_steps == 1 or self.loss.reduction == "mean",
+                f"tracking.every_steps={tracking.every_steps} with loss.reduction=released: its running sum needs the "
+                "objects of every step",
             ),
             (
                 self.loss.reduction != "released" or not objects or crops.num_locals != 1,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_ray.commands import Stages, write, write_facts
+from dora_ray.commands.output import Stages, write, write_facts
 from dora_ray.config import load_config
 from dora_ray.errors import DoRAError
 

@@ -77,6 +77,14 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return read_bytes(path).decode("utf-8")
 
 
+def read_end(path: str | os.PathLike[str], size: int) -> str:
+    """At most the last `size` bytes of a file, as text; empty when there is no file."""
+    filesystem, inner = _filesystem(path)
+    if not filesystem.exists(inner):
+        return ""
+    return bytes(filesystem.tail(inner, size)).decode("utf-8", errors="replace")
+
+
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a whole file so that a reader sees the old content or the new, never a part.
 
@@ -110,6 +118,12 @@ def remove(path: str | os.PathLike[str]) -> None:
     filesystem, inner = _filesystem(path)
     if filesystem.exists(inner):
         filesystem.rm(inner, recursive=True)
+
+
+def move(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Give a file or a whole folder another name on the same disk or in the same bucket."""
+    filesystem, inner = _filesystem(source)
+    filesystem.mv(inner, _filesystem(target)[1], recursive=True)
 
 
 class LineFile:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from dora_ray.method.dora import Network
 
-FORMAT = 1
+FORMAT = 2
 _STEP_NAME = re.compile(r"step-\d+")
 PathLike = str | os.PathLike[str]
 Module = TypeVar("Module", bound="nn.Module")
@@ -54,6 +54,7 @@ class Meta:
         world_size: Number of train workers that wrote the checkpoint.
         bad_clips: Clips that could not be decoded and got weight 0.
         versions: Versions of the packages that wrote it.
+        files: Hash of the content of each of the other files.
     """
 
     step: int
@@ -63,6 +64,7 @@ class Meta:
     world_size: int
     bad_clips: list[Any]
     versions: dict[str, str]
+    files: dict[str, str]
 
 
 def resolve_checkpoint(path: PathLike) -> str:

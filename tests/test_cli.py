@@ -119,7 +119,7 @@ def test_bad_usage_is_status_2_with_usage(run, words):
         (["show", "nothing", "missing.mp4"], 4, "nothing"),
         (["export", "nothing", "--out", "there"], 4, "nothing"),
         (["report", "."], 2, "neither a run nor a sweep"),
-        (["status", "."], 2, "no status.json"),
+        (["status", "."], 2, "not a run's folder"),
         (["config", "tiny", "optim.lr=fast"], 2, "optim.lr='fast'"),
     ],
 )
@@ -162,9 +162,9 @@ def test_a_folder_in_use_is_left_alone(run, tmp_path):
 
 def test_ctrl_c_is_status_130():
     program = (
-        "import dora_ray.commands as commands, sys\n"
+        "import dora_ray.commands.doctor as doctor, sys\n"
         "def stop(_): raise KeyboardInterrupt\n"
-        "commands.run_doctor = stop\n"
+        "doctor.run = stop\n"
         "from dora_ray.cli import main\n"
         "sys.exit(main(['doctor']))"
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from dora_ray import spot
 
 PATH = Path(__file__).parents[1] / "cluster.yaml"
 
@@ -78,7 +81,7 @@ def test_every_ray_process_asks_for_the_token(cluster):
         if "ray start" in line
     ]
     assert len(starts) == 2
-    assert all("RAY_AUTH_MODE=token ray start" in line for line in starts)
+    assert all("RAY_AUTH_MODE=token" in line.partition("ray start")[0] for line in starts)
     assert "~/.ray/auth_token" in cluster["file_mounts"]
 
 
@@ -86,6 +89,20 @@ def test_the_dashboard_listens_on_loopback_only(cluster):
     (head,) = (line for line in cluster["head_start_ray_commands"] if "ray start" in line)
     assert "--dashboard-host=127.0.0.1" in head
     assert "0.0.0.0" not in PATH.read_text()
+
+
+def test_every_spot_node_watches_for_the_notice(cluster, monkeypatch):
+    """With the words of the file, but a provider that has given its notice already; and not on the head."""
+    (line,) = (line for line in cluster["worker_start_ray_commands"] if "-m dora_ray.spot" in line)
+    assert "RAY_AUTH_MODE=token" in line
+    assert line.rstrip().endswith("&"), "`ray up` waits for the command's end"
+    words = shlex.split(line.partition("-m dora_ray.spot")[2].partition(">")[0])
+    seen = []
+    monkeypatch.setattr(spot, "wait_for_notice", lambda look, *, poll_seconds: spot.Notice(5.0))
+    monkeypatch.setattr(spot, "drain_until_accepted", lambda *arguments: seen.append(arguments))
+    assert spot.main(words) == 0
+    assert seen == [("$RAY_HEAD_IP:6379", None, spot.Notice(5.0))]
+    assert not any("dora_ray.spot" in line for line in cluster["head_start_ray_commands"])
 
 
 def test_nothing_is_opened_to_the_world(cluster):

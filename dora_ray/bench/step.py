@@ -1,157 +1,211 @@
-"""The training step: our batched forward and backward beside the naive loop, on the same random views.
+"""The training step: views, forward, backward, exact sum and update, beside the same step with a naive forward.
 
-Works without Ray. The naive loop is `method.reference`: a forward for each frame and each object, all attention
-matrices kept.
+Works without Ray. The naive forward is `method.reference`: one for each frame and each view, all attention matrices
+kept, the loss one pair of outputs at a time. All else of the step is the same for both.
 """
 
 from __future__ import annotations
 
+import functools
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dora_ray.method.dora import Network, SlotOutput, build_network, slot_forward
+from dora_ray.bench.products import Products, record, square_flops_per_second, synchronize
+from dora_ray.config import Config, load_config
+from dora_ray.method.dora import slot_forward
+from dora_ray.method.parts import watched
 from dora_ray.method.reference import reference_slot_forward
+from dora_ray.training.memory import keep_freed_memory
+from dora_ray.training.reduction import SlotSums, next_exponents
+from dora_ray.training.step import SlotForward, apply_step, initial_state, sum_slots
 
-SlotForward = Callable[..., SlotOutput]
+# One slot a step. On a CPU a ViT-Ti/16 with a small head; on a GPU the recipe `paper` as it is.
+ALONE = ("optim.slots=1", "cluster.num_workers=0", "optim.freeze_last_layer_steps=0")
+ON_CPU = ("model.name=vit_tiny_patch16_224", "head.num_outputs=4096", "optim.clips_per_slot=2")
+# Share of its patches that an object view keeps where packed views are timed.
+KEEP_SHARE = 0.4
 
-# ViT-Ti/16 with 8 frames on a CPU; ViT-S/16 with the full head on a GPU.
-CPU_SETTING = {"width": 192, "num_heads": 3, "num_outputs": 4096, "num_clips": 2, "local_size": 112}
-GPU_SETTING = {"width": 384, "num_heads": 6, "num_outputs": 65536, "num_clips": 16, "local_size": 96}
-NUM_FRAMES, NUM_OBJECTS, NUM_LOCALS, GLOBAL_SIZE = 8, 3, 6, 224
 
-
-def run(*, quick: bool) -> dict[str, Any]:
-    """Seconds of a step, ours and the reference's, median over rounds in which they take turns.
+def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
+    """Seconds of a step: ours, with packed object views, and the reference's; medians over rounds taken in turns.
 
     Args:
-        quick: two rounds instead of five.
+        quick: two rounds of ours and one of the reference instead of five each.
+        config: what to train; not given: the recipe `paper` on a GPU, ViT-Ti/16 with 4096 outputs and 2 clips on a CPU.
 
     Returns:
-        seconds_per_step, reference_seconds_per_step, ratio (ours / reference), matmul_share (of the float rate of a
-        large matrix product in the same run), peak_memory_mb, and the setting.
+        seconds_per_step, reference_seconds_per_step, ratio (ours / reference), packed_seconds_per_step and packed_ratio
+        (masked / packed, at a keep share of 0.4); tflop_per_step and matmul_share (what the step's matrix products take
+        by themselves, shape by shape, over what the step takes), square_matmul_share (the same at the rate of a large
+        square product); peak memory, clips a second, the seconds of the step's parts, and the setting.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    setting = GPU_SETTING if device.type == "cuda" else CPU_SETTING
-    student, arguments = _make(setting, device)
-    paths: dict[str, SlotForward] = {"ours": slot_forward, "reference": reference_slot_forward}
-    seconds: dict[str, list[float]] = {name: [] for name in paths}
-    for forward in paths.values():
-        _step(forward, student, arguments, device)
-    for _ in range(2 if quick else 5):
-        for name, forward in paths.items():
-            seconds[name].append(_step(forward, student, arguments, device))
-    ours, reference = (statistics.median(seconds[name]) for name in ("ours", "reference"))
-    flops = _step_flops(student, arguments)
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        **setting,
-        "num_frames": NUM_FRAMES,
-        "num_objects": NUM_OBJECTS,
-        "num_locals": NUM_LOCALS,
-        "rounds": len(seconds["ours"]),
+    device = torch.device("cuda" if (config.cluster.use_gpu if config else torch.cuda.is_available()) else "cpu")
+    if config is None:
+        config = load_config("paper", *(() if device.type == "cuda" else ON_CPU))
+    config = load_config(config, *ALONE)
+    keep_freed_memory()
+    timed = _Timed(config, device)
+    packed = load_config(config, "tracking.views=packed") if _has_objects(config) else None
+    ours = functools.partial(timed.step, config, slot_forward)
+    paths: dict[str, Callable[[], float]] = {"ours": ours}
+    if packed is not None:
+        paths["packed"] = functools.partial(timed.step, packed, functools.partial(slot_forward, masks=timed.masks()))
+    products = record(ours)
+    seconds, peak = timed.rounds(paths, 2 if quick else 5, {"reference": 1 if quick else 5})
+    parts = timed.parts(config)
+    return _result(config, device, seconds, peak, parts, products)
+
+
+def _has_objects(config: Config) -> bool:
+    return config.tracking.kind != "none" and config.tracking.threshold != "soft"
+
+
+class _Timed:
+    """A training that repeats its first step on the same clips.
+
+    Args:
+        config: of the run; a step is one slot.
+        device: where it is computed.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.state = initial_state(config, device)
+        size, rng = config.crops.clip_size, np.random.default_rng(0)
+        shape = (config.optim.clips_per_slot, config.clip.num_frames, size, size, 3)
+        clips = rng.integers(0, 256, shape, dtype=np.uint8)
+        self.batch: Any = SimpleNamespace(step=0, slot=0, clips=clips, valid=np.ones(shape[0], bool))
+
+    def step(self, config: Config, forward: SlotForward) -> float:
+        """Seconds of one step."""
+        self.state.step = 0
+        records = torch.zeros(0, dtype=torch.int64)
+        synchronize(self.device)
+        started = time.perf_counter()
+        apply_step(self.state, sum_slots(self.state, [self.batch], records, config, None, forward), config)
+        synchronize(self.device)
+        return time.perf_counter() - started
+
+    def rounds(
+        self, paths: dict[str, Callable[[], float]], count: int, reference: dict[str, int]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Median seconds and peak megabytes of each path.
+
+        The reference comes last: on a CPU the peak is the process's, which never goes down.
+        """
+        seconds: dict[str, list[float]] = defaultdict(list)
+        peak: dict[str, float] = {}
+        for name, path in paths.items():
+            _reset_peak(self.device)
+            path()
+            peak[name] = _peak_memory_mb(self.device)
+        for _ in range(count):
+            for name, path in paths.items():
+                seconds[name].append(path())
+        _reset_peak(self.device)
+        for _ in range(reference["reference"]):
+            seconds["reference"].append(self.step(self.config, reference_slot_forward))
+        peak["reference"] = _peak_memory_mb(self.device)
+        return {name: statistics.median(values) for name, values in seconds.items()}, peak
+
+    def masks(self) -> Tensor:
+        """(M, K, T, N) masks of random patches, each with its own share around the stated one."""
+        config = self.config
+        count = (config.crops.global_size // config.model.patch_size) ** 2
+        shape = (config.optim.clips_per_slot, config.tracking.num_objects, config.clip.num_frames)
+        generator = torch.Generator().manual_seed(0)
+        shares = KEEP_SHARE * (0.5 + torch.rand(*shape, 1, generator=generator))
+        shares *= KEEP_SHARE / shares.mean()
+        ranks = torch.rand(*shape, count, generator=generator).argsort(dim=-1)
+        return (ranks < (shares * count).round()).float().to(self.device)
+
+    def parts(self, config: Config) -> dict[str, float]:
+        """Seconds of each part of one step, the device waited for at both ends, and of both kinds of reduction."""
+        seconds: dict[str, float] = defaultdict(float)
+
+        @contextmanager
+        def watch(name: str) -> Iterator[None]:
+            synchronize(self.device)
+            started = time.perf_counter()
+            yield
+            synchronize(self.device)
+            seconds[name] += time.perf_counter() - started
+
+        with watched(watch):
+            self.step(config, slot_forward)
+        seconds.pop("reduction")
+        return dict(seconds) | {f"reduction_{kind}": self._reduction(kind) for kind in ("exact", "float32")}
+
+    def _reduction(self, kind: Any) -> float:
+        """Seconds of adding one slot's quantities and converting the sum back."""
+        sizes = [*(p.numel() for p in self.state.student.parameters()), self.state.center.numel()]
+        quantities = [torch.full((size,), 0.5, device=self.device) for size in sizes]
+        exponents = torch.zeros(len(sizes), dtype=torch.int32)
+        found = []
+        for _ in range(2):
+            synchronize(self.device)
+            started = time.perf_counter()
+            sums = SlotSums(sizes, num_records=0, num_slots=1, reduction=kind, exponents=exponents, device=self.device)
+            sums.add(quantities)
+            next_exponents(sums.all_reduce(None).quantities, exponents, first=True)
+            synchronize(self.device)
+            found.append(time.perf_counter() - started)
+        return min(found)
+
+
+def _result(
+    config: Config,
+    device: torch.device,
+    seconds: dict[str, float],
+    peak: dict[str, float],
+    parts: dict[str, float],
+    products: Products,
+) -> dict[str, Any]:
+    """Everything that was measured, ratios first."""
+    ours, reference, cuda = seconds["ours"], seconds["reference"], device.type == "cuda"
+    kind = torch.bfloat16 if cuda and config.optim.precision == "bf16" else torch.float32
+    square = square_flops_per_second(8192 if cuda else 1536, kind, device)
+    result = {
+        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "network": f"{config.model.name}, {config.head.num_outputs} outputs, {str(kind).removeprefix('torch.')}",
+        "slot": f"{config.optim.clips_per_slot} clips of {config.clip.num_frames} frames, "
+        f"{config.tracking.num_objects} objects, {config.crops.num_locals} local views; "
+        f"{config.crops.global_size} and {config.crops.local_size} px",
         "seconds_per_step": ours,
         "reference_seconds_per_step": reference,
         "ratio": ours / reference,
-        "tflop_per_step": flops / 1e12,
-        "matmul_share": flops / ours / _matmul_rate(device),
-        "peak_memory_mb": _peak_memory_mb(device),
+        "clips_per_second": config.optim.clips_per_slot / ours,
+        "tflop_per_step": products.flops / 1e12,
+        "tflop_per_second": products.flops / 1e12 / ours,
+        "matmul_share": products.seconds(device) / ours,
+        "square_matmul_share": products.flops / ours / square,
+        "square_matmul_tflop_per_second": square / 1e12,
+        "peak_memory_mb": peak["ours"],
+        "reference_peak_memory_mb": peak["reference"],
+        "parts": parts,
     }
+    if "packed" in seconds:
+        result |= {
+            "packed_seconds_per_step": seconds["packed"],
+            "packed_ratio": ours / seconds["packed"],
+            "packed_keep_share": KEEP_SHARE,
+        }
+    return result
 
 
-def _make(setting: dict[str, int], device: torch.device) -> tuple[Network, dict[str, Any]]:
-    torch.manual_seed(0)
-    networks = [
-        build_network(
-            name="vit_small_patch16_224",
-            width=setting["width"],
-            depth=12,
-            num_heads=setting["num_heads"],
-            patch_size=16,
-            image_size=GLOBAL_SIZE,
-            drop_path=0.0,
-            num_layers=3,
-            hidden_width=2048,
-            bottleneck_width=256,
-            num_outputs=setting["num_outputs"],
-        ).to(device)
-        for _ in range(2)
-    ]
-    student, teacher = networks[0].train(), networks[1].eval().requires_grad_(False)
-    clips, local = setting["num_clips"], setting["local_size"]
-    arguments = {
-        "teacher": teacher,
-        "center": torch.zeros(setting["num_outputs"], device=device),
-        "globals_": torch.randn(clips, 1, NUM_FRAMES, 3, GLOBAL_SIZE, GLOBAL_SIZE, device=device),
-        "locals_": torch.randn(clips, NUM_LOCALS, NUM_FRAMES, 3, local, local, device=device),
-        "heads": torch.stack([torch.randperm(setting["num_heads"])[:NUM_OBJECTS] for _ in range(clips)]).to(device),
-        "noise": None,
-        "kind": "dora",
-        "block": -2,
-        "normalize_patches": True,
-        "num_iterations": 30,
-        "epsilon": 0.05,
-        "threshold": "clip",
-        "student_temperature": 0.1,
-        "teacher_temperature": 0.04,
-        "reduction": "mean",
-    }
-    return student, arguments
-
-
-def _step(forward: SlotForward, student: Network, arguments: dict[str, Any], device: torch.device) -> float:
-    """Seconds of one forward and backward."""
-    _synchronize(device)
-    started = time.perf_counter()
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        loss = forward(student, **arguments).loss
-    loss.backward()
-    _synchronize(device)
-    student.zero_grad(set_to_none=True)
-    return time.perf_counter() - started
-
-
-def _synchronize(device: torch.device) -> None:
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _step_flops(student: Network, arguments: dict[str, Any]) -> float:
-    """Operations of a step's encoders and heads: 2 a weight and token, and attention; backward is twice forward."""
-    width = student.backbone.embed_dim
-    depth = len(student.backbone.blocks)
-    block_weights = sum(p.numel() for p in student.backbone.blocks.parameters() if p.ndim == 2)
-    head_weights = sum(p.numel() for p in student.head.parameters() if p.ndim == 2)
-
-    def forward_flops(images: Tensor) -> float:
-        tokens = (images.shape[-1] // 16) ** 2 + 1
-        frames = images.shape[:3].numel()
-        embed = 2 * 3 * 16 * 16 * width * tokens
-        return frames * (2 * tokens * block_weights + depth * 4 * tokens**2 * width + embed + 2 * head_weights)
-
-    whole, local = forward_flops(arguments["globals_"]), forward_flops(arguments["locals_"])
-    return whole + 3 * (NUM_OBJECTS * whole + local)
-
-
-def _matmul_rate(device: torch.device) -> float:
-    """Operations a second of a large square product, in the step's own number format."""
-    size = 8192 if device.type == "cuda" else 1536
-    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    left, right = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
-    left @ right
-    rates = []
-    for _ in range(5):
-        _synchronize(device)
-        started = time.perf_counter()
-        left @ right
-        _synchronize(device)
-        rates.append(2 * size**3 / (time.perf_counter() - started))
-    return max(rates)
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak_memory_mb(device: torch.device) -> float:

@@ -2,7 +2,8 @@
 
 A task decodes the frames that one segment still lacks and writes them as a data file; the driver commits those files
 to the datasets as results come in, every COMMIT_SECONDS. A killed ingest therefore repeats the segments in flight and
-those few seconds, and one with nothing to do starts no Ray.
+those few seconds, and one with nothing to do starts no Ray. A task that hangs is ended with its process; where that
+happens twice, the segment's frames count as unreadable, unless none of the video can be read.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import queue
-import threading
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,16 +23,22 @@ import numpy as np
 from dora_ray import files
 from dora_ray.data import store as frame_store
 from dora_ray.data.decoders import get_decoder, scaled_size
+from dora_ray.data.ray_tasks import ray_cluster, run_tasks
 from dora_ray.data.sources import find_videos
 from dora_ray.data.store import StoredVideo
 from dora_ray.data.video import VideoIndex
+from dora_ray.data.watchdog import begin_attempt, end_attempt, time_limit
 from dora_ray.errors import VideoError
 
 logger = logging.getLogger(__name__)
 
 COMMIT_SECONDS = 10.0
-# A task that takes longer than this hangs: the slowest segment worth having (60 s of 4K VP9) decodes in a tenth of it.
-STALL_SECONDS = 1800.0
+MAX_HANGS = 2
+MAX_DEATHS = 4
+# The limit of a task is for this much video; a short segment gets it whole.
+LIMIT_VIDEO_SECONDS = 10.0
+# All attempts at a segment and the starts of their processes take less: when nothing ends, nothing runs.
+STALL_LIMITS = 5
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,13 @@ class _Work:
     uri: str
     segment: int
     pts: list[int]
+    seconds: float
+    limit_seconds: float
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.path}, {self.seconds:.1f} s from its start"
 
 
 def ingest(
@@ -69,6 +81,8 @@ def ingest(
     short_side: int,
     jpeg_quality: int,
     segment_seconds: float,
+    decode_seconds: float,
+    node_label: str | None = None,
     progress: Callable[[IngestProgress], None] | None = None,
 ) -> list[StoredVideo]:
     """Bring the videos into the store and open them, sorted by path; does nothing where everything is stored.
@@ -81,6 +95,8 @@ def ingest(
         short_side: of a stored frame, pixels.
         jpeg_quality: 1 to 100.
         segment_seconds: least length of a task's part of a video, rounded up to a key frame.
+        decode_seconds: the longest that ten seconds of video may take before a task's process is ended.
+        node_label: value of the node label `role` that tasks are pinned to; None: any node.
         progress: told at the start and after every segment.
 
     Raises:
@@ -92,35 +108,53 @@ def ingest(
     setting = {"frames_per_second": frames_per_second, "short_side": short_side, "jpeg_quality": jpeg_quality}
     uris = {i.video_id: frame_store.dataset_uri(store, i.video_id, **setting) for i in indexes}
     work = [
-        part for index in indexes for part in _pending(index, uris[index.video_id], frames_per_second, segment_seconds)
+        part
+        for index in indexes
+        for part in _pending(index, uris[index.video_id], frames_per_second, segment_seconds, decode_seconds)
     ]
     if work:
         for uri in sorted({part.uri for part in work}):
             frame_store.create_dataset(uri)
-        task = functools.partial(
-            ingest_segment, store=store, decoder=decoder, short_side=short_side, jpeg_quality=jpeg_quality
-        )
-        with _cluster():
-            _commit_results(work, _run_tasks(work, task), num_videos=len(indexes), progress=progress)
+        with ray_cluster():
+            task = functools.partial(
+                ingest_segment,
+                store=store,
+                decoder=decoder,
+                short_side=short_side,
+                jpeg_quality=jpeg_quality,
+                job=uuid.uuid4().hex,
+            )
+            items = [json.dumps(vars(part)) for part in work]
+            patience = STALL_LIMITS * max(part.limit_seconds for part in work)
+            results = run_tasks(items, task, node_label=node_label, patience_seconds=patience)
+            _commit_results(work, results, num_videos=len(indexes), progress=progress)
     return frame_store.open_videos(indexes, store=store, **setting)
 
 
 def ingest_segment(
-    row: dict[str, Any], *, store: str, decoder: str, short_side: int, jpeg_quality: int
+    item: str, *, store: str, decoder: str, short_side: int, jpeg_quality: int, job: str
 ) -> dict[str, Any]:
     """The task: decode one segment's frames and write them; returns what the driver needs to commit them."""
-    part = _Work(**json.loads(row["work"]))
+    part = _Work(**json.loads(item))
+    key = f"{job} {part.uri} {part.pts[0]}"
+    before = begin_attempt(key, limit_seconds=part.limit_seconds)
+    result = {"uri": part.uri, "fragments": "[]", "frames": 0, "missing": 0, "error": "", "hung": ""}
     try:
-        fragments, missing = _write_segment(part, store, decoder, short_side, jpeg_quality)
+        if before.died >= MAX_DEATHS:
+            raise VideoError(
+                f"{part.name}: the decoding process died {before.died} times; look for its reason in"
+                " Ray's logs (memory?), or leave the file out"
+            )
+        with time_limit(part.limit_seconds):
+            unread = before.hung >= MAX_HANGS
+            fragments, missing = _write_segment(part, store, None if unread else decoder, short_side, jpeg_quality)
     except VideoError as error:
-        return {"uri": part.uri, "fragments": "[]", "frames": 0, "missing": 0, "error": str(error)}
-    return {
-        "uri": part.uri,
-        "fragments": json.dumps(fragments),
-        "frames": len(part.pts),
-        "missing": missing,
-        "error": "",
-    }
+        result["error"] = str(error)
+    else:
+        result |= {"fragments": json.dumps(fragments), "frames": len(part.pts), "missing": missing}
+        result["hung"] = f"{part.name}: decoding did not end in {part.limit_seconds:.0f} s" if unread else ""
+    end_attempt(key)
+    return result
 
 
 def _indexes(videos: Sequence[str], *, store: str, decoder: str) -> list[VideoIndex]:
@@ -138,19 +172,28 @@ def _indexes(videos: Sequence[str], *, store: str, decoder: str) -> list[VideoIn
     return list(indexes.values())
 
 
-def _pending(index: VideoIndex, uri: str, frames_per_second: float, segment_seconds: float) -> list[_Work]:
+def _pending(
+    index: VideoIndex, uri: str, frames_per_second: float, segment_seconds: float, decode_seconds: float
+) -> list[_Work]:
     lacking = frame_store.unstored_frames(index, uri, frames_per_second=frames_per_second)
     parts = []
     for segment in index.segments(segment_seconds) if len(lacking) else ():
         first, last = np.searchsorted(lacking, [segment.start_pts, segment.stop_pts])
-        if last > first:
-            parts.append(_Work(index.path, index.video_id, uri, segment.number, lacking[first:last].tolist()))
+        pts = lacking[first:last].tolist()
+        if pts:
+            length = (pts[-1] - index.key_before(pts[0])) * index.tick
+            limit = decode_seconds * max(1.0, length / LIMIT_VIDEO_SECONDS)
+            start = float(index.seconds(np.array(pts[0])))
+            parts.append(_Work(index.path, index.video_id, uri, segment.number, pts, start, limit))
     return parts
 
 
-def _write_segment(part: _Work, store: str, decoder: str, short_side: int, jpeg_quality: int) -> tuple[list[str], int]:
+def _write_segment(
+    part: _Work, store: str, decoder: str | None, short_side: int, jpeg_quality: int
+) -> tuple[list[str], int]:
+    """The written data files and the number of frames that are missing: all of them where there is no decoder."""
     index = replace(_worker_index(store, part.video_id), path=part.path)
-    frames = get_decoder(decoder).decode(index, part.pts, short_side=short_side)
+    frames = get_decoder(decoder).decode(index, part.pts, short_side=short_side) if decoder else ()
     rows = {f.pts: frame_store.frame_row(f, segment=part.segment, jpeg_quality=jpeg_quality) for f in frames}
     width, height = scaled_size(index.width, index.height, short_side)
     lost = [
@@ -184,13 +227,16 @@ def _commit_results(
     total = sum(len(part.pts) for part in work)
     state = IngestProgress(num_videos, len(work), 0, total, 0, 0, 0.0)
     written: dict[str, list[str]] = defaultdict(list)
+    hung: dict[str, list[str]] = defaultdict(list)
     errors: list[str] = []
     committed = start
     _tell(progress, state)
     try:
         for result in results:
-            written[result["uri"]] += json.loads(result["fragments"])
+            (hung if result["hung"] else written)[result["uri"]] += json.loads(result["fragments"])
             errors += [result["error"]] if result["error"] else []
+            if result["hung"]:
+                logger.warning("%s, %d times: its frames count as unreadable", result["hung"], MAX_HANGS)
             now = time.monotonic()
             state = replace(
                 state,
@@ -205,8 +251,24 @@ def _commit_results(
             _tell(progress, state)
     finally:
         _commit_all(written)
+    errors += _commit_hung(hung)
     if errors:
         raise VideoError(errors[0] + (f" (and {len(errors) - 1} more segments)" if len(errors) > 1 else ""))
+
+
+def _commit_hung(hung: dict[str, list[str]]) -> list[str]:
+    """Record as unreadable what hung in videos that can be read elsewhere; the others are errors, and not recorded.
+
+    A whole video that hangs is a server that does not answer more often than a damaged file.
+    """
+    readable = {uri: fragments for uri, fragments in hung.items() if frame_store.has_frames(uri)}
+    _commit_all(dict(readable))
+    return [
+        f"{uri}: decoding hung wherever it was tried, and nothing of it was recorded; check that the file can be read"
+        " on every node, raise data.decode_seconds, or leave the file out"
+        for uri in hung
+        if uri not in readable
+    ]
 
 
 def _commit_all(written: dict[str, list[str]]) -> None:
@@ -219,75 +281,3 @@ def _commit_all(written: dict[str, list[str]]) -> None:
 def _tell(progress: Callable[[IngestProgress], None] | None, state: IngestProgress) -> None:
     if progress is not None:
         progress(state)
-
-
-@contextmanager
-def _cluster() -> Iterator[None]:
-    """The Ray cluster of the caller, or one of this machine that ends with the ingest."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _run_tasks(work: Sequence[_Work], task: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Results in the order they finish. Raises VideoError when nothing has finished for STALL_SECONDS."""
-    results: queue.Queue[Any] = queue.Queue()
-    stop = threading.Event()
-    thread = threading.Thread(target=_consume, args=(work, task, results, stop), name="dora-ray-ingest", daemon=True)
-    thread.start()
-    try:
-        for done in range(len(work)):
-            try:
-                result = results.get(timeout=STALL_SECONDS)
-            except queue.Empty:
-                raise VideoError(
-                    f"ingest: {len(work) - done} of {len(work)} segments are left and none has finished in"
-                    f" {STALL_SECONDS:.0f} s; what was done is kept: look for free CPUs (ray status) and start again,"
-                    " with data.decoder=pyav"
-                ) from None
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-        thread.join()
-    finally:
-        stop.set()
-
-
-def _consume(
-    work: Sequence[_Work], task: Callable[..., dict[str, Any]], results: queue.Queue[Any], stop: threading.Event
-) -> None:
-    try:
-        for row in _dataset(work, task).iter_rows():
-            results.put(row)
-            if stop.is_set():
-                return
-    except Exception as error:  # noqa: BLE001  it is raised again by the thread that waits for the results
-        results.put(error)
-
-
-def _dataset(work: Sequence[_Work], task: Callable[..., dict[str, Any]]) -> Any:
-    """One block and one task for each segment, so that a retry repeats one segment."""
-    import ray.data
-
-    # Our progress callback speaks for the job: Ray Data's note that its bars are off, and its last line, are left out.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
-    items = [{"work": json.dumps(vars(part))} for part in work]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(task, num_cpus=_task_cpus())
-    dataset.context.enable_progress_bars = False
-    dataset.context.print_on_execution_start = False
-    return dataset
-
-
-def _task_cpus() -> float:
-    """A core for each task, and half of one where the cluster has a single core that its caller may sit on."""
-    import ray
-
-    return 1.0 if ray.cluster_resources().get("CPU", 0.0) >= 2 else 0.5

@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dora_ray.data.augment import random_boxes
-from dora_ray.data.store import StoredVideo
 from dora_ray.errors import VideoError
 
 
@@ -34,6 +33,8 @@ class Purpose(IntEnum):
     NETWORK = 5
     RANDOM_MASKS = 6
     INITIAL_WEIGHTS = 7
+    SEGMENTS = 8
+    POOL = 9
 
 
 def seed_sequence(seed: int, step: int, slot: int, purpose: Purpose) -> np.random.SeedSequence:
@@ -51,9 +52,10 @@ def slot_seed(seed: int, step: int, slot: int, purpose: Purpose) -> int:
     return int(seed_sequence(seed, step, slot, purpose).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    return slot_generator(seed, epoch, 0, Purpose.EPOCH).permutation(count)
+@lru_cache(maxsize=64)
+def epoch_order(seed: int, epoch: int, count: int, purpose: Purpose) -> NDArray[np.int64]:
+    """(count,) the permutation of one epoch: of its clips, or of its segments."""
+    return slot_generator(seed, epoch, 0, purpose).permutation(count)
 
 
 def slots_of_rank(rank: int, world_size: int, num_slots: int) -> range:
@@ -61,13 +63,49 @@ def slots_of_rank(rank: int, world_size: int, num_slots: int) -> range:
     return range(rank, num_slots, world_size)
 
 
+class Video(Protocol):
+    """What a plan needs to know of a video: a `store.StoredVideo`, or a `segments.StreamedVideo`."""
+
+    @property
+    def video_id(self) -> str:
+        """Its name by content."""
+
+    @property
+    def path(self) -> str:
+        """Its file."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of its content."""
+
+    @property
+    def times(self) -> NDArray[np.float64]:
+        """(F,) seconds of its kept frames, ascending."""
+
+    @property
+    def cuts(self) -> NDArray[np.bool_]:
+        """(F,) True where a frame starts a new shot."""
+
+    @property
+    def width(self) -> int:
+        """Of every kept frame, pixels."""
+
+    @property
+    def height(self) -> int:
+        """Of every kept frame, pixels."""
+
+
 @dataclass(frozen=True)
 class Clip:
-    """T frames of one video: stored frames `frames` of `plan.videos[video]`; `number` is the clip number n."""
+    """T frames of one video: kept frames `frames` of `plan.videos[video]`; `number` is the clip number n.
+
+    `segment` is the plan's segment that it is decoded with; None: it is read from the frame store.
+    """
 
     number: int
     video: int
     frames: tuple[int, ...]
+    segment: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +113,7 @@ class Plan:
     """Everything that the content of a slot depends on.
 
     Attributes:
-        videos: the stored videos.
+        videos: the videos.
         num_frames: T.
         stride_seconds: time between a clip's frames.
         avoid_cuts: whether clips that a shot cut runs through are left out.
@@ -88,7 +126,7 @@ class Plan:
         settings: the flat configuration that shapes a slot, for the digest.
     """
 
-    videos: tuple[StoredVideo, ...]
+    videos: tuple[Video, ...]
     num_frames: int
     stride_seconds: float
     avoid_cuts: bool
@@ -102,7 +140,7 @@ class Plan:
 
     @cached_property
     def starts(self) -> NDArray[np.int32]:
-        """(E, 1 + T): the video and the stored frames of every clip that may be drawn."""
+        """(E, 1 + T): the video and the kept frames of every clip that may be drawn."""
         tables = [
             clip_table(video.times, video.cuts, self.num_frames, self.stride_seconds, avoid_cuts=self.avoid_cuts)
             for video in self.videos
@@ -134,7 +172,8 @@ class Plan:
     def clip(self, number: int) -> Clip:
         """Clip number n of the run."""
         epoch, position = divmod(number, self.clips_per_epoch)
-        video, *frames = self.starts[_permutation(self.seed, epoch, self.clips_per_epoch)[position]].tolist()
+        order = epoch_order(self.seed, epoch, self.clips_per_epoch, Purpose.EPOCH)
+        video, *frames = self.starts[order[position]].tolist()
         return Clip(number, video, tuple(frames))
 
     def slot_clips(self, step: int, slot: int) -> list[Clip]:
@@ -165,7 +204,7 @@ class Plan:
         return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _video_digest(video: StoredVideo) -> str:
+def _video_digest(video: Video) -> str:
     parts = (video.digest.encode(), np.asarray(video.times).tobytes(), np.packbits(video.cuts).tobytes())
     return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
 

@@ -130,6 +130,12 @@ def unstored_frames(index: VideoIndex, uri: str, *, frames_per_second: float) ->
     return np.setdiff1d(wanted, stored)
 
 
+def has_frames(uri: str) -> bool:
+    """Whether the dataset holds a frame that could be decoded."""
+    dataset = _latest(uri)
+    return dataset is not None and dataset.count_rows("signature IS NOT NULL") > 0
+
+
 def read_jpegs(video: StoredVideo, frames: Sequence[int]) -> list[bytes]:
     """The JPEG files of the stored frames numbered `frames` (0 <= n < F), in that order.
 

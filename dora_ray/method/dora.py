@@ -1,11 +1,12 @@
 """One slot of a training step: objects from the teacher, views for the student, the loss.
 
 Shapes: B clips, T frames, C channels, N patches, D width, K objects, L local views, G global views, O head outputs,
-H heads.
+H heads, P the head's bottleneck.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +15,11 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dora_ray.method.blocks import cls_of_blocks
 from dora_ray.method.head import DINOHead
 from dora_ray.method.losses import Reduction, dino_loss, dora_loss
 from dora_ray.method.measures import Measures, agreement, mask_measures, sinkhorn_residual, teacher_measures
+from dora_ray.method.parts import part
 from dora_ray.method.precision import full_precision, widen
 from dora_ray.method.tracking import (
     Threshold,
@@ -27,9 +30,18 @@ from dora_ray.method.tracking import (
     object_prototypes,
     random_masks,
 )
-from dora_ray.method.vit import Tracked, build_vit, cls_features, tracked_features
+from dora_ray.method.vit import (
+    Tracked,
+    build_vit,
+    cls_features,
+    kept_patches,
+    masked_images,
+    tracked_features,
+    whole_images,
+)
 
 Kind = Literal["dora", "none", "random"]
+Views = Literal["masked", "packed"]
 
 
 class Network(nn.Module):
@@ -111,15 +123,13 @@ class SlotOutput:
     Attributes:
         loss: scalar with gradient to the student.
         teacher_sum: (O,) float32 sum of the teacher's outputs over clips, global views and frames, for the center.
-        num_teacher: number of outputs in that sum.
         measures: detached scalars. Always loss, teacher_entropy, teacher_kl_uniform and teacher_diversity;
             local_agreement with local views; mask_area, object_overlap, sinkhorn_residual and object_agreement with
-            objects; global_agreement without.
+            objects; global_agreement for DINO's baseline.
     """
 
     loss: Tensor
     teacher_sum: Tensor
-    num_teacher: int
     measures: Measures
 
 
@@ -160,21 +170,160 @@ def _unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors, dim=-1)
 
 
-def object_views(frames: Tensor, masks: Tensor) -> Tensor:
-    """Every frame once for each object, everything but the object being 0, which is the mean color (equation 5).
+@dataclass(frozen=True)
+class Targets:
+    """What the teacher says of a slot.
 
-    Args:
-        frames: (B, T, C, H, W) normalized frames.
-        masks: (B, K, T, N) with the patches of a square grid row by row.
-
-    Returns:
-        (B, K, T, C, H, W).
+    Attributes:
+        outputs: (B, G, T, O) at least in float32.
+        masks: (B, K, T, N) of the object views; None where there are none.
+        measures: of the objects.
     """
-    grid = round(masks.shape[-1] ** 0.5)
-    # Patches get their own dimensions, so that masks are broadcast and never blown up to pixels.
-    cells = torch.unflatten(torch.unflatten(frames, -1, (grid, -1)), -3, (grid, -1)).unsqueeze(1)
-    cell_masks = torch.unflatten(masks.to(frames.dtype), -1, (grid, grid))[:, :, :, None, :, None, :, None]
-    return torch.mul(cells, cell_masks).flatten(-2).flatten(-3, -2)
+
+    outputs: Tensor
+    masks: Tensor | None
+    measures: Measures
+
+
+@torch.no_grad()
+def teacher_forward(
+    teacher: Network,
+    *,
+    globals_: Tensor,
+    heads: Tensor,
+    noise: Tensor | None,
+    kind: Kind,
+    block: int,
+    normalize_patches: bool,
+    num_iterations: int,
+    epsilon: float,
+    threshold: Threshold,
+    object_weight: float,
+    teacher_dtype: torch.dtype | None,
+    masks: Tensor | None,
+) -> Targets:
+    """The teacher's outputs on whole frames, and the masks of the objects found with it.
+
+    Takes what `slot_forward` takes.
+
+    Raises:
+        ValueError: for another kind, several global views beside objects, or kind "random" without noise.
+    """
+    if kind not in ("dora", "random", "none"):
+        raise ValueError(f"kind={kind!r}: use 'dora', 'random' or 'none'")
+    if kind != "none" and globals_.shape[1] != 1:
+        raise ValueError(f"{globals_.shape[1]} global views: objects are tracked in exactly 1")
+    teacher.eval()
+    device = globals_.device.type
+    narrow = nullcontext() if teacher_dtype is None else torch.autocast(device, teacher_dtype)
+    if kind == "none" or object_weight == 0.0:
+        with narrow, part("teacher"):
+            outputs = widen(teacher(globals_.flatten(0, 2)))
+        return Targets(torch.unflatten(outputs, 0, globals_.shape[:3]), None, {})
+    with narrow, part("teacher"):
+        tracked = tracked_features(teacher.backbone, globals_[:, 0], block=block)
+        outputs = widen(teacher.project(tracked.cls))
+    with part("tracker"):
+        objects = track_objects(
+            tracked,
+            heads,
+            normalize_patches=normalize_patches,
+            num_iterations=num_iterations,
+            epsilon=epsilon,
+            threshold=threshold,
+        )
+        if masks is None:
+            masks = objects.masks if kind == "dora" else random_masks(objects.masks, _given(noise))
+        measures = mask_measures(masks) | {"sinkhorn_residual": objects.residual}
+    return Targets(outputs.unsqueeze(1), masks, measures)
+
+
+def student_forward(
+    student: Network,
+    targets: Targets,
+    center: Tensor,
+    *,
+    globals_: Tensor,
+    locals_: Tensor,
+    kind: Kind,
+    views: Views,
+    student_temperature: float,
+    teacher_temperature: float,
+    reduction: Reduction,
+    object_weight: float,
+) -> SlotOutput:
+    """The student's views through its encoder in one batch of sequences, and the loss.
+
+    Takes what `slot_forward` takes, and what `teacher_forward` gives.
+    """
+    temperatures = {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
+    with part("student_forward"):
+        large, small = student_bottlenecks(student, globals_, locals_, targets.masks, kind=kind, views=views)
+        rows = student.head.last_layer.rows()
+    with part("loss"):
+        if kind == "none":
+            both = torch.cat([large, small], dim=1)
+            loss = dino_loss(both, targets.outputs, center, rows=rows, **temperatures)
+        else:
+            of_frame = targets.outputs[:, 0]
+            loss = dora_loss(
+                large,
+                small,
+                of_frame,
+                center,
+                rows=rows,
+                reduction=reduction,
+                object_weight=object_weight,
+                **temperatures,
+            )
+    with part("measures"):
+        large_name = "global_agreement" if kind == "none" else "object_agreement"
+        mean_target = targets.outputs.mean(dim=1)
+        agreements = {
+            name: agreement(features, rows, mean_target)
+            for name, features in ((large_name, large), ("local_agreement", small))
+            if features.shape[1] > 0
+        }
+        of_teacher = teacher_measures(targets.outputs, center, temperature=teacher_temperature)
+        measures = {"loss": loss.detach(), **of_teacher, **targets.measures, **agreements}
+    return SlotOutput(loss, targets.outputs.sum(dim=(0, 1, 2), dtype=torch.float32), measures)
+
+
+def student_bottlenecks(
+    student: Network, globals_: Tensor, locals_: Tensor, masks: Tensor | None, *, kind: Kind, views: Views
+) -> tuple[Tensor, Tensor]:
+    """What the student's last layer gets for the large views and for the local views: (B, V, T, P) and (B, L, T, P).
+
+    All sequences go through the encoder together. The large views are the global views for kind "none", else the
+    objects', of which there are none (V of 0) without masks.
+
+    Raises:
+        ValueError: for views that are neither "masked" nor "packed".
+    """
+    if views not in ("masked", "packed"):
+        raise ValueError(f"views={views!r}: use 'masked' or 'packed'")
+    vit, (num_clips, _, num_frames) = student.backbone, globals_.shape[:3]
+    parts, places, num_large = [], None, 0
+    if kind == "none":
+        parts, num_large = [whole_images(vit, globals_.flatten(0, 2))], globals_.shape[1]
+    elif masks is not None:
+        num_large = masks.shape[1]
+        if views == "packed":
+            tokens, layout, places = kept_patches(vit, globals_[:, 0], masks)
+            parts = [(tokens, layout)]
+        else:
+            parts = [masked_images(vit, globals_[:, 0], masks)]
+    if locals_.shape[1] > 0:
+        parts.append(whole_images(vit, locals_.flatten(0, 2)))
+    layout = parts[0][1] if len(parts) == 1 else parts[0][1] + parts[1][1]
+    cls = cls_of_blocks(vit, torch.cat([tokens for tokens, _ in parts]), layout)
+    features = widen(student.head.bottleneck(cls))
+    count = num_clips * num_large * num_frames
+    large, small = torch.split(features, [count, len(features) - count])
+    if places is not None:
+        large = F.embedding(places, large)
+    shape = (num_frames, features.shape[1])
+    return large.view(num_clips, num_large, *shape), small.view(num_clips, locals_.shape[1], *shape)
 
 
 def slot_forward(
@@ -187,6 +336,7 @@ def slot_forward(
     heads: Tensor,
     noise: Tensor | None,
     kind: Kind,
+    views: Views,
     block: int,
     normalize_patches: bool,
     num_iterations: int,
@@ -195,10 +345,11 @@ def slot_forward(
     student_temperature: float,
     teacher_temperature: float,
     reduction: Reduction,
+    object_weight: float,
+    teacher_dtype: torch.dtype | None,
+    masks: Tensor | None = None,
 ) -> SlotOutput:
     """The forward of one slot: a pure function of its arguments but for the student's drop path.
-
-    The student sees all object views in one batch and all local views in another; the head sees both at once.
 
     Args:
         student: in training mode.
@@ -209,6 +360,8 @@ def slot_forward(
         heads: (B, K) int64 drawn heads; unused with kind "none".
         noise: (B, K, T, N) in [0, 1) that places the masks of kind "random", else None.
         kind: "dora" tracked objects, "random" masks of the same area anywhere, "none" DINO without objects.
+        views: of the objects: "masked" whole frames, 0 but for the object (equation 5), or "packed" the object's
+            patches alone.
         block: block of the teacher that objects are discovered in, from the end.
         normalize_patches: see `track_objects`.
         num_iterations: of Sinkhorn-Knopp.
@@ -217,77 +370,41 @@ def slot_forward(
         student_temperature: temperature of the student's softmax.
         teacher_temperature: temperature of the teacher's softmax.
         reduction: of `dora_loss`.
+        object_weight: of `dora_loss`; with 0 no objects are looked for.
+        teacher_dtype: autocast type of the teacher's networks; None: as the caller's.
+        masks: (B, K, T, N) to use in place of those of the objects found, for comparisons.
 
     Raises:
-        ValueError: for another kind, several global views beside objects, or kind "random" without noise.
+        ValueError: for another kind or views, several global views beside objects, or kind "random" without noise.
     """
-    temperatures = {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
-    teacher.eval()
-    if kind == "none":
-        return _baseline_slot(student, teacher, center, globals_, locals_, temperatures)
-    if kind not in ("dora", "random"):
-        raise ValueError(f"kind={kind!r}: use 'dora', 'random' or 'none'")
-    if globals_.shape[1] != 1:
-        raise ValueError(f"{globals_.shape[1]} global views: objects are tracked in exactly 1")
-    frames = globals_[:, 0]
-    with torch.no_grad():
-        tracked = tracked_features(teacher.backbone, frames, block=block)
-        targets = widen(teacher.project(tracked.cls))
-        objects = track_objects(
-            tracked,
-            heads,
-            normalize_patches=normalize_patches,
-            num_iterations=num_iterations,
-            epsilon=epsilon,
-            threshold=threshold,
-        )
-        masks = objects.masks if kind == "dora" else random_masks(objects.masks, _given(noise))
-    of_objects, of_locals = _student_outputs(student, object_views(frames, masks), locals_)
-    loss = dora_loss(of_objects, of_locals, targets, center, reduction=reduction, **temperatures)
-    measures = {
-        "loss": loss.detach(),
-        **teacher_measures(targets, center, temperature=teacher_temperature),
-        **mask_measures(masks),
-        "sinkhorn_residual": objects.residual,
-        **_agreements(targets, object_agreement=of_objects, local_agreement=of_locals),
-    }
-    return SlotOutput(loss, targets.sum(dim=(0, 1), dtype=torch.float32), targets.shape[:2].numel(), measures)
-
-
-def _baseline_slot(
-    student: Network,
-    teacher: Network,
-    center: Tensor,
-    globals_: Tensor,
-    locals_: Tensor,
-    temperatures: dict[str, float],
-) -> SlotOutput:
-    """DINO on the same clips: the student's views are the global views and the local views."""
-    with torch.no_grad():
-        features = cls_features(teacher.backbone, globals_.flatten(0, 2))
-        targets = torch.unflatten(widen(teacher.project(features)), 0, globals_.shape[:3])
-    of_globals, of_locals = _student_outputs(student, globals_, locals_)
-    loss = dino_loss(torch.cat([of_globals, of_locals], dim=1), targets, center, **temperatures)
-    measures = {
-        "loss": loss.detach(),
-        **teacher_measures(targets, center, temperature=temperatures["teacher_temperature"]),
-        **_agreements(targets.mean(dim=1), global_agreement=of_globals, local_agreement=of_locals),
-    }
-    return SlotOutput(loss, targets.sum(dim=(0, 1, 2), dtype=torch.float32), targets.shape[:3].numel(), measures)
-
-
-def _student_outputs(student: Network, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs (B, V, T, O) of views (B, V, T, C, H, W) of two sizes; the smaller ones may be missing (V of 0)."""
-    views = [view for view in (large, small) if view.shape[1] > 0]
-    features = [cls_features(student.backbone, view.flatten(0, 2)) for view in views]
-    outputs = torch.split(student.project(torch.cat(features)), [len(feature) for feature in features])
-    shaped = [torch.unflatten(output, 0, view.shape[:3]) for output, view in zip(outputs, views, strict=True)]
-    return shaped[0], shaped[1] if len(shaped) == 2 else shaped[0][:, :0]
-
-
-def _agreements(targets: Tensor, **students: Tensor) -> Measures:
-    """Mean cosine with the targets (B, T, O), for each named kind of views that there are any of."""
-    return {name: agreement(outputs, targets) for name, outputs in students.items() if outputs.shape[1] > 0}
+    targets = teacher_forward(
+        teacher,
+        globals_=globals_,
+        heads=heads,
+        noise=noise,
+        kind=kind,
+        block=block,
+        normalize_patches=normalize_patches,
+        num_iterations=num_iterations,
+        epsilon=epsilon,
+        threshold=threshold,
+        object_weight=object_weight,
+        teacher_dtype=teacher_dtype,
+        masks=masks,
+    )
+    return student_forward(
+        student,
+        targets,
+        center,
+        globals_=globals_,
+        locals_=locals_,
+        kind=kind,
+        views=views,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        reduction=reduction,
+        object_weight=object_weight,
+    )
 
 
 def _given(noise: Tensor | None) -> Tensor:

@@ -28,7 +28,11 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., P) -> (..., O)."""
-        return F.linear(features, self.gain * F.normalize(self.direction, dim=1))
+        return F.linear(features, self.rows())
+
+    def rows(self) -> Tensor:
+        """(O, P): the layer as one matrix."""
+        return self.gain * F.normalize(self.direction, dim=1)
 
 
 class DINOHead(nn.Module):
@@ -56,8 +60,12 @@ class DINOHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., D) -> (..., O)."""
-        outputs: Tensor = self.last_layer(F.normalize(self.mlp(features), dim=-1))
+        outputs: Tensor = self.last_layer(self.bottleneck(features))
         return outputs
+
+    def bottleneck(self, features: Tensor) -> Tensor:
+        """(..., D) -> (..., P), of length 1: all but the last layer."""
+        return F.normalize(self.mlp(features), dim=-1)
 
 
 def _initialize(layer: nn.Module) -> None:

@@ -1,8 +1,10 @@
 """Distillation losses: DoRA's, and DINO's for the baseline without objects.
 
-A cross-entropy H(p, softmax(z / s)) is computed as logsumexp(z / s) - <p, z> / s: one pass over the student's outputs,
-and products with the teacher as matrix products, never an array of the outputs for each pair of views.
-Shapes: B clips, T frames, K objects, L local views, G global views, V student views, O head outputs.
+A cross-entropy H(p, softmax(z / s)) is computed as logsumexp(z / s) - <p, z> / s. The student's outputs are a product
+z = W f with the head's last layer, so <p, z> = <W^T p, f> needs no outputs at all, and the logsumexp needs them for a
+few views at a time: with 65,536 outputs they would be the largest thing in memory.
+Shapes: B clips, T frames, K objects, L local views, G global views, V student views, O head outputs, P the head's
+bottleneck.
 """
 
 from __future__ import annotations
@@ -11,10 +13,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dora_ray.method.precision import full_precision
 
 Reduction = Literal["mean", "released"]
+
+# Outputs written down at a time: 64 MiB in float32.
+CHUNK_OUTPUTS = 2**24
 
 
 @torch.no_grad()
@@ -33,10 +39,30 @@ def teacher_probabilities(teacher: Tensor, center: Tensor, *, temperature: float
     return torch.softmax((teacher - center) / temperature, dim=-1)
 
 
-def _cross_entropy(students: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
-    """(B, V, T) cross-entropies of student views (B, V, T, O) with their frame's teacher (B, T, O)."""
-    dot = torch.einsum("bto,bvto->bvt", probabilities, students)
-    return torch.logsumexp(students / temperature, dim=-1) - dot / temperature
+def log_sums(students: Tensor, rows: Tensor | None, *, temperature: float) -> Tensor:
+    """Logsumexp of the student's outputs over the temperature, (...).
+
+    Args:
+        students: (..., P) what goes into the head's last layer; with rows of None the outputs (..., O) themselves.
+        rows: (O, P) that layer. Its outputs are written down a chunk at a time, and again in the backward.
+        temperature: the student's.
+    """
+    if rows is None:
+        return torch.logsumexp(students / temperature, dim=-1)
+    chunks = torch.split(students.flatten(0, -2), max(1, CHUNK_OUTPUTS // len(rows)))
+    sums = [checkpoint(_log_sums, chunk, rows, temperature, use_reentrant=False) for chunk in chunks]
+    return torch.cat(sums).view(students.shape[:-1])
+
+
+def _log_sums(features: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    return torch.logsumexp(features @ rows.mT / temperature, dim=-1)
+
+
+def _cross_entropy(students: Tensor, rows: Tensor | None, probabilities: Tensor, temperature: float) -> Tensor:
+    """(B, V, T) cross-entropies of student views (B, V, T, P) with their frame's teacher (B, T, O)."""
+    expected = probabilities if rows is None else probabilities @ rows
+    dots = torch.einsum("btp,bvtp->bvt", expected, students)
+    return log_sums(students, rows, temperature=temperature) - dots / temperature
 
 
 def _released_sum(per_frame: Tensor) -> Tensor:
@@ -56,9 +82,11 @@ def dora_loss(
     teacher: Tensor,
     center: Tensor,
     *,
+    rows: Tensor | None = None,
     student_temperature: float,
     teacher_temperature: float,
     reduction: Reduction = "mean",
+    object_weight: float = 1.0,
 ) -> Tensor:
     """Agreement of object views and local views with the teacher's view of the whole frame (equation 6).
 
@@ -72,39 +100,58 @@ def dora_loss(
     "released" reproduces the released code's arithmetic: with S_j the sum over frames of half object j's cross-entropy
     plus half the mean over the local views but the first, f_j = (f_{j-1} + S_j) / T from f_0 = 0, and the loss is the
     mean of f_j.
-    Without local views the objects count whole, not half.
+    Without local views the objects count whole, not half. Without objects the local views count half all the same.
 
     Args:
-        objects: (B, K, T, O) student outputs on the object views.
-        locals_: (B, L, T, O) student outputs on the local views; L may be 0.
+        objects: (B, K, T, P) what the student's last layer gets for the object views, or with rows of None its outputs
+            (B, K, T, O); K may be 0.
+        locals_: (B, L, T, P) or (B, L, T, O) for the local views; L may be 0.
         teacher: (B, T, O) teacher outputs on the global view.
         center: (O,).
+        rows: (O, P) the student's last layer.
         student_temperature: temperature of the student's softmax.
         teacher_temperature: temperature of the teacher's softmax.
         reduction: "mean" or "released".
+        object_weight: factor of the objects' cross-entropy.
 
     Returns:
-        The loss in nats, a scalar with gradient to objects and locals_.
+        The loss in nats, a scalar with gradient to objects, locals_ and rows.
 
     Raises:
-        ValueError: for another reduction, or "released" with a single local view, which it would drop.
+        ValueError: for another reduction, or "released" with a single local view, which it would drop, or without
+            objects, over which it sums.
     """
     if reduction not in ("mean", "released"):
         raise ValueError(f"reduction={reduction!r}: use 'mean' or 'released'")
-    if reduction == "released" and locals_.shape[1] == 1:
-        raise ValueError("reduction='released' drops the first local view: give 0, or 2 and more, not 1")
+    if reduction == "released" and (locals_.shape[1] == 1 or objects.shape[1] == 0):
+        raise ValueError(
+            "reduction='released' drops the first local view and sums over objects: give 0, or 2 and more local views, "
+            f"not {locals_.shape[1]}, and 1 object or more, not {objects.shape[1]}"
+        )
     probabilities = teacher_probabilities(teacher, center, temperature=teacher_temperature)
-    per_frame = _cross_entropy(objects, probabilities, student_temperature)
+    # All views in one product with the last layer.
+    views = torch.split(
+        _cross_entropy(torch.cat([objects, locals_], dim=1), rows, probabilities, student_temperature),
+        [objects.shape[1], locals_.shape[1]],
+        dim=1,
+    )
+    per_frame = object_weight * views[0]
     if locals_.shape[1] > 0:
-        counted = locals_[:, 1:] if reduction == "released" else locals_
-        of_locals = _cross_entropy(counted, probabilities, student_temperature).mean(dim=1, keepdim=True)
-        per_frame = (per_frame + of_locals) / 2
+        counted = views[1][:, 1:] if reduction == "released" else views[1]
+        of_locals = counted.mean(dim=1, keepdim=True)
+        per_frame = (per_frame + of_locals) / 2 if objects.shape[1] > 0 else of_locals / 2
     return per_frame.mean() if reduction == "mean" else _released_sum(per_frame)
 
 
 @full_precision
 def dino_loss(
-    students: Tensor, teacher: Tensor, center: Tensor, *, student_temperature: float, teacher_temperature: float
+    students: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    *,
+    rows: Tensor | None = None,
+    student_temperature: float,
+    teacher_temperature: float,
 ) -> Tensor:
     """Agreement of every student view with every teacher view but itself, frame by frame (DINO, arXiv 2104.14294).
 
@@ -115,14 +162,16 @@ def dino_loss(
         loss = loss / number of terms
 
     Args:
-        students: (B, V, T, O) student outputs; the first G views are the teacher's views.
+        students: (B, V, T, P) what the student's last layer gets, or with rows of None its outputs (B, V, T, O); the
+            first G views are the teacher's views.
         teacher: (B, G, T, O) teacher outputs.
         center: (O,).
+        rows: (O, P) the student's last layer.
         student_temperature: temperature of the student's softmax.
         teacher_temperature: temperature of the teacher's softmax.
 
     Returns:
-        The loss in nats, a scalar with gradient to students.
+        The loss in nats, a scalar with gradient to students and rows.
 
     Raises:
         ValueError: if there are fewer student views than teacher views, or no two views to compare.
@@ -133,8 +182,8 @@ def dino_loss(
             f"{num_views} student and {num_globals} teacher views: the student needs 2, the teacher's among them"
         )
     probabilities = teacher_probabilities(teacher, center, temperature=teacher_temperature)
-    dot = torch.einsum("bgto,bvto->bvgt", probabilities, students)
-    log_sum = torch.logsumexp(students / student_temperature, dim=-1)
-    pairs = log_sum.unsqueeze(2) - dot / student_temperature
+    expected = probabilities if rows is None else probabilities @ rows
+    dots = torch.einsum("bgtp,bvtp->bvgt", expected, students)
+    pairs = log_sums(students, rows, temperature=student_temperature).unsqueeze(2) - dots / student_temperature
     other = ~torch.eye(num_views, num_globals, dtype=torch.bool, device=pairs.device)
     return (pairs.mean(dim=(0, 3)) * other).sum() / (num_views * num_globals - num_globals)

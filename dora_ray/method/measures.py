@@ -1,6 +1,6 @@
 """What is logged beside the loss, because self-supervised learning fails silently. All are 0-dimensional and detached.
 
-Shapes: B clips, T frames, N patches, K objects, V views, G global views, O head outputs.
+Shapes: B clips, T frames, N patches, K objects, V views, G global views, O head outputs, P the head's bottleneck.
 """
 
 from __future__ import annotations
@@ -76,6 +76,14 @@ def sinkhorn_residual(assignment: Tensor) -> Tensor:
 
 @torch.no_grad()
 @full_precision
-def agreement(students: Tensor, teacher: Tensor) -> Tensor:
-    """Mean cosine between the outputs of student views (B, V, T, O) and of their frame's teacher (B, T, O)."""
-    return torch.einsum("bvto,bto->bvt", F.normalize(students, dim=-1), F.normalize(teacher, dim=-1)).mean()
+def agreement(students: Tensor, rows: Tensor, teacher: Tensor) -> Tensor:
+    """Mean cosine between a student's outputs and those of its frame's teacher.
+
+    Args:
+        students: (B, V, T, P) what goes into the student's last layer.
+        rows: (O, P) that layer: outputs are students @ rows.T, which are never written down.
+        teacher: (B, T, O) outputs.
+    """
+    dots = torch.einsum("btp,bvtp->bvt", F.normalize(teacher, dim=-1) @ rows, students)
+    squares = torch.einsum("bvtp,pq,bvtq->bvt", students, rows.mT @ rows, students)
+    return (dots * squares.clamp(min=torch.finfo(squares.dtype).tiny).rsqrt()).mean()

@@ -9,6 +9,7 @@ Shapes: B clips, T frames, C channels, N patches, D width, K objects, L local vi
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,9 +19,10 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from dora_ray.method.dora import Kind, Network, SlotOutput
+from dora_ray.method.dora import Kind, Network, SlotOutput, Views
 from dora_ray.method.losses import Reduction
-from dora_ray.method.measures import Measures, agreement, mask_measures, sinkhorn_residual, teacher_measures
+from dora_ray.method.measures import Measures, mask_measures, sinkhorn_residual, teacher_measures
+from dora_ray.method.precision import widen
 from dora_ray.method.tracking import Threshold
 from dora_ray.method.vit import embed
 
@@ -44,7 +46,10 @@ class NaiveFeatures:
 
 def naive_features(vit: VisionTransformer, images: Tensor) -> NaiveFeatures:
     """A forward of images (B, C, H, W) that keeps queries, keys and the attention matrices of every block."""
-    tokens = embed(vit, images)
+    return _naive_blocks(vit, embed(vit, images))
+
+
+def _naive_blocks(vit: VisionTransformer, tokens: Tensor) -> NaiveFeatures:
     queries, keys, matrices = [], [], []
     for block in cast(Iterable[Block], vit.blocks):
         attention = cast(Attention, block.attn)
@@ -138,6 +143,7 @@ def naive_dora_loss(
     *,
     temperature: float,
     reduction: Reduction,
+    object_weight: float,
 ) -> Tensor:
     """Equation 6 on outputs [view][frame] of (B, O) and targets [frame] of (B, O)."""
     counted = locals_[1:] if reduction == "released" else locals_
@@ -145,7 +151,7 @@ def naive_dora_loss(
     for of_object in objects:
         of_frames = torch.zeros_like(total)
         for t, target in enumerate(targets):
-            loss = naive_cross_entropy(of_object[t], target, temperature)
+            loss = object_weight * naive_cross_entropy(of_object[t], target, temperature)
             if counted:
                 of_locals = [naive_cross_entropy(view[t], target, temperature) for view in counted]
                 loss = (loss + torch.stack(of_locals).mean()) / 2
@@ -177,6 +183,7 @@ def reference_slot_forward(
     heads: Tensor,
     noise: Tensor | None,
     kind: Kind,
+    views: Views,
     block: int,
     normalize_patches: bool,
     num_iterations: int,
@@ -185,15 +192,20 @@ def reference_slot_forward(
     student_temperature: float,
     teacher_temperature: float,
     reduction: Reduction,
+    object_weight: float,
+    teacher_dtype: torch.dtype | None,
+    masks: Tensor | None = None,
 ) -> SlotOutput:
     """What `slot_forward` computes, with the same arguments and results, one frame and one view at a time."""
     teacher.eval()
     num_globals, num_frames = globals_.shape[1:3]
-    with torch.no_grad():
+    narrow = nullcontext() if teacher_dtype is None else torch.autocast(globals_.device.type, teacher_dtype)
+    with torch.no_grad(), narrow:
         features = [
             [naive_features(teacher.backbone, globals_[:, g, t]) for t in range(num_frames)] for g in range(num_globals)
         ]
-        outputs = [[teacher.project(frame.tokens[:, 0]) for frame in view] for view in features]
+        outputs = [[widen(teacher.project(frame.tokens[:, 0])) for frame in view] for view in features]
+    with torch.no_grad():
         targets = [[torch.softmax((output - center) / teacher_temperature, dim=-1) for output in v] for v in outputs]
     of_locals = _student_outputs(student, locals_)
     stacked = torch.stack([torch.stack(view, dim=1) for view in outputs], dim=1)
@@ -212,16 +224,28 @@ def reference_slot_forward(
                 num_iterations=num_iterations,
                 epsilon=epsilon,
             )
-            masks = naive_masks(maps, threshold)
+            found = naive_masks(maps, threshold)
             if kind == "random" and noise is not None:
-                masks = naive_random_masks(masks, noise)
-        of_objects = _student_outputs(student, _object_views(globals_[:, 0], masks))
-        loss = naive_dora_loss(of_objects, of_locals, targets[0], temperature=student_temperature, reduction=reduction)
+                found = naive_random_masks(found, noise)
+            masks = found if masks is None else masks
+        of_objects = (
+            _packed_outputs(student, globals_[:, 0], masks)
+            if views == "packed"
+            else _student_outputs(student, _object_views(globals_[:, 0], masks))
+        )
+        loss = naive_dora_loss(
+            of_objects,
+            of_locals,
+            targets[0],
+            temperature=student_temperature,
+            reduction=reduction,
+            object_weight=object_weight,
+        )
         students = {"object_agreement": of_objects, "local_agreement": of_locals}
         residual = sinkhorn_residual(assignments) if num_iterations > 0 else loss.new_zeros(())
         measures |= mask_measures(masks) | {"sinkhorn_residual": residual}
     measures |= {"loss": loss.detach(), **_agreements(stacked.mean(dim=1), students)}
-    return SlotOutput(loss, stacked.sum(dim=(0, 1, 2), dtype=torch.float32), stacked.shape[:3].numel(), measures)
+    return SlotOutput(loss, stacked.sum(dim=(0, 1, 2), dtype=torch.float32), measures)
 
 
 def _object_views(frames: Tensor, masks: Tensor) -> Tensor:
@@ -239,9 +263,31 @@ def _student_outputs(student: Network, views: Tensor) -> list[list[Tensor]]:
     ]
 
 
+def _packed_outputs(student: Network, frames: Tensor, masks: Tensor) -> list[list[Tensor]]:
+    """Outputs [object][frame] of (B, O), every object view alone, with no patches but its own."""
+    views: list[list[Tensor]] = []
+    for i in range(masks.shape[1]):
+        views.append([])
+        for t in range(masks.shape[2]):
+            outputs = []
+            for clip in range(len(frames)):
+                tokens = embed(student.backbone, frames[clip : clip + 1, t])
+                kept = torch.cat([tokens[:, :1], tokens[:, 1:][:, masks[clip, i, t] > 0]], dim=1)
+                outputs.append(student.project(_naive_blocks(student.backbone, kept).tokens[0, 0]))
+            views[-1].append(torch.stack(outputs))
+    return views
+
+
+def naive_agreement(students: list[list[Tensor]], targets: list[Tensor]) -> Tensor:
+    """Mean cosine between outputs [view][frame] of (B, O) and those of their frame's teacher [frame] of (B, O)."""
+    cosines = [
+        torch.cosine_similarity(of_frame.detach(), targets[t], dim=-1)
+        for view in students
+        for t, of_frame in enumerate(view)
+    ]
+    return torch.stack(cosines).mean()
+
+
 def _agreements(targets: Tensor, students: dict[str, list[list[Tensor]]]) -> Measures:
-    return {
-        name: agreement(torch.stack([torch.stack(view, dim=1) for view in views], dim=1), targets)
-        for name, views in students.items()
-        if views
-    }
+    of_frames = list(targets.unbind(dim=1))
+    return {name: naive_agreement(views, of_frames) for name, views in students.items() if views}

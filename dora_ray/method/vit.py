@@ -2,7 +2,8 @@
 
 Fused attention never writes the (N + 1) x (N + 1) matrices down. DoRA needs one row of them, for the first frame, in
 one block, and that block's projections; they are computed here from the block's own weights.
-Shapes: B clips, B' images, T frames, C channels, N patches, D width, H heads.
+Shapes: B clips, B' images, T frames, C channels, N patches, D width, H heads, K objects, S sequences, P tokens of all
+sequences together.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from dora_ray.errors import ConfigError
+from dora_ray.method.blocks import Layout, cls_of_block, cls_of_blocks, project, run_block
 from dora_ray.method.precision import full_precision
 
 Grid = tuple[int, int]
@@ -96,11 +98,12 @@ def build_vit(
 
 
 def _is_plain(vit: VisionTransformer) -> bool:
-    """Whether `embed` and `_cls_of_block` do what the model's own forward does: a CLS token, no other, plain blocks."""
+    """Whether `embed` and `run_block` do what the model's own forward does: a CLS token, no other, plain blocks."""
     plain_tokens = vit.has_class_token and vit.num_prefix_tokens == 1 and vit.pos_embed is not None
     return (
         plain_tokens
         and not vit.no_embed_class
+        and isinstance(vit.patch_embed.norm, torch.nn.Identity)
         and all(type(b) is Block and type(b.attn) is Attention and b.attn.gate is None for b in vit.blocks)
     )
 
@@ -121,10 +124,45 @@ def cls_features(vit: VisionTransformer, images: Tensor) -> Tensor:
     Returns:
         (B', D), what `image_features(vit, images).cls` gives.
     """
+    return cls_of_blocks(vit, *whole_images(vit, images))
+
+
+def whole_images(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, Layout]:
+    """The tokens (P, D) of all patches of images (B', C, H, W), CLS first, and where they lie."""
     tokens = embed(vit, images)
-    for block in vit.blocks[:-1]:
-        tokens = block(tokens)
-    return _normalize(vit, _cls_of_block(_block(vit, -1), tokens))[:, 0]
+    return tokens.flatten(0, 1), _layout_of(tokens)
+
+
+def kept_patches(vit: VisionTransformer, frames: Tensor, masks: Tensor) -> tuple[Tensor, Layout, Tensor]:
+    """The tokens of the object views that keep only the object's patches: shorter sequences in place of zeros.
+
+    The naive loop::
+
+        for each clip b, object i and frame t:
+            tokens = embed(frames[b, t]); sequence = [CLS] + [tokens[n] for n in patches if masks[b, i, t, n] > 0]
+
+    A patch keeps the position embedding of its place. Sequences are sorted by length, so that those of equal length
+    share an attention call where torch has none for unlike lengths. The host waits once, for the lengths.
+
+    Args:
+        vit: the encoder.
+        frames: (B, T, C, H, W).
+        masks: (B, K, T, N), 0 where a patch is left out.
+
+    Returns:
+        The tokens (P, D), their layout, and for each of the B x K x T views, in the order of the masks, the place of
+        its sequence, (S,) int64.
+    """
+    num_objects, num_frames = masks.shape[1:3]
+    embedded = embed(vit, frames.flatten(0, 1))
+    kept = F.pad(masks.flatten(0, 2) > 0, (1, 0), value=True)
+    ordered, order = kept.sum(dim=1).sort(stable=True)
+    lengths = ordered.tolist()
+    rows, places = torch.nonzero_static(kept[order], size=sum(lengths)).unbind(1)
+    frame = order // (num_objects * num_frames) * num_frames + order % num_frames
+    # The backward of indexing adds in any order on a GPU; that of an embedding does not.
+    tokens = F.embedding(frame[rows] * kept.shape[1] + places, embedded.flatten(0, 1))
+    return tokens, Layout.of_lengths(lengths, tokens.device), order.argsort()
 
 
 def tracked_features(vit: VisionTransformer, frames: Tensor, *, block: int) -> Tracked:
@@ -142,25 +180,72 @@ def tracked_features(vit: VisionTransformer, frames: Tensor, *, block: int) -> T
     if not -depth <= block <= -1:
         raise ValueError(f"block={block}: blocks count from the end, use -{depth} to -1")
     num_clips, num_frames = frames.shape[:2]
-    tokens = embed(vit, frames.flatten(0, 1))
+    tokens, layout = whole_images(vit, frames.flatten(0, 1))
+    by_frame = (num_clips, num_frames, -1)
     for index in range(depth):
         if index == depth + block:
-            query0, key, cls_attention0 = _projections(vit, block, torch.unflatten(tokens, 0, (num_clips, num_frames)))
+            query0, key, cls_attention0 = _projections(_block(vit, block), torch.unflatten(tokens, 0, by_frame))
         if index < depth - 1:
-            tokens = vit.blocks[index](tokens)
-    by_frame = torch.unflatten(tokens, 0, (num_clips, num_frames))
-    first = _normalize(vit, vit.blocks[-1](by_frame[:, 0]))
-    others = _normalize(vit, _cls_of_block(_block(vit, -1), by_frame[:, 1:].flatten(0, 1)))[:, 0]
-    cls = torch.cat([first[:, :1], torch.unflatten(others, 0, (num_clips, num_frames - 1))], dim=1)
-    return Tracked(cls, first[:, 1:], query0, key, cls_attention0)
+            tokens = run_block(_block(vit, index), tokens, layout)
+    last, tokens = _block(vit, -1), torch.unflatten(tokens, 0, by_frame)
+    first = run_block(last, tokens[:, 0].flatten(0, 1), _layout_of(tokens[:, 0]))
+    others = cls_of_block(last, tokens[:, 1:].flatten(0, 2), _layout_of(tokens[:, 1:].flatten(0, 1)))
+    normalized = torch.unflatten(_normalize(vit, first), 0, (num_clips, -1))
+    cls = [normalized[:, :1], torch.unflatten(_normalize(vit, others), 0, (num_clips, num_frames - 1))]
+    return Tracked(torch.cat(cls, dim=1), normalized[:, 1:], query0, key, cls_attention0)
+
+
+def masked_images(vit: VisionTransformer, frames: Tensor, masks: Tensor) -> tuple[Tensor, Layout]:
+    """The tokens of the object views in which all but the object is 0, which is the mean color (equation 5).
+
+    The naive loop::
+
+        for each clip b, object i and frame t: embed(frames[b, t] x masks[b, i, t], enlarged to pixels)
+
+    A patch is embedded by a linear map and a bias, so each frame is embedded once and its patches are masked: no masked
+    pixels are written down.
+
+    Args:
+        vit: the encoder.
+        frames: (B, T, C, H, W) normalized frames.
+        masks: (B, K, T, N) with the patches of a square grid row by row, 0 to 1.
+
+    Returns:
+        The tokens (P, D) of B x K x T views, and their layout.
+    """
+    by_clip = torch.unflatten(_patches(vit, frames.flatten(0, 1), with_bias=False), 0, frames.shape[:2]).unsqueeze(1)
+    masked = (by_clip * masks.to(by_clip.dtype).unsqueeze(-1)).flatten(0, 2)
+    bias = cast(torch.nn.Conv2d, vit.patch_embed.proj).bias
+    tokens = _with_cls(vit, masked if bias is None else masked + bias, _grid(vit, frames))
+    return tokens.flatten(0, 1), _layout_of(tokens)
 
 
 def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
     """Tokens (B', 1 + N, D) before the first block, of images (B', C, H, W) of any multiple of the patch size."""
-    patches = vit.patch_embed(images)
-    cls_token = cast(Tensor, vit.cls_token).expand(len(images), -1, -1)
-    positions = _positions(cast(Tensor, vit.pos_embed), vit.patch_embed.grid_size, tuple(patches.shape[1:3]))
-    tokens = torch.cat([cls_token, patches.flatten(1, 2)], dim=1) + positions
+    return _with_cls(vit, _patches(vit, images, with_bias=True), _grid(vit, images))
+
+
+def _grid(vit: VisionTransformer, images: Tensor) -> Grid:
+    """Patches down and across images (..., H, W)."""
+    side = cast(int, vit.patch_embed.patch_size[0])
+    return images.shape[-2] // side, images.shape[-1] // side
+
+
+def _patches(vit: VisionTransformer, images: Tensor, *, with_bias: bool) -> Tensor:
+    """Embedded patches (B', N, D) of images (B', C, H, W): timm's strided convolution as a matrix product."""
+    projection = cast(torch.nn.Conv2d, vit.patch_embed.proj)
+    (rows, columns), side = _grid(vit, images), projection.kernel_size[0]
+    cells = torch.unflatten(torch.unflatten(images, 3, (columns, side)), 2, (rows, side)).permute(0, 2, 4, 1, 3, 5)
+    return F.linear(
+        cells.flatten(3).flatten(1, 2), projection.weight.flatten(1), projection.bias if with_bias else None
+    )
+
+
+def _with_cls(vit: VisionTransformer, patches: Tensor, grid: Grid) -> Tensor:
+    """Tokens (B', 1 + N, D) from embedded patches (B', N, D): CLS in front, and every token's position added."""
+    cls_token = cast(Tensor, vit.cls_token).expand(len(patches), -1, -1)
+    positions = _positions(cast(Tensor, vit.pos_embed), vit.patch_embed.grid_size, grid)
+    tokens = torch.cat([cls_token, patches], dim=1) + positions
     embedded: Tensor = vit.norm_pre(vit.patch_drop(vit.pos_drop(tokens)))
     return embedded
 
@@ -198,47 +283,23 @@ def _normalize(vit: VisionTransformer, tokens: Tensor) -> Tensor:
     return normalized
 
 
-def _cls_of_block(block: Block, tokens: Tensor) -> Tensor:
-    """The block's output at CLS (B', 1, D) from its input (B', 1 + N, D): one query, keys and values of all tokens."""
-    attention = cast(Attention, block.attn)
-    normalized = block.norm1(tokens)
-    query = _project(attention, normalized[:, :1], 0)
-    key, value = _project(attention, normalized, 1), _project(attention, normalized, 2)
-    mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-    cls = tokens[:, :1] + block.drop_path1(block.ls1(attention.proj(attention.norm(mixed))))
-    output: Tensor = cls + block.drop_path2(block.ls2(block.mlp(block.norm2(cls))))
-    return output
+def _layout_of(tokens: Tensor) -> Layout:
+    """Of sequences (S, n, D) of one length."""
+    return Layout(((tokens.shape[0], tokens.shape[1]),), tokens.device)
 
 
-def _project(attention: Attention, tokens: Tensor, part: int) -> Tensor:
-    """Queries (part 0), keys (1) or values (2) of tokens (..., n, D), as (..., H, n, D / H)."""
-    width = attention.attn_dim
-    rows = slice(part * width, (part + 1) * width)
-    bias = None if attention.qkv.bias is None else attention.qkv.bias[rows]
-    projected = F.linear(tokens, attention.qkv.weight[rows], bias)
-    heads = torch.unflatten(projected, -1, (attention.num_heads, attention.head_dim)).transpose(-3, -2)
-    normalized: Tensor = (attention.q_norm, attention.k_norm, torch.nn.Identity())[part](heads)
-    return normalized
-
-
-def _projections(vit: VisionTransformer, index: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _projections(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """query0 (B, N, D), key (B, T, N, D), cls_attention0 (B, H, N) of a block's input (B, T, 1 + N, D)."""
-    block = _block(vit, index)
     attention = cast(Attention, block.attn)
     normalized = block.norm1(tokens)
-    query0 = _project(attention, normalized[:, 0], 0)
-    key = _project(attention, normalized, 1)
-    row = _attention_row(query0[:, :, 0], key[:, 0])
-    return _concatenate(query0)[:, 1:], _concatenate(key)[:, :, 1:], row[:, :, 1:]
+    query0 = project(attention, normalized[:, 0], 0)
+    key = project(attention, normalized, 1)
+    row = _attention_row(query0[:, 0], key[:, 0])
+    return query0[:, 1:].flatten(-2), key[:, :, 1:].flatten(-2), row[:, :, 1:]
 
 
 @full_precision
 def _attention_row(query: Tensor, key: Tensor) -> Tensor:
-    """Softmax attention (B, H, n) of one query (B, H, d) to n keys (B, H, n, d)."""
-    logits = torch.einsum("bhd,bhnd->bhn", query, key) * query.shape[-1] ** -0.5
+    """Softmax attention (B, H, n) of one query (B, H, d) to n keys (B, n, H, d)."""
+    logits = torch.einsum("bhd,bnhd->bhn", query, key) * query.shape[-1] ** -0.5
     return torch.softmax(logits, dim=-1)
-
-
-def _concatenate(heads: Tensor) -> Tensor:
-    """(..., H, n, d) -> (..., n, D)."""
-    return heads.transpose(-3, -2).flatten(-2)

@@ -1,13 +1,18 @@
 """Checkpoints: step-00001234/{model.safetensors, state.pt, meta.json}; meta.json is written last, then `latest`.
 
-A folder without meta.json is incomplete and never read. A snapshot copies the state to the CPU in the step; writing it
-is left to a background thread.
+A folder without meta.json is incomplete and never read; meta.json holds the digests of the other two, so that a damaged
+one is not read either. A snapshot copies the state in the step, on its own device; a background thread brings it to the
+CPU and writes it. The run itself owns the folder, not Ray's checkpoint manager: a checkpoint must also be committed
+while Ray's controller is busy with the resize that it is made for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -20,9 +25,11 @@ from dora_ray import files, weights
 from dora_ray.config import Config
 from dora_ray.data.plan import Plan
 from dora_ray.errors import CheckpointError
+from dora_ray.training.journal import Journal
 from dora_ray.training.step import TrainState
 
 MODEL, STATE, META, LATEST = "model.safetensors", "state.pt", "meta.json", "latest"
+DAMAGED = "damaged-"
 
 
 def checkpoint_name(step: int) -> str:
@@ -32,7 +39,7 @@ def checkpoint_name(step: int) -> str:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A training state on the CPU, apart from the one that trains on."""
+    """A training state apart from the one that trains on."""
 
     name: str
     model: dict[str, Tensor]
@@ -41,7 +48,7 @@ class Snapshot:
 
 
 def take_snapshot(state: TrainState, config: Config, plan: Plan, world_size: int) -> Snapshot:
-    """Copy the state to the CPU."""
+    """Copy the state on its own device, which takes no longer than reading it: the step after it changes the state."""
     networks = {"student": state.student, "teacher": state.teacher}
     model = {
         f"{which}.{name}": _copy(tensor) for which, net in networks.items() for name, tensor in net.state_dict().items()
@@ -67,11 +74,21 @@ def take_snapshot(state: TrainState, config: Config, plan: Plan, world_size: int
 
 def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
+        return value.detach().clone(memory_format=torch.contiguous_format)
+    return _each(value, _copy)
+
+
+def _to_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu()
+    return _each(value, _to_host)
+
+
+def _each(value: Any, change: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _copy(inner) for key, inner in value.items()}
+        return {key: change(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_copy(inner) for inner in value]
+        return [change(inner) for inner in value]
     return value
 
 
@@ -81,12 +98,135 @@ def write_snapshot(snapshot: Snapshot, checkpoints: str) -> str:
     files.remove(folder)
     files.make_folder(folder)
     buffer = io.BytesIO()
-    torch.save(snapshot.state, buffer)
-    files.write_bytes(files.join(folder, MODEL), safetensors.torch.save(snapshot.model))
-    files.write_bytes(files.join(folder, STATE), buffer.getvalue())
-    files.write_text(files.join(folder, META), json.dumps(snapshot.meta, indent=1))
+    torch.save(_to_host(snapshot.state), buffer)
+    contents = {MODEL: safetensors.torch.save(_to_host(snapshot.model)), STATE: buffer.getvalue()}
+    for name, content in contents.items():
+        files.write_bytes(files.join(folder, name), content)
+    meta = snapshot.meta | {"files": {name: _digest(content) for name, content in contents.items()}}
+    files.write_text(files.join(folder, META), json.dumps(meta, indent=1))
     files.write_text(files.join(checkpoints, LATEST), snapshot.name + "\n")
     return folder
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+class CheckpointWriter:
+    """Writes snapshots in a thread of its own, one after the other, and keeps the newest few.
+
+    A snapshot that cannot be written costs nothing that was written before it: training goes on, and `finish` says so.
+
+    Args:
+        checkpoints: folder of the checkpoints.
+        keep: complete checkpoints kept.
+        journal: told of every checkpoint; its lines that the weights have seen are made durable before it.
+
+    Attributes:
+        seconds: what writing the last checkpoint took.
+    """
+
+    def __init__(self, checkpoints: str, *, keep: int, journal: Journal) -> None:
+        self._checkpoints, self._keep, self._journal = checkpoints, keep, journal
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] = Future()
+        self._pending.set_result(None)
+        self._failure = ""
+        self.seconds = 0.0
+
+    def start(self, snapshot: Snapshot, *, reason: str, copy_seconds: float) -> None:
+        """Write a snapshot after the one before it."""
+        self._pending.result()
+        self._pending = self._pool.submit(self._write, snapshot, reason, copy_seconds)
+
+    def _write(self, snapshot: Snapshot, reason: str, copy_seconds: float) -> None:
+        started, step = time.monotonic(), snapshot.meta["step"]
+        try:
+            self._journal.flush()
+            write_snapshot(snapshot, self._checkpoints)
+            self._failure = ""
+        except OSError as error:
+            self._failure = f"{files.join(self._checkpoints, snapshot.name)} could not be written: {error}"
+            self._journal.event("warning", step=step, message=f"{self._failure}. The checkpoints before it are kept.")
+            return
+        self.seconds = time.monotonic() - started
+        self._journal.checkpoint(snapshot.name, step, reason=reason, seconds=self.seconds, copy_seconds=copy_seconds)
+        for old in step_names(self._checkpoints)[: -self._keep]:
+            files.remove(files.join(self._checkpoints, old))
+
+    def busy(self) -> bool:
+        """Whether a snapshot is still being written."""
+        return not self._pending.done()
+
+    def finish(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            CheckpointError: the last snapshot could not be written.
+        """
+        self._pending.result()
+        if self._failure:
+            raise CheckpointError(
+                f"{self._failure}. The checkpoints before it are kept: make room, or give write access, and go on "
+                "with --resume."
+            )
+
+
+def step_names(checkpoints: str) -> list[str]:
+    """Names of all checkpoints, complete or not, oldest first."""
+    return [name for name in files.list_names(checkpoints) if name.startswith("step-")]
+
+
+def complete(checkpoints: str) -> list[str]:
+    """Folders of the complete checkpoints, newest first."""
+    folders = [files.join(checkpoints, name) for name in reversed(step_names(checkpoints))]
+    return [folder for folder in folders if files.exists(files.join(folder, META))]
+
+
+def load_newest(checkpoints: str, state: TrainState, config: Config, plan: Plan) -> tuple[str | None, list[str]]:
+    """Put the newest undamaged checkpoint into a newly made state.
+
+    Returns:
+        Its folder, None where there is no checkpoint at all; and a sentence for each newer one that was refused.
+
+    Raises:
+        CheckpointError: all are damaged; or the newest undamaged one is of another architecture, plan or format.
+    """
+    refused: list[str] = []
+    for folder in complete(checkpoints):
+        try:
+            load_state(folder, state, config, plan)
+        except _DamagedError as error:
+            refused.append(str(error))
+        else:
+            return folder, refused
+    if refused:
+        raise CheckpointError(f"{' '.join(refused)} No good checkpoint is left: begin again with --overwrite.")
+    return None, []
+
+
+def set_newest(checkpoints: str, kept: str | None) -> None:
+    """Make `kept` (None: no checkpoint) the newest: point `latest` at it and take newer folders away.
+
+    A killed writer may leave a folder half written, which is removed; a damaged one is only renamed.
+    """
+    name = kept.rstrip("/").rsplit("/", 1)[-1] if kept is not None else ""
+    newer = [other for other in step_names(checkpoints) if other > name]
+    for other in newer:
+        folder = files.join(checkpoints, other)
+        if files.exists(files.join(folder, META)):
+            files.remove(files.join(checkpoints, DAMAGED + other))
+            files.move(folder, files.join(checkpoints, DAMAGED + other))
+        else:
+            files.remove(folder)
+    if newer and name:
+        files.write_text(files.join(checkpoints, LATEST), name + "\n")
+    elif newer:
+        files.remove(files.join(checkpoints, LATEST))
+
+
+class _DamagedError(CheckpointError):
+    """The content of a checkpoint is not what was written."""
 
 
 def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> None:
@@ -96,12 +236,18 @@ def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> No
         CheckpointError: it is incomplete, damaged, of another architecture, or of another plan; the message names what
             differs.
     """
-    meta = weights.read_meta(folder)
+    meta = _read_meta(folder)
     weights.require_architecture(folder, config.model_dump(mode="json"))
     require_plan(folder, meta, plan)
-    tensors = _read_state(folder)
-    state.student.load_state_dict(weights.load_network(folder, which="student").state_dict())
-    state.teacher.load_state_dict(weights.load_network(folder, which="teacher").state_dict())
+    model, content = _read_checked(folder, MODEL, meta), _read_checked(folder, STATE, meta)
+    try:
+        networks = safetensors.torch.load(model)
+        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
+        raise _DamagedError(f"{folder} is damaged ({type(error).__name__}: {error}).") from error
+    for which, network in (("student.", state.student), ("teacher.", state.teacher)):
+        named = {name.removeprefix(which): value for name, value in networks.items() if name.startswith(which)}
+        network.load_state_dict(named)
     state.optimizer.load_state_dict(tensors["optimizer"])
     state.center.copy_(tensors["center"])
     state.exponents = tensors["exponents"]
@@ -109,17 +255,24 @@ def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> No
     state.bad_clips = [int(number) for number in meta.bad_clips]
 
 
-def _read_state(folder: str) -> dict[str, Any]:
-    path = files.join(folder, STATE)
+def _read_meta(folder: str) -> weights.Meta:
     try:
-        tensors = torch.load(io.BytesIO(files.read_bytes(path)), map_location="cpu", weights_only=True)
+        json.loads(files.read_text(files.join(folder, META)))
+    except ValueError as error:
+        raise _DamagedError(f"{files.join(folder, META)} is damaged ({error}).") from error
+    return weights.read_meta(folder)
+
+
+def _read_checked(folder: str, name: str, meta: weights.Meta) -> bytes:
+    """A file of a checkpoint, if it is what was written."""
+    path = files.join(folder, name)
+    try:
+        content = files.read_bytes(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no {STATE}: it holds weights, but nothing to resume from.") from error
-    except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}). Resume from an earlier checkpoint."
-        ) from error
-    return dict(tensors)
+        raise _DamagedError(f"{folder} has no {name}.") from error
+    if _digest(content) != meta.files[name]:
+        raise _DamagedError(f"{path} is damaged: its {len(content)} bytes are not those that were written.")
+    return content
 
 
 def require_plan(folder: str, meta: weights.Meta, plan: Plan) -> None:

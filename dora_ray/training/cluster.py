@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import time
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-from dora_ray import files
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
-from dora_ray.training.journal import EVENTS
 from dora_ray.training.worker import ray_worker
 from dora_ray.training.worlds import CHECKPOINTS, Job
 
-# Measured on Ray 2.60: how soon a lost node, a failed start or a joined node is acted upon. A user's own settings win.
+# Measured on Ray 2.60: how soon a failure, a notice or a lost node is acted upon, for processes that are started with
+# this environment. A user's own settings win.
 RAY_SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "4",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-RESIZE_INTERVAL_SECONDS = 10.0
+# An elastic group is only started on nodes that are there, so a placement that takes longer will not come at all.
+ELASTIC_START_SECONDS = "5"
 OBJECT_STORE_BYTES = 2**30
 # Ray ends an idle process after a second once there are more processes than cores, actors counted: on a laptop that is
 # every decode process between two tasks, and each new one imports torch. So clusters that are started here keep more.
@@ -42,7 +43,9 @@ def connect(config: Config) -> Iterator[None]:
     """
     import ray
 
-    for name, value in RAY_SETTINGS.items():
+    elastic = isinstance(config.cluster.num_workers, tuple)
+    starting = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": ELASTIC_START_SECONDS} if elastic else {}
+    for name, value in (RAY_SETTINGS | starting).items():
         os.environ.setdefault(name, value)
     if ray.is_initialized() or config.cluster.num_workers == 0:
         yield
@@ -116,9 +119,11 @@ def run_on_ray(job: Job) -> None:
     Raises:
         DoRAError: more failures than cluster.max_failures.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from dora_ray.training.elastic import Elastic, describe
 
     cluster, workers = job.config.cluster, job.config.cluster.num_workers
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
@@ -130,44 +135,39 @@ def run_on_ray(job: Job) -> None:
             num_workers=workers,
             use_gpu=cluster.use_gpu,
             resources_per_worker=resources,
-            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_SECONDS,
+            elastic_resize_monitor_interval_s=cluster.resize_seconds,
         ),
         run_config=RunConfig(
             name=CHECKPOINTS,
             storage_path=job.run,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.config.run.keep_checkpoints),
-            callbacks=[_failure_log(job.run)],
+            callbacks=[Elastic(job.run)],
         ),
     )
+    with _terminated_like_interrupted():
+        try:
+            trainer.fit()
+        except SystemExit as error:  # what Ray Train makes of Ctrl-C, after the workers have saved
+            raise KeyboardInterrupt from error
+        except TrainingFailedError as error:
+            cause = next(iter(getattr(error, "worker_failures", {}).values()), error)
+            raise DoRAError(
+                f"training stopped after {cluster.max_failures} restarts (cluster.max_failures); the last failure: "
+                f"{describe(cause)}. "
+                f"The last checkpoint is kept: fix the cause and go on with --resume --out {job.run}"
+            ) from error
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, which `ray job stop` sends, has the workers save as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        cause = next(iter(getattr(error, "worker_failures", {}).values()), error)
-        raise DoRAError(
-            f"training stopped after {cluster.max_failures} restarts (cluster.max_failures); the last failure: "
-            f"{_short(cause)}. "
-            f"The last checkpoint is kept: fix the cause and go on with --resume --out {job.run}"
-        ) from error
-
-
-def _short(error: BaseException) -> str:
-    """The last line of an error, which in Ray's holds the worker's own."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
-def _failure_log(run: str) -> Any:
-    """A Ray Train callback that writes worker failures to events.jsonl; it lives in the controller."""
-    from ray.train import UserCallback
-
-    class FailureLog(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            lines = files.LineFile(files.join(run, EVENTS))
-            for rank, error in worker_exceptions.items():
-                lines.append(
-                    json.dumps({"time": time.time(), "event": "failure", "rank": rank, "error": _short(error)})
-                )
-            lines.flush()
-
-    return FailureLog()
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)

@@ -14,6 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ METRICS, EVENTS, STATUS, LEDGER, TENSORBOARD = (
     "ledger.jsonl",
     "tensorboard",
 )
+LEDGER_END_BYTES = 1 << 16
 
 
 def read_lines(path: str) -> list[dict[str, Any]]:
@@ -70,30 +72,52 @@ class Journal:
         step: step that the attempt begins at.
         num_steps: steps of the whole run.
         world_size: workers of the attempt.
+        entered: seconds since the epoch at which the worker's training function was called.
         last_checkpoint: name of the checkpoint that the attempt begins from.
     """
 
     def __init__(
-        self, run: str, *, step: int, num_steps: int, world_size: int, last_checkpoint: str | None = None
+        self,
+        run: str,
+        *,
+        step: int,
+        num_steps: int,
+        world_size: int,
+        entered: float,
+        last_checkpoint: str | None = None,
     ) -> None:
         self.run = run
         self._metrics = files.LineFile(files.join(run, METRICS))
         self._events = files.LineFile(files.join(run, EVENTS))
         self._ledger = files.LineFile(files.join(run, LEDGER))
         events = read_lines(self._events.path)
-        earlier = [line for line in events if line["event"] == "start"]
+        starts = [index for index, line in enumerate(events) if line["event"] == "start"]
         self._failures = sum(line["event"] == "failure" for line in events)
-        self.attempt = len(earlier) + 1
+        self.attempt = len(starts) + 1
         self._num_steps, self._world_size = num_steps, world_size
         self._last_checkpoint = last_checkpoint
         self._board: Any = None
         self._board_folder = ""
+        self._recovery = _Recovery.of(events[starts[-1] :], entered) if starts else None
+        if self._recovery is not None:
+            self._recovery.steps_lost = max(0, _last_step(self._ledger.path) + 1 - step)
         # The ledger counts steps from 0; a line of metrics carries the number of steps done.
         self._ledger.append(json.dumps({"attempt": self.attempt, "begin": step}))
         self._metrics.append(json.dumps({"attempt": self.attempt, "begin": step + 1}))
         self.event("start", step=step, world_size=world_size, host=socket.gethostname(), pid=os.getpid())
-        if earlier and earlier[-1]["world_size"] != world_size:
-            self.event("resize", step=step, before=earlier[-1]["world_size"], after=world_size)
+        if starts and events[starts[-1]]["world_size"] != world_size:
+            self.event("resize", step=step, before=events[starts[-1]]["world_size"], after=world_size)
+
+    def stepped(self, step: int, waited: float) -> None:
+        """The attempt did a step: if it is the first one after an interruption, say what that cost."""
+        if self._recovery is None:
+            return
+        recovery, self._recovery = self._recovery, None
+        values = recovery.ended(waited)
+        self.event("recovered", step=step, **values)
+        board = self._open_board()
+        board.add_scalar("recovery_seconds", values["seconds"], step)
+        board.add_scalar("steps_lost", values["steps_lost"], step)
 
     def event(self, event: str, **fields: Any) -> None:
         """One line of events.jsonl, visible at once."""
@@ -145,10 +169,19 @@ class Journal:
             **fields,
         )
 
-    def checkpoint(self, name: str, step: int, seconds: float) -> None:
-        """A checkpoint is complete; `seconds` is what writing took beside the training."""
+    def checkpoint(self, name: str, step: int, *, reason: str, seconds: float, copy_seconds: float) -> None:
+        """A checkpoint is complete.
+
+        Args:
+            name: its folder's name.
+            step: steps done.
+            reason: what it was made for.
+            seconds: what writing took beside the training.
+            copy_seconds: what copying the state took out of the training.
+        """
         self._last_checkpoint = name
-        self.event("checkpoint", step=step, name=name, seconds=round(seconds, 3))
+        times = {"seconds": round(seconds, 4), "copy_seconds": round(copy_seconds, 4)}
+        self.event("checkpoint", step=step, name=name, reason=reason, **times)
         self.flush()
 
     def flush(self) -> None:
@@ -166,9 +199,67 @@ class Journal:
                 shutil.rmtree(self._board_folder, ignore_errors=True)
 
 
+@dataclass
+class _Recovery:
+    """From an interruption to the first step after it. All times are seconds since the epoch.
+
+    Attributes:
+        noticed: when Ray Train's controller saw the failure, or had the workers leave.
+        grouped: when it asked for the places of the new workers.
+        entered: when the new worker's training function was called.
+        ready: when its state was loaded.
+        steps_lost: steps that have to be done again.
+    """
+
+    noticed: float
+    grouped: float
+    entered: float
+    ready: float
+    steps_lost: int = 0
+
+    @classmethod
+    def of(cls, events: list[dict[str, Any]], entered: float) -> _Recovery | None:
+        """From the events since the last start of the workers; None when nothing interrupted them."""
+        noticed = [line["time"] for line in events if line["event"] in ("failure", "leave")]
+        grouped = [line["time"] for line in events if line["event"] == "group"]
+        if not noticed or not grouped:
+            return None
+        return cls(noticed[0], grouped[-1], entered, time.time())
+
+    def ended(self, waited: float) -> dict[str, Any]:
+        """What the interruption cost, in whole and by part; `waited` is the first step's wait for clips."""
+        now = time.time()
+        parts = {
+            "reservation": self.grouped - self.noticed,
+            "worker_start": self.entered - self.grouped,
+            "state": self.ready - self.entered,
+            "first_batch": waited,
+            "first_step": now - self.ready - waited,
+        }
+        rounded = {name: round(seconds, 2) for name, seconds in parts.items()}
+        return {"seconds": round(now - self.noticed, 2), "steps_lost": self.steps_lost, "parts": rounded}
+
+
+def _last_step(ledger: str) -> int:
+    """The last step that the ledger holds; -1 when it holds none. A ledger is long: only its end is read."""
+    lines = files.read_end(ledger, LEDGER_END_BYTES).splitlines()
+    for text in reversed(lines):
+        try:
+            return int(json.loads(text)["step"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    return -1
+
+
 def write_status(run: str, **fields: Any) -> None:
     """Write status.json; `dora-ray status RUN` prints it."""
     files.write_text(files.join(run, STATUS), json.dumps({"time": time.time(), **fields}, indent=1) + "\n")
+
+
+def read_status(run: str) -> dict[str, Any]:
+    """What status.json says; empty when there is none."""
+    path = files.join(run, STATUS)
+    return dict(json.loads(files.read_text(path))) if files.exists(path) else {}
 
 
 def collapse_warnings(metrics: dict[str, float], *, num_outputs: int, num_images: int) -> list[str]:
@@ -205,7 +296,7 @@ class MetricsWindow:
 
     def _clear(self) -> None:
         self._count, self._waited, self._seconds = 0, 0.0, 0.0
-        self._sums: dict[str, float] = {}
+        self._values: dict[str, list[float]] = {}
 
     def add(self, measures: dict[str, float], waited: float, seconds: float) -> None:
         """Count one step: its measures, the seconds it waited for data, the seconds it took."""
@@ -213,11 +304,12 @@ class MetricsWindow:
         self._waited += waited
         self._seconds += seconds
         for name, value in measures.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._values.setdefault(name, []).append(value)
 
     def means(self, clips_a_step: int) -> dict[str, float]:
         """The means since the last call, with the rates, and begin again."""
-        values = {name: total / self._count for name, total in self._sums.items()}
+        # A measure of objects is not there in every step.
+        values = {name: sum(found) / len(found) for name, found in self._values.items()}
         values["step_seconds"] = self._seconds / self._count
         values["data_wait_seconds"] = self._waited / self._count
         values["clips_per_second"] = clips_a_step * self._count / self._seconds

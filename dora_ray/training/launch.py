@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -16,24 +16,25 @@ from dora_ray import errors, files
 from dora_ray.config import Config, load_config
 from dora_ray.config_source import flatten, parse_yaml
 from dora_ray.data.ingest import IngestProgress, ingest
-from dora_ray.data.plan import Plan
+from dora_ray.data.plan import Plan, Video
+from dora_ray.data.segments import SegmentPlan, streamed_videos
 from dora_ray.data.sources import find_videos
 from dora_ray.data.store import StoredVideo, load_index
 from dora_ray.data.video import VideoIndex, index_video
 from dora_ray.errors import CheckpointError, ConfigError, DoRAError, VideoError
 from dora_ray.evaluation.features import find_splits
-from dora_ray.training.checkpoint import require_plan
+from dora_ray.training.checkpoint import complete, require_plan
 from dora_ray.training.cluster import check_resources, connect, run_on_ray
-from dora_ray.training.journal import STATUS, read_metrics
+from dora_ray.training.journal import read_metrics, read_status, write_status
+from dora_ray.training.requests import caught_signals
 from dora_ray.training.tail import RunTail
 from dora_ray.training.worker import record_failure, train_loop
-from dora_ray.training.worlds import Job, LocalWorld, latest_checkpoint
+from dora_ray.training.worlds import CHECKPOINTS, Job, LocalWorld
 from dora_ray.weights import read_meta, require_architecture
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
-RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 OnMetrics = Callable[[dict[str, Any]], None]
 OnIngest = Callable[[IngestProgress], None]
 
@@ -83,9 +84,11 @@ def train(
     indexes = _check_lengths(config, [load_index(path, store=store) for path in _paths(config)])
     with connect(config):
         check_resources(config)
-        plan = make_plan(config, ingest_videos(config, store, on_ingest))
+        plan = make_plan(config, _planned_videos(config, store, indexes, on_ingest))
         plan.check()
-        job = Job(config, plan, run, _checkpoint_to_resume(run, config, plan, resume=resume))
+        if resume:
+            _check_resume(run, config, plan)
+        job = Job(config, plan, run)
         logger.info("%d videos, %d places where a clip may start", len(indexes), plan.clips_per_epoch)
         _prepare_folder(job, overwrite=overwrite)
         with RunTail(run, on_metrics):
@@ -132,24 +135,39 @@ def dry_run(
     return str(yaml.safe_dump({"config": config.model_dump(mode="json"), "would_do": facts}, sort_keys=False))
 
 
-def make_plan(config: Config, videos: list[StoredVideo]) -> Plan:
-    """The plan of a configuration over stored videos."""
+def make_plan(config: Config, videos: Sequence[Video]) -> Plan:
+    """The plan of a configuration over its videos: stored ones, or streamed ones with data.source=video."""
     whole = flatten(config.model_dump(mode="json"))
-    shaping = ("clip.", "crops.", "tracking.", "data.frames_per_second", "data.short_side", "data.jpeg_quality")
-    shaping += ("optim.slots", "optim.clips_per_slot", "model.num_heads")
-    return Plan(
+    shaping: tuple[str, ...] = ("clip.", "crops.", "tracking.", "data.frames_per_second", "data.short_side")
+    shaping += ("data.jpeg_quality", "optim.slots", "optim.clips_per_slot", "model.num_heads")
+    if config.data.source == "video":
+        shaping += ("data.source", "data.stream_segment_seconds", "data.shuffle_segments", "data.crops_per_clip")
+        shaping += ("data.decoder",)
+    parts: dict[str, Any] = {
         # By content, so that neither names nor folders matter to what a slot is made of.
-        videos=tuple(sorted(videos, key=lambda video: video.video_id)),
-        num_frames=config.clip.num_frames,
-        stride_seconds=config.clip.stride_seconds,
-        avoid_cuts=config.clip.avoid_cuts,
-        seed=config.run.seed,
-        slots=config.optim.slots,
-        clips_per_slot=config.optim.clips_per_slot,
-        clip_size=config.crops.clip_size,
-        clip_scale=config.crops.clip_scale,
-        aspect_ratio=config.crops.aspect_ratio,
-        settings={key: value for key, value in whole.items() if key.startswith(shaping)},
+        "videos": tuple(sorted(videos, key=lambda video: video.video_id)),
+        "num_frames": config.clip.num_frames,
+        "stride_seconds": config.clip.stride_seconds,
+        "avoid_cuts": config.clip.avoid_cuts,
+        "seed": config.run.seed,
+        "slots": config.optim.slots,
+        "clips_per_slot": config.optim.clips_per_slot,
+        "clip_size": config.crops.clip_size,
+        "clip_scale": config.crops.clip_scale,
+        "aspect_ratio": config.crops.aspect_ratio,
+        "settings": {key: value for key, value in whole.items() if key.startswith(shaping)},
+    }
+    if config.data.source == "store":
+        return Plan(**parts)
+    data = config.data
+    return SegmentPlan(
+        **parts,
+        segment_seconds=data.stream_segment_seconds,
+        shuffle_segments=data.shuffle_segments,
+        crops_per_clip=data.crops_per_clip,
+        decoder=data.decoder,
+        short_side=data.short_side,
+        jpeg_quality=data.jpeg_quality,
     )
 
 
@@ -177,20 +195,14 @@ def _prepare(config: Config) -> Config:
 
 
 def _prepare_folder(job: Job, *, overwrite: bool) -> None:
-    """The run's folder, with nothing in it that the new attempt does not begin from.
-
-    Ray's own list of checkpoints goes: the job says where to begin, and Ray refuses a list whose checkpoints were
-    written or removed without it, as in local mode.
-    """
+    """The run's folder, with this attempt's configuration, and not said to have failed."""
     try:
         if overwrite:
             files.remove(job.run)
-        for name in files.list_names(job.checkpoints):
-            if name == RAY_SNAPSHOT or (name.startswith("step-") and name not in (job.resume_from or "")):
-                files.remove(files.join(job.checkpoints, name))
         files.write_text(
             files.join(job.run, CONFIG), yaml.safe_dump(job.config.model_dump(mode="json"), sort_keys=False)
         )
+        write_status(job.run, state="starting")
     except OSError as error:
         raise ConfigError(f"{job.run} cannot be written ({error}): give another --out") from error
 
@@ -257,6 +269,18 @@ def _store(config: Config, run: str) -> str:
     return files.join(run.rstrip("/").rsplit("/", 1)[0], "store")
 
 
+def _planned_videos(
+    config: Config, store: str, indexes: list[VideoIndex], on_ingest: OnIngest | None
+) -> Sequence[Video]:
+    """The videos, brought into the store, or with data.source=video as they are."""
+    if config.data.source == "store":
+        return ingest_videos(config, store, on_ingest)
+    data = config.data
+    return streamed_videos(
+        indexes, decoder=data.decoder, frames_per_second=data.frames_per_second, short_side=data.short_side
+    )
+
+
 def ingest_videos(config: Config, store: str, on_ingest: OnIngest | None = None) -> list[StoredVideo]:
     """Bring the configuration's videos into the store."""
     data = config.data
@@ -268,20 +292,19 @@ def ingest_videos(config: Config, store: str, on_ingest: OnIngest | None = None)
         short_side=data.short_side,
         jpeg_quality=data.jpeg_quality,
         segment_seconds=data.segment_seconds,
+        decode_seconds=data.decode_seconds,
+        node_label=config.cluster.decode_label,
         progress=on_ingest,
     )
 
 
-def _checkpoint_to_resume(run: str, config: Config, plan: Plan, *, resume: bool) -> str | None:
-    if not resume:
-        return None
-    checkpoint = latest_checkpoint(run)
-    if checkpoint is None:
-        return None
-    meta = read_meta(checkpoint)
-    require_architecture(checkpoint, config.model_dump(mode="json"))
-    require_plan(checkpoint, meta, plan)
-    return checkpoint
+def _check_resume(run: str, config: Config, plan: Plan) -> None:
+    """CheckpointError when the newest checkpoint is of another architecture or plan, before anything is started."""
+    folders = complete(files.join(run, CHECKPOINTS))
+    if folders:
+        meta = read_meta(folders[0])
+        require_architecture(folders[0], config.model_dump(mode="json"))
+        require_plan(folders[0], meta, plan)
 
 
 def _execute(job: Job) -> None:
@@ -292,20 +315,21 @@ def _execute(job: Job) -> None:
     """
     try:
         if job.config.cluster.num_workers == 0:
-            train_loop(job, LocalWorld(job))
+            with caught_signals(signal.SIGINT, signal.SIGTERM):
+                train_loop(job, LocalWorld(job))
         else:
             run_on_ray(job)
     except DoRAError as error:
         record_failure(job.run, error)
         raise
-    status = json.loads(files.read_text(files.join(job.run, STATUS)))
+    status = read_status(job.run)
     if status["state"] == "failed":
         raise getattr(errors, status["error"])(status["message"])
 
 
 def _finished(run: str) -> Run:
-    checkpoint = latest_checkpoint(run)
-    if checkpoint is None:
+    folders = complete(files.join(run, CHECKPOINTS))
+    if not folders:
         raise CheckpointError(f"{run} ended without a checkpoint: see {files.join(run, 'events.jsonl')}")
     lines = read_metrics(run)
-    return Run(run, lines[-1] if lines else {}, checkpoint)
+    return Run(run, lines[-1] if lines else {}, folders[0])

@@ -6,10 +6,10 @@ Shapes: M clips a slot, T frames, G global and L local views, K objects, N patch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,12 +19,17 @@ from torch import Tensor
 from dora_ray.config import Config
 from dora_ray.data.augment import ViewParameters, draw_views, render
 from dora_ray.data.plan import Purpose, slot_generator, slot_seed
-from dora_ray.data.stream import SlotBatch
 from dora_ray.errors import DivergenceError
 from dora_ray.method.dora import Network, SlotOutput, build_network, slot_forward
+from dora_ray.method.parts import part
 from dora_ray.training.optim import Rates, clip_each, make_optimizer, rates, set_rates, update_teacher
 from dora_ray.training.reduction import AllReduce, SlotSums, SumResult, next_exponents, raised_exponents
 from dora_ray.weights import network_arguments
+
+if TYPE_CHECKING:
+    from dora_ray.data.slots import SlotBatch
+
+SlotForward = Callable[..., SlotOutput]
 
 
 @dataclass
@@ -54,6 +59,7 @@ def initial_state(config: Config, device: torch.device) -> TrainState:
     """Student and teacher start equal, from the seed alone."""
     torch.manual_seed(slot_seed(config.run.seed, 0, 0, Purpose.INITIAL_WEIGHTS))
     student = build_network(**network_arguments(config.model_dump(mode="json")))
+    student.backbone.set_grad_checkpointing(config.optim.activation_checkpointing)
     teacher = deepcopy(student).requires_grad_(False).eval()
     student, teacher = student.to(device).train(), teacher.to(device)
     optimizer = make_optimizer(student, config.optim.lr, config.optim.weight_decay)
@@ -67,13 +73,20 @@ def initial_state(config: Config, device: torch.device) -> TrainState:
     )
 
 
-def measure_names(config: Config) -> list[str]:
-    """The measures that every slot of this configuration gives, in a fixed order."""
+def measure_names(config: Config, step: int) -> list[str]:
+    """The measures that every slot of a step gives, in a fixed order."""
     names = ["loss", "teacher_entropy", "teacher_kl_uniform", "teacher_diversity"]
     names += ["local_agreement"] if config.crops.num_locals else []
     if config.tracking.kind == "none":
         return [*names, "global_agreement"]
-    return [*names, "object_agreement", "mask_area", "object_overlap", "sinkhorn_residual"]
+    tracked = ["object_agreement", "mask_area", "object_overlap", "sinkhorn_residual"]
+    return names + (tracked if object_weight(config, step) > 0 else [])
+
+
+def object_weight(config: Config, step: int) -> float:
+    """What the objects' term of the loss is multiplied with: over `tracking.every_steps` steps its mean is 1."""
+    every = config.tracking.every_steps
+    return float(every) if step % every == 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,7 @@ class SlotDraws:
         heads: (M, K) int64, distinct attention heads of each clip.
         noise: (M, K, T, N) in [0, 1), for random masks; None otherwise.
         network_seed: for what layers draw themselves (drop path).
+        object_weight: see `object_weight`; not random, but a function of the step too.
     """
 
     global_views: ViewParameters
@@ -93,6 +107,7 @@ class SlotDraws:
     heads: Tensor
     noise: Tensor | None
     network_seed: int
+    object_weight: float
 
 
 def draw_slot(config: Config, step: int, slot: int) -> SlotDraws:
@@ -140,6 +155,7 @@ def draw_slot(config: Config, step: int, slot: int) -> SlotDraws:
         heads=torch.from_numpy(np.broadcast_to(heads, (num_clips, num_objects)).copy()),
         noise=_mask_noise(config, generator(Purpose.RANDOM_MASKS)) if tracking.kind == "random" else None,
         network_seed=slot_seed(config.run.seed, step, slot, Purpose.NETWORK),
+        object_weight=object_weight(config, step),
     )
 
 
@@ -154,7 +170,12 @@ def _take(parameters: ViewParameters, rows: Tensor) -> ViewParameters:
 
 
 def slot_output(
-    state: TrainState, clips: NDArray[np.uint8], valid: NDArray[np.bool_], draws: SlotDraws, config: Config
+    state: TrainState,
+    clips: NDArray[np.uint8],
+    valid: NDArray[np.bool_],
+    draws: SlotDraws,
+    config: Config,
+    forward: SlotForward = slot_forward,
 ) -> SlotOutput:
     """Views and forward of the readable clips of one slot.
 
@@ -164,18 +185,18 @@ def slot_output(
         valid: (M,).
         draws: the slot's random numbers.
         config: the run's.
+        forward: `slot_forward`, or what is compared with it.
     """
     device = state.center.device
     rows = torch.from_numpy(np.flatnonzero(valid))
-    pixels = torch.from_numpy(np.ascontiguousarray(clips[valid])).to(device, non_blocking=True)
-    globals_ = render(pixels, _take(draws.global_views, rows), size=config.crops.global_size)
-    locals_ = render(pixels, _take(draws.local_views, rows), size=config.crops.local_size)
+    with part("augment"):
+        pixels = torch.from_numpy(np.ascontiguousarray(clips[valid])).to(device, non_blocking=True)
+        globals_ = render(pixels, _take(draws.global_views, rows), size=config.crops.global_size)
+        locals_ = render(pixels, _take(draws.local_views, rows), size=config.crops.local_size)
     torch.manual_seed(draws.network_seed)
-    tracking, loss = config.tracking, config.loss
-    with torch.autocast(
-        device.type, torch.bfloat16, enabled=device.type == "cuda" and config.optim.precision == "bf16"
-    ):
-        return slot_forward(
+    half = device.type == "cuda" and config.optim.precision == "bf16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        return forward(
             state.student,
             state.teacher,
             state.center,
@@ -183,26 +204,39 @@ def slot_output(
             locals_=locals_,
             heads=draws.heads[rows].to(device),
             noise=None if draws.noise is None else draws.noise[rows].to(device),
-            kind=tracking.kind,
-            block=tracking.block,
-            normalize_patches=tracking.normalize_patches,
-            num_iterations=tracking.num_iterations,
-            epsilon=tracking.epsilon,
-            threshold=tracking.threshold,
-            student_temperature=loss.student_temperature,
-            teacher_temperature=loss.teacher_temperature,
-            reduction=loss.reduction,
+            object_weight=draws.object_weight,
+            **forward_settings(config),
         )
 
 
-def slot_quantities(state: TrainState, batch: SlotBatch, config: Config) -> list[Tensor]:
+def forward_settings(config: Config) -> dict[str, Any]:
+    """What `slot_forward` takes from the configuration, the same for every slot."""
+    tracking, loss = config.tracking, config.loss
+    return {
+        "kind": tracking.kind,
+        "views": tracking.views,
+        "block": tracking.block,
+        "normalize_patches": tracking.normalize_patches,
+        "num_iterations": tracking.num_iterations,
+        "epsilon": tracking.epsilon,
+        "threshold": tracking.threshold,
+        "student_temperature": loss.student_temperature,
+        "teacher_temperature": loss.teacher_temperature,
+        "reduction": loss.reduction,
+        "teacher_dtype": torch.bfloat16 if config.optim.teacher_precision == "bf16" else None,
+    }
+
+
+def slot_quantities(
+    state: TrainState, batch: SlotBatch, config: Config, forward: SlotForward = slot_forward
+) -> list[Tensor]:
     """What one slot adds to the step: a gradient for each parameter, the teacher's output sum, the measures.
 
     An unreadable clip has weight 0 and the slot keeps its nominal size: the means over readable clips are weighed by
     their share.
     """
     parameters = list(state.student.parameters())
-    names = measure_names(config)
+    names = measure_names(config, batch.step)
     share = float(batch.valid.mean())
     if share == 0.0:
         return [
@@ -210,23 +244,41 @@ def slot_quantities(state: TrainState, batch: SlotBatch, config: Config) -> list
             torch.zeros_like(state.center),
             state.center.new_zeros(len(names)),
         ]
-    output = slot_output(state, batch.clips, batch.valid, draw_slot(config, batch.step, batch.slot), config)
-    gradients = torch.autograd.grad(output.loss * share, parameters, materialize_grads=True)
+    output = slot_output(state, batch.clips, batch.valid, draw_slot(config, batch.step, batch.slot), config, forward)
+    with part("backward"):
+        gradients = torch.autograd.grad(output.loss * share, parameters, materialize_grads=True)
     measures = torch.stack([output.measures[name].float() for name in names]) * share
     return [*gradients, output.teacher_sum, measures]
 
 
 def sum_slots(
-    state: TrainState, batches: Sequence[SlotBatch], records: Tensor, config: Config, all_reduce: AllReduce | None
+    state: TrainState,
+    batches: Sequence[SlotBatch],
+    records: Tensor,
+    config: Config,
+    all_reduce: AllReduce | None,
+    forward: SlotForward = slot_forward,
 ) -> SumResult:
     """Forward and backward of this rank's slots, and the sum over all slots of all ranks.
+
+    Args:
+        state: not changed but for its exponents, when a quantity outgrew its scale.
+        batches: this rank's slots.
+        records: integers that travel with the sums.
+        config: the run's.
+        all_reduce: adds a tensor over the ranks, in place; None: this is the only one.
+        forward: `slot_forward`, or what is compared with it.
 
     Raises:
         DivergenceError: on every rank alike, naming what is not finite and the step.
     """
     while True:
         sums = SlotSums(
-            [*(p.numel() for p in state.student.parameters()), state.center.numel(), len(measure_names(config))],
+            [
+                *(p.numel() for p in state.student.parameters()),
+                state.center.numel(),
+                len(measure_names(config, state.step)),
+            ],
             num_records=records.numel(),
             num_slots=config.optim.slots,
             reduction=config.optim.reduction,
@@ -234,9 +286,12 @@ def sum_slots(
             device=state.center.device,
         )
         for batch in batches:
-            sums.add(slot_quantities(state, batch, config))
+            quantities = slot_quantities(state, batch, config, forward)
+            with part("reduction"):
+                sums.add(quantities)
         sums.set_records(records)
-        result = sums.all_reduce(all_reduce)
+        with part("reduction"):
+            result = sums.all_reduce(all_reduce)
         _require_finite(state, result)
         if not result.overflowed.any():
             return result
@@ -263,29 +318,33 @@ def apply_step(state: TrainState, result: SumResult, config: Config) -> tuple[di
     Returns:
         The measures' means over all clips, and the rates used.
     """
-    optim, num_slots = config.optim, config.optim.slots
-    state.exponents = next_exponents(result.quantities, state.exponents, first=state.step == 0)
+    num_slots, names = config.optim.slots, measure_names(config, state.step)
+    with part("reduction"):
+        state.exponents = next_exponents(result.quantities, state.exponents, first=state.step == 0)
     *gradients, teacher_sum, measures = result.quantities
-    parameters = list(state.student.parameters())
-    gradients = [g.div_(num_slots).view_as(p) for g, p in zip(gradients, parameters, strict=True)]
+    values = rates(state.step, config.optim)
+    with part("optimizer"):
+        _update_student(state, gradients, values, config)
+    with part("ema"):
+        _update_center(state, teacher_sum, config)
+        update_teacher(state.teacher, state.student, values.teacher_momentum)
+    state.step += 1
+    return dict(zip(names, (measures / num_slots).tolist(), strict=True)), values
+
+
+def _update_student(state: TrainState, gradients: Sequence[Tensor], values: Rates, config: Config) -> None:
+    """One update of AdamW from summed gradients, which are changed."""
+    optim, parameters = config.optim, list(state.student.parameters())
+    gradients = [g.div_(optim.slots).view_as(p) for g, p in zip(gradients, parameters, strict=True)]
     if optim.gradient_clip is not None:
         clip_each(gradients, optim.gradient_clip)
-    values = rates(state.step, optim)
     set_rates(state.optimizer, values)
-    frozen = (
-        set(map(id, state.student.head.last_layer.parameters()))
-        if state.step < optim.freeze_last_layer_steps
-        else set()
-    )
+    last_layer = set(map(id, state.student.head.last_layer.parameters()))
+    frozen = last_layer if state.step < optim.freeze_last_layer_steps else set()
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = None if id(parameter) in frozen else gradient
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    _update_center(state, teacher_sum, config)
-    update_teacher(state.teacher, state.student, values.teacher_momentum)
-    state.step += 1
-    names = measure_names(config)
-    return dict(zip(names, (measures / num_slots).tolist(), strict=True)), values
 
 
 def _update_center(state: TrainState, teacher_sum: Tensor, config: Config) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,30 +17,49 @@ from torch import Tensor
 from dora_ray.config import Config
 from dora_ray.data.plan import slots_of_rank
 from dora_ray.data.stream import SlotBatch
-from dora_ray.errors import CheckpointError, ConfigError, DivergenceError, DoRAError, VideoError
+from dora_ray.errors import CheckpointError, ClusterError, ConfigError, DivergenceError, DoRAError, VideoError
 from dora_ray.evaluation.features import training_size
 from dora_ray.evaluation.knn import evaluate_knn
 from dora_ray.evaluation.options import KnnOptions
-from dora_ray.training.checkpoint import checkpoint_name, load_state, take_snapshot
-from dora_ray.training.journal import Journal, MetricsWindow, collapse_warnings, write_status
+from dora_ray.training.checkpoint import (
+    CheckpointWriter,
+    checkpoint_name,
+    load_newest,
+    load_state,
+    set_newest,
+    take_snapshot,
+)
+from dora_ray.training.journal import Journal, MetricsWindow, collapse_warnings, read_status, write_status
 from dora_ray.training.optim import Rates
+from dora_ray.training.requests import Request, here
 from dora_ray.training.step import TrainState, apply_step, initial_state, sum_slots
-from dora_ray.training.worlds import Job, RayWorld, World, discard_after
+from dora_ray.training.worlds import Job, RayWorld, World
+
+# A preempted node is left this long before its deadline, and twice the time of the last checkpoint.
+LEAVE_MARGIN_SECONDS = 8.0
 
 
 def ray_worker(arguments: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker: what all ranks raise alike ends the run, anything else restarts it.
 
     Errors of ours are decided by all ranks together, so every rank returns; Ray would repeat the run after an
-    exception, which cannot help. The launcher reads the error from status.json.
+    exception, which cannot help. The launcher reads the error from status.json. One rank alone can run out of its
+    device's memory: it says so there, and the ranks that Ray starts after its exception find it and return.
     """
     job: Job = arguments["job"]
+    if read_status(job.run).get("state") == "failed":
+        return
     world = RayWorld(job)
     try:
         train_loop(job, world)
     except (DivergenceError, VideoError, CheckpointError) as error:
         if world.rank == 0:
             record_failure(job.run, error)
+    except ClusterError as error:
+        record_failure(job.run, error)
+        raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def record_failure(run: str, error: DoRAError) -> None:
@@ -48,19 +69,23 @@ def record_failure(run: str, error: DoRAError) -> None:
 
 def train_loop(job: Job, world: World) -> None:
     """Train from the newest checkpoint to the last step."""
+    entered = time.time()
     config = job.config
     _prepare_torch(job, world)
     state = initial_state(config, world.device)
-    checkpoint = world.latest()
-    if checkpoint is not None:
-        load_state(checkpoint, state, config, job.plan)
+    refused = _restore(job, world, state)
     journal = None
     if world.rank == 0:
-        discard_after(job.checkpoints, checkpoint)
-        name = checkpoint_name(state.step) if checkpoint is not None else None
         journal = Journal(
-            job.run, step=state.step, num_steps=config.optim.steps, world_size=world.size, last_checkpoint=name
+            job.run,
+            step=state.step,
+            num_steps=config.optim.steps,
+            world_size=world.size,
+            entered=entered,
+            last_checkpoint=checkpoint_name(state.step) if state.step else None,
         )
+        for problem in refused:
+            journal.event("warning", step=state.step, message=f"{problem} Training goes on from step {state.step}.")
     slots = slots_of_rank(world.rank, world.size, config.optim.slots)
     stream = world.stream(range(state.step, config.optim.steps), slots)
     try:
@@ -68,6 +93,22 @@ def train_loop(job: Job, world: World) -> None:
     finally:
         if journal is not None:
             journal.close()
+
+
+def _restore(job: Job, world: World, state: TrainState) -> list[str]:
+    """Put the newest good checkpoint into the state, on all ranks the one that rank 0 finds good.
+
+    Returns:
+        A sentence for each newer checkpoint that was refused; on rank 0.
+    """
+    folder, refused = None, list[str]()
+    if world.rank == 0:
+        folder, refused = load_newest(job.checkpoints, state, job.config, job.plan)
+        set_newest(job.checkpoints, folder)
+    folder = world.agree(folder)
+    if world.rank > 0 and folder is not None:
+        load_state(folder, state, job.config, job.plan)
+    return refused
 
 
 def _prepare_torch(job: Job, world: World) -> None:
@@ -92,51 +133,96 @@ class _Loop:
     slots_a_step: int
     _saved_at: float = field(default_factory=time.monotonic)
     _window: MetricsWindow = field(default_factory=MetricsWindow)
+    _writer: CheckpointWriter | None = None
+    _warned: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self.journal is not None:
+            self._writer = CheckpointWriter(
+                self.job.checkpoints, keep=self.job.config.run.keep_checkpoints, journal=self.journal
+            )
 
     def run(self) -> None:
         """All steps that are left, and a last checkpoint."""
         steps, begun_at = self.job.config.optim.steps, self.state.step
         while self.state.step < steps:
-            due = self._step()
-            if due and self.state.step < steps:
-                self._save(wait=False)
+            self._watch_for_stalls()
+            request = self._step()
+            if request is Request.NONE or self.state.step == steps:
+                continue
+            self._save(here.take(request))
+            if request is Request.LEAVE:
+                self._finish_saving()
+                if self.journal is not None:
+                    self.journal.status("stopped", self.state.step)
+                self.world.leave()
         if self.state.step > begun_at:
-            self._save(wait=True)
-        if self.journal is not None:
+            self._save("end")
+        if self._writer is not None and self.journal is not None:
+            self._writer.finish()
             self.journal.event("end", step=self.state.step)
             self.journal.status("done", self.state.step)
 
-    def _step(self) -> bool:
-        """One step; whether a checkpoint is due after it, which rank 0 decides and the reduction carries to all."""
+    def _watch_for_stalls(self) -> None:
+        """A Ray worker whose step does not end in time is ended, with all its stacks on stderr, and started again.
+
+        The watching thread is not Python's: it works when a library holds the interpreter's lock for ever.
+        """
+        if isinstance(self.world, RayWorld):
+            faulthandler.dump_traceback_later(self.job.config.cluster.stall_seconds, exit=True)
+
+    def _step(self) -> Request:
+        """One step; what is requested after it: each rank adds its own requests to the reduction."""
         config, state = self.job.config, self.state
         started = time.monotonic()
         batches = [next(self.stream) for _ in range(self.slots_a_step)]
         waited = time.monotonic() - started
         assert all(batch.step == state.step for batch in batches), "the clip stream left the plan's order"
-        result = sum_slots(state, batches, self._records(batches), config, self.world.all_reduce)
-        slots, bad, due = _split_records(result.records, config)
+        try:
+            result = sum_slots(state, batches, self._records(batches), config, self.world.all_reduce)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise ClusterError(
+                f"a worker ran out of memory ({str(error).splitlines()[0]}): lower optim.clips_per_slot="
+                f"{config.optim.clips_per_slot}, the clips of one forward. Fewer clips a slot and more slots "
+                "(optim.slots) are the same batch. Or lower clip.num_frames, crops.num_locals or head.num_outputs."
+            ) from error
+        slots, bad, request = _split_records(result.records, config)
         self._count_bad(bad)
         measures, rates = apply_step(state, result, config)
         if self.journal is not None:
             self.journal.ledger(state.step - 1, slots)
+            self.journal.stepped(state.step, waited)
             measures["center_norm"] = float(state.center.norm())
             self._window.add(measures, waited, time.monotonic() - started)
             self._log(self.journal, rates)
-        return due
+        return request
 
     def _records(self, batches: Sequence[SlotBatch]) -> Tensor:
-        """This rank's integers: its slots' hashes, its unreadable clips, and on rank 0 whether a checkpoint is due."""
+        """This rank's integers: its slots' hashes, its unreadable clips, and its requests."""
         optim = self.job.config.optim
-        records = np.zeros(optim.slots * (1 + optim.clips_per_slot) + 1, np.int64)
+        records = np.zeros(optim.slots * (1 + optim.clips_per_slot) + len(Request), np.int64)
         for batch in batches:
             records[batch.slot] = batch.digest
             first = optim.slots + batch.slot * optim.clips_per_slot
             records[first : first + optim.clips_per_slot] = ~batch.valid
-        elapsed = time.monotonic() - self._saved_at
-        records[-1] = (
-            self.world.rank == 0 and elapsed >= self.job.config.run.checkpoint_seconds and not self.world.busy()
-        )
+        records[-len(Request) + self._request()] = 1
         return torch.from_numpy(records)
+
+    def _request(self) -> Request:
+        """What this rank asks for: what it was asked itself, and on rank 0 what the clock says."""
+        request = here.pending()
+        if self._writer is None:
+            return request
+        if here.deadline is not None:
+            margin = LEAVE_MARGIN_SECONDS + 2 * self._writer.seconds
+            if time.time() > here.deadline - margin:
+                here.deadline = None
+                here.make(Request.LEAVE, "deadline")
+                return Request.LEAVE
+        due = time.monotonic() - self._saved_at >= self.job.config.run.checkpoint_seconds
+        return max(request, Request.INTERVAL if due and not self._writer.busy() else Request.NONE)
 
     def _count_bad(self, bad: list[int]) -> None:
         """Remember unreadable clips.
@@ -177,8 +263,10 @@ class _Loop:
         journal.metrics(step, values)
         views = config.optim.clips_per_slot * config.clip.num_frames * config.num_globals
         if step > config.optim.warmup_steps:
-            for warning in collapse_warnings(values, num_outputs=config.head.num_outputs, num_images=views):
+            warnings = collapse_warnings(values, num_outputs=config.head.num_outputs, num_images=views)
+            for warning in set(warnings) - self._warned:  # each once, until it no longer holds
                 journal.event("warning", step=step, message=warning)
+            self._warned = set(warnings)
 
     def _knn(self, journal: Journal) -> dict[str, float]:
         """Accuracy of kNN with the teacher as it is now; the other ranks wait in their next reduction.
@@ -197,20 +285,31 @@ class _Loop:
             return {}
         return {"knn": float(result["top1"])}
 
-    def _save(self, *, wait: bool) -> None:
-        snapshot = None
-        if self.world.rank == 0:
-            snapshot = take_snapshot(self.state, self.job.config, self.job.plan, self.world.size)
-        name = checkpoint_name(self.state.step)
-        self.world.save(snapshot, name, self.journal, self.state.step, wait=wait)
+    def _save(self, reason: str) -> None:
+        """Begin to write a checkpoint; rank 0 alone has anything to do."""
         self._saved_at = time.monotonic()
+        if self._writer is not None:
+            snapshot = take_snapshot(self.state, self.job.config, self.job.plan, self.world.size)
+            self._writer.start(snapshot, reason=reason, copy_seconds=time.monotonic() - self._saved_at)
+
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint; where it cannot be written, leaving costs the steps since the last one."""
+        if self._writer is not None:
+            with suppress(CheckpointError):
+                self._writer.finish()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in words or "not enough memory" in words
 
 
 def _divides(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _split_records(records: Tensor, config: Config) -> tuple[list[int], list[int], bool]:
-    """Slot hashes, positions of unreadable clips in the batch, whether a checkpoint is due."""
-    slots, bad, due = records.split([config.optim.slots, records.numel() - config.optim.slots - 1, 1])
-    return slots.tolist(), bad.nonzero().flatten().tolist(), bool(due)
+def _split_records(records: Tensor, config: Config) -> tuple[list[int], list[int], Request]:
+    """Slot hashes, positions of unreadable clips in the batch, the largest request of all ranks."""
+    slots, requests = config.optim.slots, len(Request)
+    hashes, bad, asked = records.split([slots, records.numel() - slots - requests, requests])
+    return hashes.tolist(), bad.nonzero().flatten().tolist(), Request(int(asked.nonzero().max()))

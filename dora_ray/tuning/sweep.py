@@ -104,8 +104,9 @@ def sweep(
         write_spec(files.join(folder, "sweep.yaml"), spec)
         _make_images(trials, folder)
         for config in configs:
-            assert config.data.store is not None
-            ingest_videos(config, config.data.store)
+            if config.data.source == "store":
+                assert config.data.store is not None
+                ingest_videos(config, config.data.store)
         pending = [trial for trial in trials if trial_status(folder, trial.name) not in ("done", "stopped")]
         logger.info("%d of %d trials to run, %d at a time", len(pending), len(trials), limit)
         if pending:

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dora_ray.data import ingest as job
+from dora_ray.data import ray_tasks
+from dora_ray.data.decoders import PyAVDecoder
 from dora_ray.data.ingest import ingest
 from dora_ray.data.store import load_index, read_frames
 from dora_ray.data.synthetic import make_video, read_counter
-from dora_ray.errors import ConfigError, VideoError
+from dora_ray.errors import ClusterError, ConfigError, VideoError
 from tests.data import videos
 
-SETTING = {"decoder": "pyav", "frames_per_second": 10.0, "short_side": 64, "jpeg_quality": 90, "segment_seconds": 0.2}
+SETTING = {
+    "decoder": "pyav",
+    "frames_per_second": 10.0,
+    "short_side": 64,
+    "jpeg_quality": 90,
+    "segment_seconds": 0.2,
+    "decode_seconds": 120.0,
+}
 ROOT = Path(__file__).parents[2]
+REAL_TASK = job.ingest_segment
 
 pytestmark = pytest.mark.ray
 
@@ -27,7 +39,7 @@ pytestmark = pytest.mark.ray
 @pytest.fixture
 def no_ray(monkeypatch):
     """Call it: from then on, starting a job is a failure."""
-    return lambda: monkeypatch.setattr(job, "_dataset", lambda *_: pytest.fail("a job was started"))
+    return lambda: monkeypatch.setattr(job, "run_tasks", lambda *_, **__: pytest.fail("a job was started"))
 
 
 def run(store, *paths, **changed):
@@ -139,15 +151,86 @@ def test_a_job_that_stands_still_is_given_up(monkeypatch, tmp_path):
             released.wait(30)
             return iter(())
 
-    monkeypatch.setattr(job, "_dataset", lambda *_: Stuck())
-    monkeypatch.setattr(job, "STALL_SECONDS", 0.2)
-    with pytest.raises(VideoError, match="4 of 4 segments are left and none has finished"):
-        run(tmp_path / "store", videos.h264(tmp_path))
+    monkeypatch.setattr(ray_tasks, "_dataset", lambda *_: Stuck())
+    with pytest.raises(ClusterError, match="4 of 4 parts of the work are left and none has finished"):
+        run(tmp_path / "store", videos.h264(tmp_path), decode_seconds=0.05)
     released.set()
+
+
+def hang_in_the_last_segment(item, **settings):
+    """The real task, in a process whose decoder never returns from segment 3."""
+
+    def stuck(*_, **__):
+        threading.Event().wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if json.loads(item)["segment"] == 3:
+            patch.setattr(PyAVDecoder, "decode", stuck)
+        return REAL_TASK(item, **settings)
+
+
+@pytest.mark.slow
+def test_a_hang_costs_one_segment_and_is_named(ray_cluster, tmp_path, monkeypatch, caplog):
+    """The task's process is ended, twice; then the segment counts as unreadable, and the rest is there."""
+    monkeypatch.setattr(job, "ingest_segment", hang_in_the_last_segment)
+    path = videos.h264(tmp_path)
+    (video,), seen = run(tmp_path / "store", path, decode_seconds=5.0)
+    assert (video.missing, seen[-1].missing, len(video)) == (2, 2, 12)
+    assert [read_counter(frame) for frame in read_frames(video, range(12))] == list(range(0, 36, 3))
+    assert "h264.mp4, 1.2 s from its start: decoding did not end in 5 s, 2 times" in caplog.text
+
+
+def hang_everywhere(item, **settings):
+    return hang_in_the_last_segment(json.dumps(json.loads(item) | {"segment": 3}), **settings)
+
+
+@pytest.mark.slow
+def test_a_video_that_hangs_everywhere_is_not_recorded_as_unreadable(ray_cluster, tmp_path, monkeypatch):
+    path = videos.h264(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "ingest_segment", hang_everywhere)
+        with pytest.raises(VideoError, match="decoding hung wherever it was tried, and nothing of it was recorded"):
+            run(tmp_path / "store", path, decode_seconds=3.0, segment_seconds=60.0)
+    (video,), _ = run(tmp_path / "store", path)
+    assert (video.missing, len(video)) == (0, 14)
+
+
+def die_at_once(item, **settings):
+    """A decoder that crashes its process."""
+
+    def crash(*_, **__):
+        os._exit(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PyAVDecoder, "decode", crash)
+        return REAL_TASK(item, **settings)
+
+
+@pytest.mark.slow
+def test_a_decoder_that_crashes_ends_the_ingest_with_its_file(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "ingest_segment", die_at_once)
+    with pytest.raises(VideoError, match=r"h264.mp4, 0.0 s from its start: the decoding process died 4 times"):
+        run(tmp_path / "store", videos.h264(tmp_path), segment_seconds=60.0)
+
+
+def test_two_ingests_of_one_video_at_once(ray_cluster, tmp_path):
+    """Both end well, and every frame counts once."""
+    path = videos.h264(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: run(tmp_path / "store", path)[0][0], range(2)))
+    for video in both:
+        assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
+
+
+def test_tasks_stay_on_nodes_with_the_label(ray_cluster, tmp_path):
+    """No node here has it: nothing runs anywhere else, and the answer says what to look for."""
+    with pytest.raises(ClusterError, match=r"none has finished .* with the label role=decode"):
+        run(tmp_path / "store", videos.h264(tmp_path), node_label="decode", decode_seconds=0.5)
 
 
 SMALL_CLUSTER = """
 import json, sys, ray
+from dora_ray.data.decoders import PyAVDecoder
 from dora_ray.data.ingest import ingest
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 stored = ingest([sys.argv[1]], store=sys.argv[2], **json.loads(sys.argv[3]))

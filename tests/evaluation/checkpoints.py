@@ -42,7 +42,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], *, step: int = 7, com
         tensors |= {f"{name}.{key}": value.contiguous() for key, value in network.state_dict().items()}
     save_file(tensors, folder / "model.safetensors")
     meta = {
-        "format": 1,
+        "format": 2,
         "step": step,
         "config": config,
         "plan": {},
@@ -50,6 +50,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], *, step: int = 7, com
         "world_size": 1,
         "bad_clips": [],
         "versions": {"dora_ray": "0.1.0"},
+        "files": {},
     }
     if complete:
         (folder / "meta.json").write_text(json.dumps(meta))

@@ -57,6 +57,7 @@ def draw_center(dtype: torch.dtype = torch.float64) -> Tensor:
 
 PAPER: dict[str, Any] = {
     "kind": "dora",
+    "views": "masked",
     "block": -2,
     "normalize_patches": True,
     "num_iterations": 30,
@@ -65,5 +66,7 @@ PAPER: dict[str, Any] = {
     "student_temperature": 0.1,
     "teacher_temperature": 0.04,
     "reduction": "mean",
+    "object_weight": 1.0,
+    "teacher_dtype": None,
 }
 RELEASED = PAPER | {"block": -1, "threshold": "batch", "reduction": "released"}

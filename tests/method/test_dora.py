@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dora_ray.method.dora import object_views, slot_forward, track_objects
+from dora_ray.method.dora import slot_forward, track_objects
 from dora_ray.method.reference import naive_features, naive_maps, naive_masks, reference_slot_forward
 from dora_ray.method.vit import tracked_features
 from tests.method.networks import NUM_OUTPUTS, PAPER, RELEASED, build_small, draw_center, draw_slot
@@ -32,25 +32,42 @@ def assert_same(slot, settings, *, dtype, tolerance):
         error, scale = float((gradients[name] - gradient).abs().max()), max(float(gradient.abs().max()), 1e-3)
         assert error <= tolerance * scale, f"{name} is off by {error} of {scale}"
     torch.testing.assert_close(ours.teacher_sum, theirs.teacher_sum)
-    assert ours.num_teacher == theirs.num_teacher
     assert ours.measures.keys() == theirs.measures.keys()
     for name, measure in theirs.measures.items():
         torch.testing.assert_close(ours.measures[name], measure, rtol=10 * tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.parametrize("settings", [PAPER, RELEASED], ids=["paper", "released"])
-@pytest.mark.parametrize("num_objects", [1, 3, 6])
-@pytest.mark.parametrize("num_frames", [2, 4])
-def test_equals_the_loop(settings, num_objects, num_frames):
+BOTH = pytest.mark.parametrize("settings", [PAPER, RELEASED], ids=["paper", "released"])
+VIEWS = pytest.mark.parametrize("views", ["masked", "packed"])
+
+
+# Every number of objects of six heads, and every number of frames to eight.
+SIZES = [(1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (3, 8)]
+
+
+@BOTH
+@VIEWS
+@pytest.mark.parametrize(("num_objects", "num_frames"), SIZES)
+def test_equals_the_loop(settings, views, num_objects, num_frames):
+    slot = draw_slot(num_frames=num_frames, num_objects=num_objects)
+    assert_same(slot, settings | {"views": views}, dtype=torch.float64, tolerance=1e-9)
+
+
+@pytest.mark.slow
+@BOTH
+@pytest.mark.parametrize("num_objects", range(1, 7))
+@pytest.mark.parametrize("num_frames", range(2, 9))
+def test_equals_the_loop_for_every_pair_of_sizes(settings, num_objects, num_frames):
     slot = draw_slot(num_frames=num_frames, num_objects=num_objects)
     assert_same(slot, settings, dtype=torch.float64, tolerance=1e-9)
 
 
-@pytest.mark.parametrize("settings", [PAPER, RELEASED], ids=["paper", "released"])
-@pytest.mark.parametrize("num_objects", [1, 3, 6])
-def test_equals_the_loop_in_float32(settings, num_objects):
-    slot = draw_slot(num_frames=2, num_objects=num_objects, dtype=torch.float32)
-    assert_same(slot, settings, dtype=torch.float32, tolerance=1e-5)
+@BOTH
+@VIEWS
+@pytest.mark.parametrize(("num_objects", "num_frames"), [(1, 2), (3, 2), (6, 2), (2, 8)])
+def test_equals_the_loop_in_float32(settings, views, num_objects, num_frames):
+    slot = draw_slot(num_frames=num_frames, num_objects=num_objects, dtype=torch.float32)
+    assert_same(slot, settings | {"views": views}, dtype=torch.float32, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +80,8 @@ def test_equals_the_loop_in_float32(settings, num_objects):
         {"threshold": "soft"},
         {"normalize_patches": False, "epsilon": 5.0},
         {"block": -3},
+        {"object_weight": 3.0},
+        {"kind": "random", "views": "packed"},
     ],
     ids=str,
 )
@@ -77,13 +96,14 @@ def test_the_baseline_equals_the_loop(num_globals, num_locals):
     assert_same(slot, PAPER | {"kind": "none"}, dtype=torch.float64, tolerance=1e-9)
 
 
-@pytest.mark.parametrize("settings", [PAPER, RELEASED], ids=["paper", "released"])
-def test_without_local_views_equals_the_loop(settings):
+@BOTH
+@VIEWS
+def test_without_local_views_equals_the_loop(settings, views):
     slot = draw_slot(num_frames=2, num_objects=3, num_locals=0)
-    assert_same(slot, settings, dtype=torch.float64, tolerance=1e-9)
+    assert_same(slot, settings | {"views": views}, dtype=torch.float64, tolerance=1e-9)
 
 
-@pytest.mark.parametrize("settings", [PAPER, RELEASED], ids=["paper", "released"])
+@BOTH
 @pytest.mark.parametrize("num_objects", [1, 3, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_masks_are_the_loops(settings, num_objects, dtype):
@@ -117,16 +137,6 @@ def test_tracking_equals_the_oracles_one_after_the_other():
     np.testing.assert_array_equal(ours.masks, oracle.object_masks(maps, "clip"))
 
 
-def test_object_views_keep_the_masked_patches_and_nothing_else():
-    frames = torch.randn(2, 3, 3, 32, 32)
-    masks = (torch.rand(2, 5, 3, 16) > 0.5).float()
-    views = object_views(frames, masks)
-    assert views.shape == (2, 5, 3, 3, 32, 32)
-    for b, k, t, n in np.ndindex(2, 5, 3, 16):
-        rows, columns = slice(8 * (n // 4), 8 * (n // 4) + 8), slice(8 * (n % 4), 8 * (n % 4) + 8)
-        assert torch.equal(views[b, k, t, :, rows, columns], masks[b, k, t, n] * frames[b, t, :, rows, columns])
-
-
 @pytest.mark.parametrize("kind", ["dora", "random", "none"])
 @pytest.mark.parametrize("num_locals", [0, 3])
 def test_measures_are_detached_finite_scalars(kind, num_locals):
@@ -138,7 +148,59 @@ def test_measures_are_detached_finite_scalars(kind, num_locals):
     assert all(m.ndim == 0 and not m.requires_grad and m.isfinite() for m in output.measures.values())
     assert output.teacher_sum.shape == (NUM_OUTPUTS,)
     assert output.teacher_sum.dtype == torch.float32
-    assert output.num_teacher == 2 * num_globals * 2
+
+
+def test_without_weight_no_objects_are_looked_for():
+    """What is left is the loss of the local views, at the half that they count beside objects."""
+    slot = draw_slot(num_frames=2, num_objects=3)
+    ours, gradients = run(slot_forward, slot, PAPER | {"object_weight": 0.0})
+    theirs, expected = run(reference_slot_forward, slot, PAPER | {"object_weight": 0.0})
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-9, atol=0)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12)
+    assert set(ours.measures) == ALWAYS | {"local_agreement"}
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    """Bit for bit, drop path included: the backward draws again what the forward drew."""
+    slot = draw_slot(num_frames=2, num_objects=3)
+
+    def gradients(settings, *, recompute):
+        student, teacher = build_small(0, drop_path=0.5).train(), build_small(1)
+        student.backbone.set_grad_checkpointing(recompute)
+        torch.manual_seed(3)
+        slot_forward(student, teacher, draw_center(), **slot, **settings).loss.backward()
+        return [parameter.grad for parameter in student.parameters()]
+
+    for views in ("masked", "packed"):
+        kept = gradients(PAPER | {"views": views}, recompute=False)
+        again = gradients(PAPER | {"views": views}, recompute=True)
+        assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
+
+
+@VIEWS
+def test_drop_path_is_a_function_of_the_seed(views):
+    slot = draw_slot(num_frames=2, num_objects=3)
+
+    student, teacher = build_small(0, drop_path=0.5).train(), build_small(1)
+
+    def loss(seed):
+        torch.manual_seed(seed)
+        return slot_forward(student, teacher, draw_center(), **slot, **PAPER | {"views": views}).loss.item()
+
+    assert loss(1) == loss(1)
+    assert loss(1) != loss(2)
+
+
+def test_a_teacher_in_bfloat16_leaves_the_student_as_it_is():
+    slot = draw_slot(num_frames=2, num_objects=3, dtype=torch.float32)
+    exact, _ = run(slot_forward, slot, PAPER, dtype=torch.float32)
+    rounded, gradients = run(slot_forward, slot, PAPER | {"teacher_dtype": torch.bfloat16}, dtype=torch.float32)
+    assert float(rounded.measures["loss"]) == pytest.approx(float(exact.measures["loss"]), rel=0.05)
+    assert not torch.equal(rounded.teacher_sum, exact.teacher_sum)
+    torch.testing.assert_close(rounded.teacher_sum, exact.teacher_sum, rtol=0.05, atol=0.05)
+    assert rounded.loss.dtype == torch.float32
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
 
 
 def test_the_teachers_sum_is_over_its_own_outputs():
@@ -176,7 +238,7 @@ def test_clips_of_a_slot_do_not_mix():
     torch.testing.assert_close(both.loss, (alone[0].loss + alone[1].loss) / 2)
 
 
-@pytest.mark.parametrize("settings", [PAPER, RELEASED], ids=["paper", "released"])
+@BOTH
 def test_bfloat16_autocast_keeps_the_tracker_and_the_loss_in_float32(settings):
     slot = draw_slot(num_frames=2, num_objects=3, dtype=torch.float32)
     exact, _ = run(slot_forward, slot, settings, dtype=torch.float32)
@@ -197,6 +259,7 @@ def test_bfloat16_autocast_keeps_the_tracker_and_the_loss_in_float32(settings):
     [
         ({}, {"kind": "object"}, "use 'dora', 'random' or 'none'"),
         ({"noise": None}, {"kind": "random"}, "noise=None"),
+        ({}, {"views": "cropped"}, "use 'masked' or 'packed'"),
         ({"globals_": torch.zeros(2, 2, 2, 3, 32, 32)}, {}, "2 global views"),
     ],
 )

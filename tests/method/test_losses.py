@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dora_ray.method import losses
 from dora_ray.method.losses import dino_loss, dora_loss, teacher_probabilities
 from tests.oracles import method as oracle
 
@@ -119,3 +120,34 @@ def test_half_precision_outputs_are_summed_in_float32():
 def test_an_unknown_reduction_names_the_known_ones():
     with pytest.raises(ValueError, match="'mean' or 'released'"):
         dora_loss(*draw_views(), reduction="sum", **TEMPERATURES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize("reduction", ["mean", "released"])
+def test_a_last_layer_in_chunks_gives_the_loss_of_its_outputs(monkeypatch, chunk, reduction):
+    """The same loss and the same gradients, for the views and for the layer, whatever the size of a chunk."""
+    width = 5
+    rows = draw(O, width, seed=6).requires_grad_()
+    objects, locals_ = (draw(B, count, T, width, seed=count).requires_grad_() for count in (K, L))
+    teacher, center = draw(B, T, O, seed=3), draw(O, seed=4)
+    arguments = {"reduction": reduction, **TEMPERATURES}
+    whole = dora_loss(objects @ rows.T, locals_ @ rows.T, teacher, center, **arguments)
+    expected = torch.autograd.grad(whole, [objects, locals_, rows])
+    monkeypatch.setattr(losses, "CHUNK_OUTPUTS", chunk * O)
+    ours = dora_loss(objects, locals_, teacher, center, rows=rows, **arguments)
+    torch.testing.assert_close(ours, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(ours, [objects, locals_, rows]), expected, rtol=1e-10, atol=1e-14)
+    together = torch.cat([objects, locals_], dim=1)
+    baseline = dino_loss(together, teacher[:, None], center, rows=rows, **TEMPERATURES)
+    torch.testing.assert_close(baseline, dino_loss(together @ rows.T, teacher[:, None], center, **TEMPERATURES))
+
+
+def test_object_weight_and_absence():
+    objects, locals_, teacher, center = draw_views()
+    arguments = {"reduction": "mean", **TEMPERATURES}
+    both = dora_loss(objects, locals_, teacher, center, **arguments)
+    double = dora_loss(objects, locals_, teacher, center, object_weight=2.0, **arguments)
+    without = dora_loss(objects[:, :0], locals_, teacher, center, **arguments)
+    torch.testing.assert_close((double + without) / 2, both)
+    with pytest.raises(ValueError, match="sums over objects"):
+        dora_loss(objects[:, :0], locals_, teacher, center, reduction="released", **TEMPERATURES)

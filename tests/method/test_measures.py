@@ -58,16 +58,28 @@ def test_residual_is_the_relative_error_of_the_shares():
     assert float(sinkhorn_residual(torch.full((2, 6, 3), 1 / 3))) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("num_outputs", [8, 20])
+def test_agreement_needs_no_outputs(num_outputs):
+    generator = torch.Generator().manual_seed(1)
+    features, rows = torch.randn(2, 4, 3, 8, generator=generator), torch.randn(num_outputs, 8, generator=generator)
+    teacher = torch.randn(2, 3, num_outputs, generator=generator)
+    expected = torch.cosine_similarity(features @ rows.T, teacher.unsqueeze(1), dim=-1).mean()
+    assert float(agreement(features, rows, teacher)) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_agreement_is_the_mean_cosine_with_the_same_frame():
     teacher = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     students = torch.stack([2 * teacher, -teacher, 3 * teacher, teacher], dim=1)
-    assert float(agreement(students, teacher)) == pytest.approx(0.5)
+    assert float(agreement(students, torch.eye(8), teacher)) == pytest.approx(0.5)
     expected = torch.cosine_similarity(students, teacher.flip(1).unsqueeze(1), dim=-1).mean()
-    assert float(agreement(students, teacher.flip(1))) == pytest.approx(float(expected))
+    assert float(agreement(students, torch.eye(8), teacher.flip(1))) == pytest.approx(float(expected))
 
 
 def test_measures_have_no_gradient():
     outputs = torch.randn(2, 3, 8, requires_grad=True)
     measures = teacher_measures(outputs, torch.zeros(8), temperature=0.04) | mask_measures(outputs.softmax(-1)[None])
-    measures |= {"agreement": agreement(outputs[:, None], outputs), "residual": sinkhorn_residual(outputs)}
+    measures |= {
+        "agreement": agreement(outputs[:, None], torch.eye(8), outputs),
+        "residual": sinkhorn_residual(outputs),
+    }
     assert not any(measure.requires_grad or measure.ndim for measure in measures.values())

@@ -11,7 +11,7 @@ ALIVE = {"teacher_entropy": 2.0, "teacher_diversity": 1.0, "object_overlap": 0.4
 
 
 def attempt(run: str, begin: int, steps: range, mark: int, world_size: int = 1) -> None:
-    journal = Journal(run, step=begin, num_steps=10, world_size=world_size)
+    journal = Journal(run, step=begin, num_steps=10, world_size=world_size, entered=0.0)
     for step in steps:
         journal.ledger(step, [mark, step])
         journal.metrics(step + 1, {"loss": float(mark)})

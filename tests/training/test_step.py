@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from dora_ray.config import Config, load_config
 from dora_ray.data.plan import slots_of_rank
-from dora_ray.data.stream import SlotBatch
+from dora_ray.data.slots import SlotBatch
 from dora_ray.errors import DivergenceError
 from dora_ray.training.step import (
     TrainState,
@@ -43,7 +44,7 @@ def batch(config: Config, step: int, slot: int, valid: list[bool] | None = None)
     size, count = config.crops.clip_size, config.optim.clips_per_slot
     rng = np.random.default_rng([step, slot])
     clips = rng.integers(0, 256, (count, config.clip.num_frames, size, size, 3), dtype=np.uint8)
-    return SlotBatch(step, slot, clips, np.array(valid or [True] * count), slot)
+    return SlotBatch(step, slot, clips, np.array(valid or [True] * count), digest=slot, final=True)
 
 
 class Others:
@@ -78,7 +79,8 @@ def train(config: Config, world_size: int, steps: int = 4) -> TrainState:
 
 @pytest.mark.parametrize("kind", ["dora", "random", "none"])
 def test_weights_are_bit_identical_for_every_world_size(kind: str) -> None:
-    config = small_config(f"tracking.kind={kind}", "model.drop_path=0.2")
+    views = "packed" if kind == "random" else "masked"
+    config = small_config(f"tracking.kind={kind}", "model.drop_path=0.2", f"tracking.views={views}")
     alone = train(config, 1)
     for world_size in (2, 3, 4):
         shared = train(config, world_size)
@@ -165,4 +167,37 @@ def test_measures_are_those_of_the_method(kind: str, num_locals: int) -> None:
     state = initial_state(config, CPU)
     one = batch(config, 0, 0)
     output = slot_output(state, one.clips, one.valid, draw_slot(config, 0, 0), config)
-    assert set(output.measures) == set(measure_names(config))
+    assert set(output.measures) == set(measure_names(config, 0))
+
+
+def test_objects_every_nth_step_weigh_as_much_in_the_mean() -> None:
+    config = small_config("tracking.every_steps=3", "model.drop_path=0")
+    always = small_config("model.drop_path=0")
+    state = initial_state(config, CPU)
+    one = batch(config, 0, 0)
+    output = slot_output(state, one.clips, one.valid, draw_slot(config, 0, 0), config)
+    exact = slot_output(state, one.clips, one.valid, draw_slot(always, 0, 0), always)
+    off = slot_output(state, one.clips, one.valid, replace(draw_slot(config, 0, 0), object_weight=0.0), config)
+    torch.testing.assert_close((output.loss + 2 * off.loss) / 3, exact.loss)
+    assert [draw_slot(config, step, 0).object_weight for step in range(6)] == [3, 0, 0, 3, 0, 0]
+    for step, measured in enumerate([output, off]):
+        assert set(measured.measures) == set(measure_names(config, step))
+
+
+def test_steps_without_objects_are_applied_too() -> None:
+    config = small_config("tracking.every_steps=2", "tracking.views=packed")
+    state = initial_state(config, CPU)
+    records = torch.zeros(0, dtype=torch.int64)
+    found = []
+    for step in range(2):
+        batches = [batch(config, step, slot) for slot in range(config.optim.slots)]
+        measures, _ = apply_step(state, sum_slots(state, batches, records, config, None), config)
+        found.append("mask_area" in measures)
+    assert found == [True, False]
+
+
+def test_activation_checkpointing_trains_the_same_weights() -> None:
+    plain = train(small_config("model.drop_path=0.2"), 1)
+    saving = train(small_config("model.drop_path=0.2", "optim.activation_checkpointing=true"), 1)
+    for name, tensor in plain.student.state_dict().items():
+        assert torch.equal(tensor, saving.student.state_dict()[name]), name

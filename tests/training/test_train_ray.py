@@ -29,7 +29,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, store: Path, ray_clust
 
 
 def test_three_workers_that_do_not_divide_the_slots(undisturbed: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
-    config = dora_ray.load_config("tiny", *small, "optim.steps=30", "cluster.num_workers=3", "data.window_steps=11")
+    config = dora_ray.load_config("tiny", *small, "optim.steps=30", "cluster.num_workers=3")
     result = dora_ray.train(config, out=tmp_path / "run")
     assert result.metrics["world_size"] == 3
     assert same(weights_of(tmp_path / "run"), weights_of(undisturbed))

@@ -1,0 +1,94 @@
+"""Films to measure on: made once, kept in the user's cache, and looped without being encoded again.
+
+The decoder cannot tell a loop from new content, so a long film costs the encoding of its first seconds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+
+from dora_ray import files
+from dora_ray.config import Config
+from dora_ray.data import store as frame_store
+from dora_ray.data.decoders import DecodedFrame, get_decoder
+from dora_ray.data.store import StoredVideo
+from dora_ray.data.synthetic import make_video
+from dora_ray.data.video import VideoIndex
+
+
+def cache_folder() -> Path:
+    """Where films are kept between measurements."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(root, "dora-ray", "bench")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def film(*, width: int, height: int, frames_per_second: int, seconds: int, group_size: int, loops: int = 1) -> str:
+    """Path of an H.264 film of `loops` times the same `seconds`, made unless it is there."""
+    name = f"{width}x{height}-{frames_per_second}-{seconds}s-gop{group_size}"
+    once = cache_folder() / f"{name}.mp4"
+    if not once.exists():
+        partial = once.with_suffix(f".{os.getpid()}.mp4")
+        make_video(
+            partial,
+            width=width,
+            height=height,
+            num_frames=seconds * frames_per_second,
+            frames_per_second=frames_per_second,
+            seed=0,
+            group_size=group_size,
+        )
+        partial.replace(once)
+    if loops == 1:
+        return str(once)
+    looped = cache_folder() / f"{name}-x{loops}.mp4"
+    if not looped.exists():
+        partial = looped.with_suffix(f".{os.getpid()}.mp4")
+        _loop(once, partial, loops)
+        partial.replace(looped)
+    return str(looped)
+
+
+def _loop(source: Path, target: Path, loops: int) -> None:
+    """Copy the packets `loops` times, one after the other in time."""
+    with av.open(str(target), "w") as writer:
+        copy = None
+        for turn in range(loops):
+            with av.open(str(source)) as reader:
+                stream = reader.streams.video[0]
+                if copy is None:
+                    copy = writer.add_stream_from_template(stream)
+                shift = turn * (stream.duration or 0)
+                for packet in reader.demux(stream):
+                    if packet.pts is not None and packet.dts is not None:
+                        packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                        packet.stream = copy
+                        writer.mux(packet)
+
+
+def decode_frames(index: VideoIndex, config: Config) -> list[DecodedFrame]:
+    """The kept frames of a video, decoded and scaled."""
+    wanted = index.pts[index.kept_frames(config.data.frames_per_second)].tolist()
+    return list(get_decoder(config.data.decoder).decode(index, wanted, short_side=config.data.short_side))
+
+
+def write_store(index: VideoIndex, frames: Sequence[DecodedFrame], config: Config, store: str) -> StoredVideo:
+    """Bring frames into a new store, in this process and without Ray, and open it."""
+    data = config.data
+    setting = {
+        "frames_per_second": data.frames_per_second,
+        "short_side": data.short_side,
+        "jpeg_quality": data.jpeg_quality,
+    }
+    uri = frame_store.dataset_uri(store, index.video_id, **setting)
+    files.write_bytes(files.join(store, index.video_id, frame_store.INDEX_NAME), index.to_bytes())
+    frame_store.create_dataset(uri)
+    rows = [frame_store.frame_row(frame, segment=0, jpeg_quality=data.jpeg_quality) for frame in frames]
+    frame_store.commit(uri, frame_store.write_rows(uri, rows))
+    (video,) = frame_store.open_videos([index], store=store, **setting)
+    return video

@@ -1,0 +1,103 @@
+"""The matrix products of a piece of work: which there are, and how long they alone would take."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# (batch, m, k, n, type): so many products of (m, k) with (k, n).
+Product = tuple[int, int, int, int, torch.dtype]
+REPEATS = 3
+
+
+@dataclass
+class Products:
+    """Counts of products by shape.
+
+    Attributes:
+        counts: how often each was computed.
+    """
+
+    counts: Counter[Product] = field(default_factory=Counter)
+
+    @property
+    def flops(self) -> int:
+        """Operations of all of them: 2 for each multiplication and addition."""
+        return sum(2 * b * m * k * n * count for (b, m, k, n, _), count in self.counts.items())
+
+    def seconds(self, device: torch.device) -> float:
+        """What they take one after the other with nothing between them, from the least time of each shape."""
+        return sum(count * _least_seconds(product, device) for product, count in self.counts.items())
+
+
+def record(work: Callable[[], Any]) -> Products:
+    """The products that `work` computes, those inside of fused attention included."""
+    products = Products()
+    with _Recorder(products.counts):
+        work()
+    return products
+
+
+def square_flops_per_second(size: int, kind: torch.dtype, device: torch.device) -> float:
+    """The rate of one large square product."""
+    return 2 * size**3 / _least_seconds((1, size, size, size, kind), device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU is never ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Recorder(TorchDispatchMode):
+    """Looks at every operator on its way to the device."""
+
+    def __init__(self, counts: Counter[Product]) -> None:
+        super().__init__()
+        self._counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            self._count(args[0], args[1])
+        elif name in ("addmm", "baddbmm"):
+            self._count(args[1], args[2])
+        elif name.startswith("_scaled_dot_product"):
+            backward = name.endswith("_backward")
+            query, key = args[1:3] if backward else args[:2]
+            heads, (m, d), n = query.shape[:-2].numel(), query.shape[-2:], key.shape[-2]
+            # The attention's logits, and its weights with the values; the backward has two products of each kind.
+            for _ in range(2 if backward else 1):
+                self._count_shape(heads, m, d, n, query.dtype)
+                self._count_shape(heads, m, n, d, query.dtype)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        batch = left.shape[0] if left.ndim == 3 else 1
+        self._count_shape(batch, left.shape[-2], left.shape[-1], right.shape[-1], left.dtype)
+
+    def _count_shape(self, batch: int, m: int, k: int, n: int, kind: torch.dtype) -> None:
+        self._counts[batch, m, k, n, kind] += 1
+
+
+def _least_seconds(product: Product, device: torch.device) -> float:
+    """The least time of one shape, both matrices lying as they are multiplied."""
+    batch, m, k, n, kind = product
+    left, right = (torch.ones(batch, *shape, device=device, dtype=kind) for shape in ((m, k), (k, n)))
+    out = torch.empty(batch, m, n, device=device, dtype=kind)
+    if batch == 1:
+        left, right, out = left[0], right[0], out[0]
+    seconds = []
+    for _ in range(REPEATS):
+        synchronize(device)
+        started = time.perf_counter()
+        torch.matmul(left, right, out=out)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

@@ -1,0 +1,293 @@
+"""The clip stream: what Ray adds to the reading of clips, waits at pool boundaries, many ranks, memory, shuffling.
+
+Everything runs on this machine with a film of its own; rates are of clips that arrive in order at their rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dora_ray.bench.films import decode_frames, film, write_store
+from dora_ray.config import Config, load_config
+from dora_ray.data.plan import Plan
+from dora_ray.data.segments import StreamedVideo, streamed_videos
+from dora_ray.data.slots import SlotBatch, read_slot
+from dora_ray.data.stream import local_slots, ray_slots
+from dora_ray.data.video import VideoIndex, index_video
+from dora_ray.training.launch import make_plan
+
+FILM = {"width": 1280, "height": 720, "frames_per_second": 24, "seconds": 10, "group_size": 48}
+SMALL_FILM = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 10, "group_size": 48}
+CORES = 2
+# Shuffling is judged on a film of this length, whose pictures nobody needs.
+LONG_SECONDS = 7200
+# A rank asks for this share of what the stream could give, as a GPU would that is fed well.
+DEMAND = 0.6
+
+
+def run(*, quick: bool) -> dict[str, Any]:
+    """Rates, waits, ranks and shuffling.
+
+    Args:
+        quick: fewer steps, at most 8 ranks, and no long film.
+    """
+    torch.set_num_threads(1)
+    steps = 30 if quick else 90
+    index = index_video(film(**FILM, loops=3))
+    config = load_config("paper", "clip.avoid_cuts=false", "optim.clips_per_slot=4")
+    with tempfile.TemporaryDirectory() as store:
+        plan = make_plan(config, [write_store(index, decode_frames(index, config), config, store)])
+        bare = _bare_rate(plan, steps)
+        with _cluster():
+            tasks = _rate(_through_ray(plan, range(steps), num_streams=1), plan)
+            data_tasks = _rate(_through_ray_data(plan, steps, actors=False), plan)
+            data_actors = _rate(_through_ray_data(plan, steps, actors=True), plan)
+            waits = _waits(_direct_plan(config, index), steps)
+            ranks = _ranks(quick)
+    memory = {} if quick else {"direct_30_minutes_peak_rss_mb": _memory_over_a_long_film()}
+    return {
+        "clips": f"{FILM['width']}x{FILM['height']} film, {config.clip.num_frames} frames, stored with short side "
+        f"{config.data.short_side}, {config.optim.clips_per_slot} clips a slot",
+        "cores": CORES,
+        "bare_clips_per_second": bare,
+        "stream_clips_per_second": tasks["clips_per_second"],
+        "stream_overhead": 1 - tasks["clips_per_second"] / bare,
+        "first_slot_seconds": tasks["first_seconds"],
+        "ray_data_tasks_clips_per_second": data_tasks["clips_per_second"],
+        "ray_data_tasks_first_slot_seconds": data_tasks["first_seconds"],
+        "ray_data_actors_clips_per_second": data_actors["clips_per_second"],
+        "ray_data_actors_first_slot_seconds": data_actors["first_seconds"],
+        **waits,
+        **ranks,
+        **memory,
+        **_shuffling(config, index),
+    }
+
+
+@contextmanager
+def _cluster() -> Iterator[None]:
+    import ray
+
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    already = ray.is_initialized()
+    if not already:
+        ray.init(
+            address="local",
+            num_cpus=CORES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=2**30,
+            _system_config={"num_workers_soft_limit": 64},
+        )
+    try:
+        yield
+    finally:
+        if not already:
+            ray.shutdown()
+
+
+def _bare_rate(plan: Plan, steps: int) -> float:
+    """Clips a second of the read function alone, in as many processes as there are cores."""
+    with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(_read_bare, plan, range(start, steps, CORES)) for start in range(CORES)]
+        return sum(job.result() for job in jobs)
+
+
+def _read_bare(plan: Plan, steps: range) -> float:
+    torch.set_num_threads(1)
+    read_slot(plan, steps[0], 0)
+    started = time.perf_counter()
+    for step in steps:
+        read_slot(plan, step, 0)
+    return len(steps) * plan.clips_per_slot / (time.perf_counter() - started)
+
+
+def _through_ray(plan: Plan, steps: range, *, num_streams: int, cpus_per_task: float = 1.0) -> Iterator[SlotBatch]:
+    return ray_slots(
+        plan,
+        steps,
+        [0],
+        prefetch=4,
+        slots_per_task=1,
+        cpus_per_task=cpus_per_task,
+        num_streams=num_streams,
+        node_label=None,
+        decode_seconds=120.0,
+    )
+
+
+def _through_ray_data(plan: Plan, steps: int, *, actors: bool) -> Iterator[Any]:
+    """The same slots through Ray Data, in the plan's order, in one window: to compare with, nothing trains on it."""
+    import ray.data
+    from ray.data import ActorPoolStrategy, ExecutionOptions, TaskPoolStrategy
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    plan_ref = ray.put(plan)
+
+    class Reader:
+        def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+            batches = [read_slot(ray.get(plan_ref), int(step), 0) for step in rows["id"]]
+            return {"clips": np.stack([batch.clips for batch in batches])}
+
+    strategy = {"compute": ActorPoolStrategy(size=CORES)} if actors else {"compute": TaskPoolStrategy()}
+    work: Any = Reader if actors else Reader()
+    dataset = ray.data.range(steps, override_num_blocks=steps).map_batches(work, batch_size=1, num_cpus=1, **strategy)
+    dataset.context.execution_options = ExecutionOptions(preserve_order=True)
+    dataset.context.enable_progress_bars = False
+    return iter(dataset.iter_torch_batches(batch_size=1, prefetch_batches=2))
+
+
+def _rate(batches: Iterator[Any], plan: Plan) -> dict[str, float]:
+    """Clips a second after the first quarter, and the time until the first slot."""
+    started = time.perf_counter()
+    arrivals = [time.perf_counter() for _ in batches]
+    settled = len(arrivals) // 4
+    seconds = arrivals[-1] - arrivals[settled]
+    return {
+        "clips_per_second": (len(arrivals) - 1 - settled) * plan.clips_per_slot / seconds,
+        "first_seconds": arrivals[0] - started,
+    }
+
+
+def _direct_plan(config: Config, index: VideoIndex) -> Plan:
+    settings = ("data.source=video", "data.stream_segment_seconds=4", "data.shuffle_segments=2", "optim.slots=1")
+    return make_plan(load_config(config, *settings), _streamed(config, index))
+
+
+def _streamed(config: Config, index: VideoIndex) -> list[StreamedVideo]:
+    data = config.data
+    return streamed_videos(
+        [index], decoder=data.decoder, frames_per_second=data.frames_per_second, short_side=data.short_side
+    )
+
+
+def _waits(plan: Plan, steps: int) -> dict[str, float]:
+    """How long a rank that asks steadily, for less than the stream could give, waits for direct streaming.
+
+    The segments are short, so that the steps cross many boundaries of pools and of epochs.
+    """
+    rate = _rate(_through_ray(plan, range(steps), num_streams=1), plan)["clips_per_second"]
+    pause = plan.clips_per_slot / rate / DEMAND
+    waits = []
+    stream = _through_ray(plan, range(steps), num_streams=1)
+    for _ in range(steps):
+        started = time.perf_counter()
+        next(stream)
+        waits.append(time.perf_counter() - started)
+        time.sleep(pause)
+    stream.close()
+    later = waits[steps // 4 :]
+    return {
+        "direct_clips_per_second": rate,
+        "direct_step_seconds": pause,
+        "direct_mean_wait_seconds": statistics.mean(later),
+        "direct_longest_wait_seconds": max(later),
+    }
+
+
+def _ranks(quick: bool) -> dict[str, Any]:
+    """Clips a second of all ranks together, for several numbers of ranks: threads that do nothing but take slots."""
+    config = load_config(
+        "paper",
+        *("clip.avoid_cuts=false", "data.source=video", "crops.clip_size=64", "data.short_side=96"),
+        *("optim.clips_per_slot=8", "optim.slots=1", "data.shuffle_segments=1", "data.stream_segment_seconds=20"),
+    )
+    stored = load_config(config, "data.source=store")
+    index = index_video(film(**SMALL_FILM, loops=3))
+    rates = {}
+    with tempfile.TemporaryDirectory() as store:
+        plan = make_plan(stored, [write_store(index, decode_frames(index, stored), stored, store)])
+        for size in (1, 4, 8) if quick else (1, 4, 8, 64):
+            rates[size] = _rate_of_ranks(plan, size)
+    return {f"clips_per_second_with_{size}_ranks": rate for size, rate in rates.items()}
+
+
+def _rate_of_ranks(plan: Plan, size: int, num_slots: int = 512) -> float:
+    barrier = threading.Barrier(size)
+    each = num_slots // size
+
+    def rank(number: int) -> tuple[float, float]:
+        stream = _through_ray(plan, range(number * each, (number + 1) * each + 1), num_streams=size, cpus_per_task=0.5)
+        next(stream)
+        barrier.wait()
+        started = time.perf_counter()
+        for _ in stream:
+            pass
+        return started, time.perf_counter()
+
+    with ThreadPoolExecutor(size) as pool:
+        spans = list(pool.map(rank, range(size)))
+    seconds = max(end for _, end in spans) - min(start for start, _ in spans)
+    return size * each * plan.clips_per_slot / seconds
+
+
+def _memory_over_a_long_film() -> list[float]:
+    """Peak memory of this process, MB, before, after 1, 2 and 3 thirds of 30 minutes of film streamed directly."""
+    index = index_video(film(**SMALL_FILM, loops=180))
+    config = load_config("paper", "clip.avoid_cuts=false", "data.source=video", "data.short_side=180")
+    config = load_config(config, "optim.slots=1", "crops.clip_size=64", "data.shuffle_segments=2")
+    plan = make_plan(config, _streamed(config, index))
+    steps = plan.clips_per_epoch // plan.clips_per_slot
+    keys = iter([(step, 0) for step in range(steps)])
+    stream = local_slots(plan, keys, prefetch=4, num_threads=CORES, decode_seconds=120.0)
+    peaks = [_peak_mb()]
+    for _ in range(3):
+        for _ in itertools.islice(stream, steps // 3):
+            pass
+        peaks.append(_peak_mb())
+    return peaks
+
+
+def _peak_mb() -> float:
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _shuffling(config: Config, index: VideoIndex) -> dict[str, float]:
+    """How alike the clips of a batch are, by their times in a two-hour film: from the store and streamed directly.
+
+    Two measures: the share of pairs of a batch that start within a minute of each other, and the correlation of the
+    starts of a batch's consecutive clips. Both are 0 at best; the store draws from the whole film.
+    """
+    long = _longer(index, LONG_SECONDS)
+    config = load_config(config, "optim.clips_per_slot=16")
+    found = {}
+    for source in ("store", "video"):
+        plan = make_plan(load_config(config, f"data.source={source}"), _streamed(config, long))
+        times = np.array([_starts(plan, step) for step in range(20)])
+        apart = np.abs(times[:, :, None] - times[:, None, :])[:, ~np.eye(times.shape[1], dtype=bool)]
+        name = "store" if source == "store" else "direct"
+        found[f"{name}_pairs_within_a_minute"] = float((apart < 60).mean())
+        found[f"{name}_neighbor_correlation"] = float(np.corrcoef(times[:, :-1].ravel(), times[:, 1:].ravel())[0, 1])
+    return found
+
+
+def _longer(index: VideoIndex, seconds: int) -> VideoIndex:
+    """The index of a film like this one, of another length."""
+    step, group = int(np.median(np.diff(index.pts))), int(np.median(np.diff(index.key_pts)))
+    pts = np.arange(0, round(seconds / index.tick), step)
+    return replace(index, pts=pts, key_pts=pts[:: group // step], real_seconds=float(seconds))
+
+
+def _starts(plan: Plan, step: int) -> list[float]:
+    """(S x M,) seconds at which a batch's clips start."""
+    clips = [clip for slot in range(plan.slots) for clip in plan.slot_clips(step, slot)]
+    return [float(plan.videos[clip.video].times[clip.frames[0]]) for clip in clips]

@@ -1,0 +1,112 @@
+"""A Ray cluster of several nodes on this machine, whose nodes can be killed, drained and added.
+
+Every node is a raylet of its own, as on machines apart, and all of them share the cores. The head has no CPUs: like the
+head of cluster.yaml it holds the control plane, the driver and Ray Train's controller alone, so that the faults hit
+what a real cluster loses. Methods must be called from the main thread, because Ray installs signal handlers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+from dora_ray.spot import drain
+from dora_ray.training.cluster import KEPT_WORKERS
+
+OBJECT_STORE_BYTES = 150_000_000
+# Of which a training worker takes two (chaos.training), so that two of them never share a node.
+NODE_CPUS = 3
+TRAIN_WORKER = "RayTrainWorker"
+# How soon a dead raylet is known to be dead: 4 missed answers, a second apart (Ray's own: 5, 3 s apart).
+HEAD_SETTINGS = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 1000,
+    "health_check_failure_threshold": 4,
+    "num_workers_soft_limit": KEPT_WORKERS,
+}
+
+
+class LocalNodes:
+    """The cluster, for as long as the context is open.
+
+    Args:
+        count: nodes at the beginning, besides the head.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._cluster: Any = None
+
+    def __enter__(self) -> Self:
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        self._cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": HEAD_SETTINGS})
+        for _ in range(self._count):
+            self.join()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cluster.shutdown()
+
+    @property
+    def address(self) -> str:
+        """What RAY_ADDRESS is set to."""
+        return str(self._cluster.gcs_address)
+
+    def __len__(self) -> int:
+        return len(self._cluster.worker_nodes)
+
+    def join(self) -> None:
+        """A node joins: room for one training worker and for tasks beside it."""
+        self._cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=OBJECT_STORE_BYTES)
+
+    def node_ids(self, *, alive: bool = False) -> list[str]:
+        """Ids of the nodes besides the head; with `alive`, of those that Ray takes to be alive."""
+        living = self._cluster.global_state._live_node_ids() if alive else None
+        return [node.node_id for node in self._cluster.worker_nodes if living is None or node.node_id in living]
+
+    def draining(self) -> dict[str, int]:
+        """Nodes that are being drained, with the deadline in milliseconds since the epoch."""
+        return dict(self._cluster.global_state.get_draining_nodes())
+
+    def train_workers(self) -> dict[str, list[int]]:
+        """Process ids of the living training workers, by node id."""
+        found: dict[str, list[int]] = {}
+        for actor in self._cluster.global_state.actor_table(None, None, "ALIVE").values():
+            if actor["ActorClassName"].endswith(TRAIN_WORKER):
+                found.setdefault(actor["Address"]["NodeID"], []).append(actor["Pid"])
+        return found
+
+    def pick(self, draw: float) -> Any:
+        """A node that a training worker runs on."""
+        busy = self.train_workers()
+        nodes = sorted((node for node in self._cluster.worker_nodes if node.node_id in busy), key=lambda n: n.node_id)
+        return nodes[int(draw * len(nodes))]
+
+    def kill_worker(self, draw: float) -> None:
+        """SIGKILL to a training worker."""
+        pids = sorted(pid for pids in self.train_workers().values() for pid in pids)
+        os.kill(pids[int(draw * len(pids))], signal.SIGKILL)
+
+    def kill_node(self, node: Any) -> None:
+        """SIGKILL to the raylet of a node and to its training workers, as when a machine is gone."""
+        workers = self.train_workers().get(node.node_id, [])
+        self._cluster.remove_node(node, allow_graceful=False)
+        for pid in workers:
+            with suppress(ProcessLookupError):  # it may have noticed that its raylet is gone
+                os.kill(pid, signal.SIGKILL)
+
+    def drain(self, node: Any, seconds: float) -> float:
+        """Announce that a node goes away in so many seconds; returns when, as time.time()."""
+        drain(self.address, node.node_id, seconds=seconds, reason="chaos")
+        return time.time() + seconds

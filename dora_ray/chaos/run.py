@@ -1,0 +1,77 @@
+"""All trials of one call of `dora-ray chaos`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dora_ray.chaos.schedule import FAULTS, LIVE, QUICK
+from dora_ray.chaos.training import make_training_video
+from dora_ray.chaos.trial import Laboratory, Trial
+from dora_ray.errors import ConfigError
+
+OnTrial = Callable[[str, int, int], None]
+
+
+def chaos(
+    faults: Sequence[str], *, seed: int, count: int, quick: bool, on_trial: OnTrial | None = None
+) -> dict[str, Any]:
+    """Inject faults into small trainings on a Ray cluster of this machine, and compare with undisturbed ones.
+
+    Args:
+        faults: names of FAULTS; none: all of them, or those of QUICK.
+        seed: of the steps and the victims.
+        count: how often each fault that strikes a living run strikes it.
+        quick: one run for all faults that strike a living run, instead of one each.
+        on_trial: called with the name of a run, its number from 1, and how many there are.
+
+    Returns:
+        seed, holds (whether all that must hold did), folder (what the runs left, where something did not hold), and
+        trials: for each run its name, rows, max_difference, problems and notes.
+
+    Raises:
+        ConfigError: a fault is not known.
+    """
+    names = check(faults or (QUICK if quick else FAULTS))
+    folder = Path(tempfile.mkdtemp(prefix="dora-ray-chaos-"))
+    laboratory = Laboratory(folder, make_training_video(folder))
+    planned = plan_trials(names, count=count, quick=quick)
+    trials: list[Trial] = []
+    for number, (name, struck) in enumerate(planned, 1):
+        if on_trial is not None:
+            on_trial(name, number, len(planned))
+        trials.append(laboratory.run_live(name, struck, seed=seed) if struck else laboratory.run_alone(name, seed=seed))
+    holds = not any(trial.problems for trial in trials)
+    if holds:
+        shutil.rmtree(folder)
+    return {
+        "seed": seed,
+        "holds": holds,
+        "folder": None if holds else str(folder),
+        "trials": [asdict(trial) for trial in trials],
+    }
+
+
+def check(faults: Sequence[str]) -> list[str]:
+    """The faults' names.
+
+    Raises:
+        ConfigError: one is not known.
+    """
+    unknown = [name for name in faults if name not in FAULTS]
+    if unknown:
+        raise ConfigError(f"--faults {','.join(unknown)}: not known; choose from {', '.join(FAULTS)}")
+    return list(faults)
+
+
+def plan_trials(faults: Sequence[str], *, count: int, quick: bool) -> list[tuple[str, list[str]]]:
+    """The runs: their names, and the faults that strike them while they train (none for a run of its own kind)."""
+    live = [name for name in faults if name in LIVE]
+    alone: list[tuple[str, list[str]]] = [(name, []) for name in faults if name not in LIVE]
+    if quick and live:
+        return [("+".join(live), live * count), *alone]
+    return [*((name, [name] * count) for name in live), *alone]

@@ -1,0 +1,111 @@
+"""Faults that strike a run while it trains."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+
+from dora_ray.chaos.judge import Hit
+from dora_ray.chaos.nodes import LocalNodes
+from dora_ray.chaos.schedule import Strike
+from dora_ray.chaos.training import StalledError, Training
+from dora_ray.training.checkpoint import META
+from dora_ray.training.worlds import CHECKPOINTS
+
+STEP_SECONDS = 180.0
+DRAIN_SECONDS = 12.0
+WRITE_POLL_SECONDS = 0.0005
+# The writer is stopped to see whether it is caught in the middle; that many checkpoints may go by uncaught.
+WRITES_TRIED = 20
+
+
+def strike(what: Strike, training: Training, nodes: LocalNodes) -> Hit:
+    """Wait for the step, let the fault happen, and wait until the run has answered with a step of a new attempt.
+
+    Raises:
+        StalledError: it did not answer.
+    """
+    training.wait(f"step {what.step}", lambda: training.done() >= what.step, seconds=STEP_SECONDS)
+    attempt = training.attempt()
+    step, now = training.done(), time.time()
+    if what.fault == "worker_kill":
+        nodes.kill_worker(what.draw)
+    elif what.fault == "checkpoint_kill":
+        now = kill_writer(training)
+    elif what.fault == "join":
+        nodes.join()
+    else:
+        _take_a_node(what, training, nodes)
+    training.wait(
+        f"a step after {what.fault} at step {step}", lambda: training.attempt() > attempt, seconds=STEP_SECONDS
+    )
+    return Hit(what.fault, step, now)
+
+
+def _take_a_node(what: Strike, training: Training, nodes: LocalNodes) -> None:
+    """Kill a node at once, or drain it and end it at the deadline; one that is left alone gets a neighbor first."""
+    if len(nodes) == 1:
+        nodes.join()
+    node = nodes.pick(what.draw)
+    if what.fault == "drain":
+        deadline = nodes.drain(node, DRAIN_SECONDS)
+        time.sleep(max(0.0, deadline - time.time()))
+    nodes.kill_node(node)
+
+
+def kill_writer(training: Training) -> float:
+    """SIGKILL to the rank that writes a checkpoint, when its folder is there and its last file is not.
+
+    Returns:
+        when, as time.time().
+
+    Raises:
+        StalledError: no checkpoint was caught in the middle.
+    """
+    checkpoints = training.run / CHECKPOINTS
+    for _ in range(WRITES_TRIED):
+        training.wait("a checkpoint", lambda: _half_written(checkpoints), seconds=STEP_SECONDS, poll=WRITE_POLL_SECONDS)
+        pid = training.events("start")[-1]["pid"]
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            if _half_written(checkpoints):
+                os.kill(pid, signal.SIGKILL)
+                return time.time()
+            os.kill(pid, signal.SIGCONT)
+    raise StalledError(f"{WRITES_TRIED} checkpoints were complete before their writer could be stopped")
+
+
+def _half_written(checkpoints: Path) -> bool:
+    return any(not (folder / META).exists() for folder in checkpoints.glob("step-*"))
+
+
+def walk_path(path: Sequence[int], training: Training, nodes: LocalNodes, *, first: int, apart: int) -> list[Hit]:
+    """Kill and add nodes so that the run has each number of workers in turn, for some steps each.
+
+    Raises:
+        StalledError: the run did not get there.
+    """
+
+    def arrive(size: int, step: int) -> None:
+        training.wait(
+            f"step {step} with {size} workers",
+            lambda: training.done() >= step and training.world_size() == size,
+            seconds=STEP_SECONDS,
+        )
+
+    arrive(path[0], first)
+    hits = []
+    for before, after in pairwise(path):
+        hits.append(Hit("join" if after > before else "node_kill", training.done(), time.time()))
+        for _ in range(after - before):
+            nodes.join()
+        for _ in range(before - after):
+            nodes.kill_node(nodes.pick(0.0))
+        arrive(after, hits[-1].step)
+        arrive(after, training.done() + apart // 2)
+    return hits

@@ -1,0 +1,140 @@
+"""The training that the faults strike: `dora-ray train` in a process of its own, as users start it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dora_ray import files
+from dora_ray.data.synthetic import make_video
+from dora_ray.errors import DoRAError
+from dora_ray.training.journal import EVENTS, METRICS, read_lines
+
+# The recipe tiny, narrower: what is tested does not depend on the size of the networks.
+SMALL = (
+    "model.width=48",
+    "model.depth=2",
+    "crops.clip_size=40",
+    "crops.global_size=32",
+    "crops.local_size=16",
+    "crops.num_locals=2",
+    "tracking.num_iterations=5",
+    "head.hidden_width=32",
+    "head.bottleneck_width=16",
+    "head.num_outputs=32",
+    "optim.slots=4",
+    "optim.clips_per_slot=2",
+    "optim.freeze_last_layer_steps=1",
+    "data.short_side=48",
+    "data.frames_per_second=6",
+    "data.segment_seconds=5",
+    "run.log_every_steps=1",
+    "run.keep_checkpoints=2",
+    "cluster.threads_per_worker=1",
+    "cluster.cpus_per_worker=2",
+    "cluster.decode_cpus=0.5",
+    "cluster.max_failures=-1",
+)
+CLIPS_PER_SLOT = 2
+POLL_SECONDS = 0.1
+TAIL_CHARACTERS = 2000
+
+
+class StalledError(DoRAError):
+    """The training did not do what was waited for."""
+
+
+def make_training_video(folder: Path) -> Path:
+    """Forty seconds of video with a shot cut: a few segments of ingest."""
+    return make_video(
+        folder / "video.mp4", width=128, height=96, num_frames=480, frames_per_second=12.0, seed=0, cuts=(200,)
+    )
+
+
+class Training:
+    """One launch of a training, followed through the files of its run.
+
+    Args:
+        run: the run's folder.
+        words: configuration overrides; none for a resume of what is there.
+        address: of the Ray cluster; None in local mode.
+        resume: go on with the run.
+    """
+
+    def __init__(self, run: Path, words: tuple[str, ...], *, address: str | None, resume: bool = False) -> None:
+        self.run = run
+        self.log = run.with_name(f"{run.name}.log")
+        command = [sys.executable, "-m", "dora_ray", "train", *words, "--out", str(run)]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment |= {"OMP_NUM_THREADS": "1"} | ({"RAY_ADDRESS": address} if address else {})
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, *(["--resume"] if resume else [])],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """The lines of events.jsonl of one kind."""
+        return [line for line in read_lines(files.join(self.run, EVENTS)) if line["event"] == event]
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, of all attempts."""
+        return [line for line in read_lines(files.join(self.run, METRICS)) if "step" in line]
+
+    def done(self) -> int:
+        """Steps done, as of its last line of metrics."""
+        return max((line["step"] for line in self.steps()[-1:]), default=0)
+
+    def attempt(self) -> int:
+        """The attempt that did the last step; 0 before the first."""
+        return max((line["attempt"] for line in self.steps()[-1:]), default=0)
+
+    def world_size(self) -> int:
+        """Workers at the last step; 0 before the first."""
+        return max((line["world_size"] for line in self.steps()[-1:]), default=0)
+
+    def wait(self, what: str, condition: Callable[[], bool], *, seconds: float, poll: float = POLL_SECONDS) -> None:
+        """Wait until a condition holds.
+
+        Raises:
+            StalledError: it did not within the time, or the training ended before.
+        """
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self._process.poll() is not None:
+                raise StalledError(
+                    f"the training ended with status {self._process.returncode} before {what}: {self.tail()}"
+                )
+            if time.monotonic() > deadline:
+                raise StalledError(f"{seconds:.0f} s passed without {what}: {self.tail()}")
+            time.sleep(poll)
+
+    def finish(self, *, seconds: float) -> int:
+        """The exit status.
+
+        Raises:
+            StalledError: it did not end within the time.
+        """
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            raise StalledError(f"the training did not end within {seconds:.0f} s: {self.tail()}") from error
+
+    def kill(self) -> None:
+        """SIGKILL to the launching process, if it still runs."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+    def tail(self) -> str:
+        """The end of what it wrote."""
+        return self.log.read_text(errors="replace")[-TAIL_CHARACTERS:]

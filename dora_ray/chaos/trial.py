@@ -1,0 +1,188 @@
+"""One run with faults, beside one that is left alone, and what must hold between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dora_ray import files
+from dora_ray.chaos.damage import cut_newest_checkpoint, damage_store, hang_decoder
+from dora_ray.chaos.judge import Hit, Row, attempts, judge, weights_difference
+from dora_ray.chaos.nodes import LocalNodes
+from dora_ray.chaos.schedule import draw_schedule
+from dora_ray.chaos.strikes import strike, walk_path
+from dora_ray.chaos.training import CLIPS_PER_SLOT, SMALL, StalledError, Training
+from dora_ray.training.journal import EVENTS, METRICS, read_history, read_lines
+from dora_ray.weights import resolve_checkpoint
+
+FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 15, 30, 70
+CHECKPOINT_SECONDS = 4.0
+# Writing a checkpoint, and Ray's noting that it is there: until then, a kill falls back to the one before.
+COMMIT_SECONDS = 2.0
+GROWTH_SECONDS = 5.0
+NODES, PATH = 2, (4, 2, 3, 4)
+END_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one run.
+
+    Attributes:
+        name: the fault, or what the faults were when there were several.
+        rows: a row for each fault.
+        max_difference: largest |difference| of any number of the last checkpoint; None when the run did not end.
+        problems: sentences, one for each thing that did not hold; none when all did.
+        notes: what else was seen.
+    """
+
+    name: str
+    rows: list[Row] = field(default_factory=list)
+    max_difference: float | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def num_steps(num_faults: int) -> int:
+    """Steps of a run with so many faults."""
+    return FIRST_STEP + STEPS_A_FAULT * num_faults + STEPS_AFTER
+
+
+class Laboratory:
+    """A folder with a video, its frame store, and the undisturbed runs, each made when it is first asked for."""
+
+    def __init__(self, folder: Path, video: Path) -> None:
+        self.folder = folder
+        self._video = video
+
+    def words(self, steps: int, num_workers: str, *more: str) -> tuple[str, ...]:
+        """The words of `dora-ray train`."""
+        return (
+            "tiny",
+            *SMALL,
+            f"data.videos=[{self._video}]",
+            f"data.store={self.folder / 'store'}",
+            f"optim.steps={steps}",
+            f"optim.warmup_steps={steps}",
+            f"cluster.num_workers={num_workers}",
+            f"run.checkpoint_seconds={CHECKPOINT_SECONDS:g}",
+            *more,
+        )
+
+    def reference(self, steps: int) -> Path:
+        """The run of so many steps that is left alone, in one process, without Ray."""
+        run = self.folder / f"undisturbed-{steps}"
+        if not run.exists():
+            training = Training(run, self.words(steps, "0"), address=None)
+            try:
+                status = training.finish(seconds=END_SECONDS)
+            finally:
+                training.kill()
+            if status != 0:
+                raise StalledError(f"the undisturbed run ended with status {status}: {training.tail()}")
+        return run
+
+    def run_live(self, name: str, faults: Sequence[str], *, seed: int) -> Trial:
+        """A run that the faults strike one after the other."""
+        steps = num_steps(len(faults))
+        reference, run = self.reference(steps), self.folder / name
+        hits: list[Hit] = []
+        try:
+            with LocalNodes(NODES) as nodes:
+                training = Training(run, self.words(steps, "[1, 4]"), address=nodes.address)
+                try:
+                    schedule = draw_schedule(faults, seed=seed, first=FIRST_STEP, last=steps - STEPS_AFTER)
+                    hits += (strike(what, training, nodes) for what in schedule)
+                    _finish(training)
+                finally:
+                    training.kill()
+        except StalledError as error:
+            return Trial(name, _rows(run, reference, hits), problems=[str(error)])
+        return compare(name, run, reference, hits)
+
+    def run_path(self, name: str) -> Trial:
+        """A run whose number of workers goes down and up again."""
+        steps = num_steps(len(PATH))
+        reference, run = self.reference(steps), self.folder / name
+        hits: list[Hit] = []
+        try:
+            with LocalNodes(PATH[0]) as nodes:
+                training = Training(run, self.words(steps, f"[1, {max(PATH)}]"), address=nodes.address)
+                try:
+                    hits += walk_path(PATH, training, nodes, first=FIRST_STEP, apart=STEPS_A_FAULT)
+                    _finish(training)
+                finally:
+                    training.kill()
+        except StalledError as error:
+            return Trial(name, _rows(run, reference, hits), problems=[str(error)])
+        return compare(name, run, reference, hits)
+
+    def run_alone(self, name: str, *, seed: int) -> Trial:
+        """A run of its own kind, one of schedule.ALONE."""
+        if name == "resize_path":
+            return self.run_path(name)
+        steps = num_steps(0)
+        reference, run = self.reference(steps), self.folder / name
+        store = self.folder / "store"
+        try:
+            if name == "truncate":
+                note = cut_newest_checkpoint(run, self.words(steps, "0"), seed=seed)
+                trial = compare(name, run, reference, ())
+                return replace(trial, notes=[note])
+            if name == "corrupt_segment":
+                return Trial(name, notes=[damage_store(run, self.words(steps, "0"), store=store, seed=seed)])
+            with LocalNodes(1) as nodes:
+                words = self.words(steps, "1")
+                return Trial(name, notes=[hang_decoder(run, words, address=nodes.address, store=store)])
+        except StalledError as error:
+            return Trial(name, problems=[str(error)])
+
+
+def _finish(training: Training) -> None:
+    status = training.finish(seconds=END_SECONDS)
+    if status != 0:
+        raise StalledError(f"the training ended with status {status}: {training.tail()}")
+
+
+def _rows(run: Path, reference: Path, hits: Sequence[Hit]) -> list[Row]:
+    tries = attempts(read_lines(files.join(run, METRICS)), read_lines(files.join(run, EVENTS)))
+    return judge(
+        hits,
+        tries,
+        history=read_history(str(run)),
+        reference=read_history(str(reference)),
+        clips_per_slot=CLIPS_PER_SLOT,
+    )
+
+
+def compare(name: str, run: Path, reference: Path, hits: Sequence[Hit]) -> Trial:
+    """A run that has ended, with the one that was left alone."""
+    rows = _rows(run, reference, hits)
+    difference = weights_difference(resolve_checkpoint(run), resolve_checkpoint(reference))
+    problems = [problem for row in rows for problem in limits(row)]
+    if read_history(str(run)) != read_history(str(reference)):
+        problems.append("the committed history is not that of the undisturbed run")
+    if difference != 0.0:
+        problems.append(f"weights, optimizer state or center differ from the undisturbed run's by up to {difference}")
+    return Trial(name, rows, difference, problems)
+
+
+def limits(row: Row) -> list[str]:
+    """What one fault may cost, and does not keep to: a sentence each."""
+    lost, problems = row.work_lost_seconds, []
+    where = f"{row.fault} at step {row.step}"
+    if row.recovered_seconds is None:
+        problems.append(f"{where}: no step followed")
+    if row.clips_lost or row.clips_repeated:
+        problems.append(f"{where}: {row.clips_lost} clips lost, {row.clips_repeated} repeated")
+    if row.fault == "drain" and row.steps_lost:
+        problems.append(f"{where}: {row.steps_lost} steps lost, although it was announced")
+    if row.fault == "join" and lost > GROWTH_SECONDS:
+        problems.append(f"{where}: {lost:.1f} s of work lost, more than {GROWTH_SECONDS:g}")
+    if "kill" in row.fault and lost > CHECKPOINT_SECONDS + COMMIT_SECONDS:
+        problems.append(
+            f"{where}: {lost:.1f} s of work lost, more than run.checkpoint_seconds={CHECKPOINT_SECONDS:g} and "
+            f"{COMMIT_SECONDS:g} s for writing"
+        )
+    return problems

@@ -1,0 +1,36 @@
+"""dora-ray config."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from dora_ray.commands.output import write
+from dora_ray.commands.words import load
+
+if TYPE_CHECKING:
+    from dora_ray.config import Config
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print a configuration with its meanings, or the schema."""
+    from dora_ray.config import Config
+
+    if options.schema:
+        write(json.dumps(Config.model_json_schema(), indent=2))
+        return
+    config = load(options.words or ["paper"])
+    assert config is not None
+    write("\n".join(_explained(config)))
+
+
+def _explained(config: Config) -> Iterable[str]:
+    """YAML that `load_config` reads back, each key under a comment with its meaning."""
+    for section, values in config.model_dump(mode="json").items():
+        part = getattr(config, section)
+        yield f"{section}:  # {(type(part).__doc__ or '').strip()}"
+        for key, value in values.items():
+            meaning = type(part).model_fields[key].description or ""
+            yield f"  {key}: {json.dumps(value)}  # {' '.join(meaning.split())}"

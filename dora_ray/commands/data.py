@@ -1,0 +1,109 @@
+"""dora-ray data: index, ingest, and videos and images to try things on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dora_ray import files
+from dora_ray.commands.output import Stages, write, write_facts, write_json
+from dora_ray.commands.words import split
+from dora_ray.errors import ConfigError
+
+
+def run_index(options: argparse.Namespace) -> None:
+    """Print what one pass over each video tells."""
+    from dora_ray.data.store import load_index
+    from dora_ray.data.video import find_videos, index_video
+
+    rows: list[dict[str, Any]] = []
+    for path in find_videos(options.videos):
+        index = load_index(path, store=options.store) if options.store else index_video(path)
+        facts = {
+            "video": index.path,
+            "codec": index.codec,
+            "size": f"{index.width}x{index.height}",
+            "rotation": index.rotation,
+            "color": index.pixel_format,
+            "frames": len(index.pts),
+            "key_frames": len(index.key_pts),
+            "frames_per_second": round(float(index.average_rate), 3),
+            "seconds": round(float(index.real_seconds), 3),
+            "declared_seconds": round(float(index.declared_seconds), 3),
+            "warnings": list(index.warnings),
+        }
+        if rows:
+            write("")
+        write_facts(facts)
+        rows.append(facts)
+    write_json(options.json, rows)
+
+
+def run_ingest(options: argparse.Namespace) -> None:
+    """Bring videos into a frame store."""
+    from dora_ray.config import load_config
+    from dora_ray.data.ingest import ingest
+    from dora_ray.training.cluster import connect
+
+    videos, overrides = split(options.words)
+    if not videos:
+        raise ConfigError("no video was given: name files, folders, globs or URIs")
+    config = load_config(options.recipe, *overrides)
+    data = config.data
+    with Stages() as stages, connect(config):
+        stored = ingest(
+            videos,
+            store=options.store,
+            decoder=data.decoder,
+            frames_per_second=data.frames_per_second,
+            short_side=data.short_side,
+            jpeg_quality=data.jpeg_quality,
+            segment_seconds=data.segment_seconds,
+            decode_seconds=data.decode_seconds,
+            node_label=config.cluster.decode_label,
+            progress=stages.ingest,
+        )
+    write_facts(
+        {"store": files.absolute(options.store)} | {video.path: f"{len(video.times)} frames" for video in stored}
+    )
+
+
+def run_synth_video(options: argparse.Namespace) -> None:
+    """Make a video."""
+    from dora_ray.data.synthetic import make_video
+
+    width, height = options.size
+    if width % 2 or height % 2 or width < 80 or height < 2:
+        raise ConfigError(f"--size {width}x{height}: both must be even, and the width at least 80")
+    num_frames = round(options.seconds * options.fps)
+    if not 2 <= num_frames <= 65536:
+        raise ConfigError(
+            f"--seconds {options.seconds:g} --fps {options.fps:g} are {num_frames} frames: 2 to 65536 can be made"
+        )
+    _refuse_existing(options.out)
+    cuts = [round(second * options.fps) for second in options.cuts]
+    path = make_video(
+        options.out,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        frames_per_second=options.fps,
+        seed=options.seed,
+        cuts=cuts,
+    )
+    write(str(path))
+
+
+def run_synth_photos(options: argparse.Namespace) -> None:
+    """Make labeled images."""
+    from dora_ray.data.synthetic import make_photo_classes
+
+    _refuse_existing(options.out)
+    names = make_photo_classes(options.out, seed=options.seed)
+    write_facts({"folder": options.out, "classes": names})
+
+
+def _refuse_existing(path: str) -> None:
+    if Path(path).exists():
+        raise ConfigError(f"{path} exists already: give another name")

@@ -1,0 +1,49 @@
+"""dora-ray train."""
+
+from __future__ import annotations
+
+import argparse
+
+from dora_ray import files
+from dora_ray.commands.output import Stages, write, write_facts
+from dora_ray.commands.words import load, split
+from dora_ray.errors import ConfigError
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, or say what training would do."""
+    from dora_ray.config import load_config
+    from dora_ray.training.launch import dry_run, saved_config, train
+
+    names, overrides = split(options.words)
+    if options.resume and not names:
+        if options.out is None:
+            raise ConfigError("--resume needs the run to go on with: --out DIR")
+        config = load_config(saved_config(files.absolute(options.out)), *overrides)
+    else:
+        found = load(options.words)
+        if found is None:
+            raise ConfigError(
+                "no configuration was given: name a recipe (paper, released, tiny) or a YAML file, "
+                "such as `dora-ray train tiny`"
+            )
+        config = found
+    if options.dry_run:
+        write(dry_run(config, out=options.out, resume=options.resume, overwrite=options.overwrite))
+        return
+    with Stages() as stages:
+        result = train(
+            config,
+            out=options.out,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            on_metrics=stages.train(config.optim.steps),
+            on_ingest=stages.ingest,
+        )
+    shown = ("step", "loss", "object_agreement", "local_agreement", "knn", "clips_per_second")
+    write_facts(
+        {"run": result.path, "checkpoint": result.checkpoint}
+        | {name: result.metrics[name] for name in shown if name in result.metrics}
+    )
+    path = result.path
+    write(f"\nNext: dora-ray report {path}; dora-ray export {path} --out DIR; dora-ray show {path} VIDEO")

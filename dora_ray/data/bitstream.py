@@ -1,0 +1,171 @@
+"""Which compressed pictures no other picture leans on, read from a few bits of their headers, without decoding.
+
+Such a picture may stay undecoded without a change to any other, so a decoder spends its time on the rest and on the
+pictures that somebody wants. Wherever a header is unusual the answer is "leant on": that costs time and never a pixel.
+
+Sources: ITU-T H.264, 7.3.1 and 7.4.1 (nal_ref_idc), Annex B (start codes); ISO/IEC 14496-15, 5.3.3 (avcC); AV1
+Bitstream and Decoding Process, 5.3.1 (OBU header), 5.5.1 (sequence header), 5.9.2 (frame header); AV1-ISOBMFF, 2.3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+SLICES = frozenset((1, 2, 3, 4, 5))
+# Parameter sets and their extensions change how later pictures are read.
+PARAMETER_SETS = frozenset((7, 8, 13, 15))
+START_CODE = b"\0\0\1"
+OBU_SEQUENCE, OBU_FRAME_HEADER, OBU_FRAME, OBU_REDUNDANT_HEADER = 1, 3, 6, 7
+KEY_FRAME, INTRA_ONLY, SWITCH = 0, 2, 3
+SELECT = 2
+
+Packet = bytes | memoryview
+
+
+def reference_test(codec: str, extradata: bytes | None) -> Callable[[Packet], bool]:
+    """The function that says whether another picture may lean on the one in a packet.
+
+    Args:
+        codec: FFmpeg's name; "h264" and "av1" are looked into.
+        extradata: the stream's parameters as the container holds them.
+    """
+    if codec == "h264":
+        configured = bool(extradata) and len(extradata or b"") > 4 and (extradata or b"")[0] == 1
+        length_bytes = ((extradata or b"")[4] & 3) + 1 if configured else 0
+        return lambda packet: _h264_is_reference(packet, length_bytes)
+    sequence = _sequence(extradata) if codec == "av1" else None
+    return (lambda packet: _av1_is_reference(packet, sequence)) if sequence else (lambda packet: True)
+
+
+def _h264_is_reference(packet: Packet, length_bytes: int) -> bool:
+    """False when every slice says nal_ref_idc = 0 and no parameter set travels along."""
+    headers = list(_sized_units(packet, length_bytes) if length_bytes else _start_code_units(bytes(packet)))
+    slices = [header for header in headers if header & 31 in SLICES]
+    return (
+        not slices
+        or any(header >> 5 & 3 for header in slices)
+        or any(header & 31 in PARAMETER_SETS for header in headers)
+    )
+
+
+def _sized_units(packet: Packet, length_bytes: int) -> Iterator[int]:
+    """The first byte of each NAL unit; of one whose length cannot be right, a parameter set's."""
+    position = 0
+    while position < len(packet):
+        start = position + length_bytes
+        position = start + int.from_bytes(packet[position:start], "big")
+        yield packet[start] if start < position <= len(packet) else min(PARAMETER_SETS)
+
+
+def _start_code_units(packet: bytes) -> Iterator[int]:
+    position = packet.find(START_CODE)
+    while 0 <= position < len(packet) - len(START_CODE):
+        yield packet[position + len(START_CODE)]
+        position = packet.find(START_CODE, position + len(START_CODE))
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """What the frame header's layout depends on: 0 off, 1 on, SELECT where each frame says."""
+
+    screen_content_tools: int
+    integer_motion: int
+    order_hint_bits: int
+
+
+class _Bits:
+    """Reads a header from its highest bit on; past the end come zeros, so nothing is read twice."""
+
+    def __init__(self, content: bytes) -> None:
+        self._value = int.from_bytes(content, "big")
+        self._left = 8 * len(content)
+
+    def __call__(self, count: int) -> int:
+        self._left -= count
+        return (self._value >> self._left if self._left >= 0 else 0) & ((1 << count) - 1)
+
+
+def _units(packet: Packet) -> Iterator[tuple[int, bytes]]:
+    """Type and first 32 bytes of each OBU; ValueError where one has no size or does not fit."""
+    position = 0
+    while position < len(packet):
+        header = packet[position]
+        if not header & 2:
+            raise ValueError("an OBU without its size")
+        position += 2 if header & 4 else 1
+        size = shift = 0
+        more = True
+        while more and position < len(packet):
+            size |= (packet[position] & 127) << shift
+            more = bool(packet[position] & 128)
+            shift, position = shift + 7, position + 1
+        if position + size > len(packet):
+            raise ValueError("an OBU that is cut off")
+        yield header >> 3 & 15, bytes(packet[position : position + min(size, 32)])
+        position += size
+
+
+def _sequence(extradata: bytes | None) -> _Sequence | None:
+    """The sequence header behind the four bytes of av1C; None where it is missing or uses what is rarely used."""
+    try:
+        headers = [content for kind, content in _units((extradata or b"")[4:]) if kind == OBU_SEQUENCE]
+    except ValueError:
+        return None
+    return _read_sequence(_Bits(headers[0])) if headers else None
+
+
+def _read_sequence(bits: _Bits) -> _Sequence | None:
+    """5.5.1, up to the order hint; None for still pictures, timing information and frame numbers."""
+    bits(4)
+    if bits(1) or bits(1):
+        return None
+    delays = bits(1)
+    for _ in range(bits(5) + 1):
+        bits(12)
+        if bits(5) > 7:
+            bits(1)
+        if delays and bits(1):
+            bits(4)
+    widths = (bits(4) + 1, bits(4) + 1)
+    bits(sum(widths))
+    if bits(1):
+        return None
+    bits(3 + 4)
+    has_order = bits(1)
+    if has_order:
+        bits(2)
+    tools = SELECT if bits(1) else bits(1)
+    motion = (SELECT if bits(1) else bits(1)) if tools else SELECT
+    return _Sequence(tools, motion, bits(3) + 1 if has_order else 0)
+
+
+def _av1_is_reference(packet: Packet, sequence: _Sequence) -> bool:
+    """False when every frame of the packet refreshes no reference slot and no sequence header travels along."""
+    try:
+        units = list(_units(packet))
+    except ValueError:
+        return True
+    frames = [content for kind, content in units if kind in (OBU_FRAME, OBU_FRAME_HEADER)]
+    others = any(kind in (OBU_SEQUENCE, OBU_REDUNDANT_HEADER) for kind, _ in units)
+    return not frames or others or any(_refreshes(_Bits(content), sequence) for content in frames)
+
+
+def _refreshes(bits: _Bits, sequence: _Sequence) -> bool:
+    """5.9.2, up to refresh_frame_flags."""
+    if bits(1):
+        return True
+    kind, shown = bits(2), bits(1)
+    if not shown:
+        bits(1)
+    if kind == SWITCH or (kind == KEY_FRAME and shown):
+        return True
+    resilient = bits(1)
+    bits(1)
+    tools = bits(1) if sequence.screen_content_tools == SELECT else sequence.screen_content_tools
+    if tools and sequence.integer_motion == SELECT:
+        bits(1)
+    bits(1 + sequence.order_hint_bits)
+    if kind not in (INTRA_ONLY, KEY_FRAME) and not resilient:
+        bits(3)
+    return bits(8) != 0

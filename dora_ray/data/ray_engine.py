@@ -1,0 +1,111 @@
+"""Slots read and segments decoded by tasks on a Ray cluster.
+
+Tasks and their objects live in Ray's object store: a segment is a task's result that the tasks of a slot share without
+copying, near which Ray places them, and which Ray makes anew when its node is lost.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dora_ray.data.direct import DecodedSegment, decode_segment
+from dora_ray.data.plan import Plan
+from dora_ray.data.slots import SlotBatch, SlotKey, read_slot
+from dora_ray.data.supervision import TaskWatch
+
+# Watches end processes on purpose, and each ending counts as a retry; a task that dies more often is broken.
+MAX_RETRIES = 20
+
+
+class RayEngine:
+    """See `pipeline.Engine`; handles are object references."""
+
+    def __init__(self, plan: Plan, *, cpus_per_task: float, node_label: str | None, decode_seconds: float) -> None:
+        """Give the cluster the plan.
+
+        Args:
+            plan: the plan.
+            cpus_per_task: CPUs that Ray reserves for a task.
+            node_label: value of the node label `role` that tasks are pinned to; None: any node.
+            decode_seconds: the longest that a clip or a frame may take before its process is ended.
+        """
+        import ray
+
+        # Inside a tuple, so that tasks get the reference itself and every process unpacks the plan once.
+        self._plan = (ray.put(plan),)
+        self._seconds = decode_seconds
+        # "DEFAULT" and not the training worker's own placement group.
+        options: dict[str, Any] = {
+            "num_cpus": cpus_per_task,
+            "max_retries": MAX_RETRIES,
+            "scheduling_strategy": "DEFAULT",
+        }
+        pinned: dict[str, Any] = {"label_selector": {"role": node_label}} if node_label else {}
+        self._options = options | pinned
+        self._elsewhere = options | (pinned or {"scheduling_strategy": "SPREAD"})
+        self._decode, self._read = ray.remote(_decode_task), ray.remote(_read_task)
+
+    def decode(self, segment: int, *, again: bool = False) -> Any:
+        """See `pipeline.Engine`."""
+        options = self._elsewhere if again else self._options
+        return self._decode.options(**options).remote(self._plan, segment, self._seconds)
+
+    def read(self, keys: Sequence[SlotKey], segments: Mapping[int, Any], *, again: bool = False) -> Any:
+        """See `pipeline.Engine`."""
+        options = self._elsewhere if again else self._options
+        task = self._read.options(**options)
+        return task.remote(self._plan, tuple(keys), self._seconds, tuple(segments), *segments.values())
+
+    def result(self, handle: Any) -> list[SlotBatch]:
+        """See `pipeline.Engine`."""
+        import ray
+
+        batches: list[SlotBatch] = ray.get(handle)
+        return batches
+
+    def unfinished(self, handles: list[Any]) -> list[Any]:
+        """See `pipeline.Engine`."""
+        import ray
+
+        return ray.wait(handles, num_returns=len(handles), timeout=0, fetch_local=False)[1] if handles else []
+
+    def close(self) -> None:
+        """See `pipeline.Engine`: what nobody refers to any more is freed by Ray."""
+
+
+def parallel_tasks(*, cpus_per_task: float, num_streams: int, node_label: str | None) -> int:
+    """Tasks that one of the streams can run at a time, at least 1."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if node_label:
+        nodes = [node for node in nodes if node.get("Labels", {}).get("role") == node_label]
+    cpus = sum(node["Resources"].get("CPU", 0.0) for node in nodes)
+    return max(1, math.floor(cpus / cpus_per_task / num_streams))
+
+
+@functools.lru_cache(maxsize=2)
+def _plan_of(reference: Any) -> Plan:
+    import ray
+
+    plan: Plan = ray.get(reference)
+    return plan
+
+
+def _decode_task(plan: tuple[Any], segment: int, seconds: float) -> DecodedSegment:
+    with TaskWatch(seconds) as watch:
+        return decode_segment(_plan_of(*plan), segment, watch)  # type: ignore[arg-type]
+
+
+def _read_task(
+    plan: tuple[Any], keys: tuple[SlotKey, ...], seconds: float, numbers: tuple[int, ...], *segments: DecodedSegment
+) -> list[SlotBatch]:
+    decoded, size = dict(zip(numbers, segments, strict=True)), _plan_of(*plan).clips_per_slot
+    with TaskWatch(seconds) as watch:
+        return [
+            read_slot(_plan_of(*plan), step, slot, decoded, watch=watch, first_item=number * size)
+            for number, (step, slot) in enumerate(keys)
+        ]

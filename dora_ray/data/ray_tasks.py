@@ -1,0 +1,102 @@
+"""One function over many items on the cluster, results in the order they finish: a Ray Data job with a task an item."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from dora_ray.errors import ClusterError
+
+Task = Callable[[str], dict[str, Any]]
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """The Ray cluster of the caller, or one of this machine that ends with the block."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_tasks(
+    items: Sequence[str], task: Task, *, node_label: str | None, patience_seconds: float
+) -> Iterator[dict[str, Any]]:
+    """What `task` returns for each item, a flat dict of plain values, as soon as it is there.
+
+    Args:
+        items: what each task is given.
+        task: runs in a process of the cluster; run again where a process or a node dies.
+        node_label: value of the node label `role` that tasks are pinned to; None: any node.
+        patience_seconds: longest time in which no task ends.
+
+    Raises:
+        ClusterError: no task has ended for that long.
+    """
+    results: queue.Queue[Any] = queue.Queue()
+    stop = threading.Event()
+    arguments = (items, task, node_label, results, stop)
+    thread = threading.Thread(target=_consume, args=arguments, name="dora-ray-tasks", daemon=True)
+    thread.start()
+    try:
+        for done in range(len(items)):
+            try:
+                result = results.get(timeout=patience_seconds)
+            except queue.Empty:
+                place = f" on nodes with the label role={node_label}" if node_label else ""
+                raise ClusterError(
+                    f"{len(items) - done} of {len(items)} parts of the work are left and none has finished in"
+                    f" {patience_seconds:.0f} s; what was done is kept: look for free CPUs{place} (ray status), and"
+                    " start again"
+                ) from None
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+        thread.join()
+    finally:
+        stop.set()
+
+
+def _consume(
+    items: Sequence[str], task: Task, node_label: str | None, results: queue.Queue[Any], stop: threading.Event
+) -> None:
+    try:
+        for row in _dataset(items, task, node_label).iter_rows():
+            results.put(row)
+            if stop.is_set():
+                return
+    except Exception as error:  # noqa: BLE001  it is raised again by the thread that waits for the results
+        results.put(error)
+
+
+def _dataset(items: Sequence[str], task: Task, node_label: str | None) -> Any:
+    """One block and one task for each item, so that a retry repeats one."""
+    import ray.data
+
+    # Our callers' progress speaks for the job: Ray Data's note that its bars are off, and its last line, are left out.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
+    pinned = {"label_selector": {"role": node_label}} if node_label else {}
+    dataset = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
+        lambda row: task(row["item"]), num_cpus=_task_cpus(), **pinned
+    )
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
+    return dataset
+
+
+def _task_cpus() -> float:
+    """A core for each task, and half of one where the cluster has a single core that its caller may sit on."""
+    import ray
+
+    return 1.0 if ray.cluster_resources().get("CPU", 0.0) >= 2 else 0.5

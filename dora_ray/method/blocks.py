@@ -1,0 +1,207 @@
+"""timm's transformer blocks over sequences of unlike lengths, laid one after the other without padding.
+
+Everything in a block but the attention works on single tokens, so all views of a slot (whole frames, objects of any
+size, small crops) share each matrix product. In the attention every sequence sees itself alone.
+Shapes: S sequences, P tokens of all sequences together, D width, H heads, d = D / H.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+
+HALF = (torch.float16, torch.bfloat16)
+# From so many runs on, one kernel for all lengths beats a call for each.
+RUNS_FOR_KERNEL = 5
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where sequences lie among the tokens.
+
+    Attributes:
+        runs: (count, length): so many sequences in a row have so many tokens each. Neighbors may have equal lengths.
+        device: of the tokens.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    device: torch.device
+
+    @classmethod
+    def of_lengths(cls, lengths: Iterable[int], device: torch.device) -> Layout:
+        """Sequences of these lengths; best in order, since equal neighbors share one attention call."""
+        runs = tuple((sum(1 for _ in group), length) for length, group in itertools.groupby(lengths))
+        return cls(runs, device)
+
+    def __add__(self, other: Layout) -> Layout:
+        return Layout(self.runs + other.runs, self.device)
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return sum(count for count, _ in self.runs)
+
+    @property
+    def num_tokens(self) -> int:
+        """P."""
+        return sum(self.tokens_of_runs)
+
+    @property
+    def tokens_of_runs(self) -> list[int]:
+        """Tokens of each run."""
+        return [count * length for count, length in self.runs]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(S,) int64 on the device, made from the runs: the host waits for nothing."""
+        counts, lengths = torch.tensor(self.runs).T.to(self.device, non_blocking=True)
+        return torch.repeat_interleave(lengths, counts, output_size=self.num_sequences)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """(S + 1,) int32: sequence s is tokens bounds[s] to bounds[s + 1]."""
+        return F.pad(self.lengths.cumsum(0), (1, 0)).int()
+
+    @cached_property
+    def firsts(self) -> Tensor:
+        """(S,) int64: the place of each sequence's first token, which is CLS."""
+        return self.bounds[:-1].long()
+
+
+def run_block(block: Block, tokens: Tensor, layout: Layout) -> Tensor:
+    """A block's output (P, D) from its input (P, D)."""
+    attention = cast(Attention, block.attn)
+    mixed = _self_attention(attention, attention.qkv(block.norm1(tokens)), layout)
+    return _add_branches(block, tokens, mixed, layout)
+
+
+def cls_of_block(block: Block, tokens: Tensor, layout: Layout) -> Tensor:
+    """A block's output at the first token of each sequence, (S, D): one query, keys and values of all tokens."""
+    attention = cast(Attention, block.attn)
+    normalized = block.norm1(tokens)
+    # The backward of indexing adds in any order on a GPU; that of an embedding does not.
+    query = project(attention, F.embedding(layout.firsts, normalized), 0)
+    key_value = torch.unflatten(
+        _linear_rows(attention, normalized, slice(attention.attn_dim, None)), -1, (2, *_heads(attention))
+    )
+    mixed = _cls_attention(attention, query, key_value, layout)
+    alone = Layout(((layout.num_sequences, 1),), layout.device)
+    return _add_branches(block, F.embedding(layout.firsts, tokens), mixed, alone)
+
+
+def cls_of_blocks(vit: VisionTransformer, tokens: Tensor, layout: Layout) -> Tensor:
+    """CLS of every sequence after all blocks and the final norm, (S, D).
+
+    What the last block would do to the other tokens is not computed. With `vit.set_grad_checkpointing()` only the
+    inputs of the blocks are kept for the backward, which computes the rest again.
+    """
+    blocks = cast(Sequence[Block], vit.blocks)
+    recompute = bool(vit.grad_checkpointing) and torch.is_grad_enabled()
+    for block in blocks[:-1]:
+        tokens = (
+            checkpoint(run_block, block, tokens, layout, use_reentrant=False)
+            if recompute
+            else run_block(block, tokens, layout)
+        )
+    normalized: Tensor = vit.norm(cls_of_block(blocks[-1], tokens, layout))
+    return normalized
+
+
+def project(attention: Attention, tokens: Tensor, part: int) -> Tensor:
+    """Queries (part 0), keys (1) or values (2) of tokens (..., D), as (..., H, d)."""
+    width = attention.attn_dim
+    heads = torch.unflatten(
+        _linear_rows(attention, tokens, slice(part * width, (part + 1) * width)), -1, _heads(attention)
+    )
+    normalized: Tensor = (attention.q_norm, attention.k_norm, nn.Identity())[part](heads)
+    return normalized
+
+
+def _heads(attention: Attention) -> tuple[int, int]:
+    return attention.num_heads, attention.head_dim
+
+
+def _linear_rows(attention: Attention, tokens: Tensor, rows: slice) -> Tensor:
+    """Some of the outputs of the layer that makes queries, keys and values."""
+    bias = None if attention.qkv.bias is None else attention.qkv.bias[rows]
+    return F.linear(tokens, attention.qkv.weight[rows], bias)
+
+
+def _self_attention(attention: Attention, qkv: Tensor, layout: Layout) -> Tensor:
+    """(P, D) from the projections (P, 3 D)."""
+    parts = torch.unflatten(qkv, -1, (3, *_heads(attention)))
+    if _has_kernel(qkv, layout):
+        query, key, value = parts.unbind(1)
+        longest = max(length for _, length in layout.runs)
+        query, key = attention.q_norm(query), attention.k_norm(key)
+        return cast(Tensor, varlen_attn(query, key, value, layout.bounds, layout.bounds, longest, longest)).flatten(1)
+    mixed = []
+    for run, shape in zip(_split(parts, layout), layout.runs, strict=True):
+        # Unbound where the projections lie: the backward then stacks them in one pass, in this very order.
+        query, key, value = (part.transpose(1, 2) for part in torch.unflatten(run, 0, shape).unbind(2))
+        mixed.append(_attend(attention.q_norm(query), attention.k_norm(key), value))
+    return _join(mixed)
+
+
+def _cls_attention(attention: Attention, query: Tensor, key_value: Tensor, layout: Layout) -> Tensor:
+    """(S, D) from one query of each sequence (S, H, d) and the keys and values of all tokens (P, 2, H, d)."""
+    if _has_kernel(key_value, layout):
+        key, value = key_value.unbind(1)
+        singles = torch.arange(layout.num_sequences + 1, dtype=torch.int32, device=layout.device)
+        longest = max(length for _, length in layout.runs)
+        key = attention.k_norm(key)
+        return cast(Tensor, varlen_attn(query, key, value, singles, layout.bounds, 1, longest)).flatten(1)
+    mixed = []
+    queries = torch.split(query, [count for count, _ in layout.runs])
+    for one, run, shape in zip(queries, _split(key_value, layout), layout.runs, strict=True):
+        key, value = (part.transpose(1, 2) for part in torch.unflatten(run, 0, shape).unbind(2))
+        mixed.append(_attend(one.unsqueeze(2), attention.k_norm(key), value))
+    return _join(mixed)
+
+
+def _has_kernel(tokens: Tensor, layout: Layout) -> bool:
+    """Whether to use torch's attention over unlike lengths, which there is in half precision on a GPU."""
+    return tokens.is_cuda and tokens.dtype in HALF and len(layout.runs) >= RUNS_FOR_KERNEL
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(sequences x queries, D) from (sequences, H, queries, d), and (sequences, H, tokens, d) twice."""
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def _split(tokens: Tensor, layout: Layout) -> Sequence[Tensor]:
+    return [tokens] if len(layout.runs) == 1 else torch.split(tokens, layout.tokens_of_runs)
+
+
+def _join(runs: list[Tensor]) -> Tensor:
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+
+def _add_branches(block: Block, tokens: Tensor, mixed: Tensor, layout: Layout) -> Tensor:
+    """The rest of a block after its attention has mixed the values: two residual branches, (P, D)."""
+    attention = cast(Attention, block.attn)
+    branch = block.ls1(attention.proj(attention.norm(mixed)))
+    tokens = tokens + _drop_path(block.drop_path1, branch, layout)
+    output: Tensor = tokens + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), layout)
+    return output
+
+
+def _drop_path(drop: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
+    """The branch with some whole sequences dropped, drawn as timm draws them: one number a sequence."""
+    if isinstance(drop, nn.Identity) or not drop.training:
+        return branch
+    kept: Tensor = drop(branch.new_ones(layout.num_sequences, 1))
+    if layout.num_tokens == layout.num_sequences:
+        return branch * kept
+    return branch * torch.repeat_interleave(kept, layout.lengths, dim=0, output_size=layout.num_tokens)

@@ -1,0 +1,274 @@
+"""The spot watcher: tells Ray that this node is about to be taken away, as soon as the cloud tells the node.
+
+    python -m dora_ray.spot --provider aws
+
+runs on every spot node, beside Ray (cluster.yaml starts it). It asks the provider every few seconds whether there is a
+termination notice; when there is one, it has Ray drain the node with the deadline of the notice, and ends. Ray then
+places nothing new there, and training writes a checkpoint before the node is gone. Nothing that is built into Ray reads
+these notices.
+
+The notice, as each provider gives it:
+    aws    169.254.169.254/latest/meta-data/spot/instance-action (IMDSv2): 404, or JSON with the time; 120 s ahead
+    gcp    metadata.google.internal/computeMetadata/v1/instance/preempted: FALSE or TRUE; 30 s ahead
+    file   a file that is not there, or is; it may hold the seconds that are left
+    url    404, or 200; the body may be the seconds that are left
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http import HTTPStatus
+from pathlib import Path
+
+from dora_ray.errors import ClusterError, DoRAError
+
+logger = logging.getLogger(__name__)
+
+AWS_URL, GCP_URL = "http://169.254.169.254", "http://metadata.google.internal"
+AWS_TOKEN_SECONDS = 21600
+GCP_NOTICE_SECONDS = 30.0
+# What a file or a URL announces when it names no time: the shorter of the two clouds' notices.
+OTHER_NOTICE_SECONDS = 30.0
+REQUEST_SECONDS = 2.0
+RETRY_SECONDS = 1.0
+NODE_ID = re.compile("[0-9a-f]{56}")
+
+
+@dataclass(frozen=True)
+class Notice:
+    """The cloud takes this node away at `deadline`, as time.time()."""
+
+    deadline: float
+
+
+Look = Callable[[], Notice | None]
+
+
+def aws(url: str) -> Look:
+    """Looks for the notice of EC2, through IMDSv2; the session's token is renewed when it is refused.
+
+    Args:
+        url: of the metadata service.
+    """
+    token = ""
+
+    def ask() -> str | None:
+        return _request(f"{url}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
+
+    def look() -> Notice | None:
+        nonlocal token
+        try:
+            answer = ask()
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.UNAUTHORIZED:
+                raise
+            lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": str(AWS_TOKEN_SECONDS)}
+            token = _request(f"{url}/latest/api/token", lifetime, method="PUT") or ""
+            answer = ask()
+        if answer is None:
+            return None
+        when = datetime.strptime(json.loads(answer)["time"], "%Y-%m-%dT%H:%M:%SZ")
+        return Notice(when.replace(tzinfo=UTC).timestamp())
+
+    return look
+
+
+def gcp(url: str) -> Look:
+    """Looks for the notice of Compute Engine.
+
+    Args:
+        url: of the metadata service.
+    """
+
+    def look() -> Notice | None:
+        answer = _request(f"{url}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
+        taken = answer is not None and answer.strip() == "TRUE"
+        return Notice(time.time() + GCP_NOTICE_SECONDS) if taken else None
+
+    return look
+
+
+def from_url(url: str) -> Look:
+    """Looks for the notice at a URL of one's own."""
+    return lambda: _announced(_request(url, {}))
+
+
+def from_file(path: str) -> Look:
+    """Looks for the notice in a file."""
+
+    def look() -> Notice | None:
+        try:
+            return _announced(Path(path).read_text())
+        except FileNotFoundError:
+            return None
+
+    return look
+
+
+def _announced(text: str | None) -> Notice | None:
+    if text is None:
+        return None
+    seconds = float(text) if text.strip() else OTHER_NOTICE_SECONDS
+    if not math.isfinite(seconds):
+        raise ValueError(f"{seconds} seconds are left")
+    return Notice(time.time() + seconds)
+
+
+def _request(url: str, headers: Mapping[str, str], *, method: str = "GET") -> str | None:
+    """The body, or None for 404. A proxy must not answer for this very machine, so none is asked."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, headers=dict(headers), method=method)
+    try:
+        with opener.open(request, timeout=REQUEST_SECONDS) as answer:
+            return str(answer.read().decode("utf-8"))
+    except urllib.error.HTTPError as error:
+        if error.code == HTTPStatus.NOT_FOUND:
+            return None
+        raise
+
+
+def wait_for_notice(look: Look, *, poll_seconds: float) -> Notice:
+    """The notice, once there is one. A provider that does not answer, or not in its own form, has given none."""
+    complained = False
+    while True:
+        try:
+            notice = look()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            notice = None
+            if not complained:
+                logger.warning("no answer that can be read, asking on: %s", error)
+            complained = True
+        else:
+            complained = False
+        if notice is not None:
+            return notice
+        time.sleep(poll_seconds)
+
+
+def drain(address: str, node_id: str, *, seconds: float, reason: str) -> None:
+    """Have Ray drain a node that goes away in so many seconds; ends when Ray has taken note.
+
+    Args:
+        address: host:port of the cluster's control plane.
+        node_id: the node's id, in hexadecimal.
+        seconds: until the node goes away.
+        reason: said in Ray's own messages.
+
+    Raises:
+        ClusterError: Ray does not answer, or refuses.
+    """
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+
+    if NODE_ID.fullmatch(node_id) is None:  # Ray would accept it, and drain nothing
+        raise ClusterError(f"{node_id!r} is not the id of a node of Ray, which has 56 hexadecimal digits")
+    deadline_ms = int((time.time() + max(0.0, seconds)) * 1000)
+    try:
+        accepted, refusal = GcsClient(address=address).drain_node(
+            node_id, DRAIN_NODE_REASON_PREEMPTION, reason, deadline_ms
+        )
+    except Exception as error:  # its errors have no common class below Exception
+        raise ClusterError(f"Ray at {address} does not answer: {error}") from error
+    if not accepted:
+        raise ClusterError(f"Ray at {address} does not drain node {node_id}: {refusal}")
+
+
+def find_node(address: str) -> str:
+    """The id of the living node at this machine's address.
+
+    Raises:
+        ClusterError: there is none, or there are several; or Ray does not answer.
+    """
+    import ray
+    from ray._raylet import GcsClient
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+    here = ray.util.get_node_ip_address()
+    try:
+        nodes = GcsClient(address=address).get_all_node_info()
+    except Exception as error:  # as above
+        raise ClusterError(f"Ray at {address} does not answer: {error}") from error
+    found = [
+        node_id.hex()
+        for node_id, node in nodes.items()
+        if node.node_manager_address == here and node.state == GcsNodeInfo.ALIVE
+    ]
+    if len(found) != 1:
+        raise ClusterError(
+            f"{len(found)} living nodes of Ray at {address} have this machine's address {here}: give --node-id"
+        )
+    return found[0]
+
+
+def drain_until_accepted(address: str, node_id: str | None, notice: Notice) -> None:
+    """Drain this node, trying again until the notice's deadline.
+
+    Raises:
+        ClusterError: the last reason why it was not possible.
+    """
+    while True:
+        seconds = notice.deadline - time.time()
+        try:
+            drain(address, node_id or find_node(address), seconds=seconds, reason="spot termination notice")
+        except ClusterError as error:
+            if seconds < RETRY_SECONDS:
+                raise
+            logger.warning("%s; trying again", error)
+            time.sleep(RETRY_SECONDS)
+        else:
+            logger.warning("drained: this node is taken away in %.0f s", seconds)
+            return
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Watch until the notice, drain, and end."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    looks = {"aws": aws, "gcp": gcp, "url": from_url, "file": from_file}
+    source = options.source or {"aws": AWS_URL, "gcp": GCP_URL}.get(options.provider)
+    if source is None:
+        _parser().error(f"--provider {options.provider} needs --source")
+    try:
+        notice = wait_for_notice(looks[options.provider](source), poll_seconds=options.poll_seconds)
+        drain_until_accepted(options.address, options.node_id, notice)
+    except DoRAError as error:
+        logger.error("%s", error)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dora_ray.spot",
+        description="Drain this Ray node when the cloud announces that it takes it away.",
+    )
+    parser.add_argument("--provider", choices=("aws", "gcp", "url", "file"), required=True, help="who gives the notice")
+    parser.add_argument("--source", metavar="URL | FILE", help="where it is given; aws and gcp know their own")
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        default=os.environ.get("RAY_ADDRESS"),
+        required="RAY_ADDRESS" not in os.environ,
+        help="the cluster's head; not given: RAY_ADDRESS",
+    )
+    parser.add_argument("--node-id", metavar="HEX", help="this node; not given: the one at this machine's address")
+    parser.add_argument("--poll-seconds", type=float, default=2.0, metavar="N", help="between two looks (2)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""What is added to Ray Train's controller, so that no resize, drain or abort loses a step and restarts are quick.
+
+Ray Train ends a worker group before it starts the next one, and tells nobody beforehand. The callback below lives in
+the controller's process. Before a resize or an abort it asks the workers to save and waits until they have; on the
+notice of a preemption it asks them to save at once, and again before the deadline; after a failure it waits until the
+lost node is known to be lost, and has the reservations counted again, which Ray does every 20 seconds only. It is
+built on Ray Train's developer interface and on one call of its autoscaling coordinator, hence the pinned version.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+from collections.abc import Sequence
+from signal import SIGTERM
+from typing import Any
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayError
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+
+from dora_ray import files
+from dora_ray.training.journal import EVENTS
+from dora_ray.training.requests import Request, ask, ask_to_leave, catch_signals
+
+logger = logging.getLogger(__name__)
+
+LEAVE_SECONDS = 60.0
+LOST_NODE_SECONDS = 15.0
+DRAINED_NODE_SECONDS = 30.0
+COORDINATOR_SECONDS = 5.0
+
+
+class Elastic(ControllerCallback, WorkerGroupCallback):
+    """Ray Train callback of one run.
+
+    Args:
+        run: the run's folder; failures and restarts are added to its events.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._group: Any = None
+        self._noticed: int | None = None
+        self._nodes: frozenset[str] = frozenset()
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """A placement is about to be asked for."""
+        self._event("group", world_size=worker_group_context.num_workers)
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """The workers' processes run, the training does not yet. An actor's call runs in its main thread."""
+        for worker in worker_group.get_workers():
+            worker.execute_async(catch_signals, SIGTERM)
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        """From now on there is something to lose."""
+        self._group, self._noticed = worker_group, None
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        """The group is gone."""
+        self._group = None
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Every health check: failures to tell, a preemption to announce, new nodes to count."""
+        for rank, error in worker_group_status.errors.items():
+            self._event("failure", rank=rank, error=describe(error))
+        info = worker_group_status.get_preemption_info()
+        if info is not None and info.deadline_ms != self._noticed and self._group is not None:
+            self._noticed = info.deadline_ms
+            deadline = info.deadline_ms / 1000 if info.deadline_ms else None
+            self._event("notice", ranks=info.preempted_ranks, deadline=deadline)
+            for worker in self._group.get_workers():
+                worker.execute_async(ask, Request.NOTICE, "preemption", deadline)
+        nodes = frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+        if nodes - self._nodes and self._nodes:
+            _count_again(wait=False)
+        self._nodes = nodes
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Also called for the first start and after a failure, when there is no group to ask."""
+        self._leave("resize")
+
+    def before_controller_abort(self) -> None:
+        """Ctrl-C in the process that launched the run."""
+        self._leave("abort")
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        """Wait for the nodes that are lost to be gone: a group that is placed on one of them fails again."""
+        self._group = None
+        started = time.monotonic()
+        draining = set(_draining())
+        suspects = _unreachable([node for node in ray.nodes() if node["Alive"]])
+        seconds = DRAINED_NODE_SECONDS if draining else LOST_NODE_SECONDS
+        while (draining | suspects) & _alive() and time.monotonic() - started < seconds:
+            time.sleep(0.1)
+        _count_again(wait=True)
+        self._event("hold", seconds=round(time.monotonic() - started, 2), nodes=len(draining | suspects))
+
+    def _leave(self, reason: str) -> None:
+        """Have all workers save and wait for their end."""
+        if self._group is None:
+            return
+        started = time.monotonic()
+        asked = [worker.execute_async(ask_to_leave, reason, LEAVE_SECONDS) for worker in self._group.get_workers()]
+        try:
+            left = all(ray.get(asked, timeout=LEAVE_SECONDS + 5))
+        except RayError as error:
+            logger.warning("the workers could not be asked to save before the %s: %s", reason, error)
+            left = False
+        self._group = None
+        self._event("leave", reason=reason, saved=left, seconds=round(time.monotonic() - started, 2))
+
+    def _event(self, event: str, **fields: Any) -> None:
+        lines = files.LineFile(files.join(self._run, EVENTS))
+        lines.append(json.dumps({"time": time.time(), "event": event, **fields}))
+        lines.flush()
+
+
+def describe(error: BaseException) -> str:
+    """The last line of an error, which in Ray's holds the worker's own; with the remedy where memory ran out."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    text = lines[-1].strip() if lines else type(error).__name__
+    cause = getattr(error, "health_check_failure", error)
+    if isinstance(cause, OutOfMemoryError) or "out of memory" in str(cause).lower():
+        text += " (out of memory: lower optim.clips_per_slot, the slot's size, or use nodes with more memory)"
+    return text
+
+
+def _alive() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _draining() -> Sequence[str]:
+    return list(ray._private.state.state.get_draining_nodes())
+
+
+def _unreachable(nodes: Sequence[dict[str, Any]]) -> set[str]:
+    """Nodes whose raylet does not answer: dead, though Ray's health check has not found out yet."""
+    found = set()
+    for node in nodes:
+        try:
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=0.5).close()
+        except OSError:
+            found.add(node["NodeID"])
+    return found
+
+
+def _count_again(*, wait: bool) -> None:
+    """Have the cluster's resources counted and reserved now rather than at the coordinator's next tick."""
+    try:
+        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        counted = coordinator.get_reserved_resources.remote("", recompute=True)
+        if wait:
+            ray.get(counted, timeout=COORDINATOR_SECONDS)
+    except (RayError, ValueError) as error:
+        logger.warning("the cluster's resources are counted at the next tick: %s", error)

@@ -1,0 +1,112 @@
+"""What the outside asks of a training between two steps: save now, or save and leave.
+
+A request is made in any one process of the worker group: by Ray Train's controller before a resize and on the notice of
+a preemption (see `elastic`), or by a signal. The step's own reduction carries it to all ranks, so all act on it after
+the same step. A rank that leaves waits to be ended; when nobody does, it goes on.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from types import FrameType
+
+
+class Request(IntEnum):
+    """Why a checkpoint is made now. The larger one counts when several are made at once."""
+
+    NONE = 0
+    INTERVAL = 1
+    NOTICE = 2
+    LEAVE = 3
+
+
+class Requests:
+    """The requests to this process; safe to use from any thread and from a signal handler.
+
+    Attributes:
+        deadline: seconds since the epoch at which a preempted node is taken away; None: none is.
+        signal: the signal that was caught.
+    """
+
+    def __init__(self) -> None:
+        self._pending = Request.NONE
+        self._reason = ""
+        self._left = threading.Event()
+        self.deadline: float | None = None
+        self.signal: int | None = None
+
+    def make(self, request: Request, reason: str) -> None:
+        """Ask; a smaller request does not replace a larger one."""
+        if request >= self._pending:
+            self._pending, self._reason = request, reason
+
+    def pending(self) -> Request:
+        """The largest request that was not taken yet."""
+        return self._pending
+
+    def take(self, request: Request) -> str:
+        """Accept all requests up to this one, which all ranks agreed upon.
+
+        Returns:
+            Its reason; its name when it was made in another process.
+        """
+        if self._pending > request:
+            return request.name.lower()
+        reason, self._pending, self._reason = self._reason, Request.NONE, ""
+        return reason or request.name.lower()
+
+    def left(self) -> None:
+        """Say that this process has nothing left to lose."""
+        self._left.set()
+
+    def leave(self, reason: str, seconds: float) -> bool:
+        """Ask to leave and wait for it; whether it happened in time."""
+        self._left.clear()
+        self.make(Request.LEAVE, reason)
+        return self._left.wait(seconds)
+
+
+here = Requests()
+
+
+def ask(request: Request, reason: str, deadline: float | None) -> None:
+    """Make a request to this process: what the controller calls in a worker."""
+    here.make(request, reason)
+    here.deadline = deadline
+
+
+def ask_to_leave(reason: str, seconds: float) -> bool:
+    """Make this process save and wait for its end: what the controller calls in a worker."""
+    return here.leave(reason, seconds)
+
+
+def catch_signals(*signals: signal.Signals) -> None:
+    """Turn signals into a request to leave; a second one ends the process at once. Call it in the main thread."""
+    for number in signals:
+        signal.signal(number, _handle)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    here.signal = number
+    here.make(Request.LEAVE, signal.Signals(number).name)
+    signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def caught_signals(*signals: signal.Signals) -> Iterator[None]:
+    """`catch_signals` for as long as the context is open; nothing where this is not the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in signals}
+    here.signal = None
+    catch_signals(*signals)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,53 @@
+"""Which fault strikes when: a function of the seed, with room between two of them; and which runs that makes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dora_ray.chaos.run import check, plan_trials
+from dora_ray.chaos.schedule import ALONE, FAULTS, LIVE, QUICK, draw_schedule
+from dora_ray.errors import ConfigError
+
+
+@given(
+    faults=st.lists(st.sampled_from(LIVE), min_size=1, max_size=20),
+    seed=st.integers(0, 2**64),
+    first=st.integers(0, 50),
+    part=st.integers(2, 60),
+)
+def test_strikes_keep_their_order_and_their_distance(faults, seed, first, part):
+    last = first + part * len(faults)
+    schedule = draw_schedule(faults, seed=seed, first=first, last=last)
+    assert [what.fault for what in schedule] == faults
+    assert schedule == draw_schedule(faults, seed=seed, first=first, last=last)
+    steps = [what.step for what in schedule]
+    assert first <= steps[0]
+    assert steps[-1] < last
+    assert all(later - earlier >= part / 2 - 1 for earlier, later in itertools.pairwise(steps))
+    assert all(0 <= what.draw < 1 for what in schedule)
+
+
+def test_another_seed_gives_other_strikes():
+    schedules = {tuple(draw_schedule(LIVE, seed=seed, first=0, last=500)) for seed in range(20)}
+    assert len(schedules) == 20
+
+
+def test_each_fault_has_a_run_of_its_own_unless_it_is_to_be_quick():
+    assert plan_trials(["drain", "truncate", "join"], count=2, quick=False) == [
+        ("drain", ["drain", "drain"]),
+        ("join", ["join", "join"]),
+        ("truncate", []),
+    ]
+    assert plan_trials(QUICK, count=1, quick=True) == [("worker_kill+drain+join", ["worker_kill", "drain", "join"])]
+    assert plan_trials(["truncate"], count=1, quick=True) == [("truncate", [])]
+
+
+def test_an_unknown_fault_is_told_with_those_that_are_known():
+    assert check(FAULTS) == list(FAULTS)
+    assert set(LIVE).isdisjoint(ALONE)
+    with pytest.raises(ConfigError, match=r"--faults earthquake: not known; choose from worker_kill, .*hung_decoder"):
+        check(["drain", "earthquake"])

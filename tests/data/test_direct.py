@@ -1,0 +1,214 @@
+"""Direct streaming: the same pixels as the frame store's, in threads and on Ray, and what is unreadable is marked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dora_ray.config import load_config
+from dora_ray.data.direct import decode_segment
+from dora_ray.data.segments import SegmentPlan, StreamedVideo, streamed_videos
+from dora_ray.data.slots import SlotBatch, read_slot
+from dora_ray.data.store import StoredVideo, read_frames
+from dora_ray.data.stream import local_slots, ray_slots
+from dora_ray.data.supervision import Unwatched
+from dora_ray.data.synthetic import make_video
+from dora_ray.data.video import index_video
+from dora_ray.errors import VideoError
+from dora_ray.training.launch import ingest_videos, make_plan
+from tests.conftest import SMALL
+from tests.data import videos
+
+DIRECT = (
+    *SMALL,
+    "data.source=video",
+    "clip.avoid_cuts=false",
+    "data.stream_segment_seconds=1",
+    "clip.stride_seconds=0.5",
+)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 seconds with a key frame every second."""
+    path = tmp_path_factory.mktemp("film") / "walk.mp4"
+    return make_video(path, width=160, height=96, num_frames=480, frames_per_second=24, seed=1, group_size=24)
+
+
+def plan_of(path: Path, *overrides: str) -> SegmentPlan:
+    config = load_config("tiny", *DIRECT, f"data.videos=[{path}]", *overrides)
+    found = streamed_videos([index_video(str(path))], decoder="pyav", frames_per_second=6, short_side=48)
+    plan = make_plan(config, found)
+    assert isinstance(plan, SegmentPlan)
+    return plan
+
+
+@pytest.fixture(scope="module")
+def plan(film: Path) -> SegmentPlan:
+    return plan_of(film)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> SegmentPlan:
+    """A file with two packets zeroed in its second group of pictures: its frames from there on are lost."""
+    path = videos.damaged(tmp_path_factory.mktemp("damaged"))
+    return plan_of(path, "data.stream_segment_seconds=0.4", "clip.stride_seconds=0.2", "data.shuffle_segments=2")
+
+
+def bare(plan: SegmentPlan, step: int, slot: int) -> SlotBatch:
+    """A slot without any pipeline."""
+    numbers = {clip.segment for clip in plan.slot_clips(step, slot)}
+    return read_slot(plan, step, slot, {number: decode_segment(plan, number) for number in numbers})
+
+
+def through_threads(plan: SegmentPlan, keys: list[tuple[int, int]], **changes) -> Iterator[SlotBatch]:
+    options = {"prefetch": 3, "num_threads": 2, "decode_seconds": 60.0}
+    return local_slots(plan, iter(keys), **(options | changes))
+
+
+def through_ray(plan: SegmentPlan, steps: range, slots: list[int], **changes) -> Iterator[SlotBatch]:
+    options = {"prefetch": 2, "slots_per_task": 1, "cpus_per_task": 0.5, "num_streams": 1, "node_label": None}
+    return ray_slots(plan, steps, slots, **(options | {"decode_seconds": 60.0} | changes))
+
+
+def same(one: SlotBatch, other: SlotBatch) -> bool:
+    equal = np.array_equal(one.clips, other.clips) and np.array_equal(one.valid, other.valid)
+    return equal and (one.step, one.slot, one.digest) == (other.step, other.slot, other.digest)
+
+
+@pytest.mark.ray
+def test_frames_are_the_stores(plan: SegmentPlan, film: Path, tmp_path: Path, ray_cluster) -> None:
+    config = load_config("tiny", *SMALL, f"data.videos=[{film}]")
+    (stored,) = ingest_videos(config, str(tmp_path / "store"))
+    assert isinstance(stored, StoredVideo)
+    assert np.array_equal(stored.times, plan.videos[0].times)
+    for segment in (0, len(plan.segments) - 1):
+        frames = plan.segment_frames(segment)[1].tolist()
+        direct = decode_segment(plan, segment).read(frames)
+        assert all(np.array_equal(one, other) for one, other in zip(direct, read_frames(stored, frames), strict=True))
+
+
+def test_threads_give_what_the_plan_says_from_any_step(plan: SegmentPlan) -> None:
+    keys = [(step, slot) for step in range(12) for slot in (0, 1, 2, 3)]
+    batches = list(through_threads(plan, keys))
+    assert [(batch.step, batch.slot) for batch in batches] == keys
+    assert all(batch.valid.all() for batch in batches)
+    for batch in batches[::7]:
+        assert same(batch, bare(plan, batch.step, batch.slot))
+    late = [key for key in keys if key[0] >= 9]
+    assert all(same(one, other) for one, other in zip(through_threads(plan, late), batches[-len(late) :], strict=True))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("slots_per_task", [1, 3])
+def test_ray_gives_what_threads_give(plan: SegmentPlan, slots_per_task: int) -> None:
+    keys = [(step, slot) for step in range(3, 12) for slot in (1, 3)]
+    local = list(through_threads(plan, keys))
+    remote = list(through_ray(plan, range(3, 12), [1, 3], slots_per_task=slots_per_task))
+    assert all(same(one, other) for one, other in zip(remote, local, strict=True))
+
+
+class CountingEngine:
+    """An engine that does nothing and counts."""
+
+    def __init__(self) -> None:
+        self.decoded: list[int] = []
+
+    def decode(self, segment: int, *, again: bool = False) -> int:
+        self.decoded.append(segment)
+        return segment
+
+    def read(self, keys, segments, *, again: bool = False):
+        return keys
+
+    def result(self, handle) -> list[SlotBatch]:
+        empty = np.zeros((1,), np.uint8)
+        return [SlotBatch(*key, empty, empty.astype(bool), 0, True) for key in handle]
+
+    def unfinished(self, handles: list) -> list:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("begin", [0, 57])
+def test_each_pool_is_decoded_once_and_a_resume_decodes_the_pools_at_hand(plan: SegmentPlan, begin: int) -> None:
+    from dora_ray.data.pipeline import slots_in_order
+
+    wide = replace(plan, slots=2, shuffle_segments=3)
+    engine = CountingEngine()
+    keys = iter([(step, slot) for step in range(begin, begin + 120) for slot in range(2)])
+    stream = slots_in_order(wide, keys, engine, slots_per_task=1, in_flight=1, max_warming=99)
+    next(stream)
+    assert len(engine.decoded) <= 2 * 3  # the pool at hand and the next
+    first = [wide.live_segments(begin, 0)[0], wide.live_segments(begin, 0)[1]]
+    assert set(engine.decoded) <= {segment for part in first for segment in part}
+    list(stream)
+    pools = [
+        {
+            segment
+            for group in {g for s in range(begin, begin + 120) for g, _, _ in wide._spans(s, slot)}
+            for segment in wide.group_segments(slot, group)
+        }
+        for slot in range(2)
+    ]
+    dealt = sum(
+        len(wide.group_segments(slot, group))
+        for slot in range(2)
+        for group in range(
+            min(g for g, _, _ in wide._spans(begin, slot)), max(g for g, _, _ in wide._spans(begin + 119, slot)) + 2
+        )
+    )
+    assert len(engine.decoded) <= dealt
+    assert {*engine.decoded} >= pools[0] | pools[1]
+
+
+def test_damage_leaves_marked_clips_and_only_those(damaged: SegmentPlan) -> None:
+    video = damaged.videos[0]
+    assert isinstance(video, StreamedVideo)
+    good = {
+        int(frame)
+        for segment in range(len(damaged.segments))
+        for frame in decode_segment(damaged, segment).frames.tolist()
+    }
+    keys = [(step, slot) for step in range(3) for slot in range(4)]
+    for batch in through_threads(damaged, keys):
+        clips = damaged.slot_clips(batch.step, batch.slot)
+        assert batch.valid.tolist() == [set(clip.frames) <= good for clip in clips]
+        assert not batch.clips[~batch.valid].any()
+        assert all(pixels.any() for pixels in batch.clips[batch.valid])
+    assert 0 < len(good) < len(video.pts)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_damage_is_the_same_on_ray(damaged: SegmentPlan) -> None:
+    keys = [(step, slot) for step in range(3) for slot in range(2)]
+    local = list(through_threads(damaged, keys))
+    assert not all(batch.valid.all() for batch in local)
+    assert all(same(one, other) for one, other in zip(through_ray(damaged, range(3), [0, 1]), local, strict=True))
+
+
+def test_missing_file_marks_its_clips(plan: SegmentPlan, tmp_path: Path) -> None:
+    (video,) = plan.videos
+    lost = replace(plan, videos=(replace(video, index=replace(video.index, path=str(tmp_path / "gone.mp4"))),))
+    (batch,) = through_threads(lost, [(0, 0)])
+    assert not batch.valid.any()
+
+
+def test_given_up_frames_cost_their_group_of_pictures(plan: SegmentPlan) -> None:
+    frames = plan.segment_frames(0)[1].tolist()
+    part = decode_segment(plan, 0, Unwatched(frozenset([frames[1]])))
+    lost = sorted(set(frames) - set(part.frames.tolist()))
+    assert lost == frames[:6]  # a second, the group that the frame is in
+    whole = decode_segment(plan, 0)
+    kept = part.frames.tolist()
+    assert all(np.array_equal(a, b) for a, b in zip(part.read(kept), whole.read(kept), strict=True))
+    with pytest.raises(VideoError, match=r"1 of 2 frames could not be decoded"):
+        part.read([lost[0], kept[0]])

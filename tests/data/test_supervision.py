@@ -1,0 +1,144 @@
+"""Reads that hang for ever, really: they end, their clips are marked, and the stream goes on."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dora_ray.config import load_config
+from dora_ray.data.plan import Plan
+from dora_ray.data.segments import SegmentPlan, streamed_videos
+from dora_ray.data.stream import local_slots, ray_slots
+from dora_ray.data.synthetic import make_video
+from dora_ray.data.video import index_video
+from dora_ray.training.launch import ingest_videos, make_plan
+from tests.conftest import SMALL
+
+ONE_CLIP = (*SMALL, "optim.clips_per_slot=1", "clip.stride_seconds=0.5", "clip.avoid_cuts=false")
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 seconds with a key frame every second."""
+    path = tmp_path_factory.mktemp("film") / "walk.mp4"
+    return make_video(path, width=160, height=96, num_frames=96, frames_per_second=24, seed=1, group_size=24)
+
+
+@pytest.fixture
+def hanging(film: Path, tmp_path: Path, ray_cluster) -> Iterator[tuple[Plan, set[int]]]:
+    """A plan over a store in which one file is a pipe that nobody writes to, and the frames that are in that file."""
+    config = load_config("tiny", *ONE_CLIP, f"data.videos=[{film}]", "data.segment_seconds=1")
+    (video,) = ingest_videos(config, str(tmp_path / "store"))
+    pipe = sorted(Path(video.uri, "data").glob("*.lance"), key=lambda path: path.stat().st_size)[-1]
+    pipe.unlink()
+    os.mkfifo(pipe)
+    import lance
+
+    fragments = lance.dataset(video.uri).get_fragments()
+    (broken,) = [fragment for fragment in fragments if fragment.data_files()[0].path == pipe.name]
+    before = sum(fragment.count_rows() for fragment in fragments if fragment.fragment_id < broken.fragment_id)
+    rows = range(before, before + broken.count_rows())
+    lost = {frame for frame, row in enumerate(video.rows.tolist()) if row in rows}
+    yield make_plan(config, [video]), lost
+    # A writer that opens the pipe and closes it: whoever is still reading gets its end.
+    for _ in range(20):
+        try:
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            return
+
+
+def first_steps(plan: Plan, lost: set[int]) -> int:
+    """So many steps of slot 0 that a clip hangs and a later one does not."""
+    hangs = [not lost.isdisjoint(plan.slot_clips(step, 0)[0].frames) for step in range(30)]
+    return next(step for step in range(1, 30) if hangs[step - 1] and not hangs[step]) + 1
+
+
+def test_thread_that_hangs_is_left_behind(hanging: tuple[Plan, set[int]]) -> None:
+    plan, lost = hanging
+    keys = iter([(step, 0) for step in range(first_steps(plan, lost))])
+    batches = list(local_slots(plan, keys, prefetch=2, num_threads=1, decode_seconds=1.0))
+    readable = [lost.isdisjoint(plan.slot_clips(batch.step, 0)[0].frames) for batch in batches]
+    assert [bool(batch.valid[0]) for batch in batches] == readable
+    assert all(batch.final for batch in batches)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_process_that_hangs_is_ended(hanging: tuple[Plan, set[int]]) -> None:
+    plan, lost = hanging
+    steps = range(first_steps(plan, lost))
+    options = {"prefetch": 1, "slots_per_task": 1, "cpus_per_task": 0.5, "num_streams": 1, "node_label": None}
+    batches = list(ray_slots(plan, steps, [0], **options, decode_seconds=2.0))
+    readable = [lost.isdisjoint(plan.slot_clips(batch.step, 0)[0].frames) for batch in batches]
+    assert [bool(batch.valid[0]) for batch in batches] == readable
+    from ray.experimental import internal_kv
+
+    assert not internal_kv._internal_kv_list("dora_ray/begun/")
+
+
+@pytest.fixture
+def server(film: Path) -> Iterator[tuple[str, threading.Event]]:
+    """A web server of the film that stops answering when the event is set."""
+    content, stalled, released = film.read_bytes(), threading.Event(), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self._answer(body=False)
+
+        def do_GET(self) -> None:
+            self._answer(body=True)
+
+        def _answer(self, *, body: bool) -> None:
+            if stalled.is_set():
+                released.wait()
+                return
+            first, last = 0, len(content) - 1
+            asked = self.headers.get("Range")
+            if asked:
+                begin, _, end = asked.removeprefix("bytes=").partition("-")
+                first, last = int(begin), min(last, int(end) if end else last)
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            else:
+                self.send_response(200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(last - first + 1))
+            self.end_headers()
+            if body:
+                self.wfile.write(content[first : last + 1])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.daemon_threads = True
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/walk.mp4", stalled
+    released.set()
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_server_that_stops_answering_costs_its_segments(server: tuple[str, threading.Event]) -> None:
+    url, stalled = server
+    index = index_video(url)
+    config = load_config("tiny", *ONE_CLIP, f"data.videos=[{url}]", "data.source=video", "optim.slots=1")
+    found = streamed_videos([index], decoder="pyav", frames_per_second=6, short_side=48)
+    plan = make_plan(config, found)
+    assert isinstance(plan, SegmentPlan)
+    (good,) = local_slots(plan, iter([(0, 0)]), prefetch=1, num_threads=1, decode_seconds=5.0)
+    assert good.valid.all()
+    stalled.set()
+    (bad,) = local_slots(replace(plan), iter([(0, 0)]), prefetch=1, num_threads=1, decode_seconds=0.5)
+    assert not bad.valid.any()
+    assert not np.any(bad.clips)

@@ -1,0 +1,113 @@
+"""The headline promise, in numbers: whatever worlds a run went through, it saw the same clips and has the same bits."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+import dora_ray
+from dora_ray.config import Config
+from dora_ray.data.plan import Plan, slots_of_rank
+from dora_ray.data.slots import SlotBatch, read_slot
+from dora_ray.training.checkpoint import load_newest, take_snapshot, write_snapshot
+from dora_ray.training.launch import ingest_videos, make_plan
+from dora_ray.training.step import TrainState, apply_step, initial_state, sum_slots
+from tests.conftest import BIKES, SMALL
+from tests.training.ranks import run_ranks
+
+STEPS = 60
+# (world size, steps of it): a run that shrinks and grows, each time from a checkpoint.
+PATH = [(4, 13), (2, 20), (3, 9), (4, 18)]
+
+
+@pytest.fixture(scope="module")
+def plan(store: Path, ray_cluster) -> Plan:
+    return make_plan(config(), ingest_videos(config(f"data.videos=[{BIKES}]"), str(store)))
+
+
+def config(*overrides: str) -> Config:
+    small = ("optim.steps=60", "optim.warmup_steps=20", "optim.freeze_last_layer_steps=5", "model.drop_path=0.1")
+    return dora_ray.load_config("tiny", *SMALL, *small, *overrides)
+
+
+def train(plan: Plan, config: Config, path: list[tuple[int, int]], folder: Path) -> tuple[TrainState, list[list[int]]]:
+    """The last state, and for every step the digests of its slots as the ranks' sum brought them together."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ledger: list[list[int]] = []
+    cache: dict[tuple[int, int], SlotBatch] = {}
+
+    def rank_steps(rank: int, all_reduce, world_size: int, first: int, count: int) -> TrainState:
+        state = initial_state(config, torch.device("cpu"))
+        load_newest(str(folder), state, config, plan)
+        assert state.step == first
+        for step in range(first, first + count):
+            slots = slots_of_rank(rank, world_size, config.optim.slots)
+            batches = [cache[step, slot] for slot in slots]
+            records = torch.zeros(config.optim.slots, dtype=torch.int64)
+            for batch in batches:
+                records[batch.slot] = batch.digest
+            result = sum_slots(state, batches, records, config, all_reduce if world_size > 1 else None)
+            if rank == 0:
+                ledger.append(result.records.tolist())
+            apply_step(state, result, config)
+        return state
+
+    first = 0
+    for world_size, count in path:
+        steps = range(first, first + count)
+        cache |= {key: read_slot(plan, *key) for key in itertools.product(steps, range(config.optim.slots))}
+        # One rank after the other in every step: threads of one process share torch's generator.
+        states = run_ranks(
+            world_size, lambda rank, add, w=world_size, f=first, c=count: rank_steps(rank, add, w, f, c), in_turn=True
+        )
+        write_snapshot(take_snapshot(states[0], config, plan, world_size), str(folder))
+        first += count
+    torch.set_num_threads(threads)
+    return states[0], ledger
+
+
+def numbers(state: TrainState) -> dict[str, torch.Tensor]:
+    """Everything that the next step depends on."""
+    moments = {
+        f"optimizer.{index}.{name}": value
+        for index, values in state.optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    networks = {f"student.{k}": v for k, v in state.student.state_dict().items()}
+    networks |= {f"teacher.{k}": v for k, v in state.teacher.state_dict().items()}
+    return networks | moments | {"center": state.center, "exponents": state.exponents}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(plan: Plan, tmp_path_factory) -> tuple[TrainState, list[list[int]]]:
+    return train(plan, config(), [(1, STEPS)], tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [[(4, STEPS)], [(3, STEPS)], PATH], ids=["4", "3", "4-2-3-4"])
+def test_every_path_through_the_worlds_is_the_same_training(undisturbed, plan: Plan, path, tmp_path: Path) -> None:
+    state, ledger = train(plan, config(), path, tmp_path)
+    expected, expected_ledger = undisturbed
+    assert ledger == expected_ledger
+    assert len(ledger) == STEPS
+    ours, theirs = numbers(state), numbers(expected)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(value)), name
+
+
+@pytest.mark.slow
+def test_float32_sums_drift(undisturbed, plan: Plan, tmp_path: Path, capsys) -> None:
+    """What `exact` is for: the same path with float32 sums ends elsewhere; how far is printed."""
+    state, ledger = train(plan, config("optim.reduction=float32"), PATH, tmp_path / "path")
+    alone, _ = train(plan, config("optim.reduction=float32"), [(1, STEPS)], tmp_path / "alone")
+    assert ledger == undisturbed[1]
+    pairs = zip(state.student.parameters(), alone.student.parameters(), strict=True)
+    largest = max(float((one - other).detach().abs().max()) for one, other in pairs)
+    with capsys.disabled():
+        print(f"\nfloat32 sums, worlds 4-2-3-4 against 1, {STEPS} steps: largest difference of a weight {largest:.2e}")
+    assert 0 < largest < 0.1
