@@ -168,7 +168,7 @@ def _add_eval(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _add_data(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "data", help="look at, ingest, or make videos", description="Look at, ingest, or make videos."
+        "data", help="look at, ingest, fetch, or make videos", description="Look at, ingest, fetch, or make videos."
     )
     parts = parser.add_subparsers(metavar="WHAT", required=True)
     index = _command(
@@ -194,7 +194,35 @@ def _add_data(commands: Commands[argparse.ArgumentParser]) -> None:
     ingest.add_argument(
         "--recipe", default="paper", metavar="RECIPE | FILE.yaml", help="whose `data` settings to use; not given: paper"
     )
+    _add_analyze(parts)
+    _add_fetch(parts)
     _add_synth(parts)
+
+
+def _add_analyze(parts: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        parts,
+        "analyze",
+        "light over time and shot changes of ingested videos; nothing is decoded again",
+        handler="data.run_analyze",
+        spill="words",
+    )
+    parser.add_argument("words", nargs="+", metavar="VIDEO | data.key=value", help="as they were ingested")
+    parser.add_argument("--store", metavar="DIR", required=True, help="folder or URI of the frame store")
+    parser.add_argument("--recipe", default="paper", metavar="RECIPE | FILE.yaml", help="as at the ingest (paper)")
+    parser.add_argument("--interval", type=float, default=60.0, metavar="SECONDS", help="light is averaged over (60)")
+    _add_json(parser)
+
+
+def _add_fetch(parts: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        parts, "fetch", "download the Walking Tours videos (extra: fetch)", handler="data.run_fetch", spill="names"
+    )
+    parser.add_argument("dataset", choices=("walking-tours",), help="ten videos of 1 to 3 hours, 3840x2160, 60 fps")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="such as venice; not given: all ten")
+    parser.add_argument("--out", metavar="DIR", default="walking-tours", help="folder (walking-tours)")
+    parser.add_argument("--height", type=int, default=2160, metavar="LINES", help="at most so many (2160)")
+    parser.add_argument("--list", action="store_true", help="name the videos, without the network")
 
 
 def _add_synth(parts: Commands[argparse.ArgumentParser]) -> None:
@@ -261,8 +289,14 @@ def _add_config(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "bench", "measure this machine on our path and on a naive one")
-    parser.add_argument("what", choices=("data", "step"), help="ingest and reading of clips, or the training step")
+    parser = _command(commands, "bench", "measure this machine on our path and on a naive one", spill="words")
+    parser.add_argument("what", choices=("data", "step", "stream"), help="reading clips, the step, or the stream")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE | FILE.yaml | key=value",
+        help="what the step trains; not given: the recipe paper on a GPU, a smaller network on a CPU",
+    )
     parser.add_argument("--quick", action="store_true", help="a minute or two on two cores")
     _add_json(parser)
 

@@ -81,6 +81,9 @@ class DataConfig(Section):
     """Where clips are read: the frame store, which is filled first, or the videos, decoded while the run trains."""
     store: str | None = None
     """Folder or URI of the frame store; not set: the folder `store` beside the run's folder."""
+    cache: str | None = None
+    """Folder on every node's own disk that the frame store is copied into, once, and read from; not set: frames are
+    read where the store is. For stores in object stores; the copies are not removed."""
     decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"
     """Library that decodes at ingest; PyAV is exact on every file of the conformance suite."""
     frames_per_second: Positive = 6.0
@@ -244,6 +247,8 @@ class OptimConfig(Section):
     """Autocast type of the teacher's networks, on any device: as the student's, or bf16."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the student's blocks, compute the rest again in the backward: less memory, more time."""
+    compile: bool = False
+    """Compile what a block does to single tokens with torch.compile: a minute at the first start, then from a cache."""
 
 
 class ClusterConfig(Section):

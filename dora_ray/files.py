@@ -5,14 +5,20 @@ A path is a plain string everywhere: "runs/a" and "s3://bucket/runs/a" go throug
 
 from __future__ import annotations
 
+import functools
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from fsspec.core import url_to_fs
 
 from dora_ray.errors import ConfigError
+from dora_ray.remote import named_refusals
+
+Return = TypeVar("Return")
+Rest = ParamSpec("Rest")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -44,12 +50,27 @@ def _filesystem(path: str | os.PathLike[str]) -> tuple[Any, str]:
     return filesystem, inner
 
 
+def _named(
+    function: Callable[Concatenate[str | os.PathLike[str], Rest], Return],
+) -> Callable[Concatenate[str | os.PathLike[str], Rest], Return]:
+    """Refusals of object stores, met by the function, as ConfigError."""
+
+    @functools.wraps(function)
+    def call(path: str | os.PathLike[str], /, *rest: Rest.args, **named: Rest.kwargs) -> Return:
+        with named_refusals(os.fspath(path)):
+            return function(path, *rest, **named)
+
+    return call
+
+
+@_named
 def exists(path: str | os.PathLike[str]) -> bool:
     """Whether a file or folder is there."""
     filesystem, inner = _filesystem(path)
     return bool(filesystem.exists(inner))
 
 
+@_named
 def list_names(folder: str | os.PathLike[str]) -> list[str]:
     """Sorted names in a folder; empty when there is no such folder."""
     filesystem, inner = _filesystem(folder)
@@ -60,12 +81,14 @@ def list_names(folder: str | os.PathLike[str]) -> list[str]:
     return sorted(name for name in names if name)
 
 
+@_named
 def make_folder(folder: str | os.PathLike[str]) -> None:
     """Create a folder and those above it."""
     filesystem, inner = _filesystem(folder)
     filesystem.makedirs(inner, exist_ok=True)
 
 
+@_named
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The file's content. Raises FileNotFoundError."""
     filesystem, inner = _filesystem(path)
@@ -77,6 +100,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return read_bytes(path).decode("utf-8")
 
 
+@_named
 def read_end(path: str | os.PathLike[str], size: int) -> str:
     """At most the last `size` bytes of a file, as text; empty when there is no file."""
     filesystem, inner = _filesystem(path)
@@ -85,6 +109,7 @@ def read_end(path: str | os.PathLike[str], size: int) -> str:
     return bytes(filesystem.tail(inner, size)).decode("utf-8", errors="replace")
 
 
+@_named
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a whole file so that a reader sees the old content or the new, never a part.
 
@@ -113,6 +138,7 @@ def write_text(path: str | os.PathLike[str], content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
 
 
+@_named
 def remove(path: str | os.PathLike[str]) -> None:
     """Remove a file or a whole folder; nothing happens when it is not there."""
     filesystem, inner = _filesystem(path)
@@ -120,10 +146,19 @@ def remove(path: str | os.PathLike[str]) -> None:
         filesystem.rm(inner, recursive=True)
 
 
+@_named
 def move(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Give a file or a whole folder another name on the same disk or in the same bucket."""
     filesystem, inner = _filesystem(source)
     filesystem.mv(inner, _filesystem(target)[1], recursive=True)
+
+
+@_named
+def copy_folder(source: str | os.PathLike[str], target: str) -> None:
+    """Copy a whole folder to a local path that does not exist yet."""
+    filesystem, inner = _filesystem(source)
+    filesystem.invalidate_cache()
+    filesystem.get(inner.rstrip("/") + "/", target.rstrip("/") + "/", recursive=True)
 
 
 class LineFile:

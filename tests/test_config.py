@@ -12,7 +12,7 @@ from dora_ray.config_source import flatten, recipe_names
 from dora_ray.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", ["paper", "released", "tiny"])
+@pytest.mark.parametrize("name", ["paper", "paper-vit-b", "paper-vit-l", "released", "tiny"])
 def test_every_recipe_loads(name: str) -> None:
     assert name in recipe_names()
     assert isinstance(load_config(name), Config)
@@ -132,6 +132,9 @@ def test_every_field_is_documented() -> None:
         (("optim.lr=fast",), ["optim.lr='fast'", "number"]),
         (("optim.lr",), ["write key=value"]),
         (("crops.num_globals=2",), ["crops.num_globals=2", "1 global view"]),
+        (("tracking.views=packed", "tracking.threshold=soft"), ["tracking.views=packed", "use clip or batch"]),
+        (("tracking.every_steps=2", "crops.num_locals=0"), ["tracking.every_steps=2", "no loss"]),
+        (("tracking.every_steps=2", "loss.reduction=released"), ["tracking.every_steps=2", "running sum"]),
         (("clip.num_frames=1",), ["clip.num_frames=1", "greater than or equal to 2"]),
         (("clip.stride_seconds=0.01",), ["clip.stride_seconds=0.01", "12 frames a second"]),
         (("optim.warmup_steps=9999",), ["optim.warmup_steps=9999"]),

@@ -25,12 +25,18 @@ from dora_ray.config import Config, load_config
 from dora_ray.method.dora import slot_forward
 from dora_ray.method.parts import watched
 from dora_ray.method.reference import reference_slot_forward
-from dora_ray.training.memory import keep_freed_memory
+from dora_ray.training.memory import estimate_memory_mb, keep_freed_memory
 from dora_ray.training.reduction import SlotSums, next_exponents
 from dora_ray.training.step import SlotForward, apply_step, initial_state, sum_slots
 
-# One slot a step. On a CPU a ViT-Ti/16 with a small head; on a GPU the recipe `paper` as it is.
-ALONE = ("optim.slots=1", "cluster.num_workers=0", "optim.freeze_last_layer_steps=0")
+# One slot a step, in the exact form. On a CPU a ViT-Ti/16 with a small head; on a GPU the recipe `paper` as it is.
+ALONE = (
+    "optim.slots=1",
+    "optim.freeze_last_layer_steps=0",
+    "cluster.num_workers=0",
+    "tracking.views=masked",
+    "tracking.every_steps=1",
+)
 ON_CPU = ("model.name=vit_tiny_patch16_224", "head.num_outputs=4096", "optim.clips_per_slot=2")
 # Share of its patches that an object view keeps where packed views are timed.
 KEEP_SHARE = 0.4
@@ -60,8 +66,9 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     paths: dict[str, Callable[[], float]] = {"ours": ours}
     if packed is not None:
         paths["packed"] = functools.partial(timed.step, packed, functools.partial(slot_forward, masks=timed.masks()))
+    # The first step of ours is the one whose products are written down.
     products = record(ours)
-    seconds, peak = timed.rounds(paths, 2 if quick else 5, {"reference": 1 if quick else 5})
+    seconds, peak = timed.rounds(paths, count=2 if quick else 5, reference_count=1 if quick else 5)
     parts = timed.parts(config)
     return _result(config, device, seconds, peak, parts, products)
 
@@ -97,25 +104,24 @@ class _Timed:
         return time.perf_counter() - started
 
     def rounds(
-        self, paths: dict[str, Callable[[], float]], count: int, reference: dict[str, int]
+        self, paths: dict[str, Callable[[], float]], *, count: int, reference_count: int
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Median seconds and peak megabytes of each path.
+        """Median seconds, and peak megabytes in the first round, of each path.
 
-        The reference comes last: on a CPU the peak is the process's, which never goes down.
+        The reference comes last in a round: on a CPU the peak is the process's, which never goes down.
         """
+        reference = functools.partial(self.step, self.config, reference_slot_forward)
         seconds: dict[str, list[float]] = defaultdict(list)
         peak: dict[str, float] = {}
-        for name, path in paths.items():
-            _reset_peak(self.device)
-            path()
-            peak[name] = _peak_memory_mb(self.device)
-        for _ in range(count):
-            for name, path in paths.items():
+        for number in range(max(count, reference_count)):
+            due = {
+                **(paths if number < count else {}),
+                **({"reference": reference} if number < reference_count else {}),
+            }
+            for name, path in due.items():
+                _reset_peak(self.device)
                 seconds[name].append(path())
-        _reset_peak(self.device)
-        for _ in range(reference["reference"]):
-            seconds["reference"].append(self.step(self.config, reference_slot_forward))
-        peak["reference"] = _peak_memory_mb(self.device)
+                peak.setdefault(name, _peak_memory_mb(self.device))
         return {name: statistics.median(values) for name, values in seconds.items()}, peak
 
     def masks(self) -> Tensor:
@@ -192,6 +198,7 @@ def _result(
         "square_matmul_tflop_per_second": square / 1e12,
         "peak_memory_mb": peak["ours"],
         "reference_peak_memory_mb": peak["reference"],
+        "estimated_memory_mb": estimate_memory_mb(config, half=kind == torch.bfloat16)["total"],
         "parts": parts,
     }
     if "packed" in seconds:

@@ -15,9 +15,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,8 @@ from dora_ray.training.launch import make_plan
 FILM = {"width": 1280, "height": 720, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 SMALL_FILM = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 CORES = 2
+# Of a task, as the configuration has it: twice as many as there are cores, so that none waits for its next task.
+TASK_CPUS = 0.5
 # Shuffling is judged on a film of this length, whose pictures nobody needs.
 LONG_SECONDS = 7200
 # A rank asks for this share of what the stream could give, as a GPU would that is fed well.
@@ -56,23 +58,27 @@ def run(*, quick: bool) -> dict[str, Any]:
         plan = make_plan(config, [write_store(index, decode_frames(index, config), config, store)])
         bare = _bare_rate(plan, steps)
         with _cluster():
-            tasks = _rate(_through_ray(plan, range(steps), num_streams=1), plan)
-            data_tasks = _rate(_through_ray_data(plan, steps, actors=False), plan)
-            data_actors = _rate(_through_ray_data(plan, steps, actors=True), plan)
+            tasks = _warm_rate(lambda: _through_ray(plan, range(steps), num_streams=1), plan)
             waits = _waits(_direct_plan(config, index), steps)
             ranks = _ranks(quick)
+            # Last, because Ray Data's actors keep their CPUs for a while.
+            data_tasks = _warm_rate(lambda: _through_ray_data(plan, steps, actors=False), plan)
+            data_actors = _warm_rate(lambda: _through_ray_data(plan, steps, actors=True), plan)
     memory = {} if quick else {"direct_30_minutes_peak_rss_mb": _memory_over_a_long_film()}
     return {
         "clips": f"{FILM['width']}x{FILM['height']} film, {config.clip.num_frames} frames, stored with short side "
         f"{config.data.short_side}, {config.optim.clips_per_slot} clips a slot",
         "cores": CORES,
-        "bare_clips_per_second": bare,
+        "bare_clips_per_second": bare["clips_per_second"],
         "stream_clips_per_second": tasks["clips_per_second"],
-        "stream_overhead": 1 - tasks["clips_per_second"] / bare,
+        "stream_overhead": 1 - tasks["clips_per_second"] / bare["clips_per_second"],
+        "stream_cpu_overhead": tasks["cpu_seconds_a_clip"] / bare["cpu_seconds_a_clip"] - 1,
         "first_slot_seconds": tasks["first_seconds"],
         "ray_data_tasks_clips_per_second": data_tasks["clips_per_second"],
+        "ray_data_tasks_cpu_overhead": data_tasks["cpu_seconds_a_clip"] / bare["cpu_seconds_a_clip"] - 1,
         "ray_data_tasks_first_slot_seconds": data_tasks["first_seconds"],
         "ray_data_actors_clips_per_second": data_actors["clips_per_second"],
+        "ray_data_actors_cpu_overhead": data_actors["cpu_seconds_a_clip"] / bare["cpu_seconds_a_clip"] - 1,
         "ray_data_actors_first_slot_seconds": data_actors["first_seconds"],
         **waits,
         **ranks,
@@ -104,30 +110,32 @@ def _cluster() -> Iterator[None]:
             ray.shutdown()
 
 
-def _bare_rate(plan: Plan, steps: int) -> float:
-    """Clips a second of the read function alone, in as many processes as there are cores."""
+def _bare_rate(plan: Plan, steps: int) -> dict[str, float]:
+    """Clips a second, and CPU seconds a clip, of the read function alone, in as many processes as there are cores."""
     with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(_read_bare, plan, range(start, steps, CORES)) for start in range(CORES)]
-        return sum(job.result() for job in jobs)
+        rates, costs = zip(*(job.result() for job in jobs), strict=True)
+        return {"clips_per_second": sum(rates), "cpu_seconds_a_clip": statistics.mean(costs)}
 
 
-def _read_bare(plan: Plan, steps: range) -> float:
+def _read_bare(plan: Plan, steps: range) -> tuple[float, float]:
     torch.set_num_threads(1)
     read_slot(plan, steps[0], 0)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     for step in steps:
         read_slot(plan, step, 0)
-    return len(steps) * plan.clips_per_slot / (time.perf_counter() - started)
+    clips = len(steps) * plan.clips_per_slot
+    return clips / (time.perf_counter() - started), (time.process_time() - cpu) / clips
 
 
-def _through_ray(plan: Plan, steps: range, *, num_streams: int, cpus_per_task: float = 1.0) -> Iterator[SlotBatch]:
+def _through_ray(plan: Plan, steps: range, *, num_streams: int) -> Iterator[SlotBatch]:
     return ray_slots(
         plan,
         steps,
         [0],
         prefetch=4,
         slots_per_task=1,
-        cpus_per_task=cpus_per_task,
+        cpus_per_task=TASK_CPUS,
         num_streams=num_streams,
         node_label=None,
         decode_seconds=120.0,
@@ -147,24 +155,57 @@ def _through_ray_data(plan: Plan, steps: int, *, actors: bool) -> Iterator[Any]:
             batches = [read_slot(ray.get(plan_ref), int(step), 0) for step in rows["id"]]
             return {"clips": np.stack([batch.clips for batch in batches])}
 
-    strategy = {"compute": ActorPoolStrategy(size=CORES)} if actors else {"compute": TaskPoolStrategy()}
+    # Actors leave room for the tasks that give them rows, or both wait for ever.
+    how: dict[str, Any] = (
+        {"compute": ActorPoolStrategy(size=CORES), "num_cpus": 0.5}
+        if actors
+        else {"compute": TaskPoolStrategy(), "num_cpus": 1}
+    )
     work: Any = Reader if actors else Reader()
-    dataset = ray.data.range(steps, override_num_blocks=steps).map_batches(work, batch_size=1, num_cpus=1, **strategy)
+    dataset = ray.data.range(steps, override_num_blocks=steps).map_batches(work, batch_size=1, **how)
     dataset.context.execution_options = ExecutionOptions(preserve_order=True)
     dataset.context.enable_progress_bars = False
     return iter(dataset.iter_torch_batches(batch_size=1, prefetch_batches=2))
 
 
+def _warm_rate(open_stream: Callable[[], Iterator[Any]], plan: Plan) -> dict[str, float]:
+    """`_rate` of a second stream: the first one starts the cluster's processes, which import torch for seconds."""
+    for _ in open_stream():
+        pass
+    return _rate(open_stream(), plan)
+
+
 def _rate(batches: Iterator[Any], plan: Plan) -> dict[str, float]:
-    """Clips a second after the first quarter, and the time until the first slot."""
+    """Clips a second and CPU seconds a clip after the first quarter, and the time until the first slot."""
     started = time.perf_counter()
-    arrivals = [time.perf_counter() for _ in batches]
+    arrivals, cpu = [], []
+    for _ in batches:
+        arrivals.append(time.perf_counter())
+        cpu.append(_cpu_of_all())
     settled = len(arrivals) // 4
-    seconds = arrivals[-1] - arrivals[settled]
+    clips = (len(arrivals) - 1 - settled) * plan.clips_per_slot
     return {
-        "clips_per_second": (len(arrivals) - 1 - settled) * plan.clips_per_slot / seconds,
+        "clips_per_second": clips / (arrivals[-1] - arrivals[settled]),
+        "cpu_seconds_a_clip": (cpu[-1] - cpu[settled]) / clips,
         "first_seconds": arrivals[0] - started,
     }
+
+
+def _cpu_of_all() -> float:
+    """CPU seconds so far of this process and of the whole Ray cluster below it: workers, raylet, head."""
+    import ray
+
+    assert ray.is_initialized()
+    # Ray brings psutil along.
+    import psutil
+
+    this = psutil.Process()
+    total = 0.0
+    for process in (this, *this.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def _direct_plan(config: Config, index: VideoIndex) -> Plan:
@@ -184,7 +225,7 @@ def _waits(plan: Plan, steps: int) -> dict[str, float]:
 
     The segments are short, so that the steps cross many boundaries of pools and of epochs.
     """
-    rate = _rate(_through_ray(plan, range(steps), num_streams=1), plan)["clips_per_second"]
+    rate = _warm_rate(lambda: _through_ray(plan, range(steps), num_streams=1), plan)["clips_per_second"]
     pause = plan.clips_per_slot / rate / DEMAND
     waits = []
     stream = _through_ray(plan, range(steps), num_streams=1)
@@ -225,7 +266,7 @@ def _rate_of_ranks(plan: Plan, size: int, num_slots: int = 512) -> float:
     each = num_slots // size
 
     def rank(number: int) -> tuple[float, float]:
-        stream = _through_ray(plan, range(number * each, (number + 1) * each + 1), num_streams=size, cpus_per_task=0.5)
+        stream = _through_ray(plan, range(number * each, (number + 1) * each + 1), num_streams=size)
         next(stream)
         barrier.wait()
         started = time.perf_counter()

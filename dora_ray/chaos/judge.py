@@ -50,7 +50,7 @@ class Attempt:
         begin: step that it begins at.
         world_size: its workers.
         taken_back: steps done before that it does again.
-        work_lost: seconds between the state it begins from and the last step done before it.
+        work_lost: seconds that those had taken.
         silent_since: when the last step before it was done.
         noticed: when the interruption before it was seen, by the run's own word; None when it said none.
         parts: seconds from then to the first step, by what they were spent on, by the run's own word.
@@ -96,27 +96,26 @@ def attempts(metrics: Sequence[Line], events: Sequence[Line]) -> list[Attempt]:
     starts = {line["attempt"]: line for line in events if line["event"] == "start"}
     recovered = {line["attempt"]: line for line in events if line["event"] == "recovered"}
     found: list[Attempt] = []
-    # When the run had done so many steps, as the attempts up to here have it.
-    done_at: dict[int, float] = {}
+    # The line of each step that is done, as the attempts up to here have it.
+    done: dict[int, Line] = {}
     for attempt, start in sorted(starts.items()):
-        steps = {line["step"]: line["time"] for line in metrics if line.get("attempt") == attempt and "step" in line}
+        steps = {line["step"]: line for line in metrics if line.get("attempt") == attempt and "step" in line}
+        lost = [line for step, line in done.items() if step > start["step"]]
         said = recovered.get(attempt)
-        begin, done = start["step"], max(done_at, default=start["step"])
-        silent_since = done_at.get(done, start["time"])
         found.append(
             Attempt(
                 time=start["time"],
-                first_step_time=min(steps.values(), default=None),
-                begin=begin,
+                first_step_time=min((line["time"] for line in steps.values()), default=None),
+                begin=start["step"],
                 world_size=start["world_size"],
-                taken_back=max(0, done - begin),
-                work_lost=silent_since - done_at.get(begin, min(done_at.values(), default=silent_since)),
-                silent_since=silent_since,
+                taken_back=len(lost),
+                work_lost=sum(line["step_seconds"] for line in lost),
+                silent_since=max((line["time"] for line in done.values()), default=start["time"]),
                 noticed=said["time"] - said["seconds"] if said else None,
                 parts=said["parts"] if said else {},
             )
         )
-        done_at = {step: time for step, time in done_at.items() if step <= begin} | {begin: start["time"]} | steps
+        done = {step: line for step, line in done.items() if step <= start["step"]} | steps
     return found
 
 

@@ -41,12 +41,15 @@ class LocalNodes:
     def __init__(self, count: int) -> None:
         self._count = count
         self._cluster: Any = None
+        self._address_before: str | None = None
 
     def __enter__(self) -> Self:
         os.environ.setdefault("RAY_worker_niceness", "0")
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        from ray._private.utils import read_ray_address
         from ray.cluster_utils import Cluster
 
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        self._address_before = read_ray_address()
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         self._cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": HEAD_SETTINGS})
         for _ in range(self._count):
@@ -56,7 +59,11 @@ class LocalNodes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        from ray._private.utils import write_ray_address
+
         self._cluster.shutdown()
+        if self._address_before:  # `ray start` on this machine: what connects by address="auto" is to find it again
+            write_ray_address(self._address_before)
 
     @property
     def address(self) -> str:

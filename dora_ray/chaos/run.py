@@ -34,17 +34,17 @@ def chaos(
         trials: for each run its name, rows, max_difference, problems and notes.
 
     Raises:
-        ConfigError: a fault is not known.
+        ConfigError: a fault is not known, or count is not positive.
     """
-    names = check(faults or (QUICK if quick else FAULTS))
+    names = check(faults or (QUICK if quick else FAULTS), count=count)
     folder = Path(tempfile.mkdtemp(prefix="dora-ray-chaos-"))
-    laboratory = Laboratory(folder, make_training_video(folder))
     planned = plan_trials(names, count=count, quick=quick)
     trials: list[Trial] = []
-    for number, (name, struck) in enumerate(planned, 1):
-        if on_trial is not None:
-            on_trial(name, number, len(planned))
-        trials.append(laboratory.run_live(name, struck, seed=seed) if struck else laboratory.run_alone(name, seed=seed))
+    with Laboratory(folder, make_training_video(folder)) as lab:
+        for number, (name, struck) in enumerate(planned, 1):
+            if on_trial is not None:
+                on_trial(name, number, len(planned))
+            trials.append(lab.run_live(name, struck, seed=seed) if struck else lab.run_alone(name, seed=seed))
     holds = not any(trial.problems for trial in trials)
     if holds:
         shutil.rmtree(folder)
@@ -56,12 +56,14 @@ def chaos(
     }
 
 
-def check(faults: Sequence[str]) -> list[str]:
+def check(faults: Sequence[str], *, count: int) -> list[str]:
     """The faults' names.
 
     Raises:
-        ConfigError: one is not known.
+        ConfigError: one is not known, or they are never to strike.
     """
+    if count < 1:
+        raise ConfigError(f"--count {count}: each fault must strike at least once")
     unknown = [name for name in faults if name not in FAULTS]
     if unknown:
         raise ConfigError(f"--faults {','.join(unknown)}: not known; choose from {', '.join(FAULTS)}")

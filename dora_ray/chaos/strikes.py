@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from dora_ray.training.checkpoint import META
 from dora_ray.training.worlds import CHECKPOINTS
 
 STEP_SECONDS = 180.0
-DRAIN_SECONDS = 12.0
+DRAIN_SECONDS = 10.0
 WRITE_POLL_SECONDS = 0.0005
 # The writer is stopped to see whether it is caught in the middle; that many checkpoints may go by uncaught.
 WRITES_TRIED = 20
@@ -32,19 +32,20 @@ def strike(what: Strike, training: Training, nodes: LocalNodes) -> Hit:
     """
     training.wait(f"step {what.step}", lambda: training.done() >= what.step, seconds=STEP_SECONDS)
     attempt = training.attempt()
-    step, now = training.done(), time.time()
+    hit = Hit(what.fault, training.done(), time.time())
     if what.fault == "worker_kill":
         nodes.kill_worker(what.draw)
     elif what.fault == "checkpoint_kill":
-        now = kill_writer(training)
+        kill_writer(training)
+        hit = Hit(what.fault, training.done(), time.time())
     elif what.fault == "join":
         nodes.join()
     else:
         _take_a_node(what, training, nodes)
     training.wait(
-        f"a step after {what.fault} at step {step}", lambda: training.attempt() > attempt, seconds=STEP_SECONDS
+        f"a step after {what.fault} at step {hit.step}", lambda: training.attempt() > attempt, seconds=STEP_SECONDS
     )
-    return Hit(what.fault, step, now)
+    return hit
 
 
 def _take_a_node(what: Strike, training: Training, nodes: LocalNodes) -> None:
@@ -58,11 +59,8 @@ def _take_a_node(what: Strike, training: Training, nodes: LocalNodes) -> None:
     nodes.kill_node(node)
 
 
-def kill_writer(training: Training) -> float:
+def kill_writer(training: Training) -> None:
     """SIGKILL to the rank that writes a checkpoint, when its folder is there and its last file is not.
-
-    Returns:
-        when, as time.time().
 
     Raises:
         StalledError: no checkpoint was caught in the middle.
@@ -75,7 +73,7 @@ def kill_writer(training: Training) -> float:
             os.kill(pid, signal.SIGSTOP)
             if _half_written(checkpoints):
                 os.kill(pid, signal.SIGKILL)
-                return time.time()
+                return
             os.kill(pid, signal.SIGCONT)
     raise StalledError(f"{WRITES_TRIED} checkpoints were complete before their writer could be stopped")
 
@@ -84,7 +82,7 @@ def _half_written(checkpoints: Path) -> bool:
     return any(not (folder / META).exists() for folder in checkpoints.glob("step-*"))
 
 
-def walk_path(path: Sequence[int], training: Training, nodes: LocalNodes, *, first: int, apart: int) -> list[Hit]:
+def walk_path(path: Sequence[int], training: Training, nodes: LocalNodes, *, first: int, apart: int) -> Iterator[Hit]:
     """Kill and add nodes so that the run has each number of workers in turn, for some steps each.
 
     Raises:
@@ -99,13 +97,12 @@ def walk_path(path: Sequence[int], training: Training, nodes: LocalNodes, *, fir
         )
 
     arrive(path[0], first)
-    hits = []
     for before, after in pairwise(path):
-        hits.append(Hit("join" if after > before else "node_kill", training.done(), time.time()))
+        hit = Hit("join" if after > before else "node_kill", training.done(), time.time())
         for _ in range(after - before):
             nodes.join()
         for _ in range(before - after):
             nodes.kill_node(nodes.pick(0.0))
-        arrive(after, hits[-1].step)
+        arrive(after, hit.step)
         arrive(after, training.done() + apart // 2)
-    return hits
+        yield hit

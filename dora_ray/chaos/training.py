@@ -40,6 +40,7 @@ SMALL = (
     "cluster.cpus_per_worker=2",
     "cluster.decode_cpus=0.5",
     "cluster.max_failures=-1",
+    "cluster.resize_seconds=2",
 )
 CLIPS_PER_SLOT = 2
 POLL_SECONDS = 0.1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from dora_ray import files
 from dora_ray.chaos.damage import cut_newest_checkpoint, damage_store, hang_decoder
@@ -16,13 +19,15 @@ from dora_ray.chaos.training import CLIPS_PER_SLOT, SMALL, StalledError, Trainin
 from dora_ray.training.journal import EVENTS, METRICS, read_history, read_lines
 from dora_ray.weights import resolve_checkpoint
 
-FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 15, 30, 70
+FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 15, 30, 50
 CHECKPOINT_SECONDS = 4.0
 # Writing a checkpoint, and Ray's noting that it is there: until then, a kill falls back to the one before.
 COMMIT_SECONDS = 2.0
 GROWTH_SECONDS = 5.0
 NODES, PATH = 2, (4, 2, 3, 4)
+MOST_WORKERS = 4
 END_SECONDS = 300.0
+Inflict = Callable[[Training, LocalNodes], Iterable[Hit]]
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,23 @@ def num_steps(num_faults: int) -> int:
 
 
 class Laboratory:
-    """A folder with a video, its frame store, and the undisturbed runs, each made when it is first asked for."""
+    """A folder with a video, its frame store, and the undisturbed runs; a context manager that ends what still runs."""
 
     def __init__(self, folder: Path, video: Path) -> None:
         self.folder = folder
         self._video = video
+        self._references: dict[int, Training] = {}
 
-    def words(self, steps: int, num_workers: str, *more: str) -> tuple[str, ...]:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for training in self._references.values():
+            training.kill()
+
+    def words(self, steps: int, num_workers: str) -> tuple[str, ...]:
         """The words of `dora-ray train`."""
         return (
             "tiny",
@@ -67,56 +82,54 @@ class Laboratory:
             f"optim.warmup_steps={steps}",
             f"cluster.num_workers={num_workers}",
             f"run.checkpoint_seconds={CHECKPOINT_SECONDS:g}",
-            *more,
         )
 
+    def begin_reference(self, steps: int) -> Training:
+        """Start the run of so many steps that is left alone, in one process, without Ray, unless it was started.
+
+        It goes on beside the other run, whose nodes and workers take long to start.
+        """
+        if steps not in self._references:
+            run = self.folder / f"undisturbed-{steps}"
+            self._references[steps] = Training(run, self.words(steps, "0"), address=None)
+        return self._references[steps]
+
     def reference(self, steps: int) -> Path:
-        """The run of so many steps that is left alone, in one process, without Ray."""
-        run = self.folder / f"undisturbed-{steps}"
-        if not run.exists():
-            training = Training(run, self.words(steps, "0"), address=None)
-            try:
-                status = training.finish(seconds=END_SECONDS)
-            finally:
-                training.kill()
-            if status != 0:
-                raise StalledError(f"the undisturbed run ended with status {status}: {training.tail()}")
-        return run
+        """The folder of the run that was left alone, once it has ended."""
+        training = self.begin_reference(steps)
+        _finish(training)
+        return training.run
 
     def run_live(self, name: str, faults: Sequence[str], *, seed: int) -> Trial:
         """A run that the faults strike one after the other."""
         steps = num_steps(len(faults))
-        reference, run = self.reference(steps), self.folder / name
-        hits: list[Hit] = []
-        try:
-            with LocalNodes(NODES) as nodes:
-                training = Training(run, self.words(steps, "[1, 4]"), address=nodes.address)
-                try:
-                    schedule = draw_schedule(faults, seed=seed, first=FIRST_STEP, last=steps - STEPS_AFTER)
-                    hits += (strike(what, training, nodes) for what in schedule)
-                    _finish(training)
-                finally:
-                    training.kill()
-        except StalledError as error:
-            return Trial(name, _rows(run, reference, hits), problems=[str(error)])
-        return compare(name, run, reference, hits)
+        schedule = draw_schedule(faults, seed=seed, first=FIRST_STEP, last=steps - STEPS_AFTER)
+        return self._run(name, steps, NODES, lambda *both: (strike(what, *both) for what in schedule))
 
     def run_path(self, name: str) -> Trial:
         """A run whose number of workers goes down and up again."""
-        steps = num_steps(len(PATH))
-        reference, run = self.reference(steps), self.folder / name
+        walk = partial(walk_path, PATH, first=FIRST_STEP, apart=STEPS_A_FAULT)
+        return self._run(name, num_steps(len(PATH)), PATH[0], walk)
+
+    def _run(self, name: str, steps: int, num_nodes: int, inflict: Inflict) -> Trial:
+        """A run on so many nodes, with what is inflicted on it."""
+        run = self.folder / name
         hits: list[Hit] = []
+        reference = self.begin_reference(steps)
         try:
-            with LocalNodes(PATH[0]) as nodes:
-                training = Training(run, self.words(steps, f"[1, {max(PATH)}]"), address=nodes.address)
+            with LocalNodes(num_nodes) as nodes:
+                # By then it has filled the frame store, which both use.
+                reference.wait("its plan", (reference.run / "config.yaml").exists, seconds=END_SECONDS)
+                training = Training(run, self.words(steps, f"[1, {MOST_WORKERS}]"), address=nodes.address)
                 try:
-                    hits += walk_path(PATH, training, nodes, first=FIRST_STEP, apart=STEPS_A_FAULT)
+                    for hit in inflict(training, nodes):
+                        hits.append(hit)  # one by one: those before a stall are told
                     _finish(training)
                 finally:
                     training.kill()
         except StalledError as error:
-            return Trial(name, _rows(run, reference, hits), problems=[str(error)])
-        return compare(name, run, reference, hits)
+            return Trial(name, _rows(run, self.reference(steps), hits), problems=[str(error)])
+        return compare(name, run, self.reference(steps), hits)
 
     def run_alone(self, name: str, *, seed: int) -> Trial:
         """A run of its own kind, one of schedule.ALONE."""

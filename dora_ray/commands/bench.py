@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
+from typing import Any
 
+from dora_ray.commands import words
 from dora_ray.commands.output import write_facts, write_json
+from dora_ray.errors import ConfigError
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, and print what was measured."""
-    from importlib import import_module
-
-    result = import_module(f"dora_ray.bench.{options.what}").run(quick=options.quick)
+    result = _measure(options)
     write_json(options.json, result)
-    write_facts(result)
+    parts = {f"  {name}": seconds for name, seconds in result.get("parts", {}).items()}
+    write_facts({name: value for name, value in result.items() if name != "parts"})
+    if parts:
+        write_facts({"seconds of its parts": "", **parts})
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    bench: Any = import_module(f"dora_ray.bench.{options.what}")
+    if options.what == "step":
+        return dict(bench.run(quick=options.quick, config=words.load(options.words)))
+    if options.words:
+        raise ConfigError(f"bench {options.what} takes no configuration ({' '.join(options.words)}); bench step does")
+    return dict(bench.run(quick=options.quick))

@@ -68,7 +68,7 @@ def table(trials: list[dict[str, Any]]) -> Table:
     shown = Table(*columns)
     for trial in trials:
         difference = trial["max_difference"]
-        equal = "unknown" if difference is None else f"{'yes' if difference == 0 else 'NO'} ({difference:g})"
+        equal = "-" if difference is None else f"{'yes' if difference == 0 else 'NO'} ({difference:g})"
         for row in trial["rows"]:
             recovered = row["recovered_seconds"]
             shown.add_row(

@@ -1,4 +1,4 @@
-"""dora-ray data: index, ingest, and videos and images to try things on."""
+"""dora-ray data: index, ingest, analyze, fetch, and videos and images to try things on."""
 
 from __future__ import annotations
 
@@ -67,6 +67,52 @@ def run_ingest(options: argparse.Namespace) -> None:
     write_facts(
         {"store": files.absolute(options.store)} | {video.path: f"{len(video.times)} frames" for video in stored}
     )
+
+
+def run_analyze(options: argparse.Namespace) -> None:
+    """Print the statistics of ingested videos."""
+    from dora_ray.analysis.videos import analyze
+    from dora_ray.config import load_config
+    from dora_ray.data.store import open_videos
+    from dora_ray.data.video import find_videos
+
+    videos, overrides = split(options.words)
+    if not videos or options.interval <= 0:
+        raise ConfigError("name videos that were ingested, and an --interval above 0 seconds")
+    data = load_config(options.recipe, *overrides).data
+    stored = open_videos(
+        find_videos(videos),
+        store=files.absolute(options.store),
+        frames_per_second=data.frames_per_second,
+        short_side=data.short_side,
+        jpeg_quality=data.jpeg_quality,
+    )
+    found = [analyze(video, interval_seconds=options.interval) for video in stored]
+    for facts in found:
+        light, shots = facts["lightness"], facts["shots"]
+        write_facts(
+            {name: facts[name] for name in ("video", "seconds", "frames", "missing")}
+            | {"lightness": light["mean"], "change of lightness": light["change"]}
+            | {"shot changes": shots["changes"], "shot changes a minute": shots["per_minute"]}
+        )
+    write_json(options.json, found)
+
+
+def run_fetch(options: argparse.Namespace) -> None:
+    """Download videos of a data set, or name them."""
+    from dora_ray.data.walking_tours import LICENSE, fetch_tours, find_tours
+
+    tours = find_tours(options.names)
+    if options.list:
+        write("\n".join(f"{t.name:<13} {t.seconds / 3600:.1f} h  {t.address}" for t in tours) + f"\nlicense: {LICENSE}")
+        return
+    with Stages() as stages:
+
+        def progress(name: str, done: int, total: int) -> None:
+            stages.at(f"fetch {name}", "MB").update(step=done // 2**20, total=max(total // 2**20, 1))
+
+        paths = fetch_tours(tours, out=options.out, height=options.height, progress=progress)
+    write("\n".join(map(str, paths)))
 
 
 def run_synth_video(options: argparse.Namespace) -> None:

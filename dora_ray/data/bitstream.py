@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 SLICES = frozenset((1, 2, 3, 4, 5))
 # Parameter sets and their extensions change how later pictures are read.
+SEQUENCE_PARAMETERS = 7
 PARAMETER_SETS = frozenset((7, 8, 13, 15))
 START_CODE = b"\0\0\1"
 OBU_SEQUENCE, OBU_FRAME_HEADER, OBU_FRAME, OBU_REDUNDANT_HEADER = 1, 3, 6, 7
@@ -31,11 +32,32 @@ def reference_test(codec: str, extradata: bytes | None) -> Callable[[Packet], bo
         extradata: the stream's parameters as the container holds them.
     """
     if codec == "h264":
-        configured = bool(extradata) and len(extradata or b"") > 4 and (extradata or b"")[0] == 1
-        length_bytes = ((extradata or b"")[4] & 3) + 1 if configured else 0
+        length_bytes = _length_bytes(extradata or b"")
         return lambda packet: _h264_is_reference(packet, length_bytes)
     sequence = _sequence(extradata) if codec == "av1" else None
     return (lambda packet: _av1_is_reference(packet, sequence)) if sequence else (lambda packet: True)
+
+
+def sequence_parameters(packet: Packet, codec: str, extradata: bytes | None) -> frozenset[bytes]:
+    """The sequence parameter sets (sizes, formats) that travel in a packet of H.264; empty for other codecs."""
+    if codec != "h264":
+        return frozenset()
+    content, length_bytes = bytes(packet), _length_bytes(extradata or b"")
+    units = _sized(content, length_bytes) if length_bytes else content.split(START_CODE)
+    return frozenset(unit.rstrip(b"\0") for unit in units if unit and unit[0] & 31 == SEQUENCE_PARAMETERS)
+
+
+def _length_bytes(extradata: bytes) -> int:
+    """Bytes of the length before every NAL unit (MP4, Matroska), 0 where start codes divide them (MPEG-TS, AVI)."""
+    return (extradata[4] & 3) + 1 if len(extradata) > 4 and extradata[0] == 1 else 0
+
+
+def _sized(packet: bytes, length_bytes: int) -> Iterator[bytes]:
+    position = 0
+    while position < len(packet):
+        start = position + length_bytes
+        position = start + int.from_bytes(packet[position:start], "big")
+        yield packet[start:position]
 
 
 def _h264_is_reference(packet: Packet, length_bytes: int) -> bool:

@@ -138,6 +138,7 @@ class DecordDecoder:
             (index.codec == "av1", "its FFmpeg of 2021 has no AV1 decoder"),
             (index.discarded > 0, "it ignores the file's edit list and repeats frames"),
             (index.leading_frames, "it returns wrong frames at open groups of pictures"),
+            (index.resized, "it repeats frames where the size of the pictures changes"),
             (
                 index.width * index.coded_height != index.height * index.coded_width and not index.rotation % 180,
                 "it ignores non-square pixels",
@@ -170,9 +171,11 @@ class TorchCodecDecoder:
         self._library = library
 
     def refusal(self, index: VideoIndex) -> str | None:
-        """MPEG-TS is an error in torchcodec; remote files are not passed to it."""
+        """What torchcodec is known to fail on; remote files are not passed to it."""
         if files.is_remote(index.path):
             return "it is given local files only"
+        if index.resized:
+            return "it fails where the size of the pictures changes"
         return "it cannot read MPEG-TS" if "mpegts" in index.container else None
 
     def decode(self, index: VideoIndex, pts: Sequence[int], *, short_side: int) -> Iterator[DecodedFrame]:

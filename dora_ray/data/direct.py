@@ -81,7 +81,7 @@ def _decode(
 ) -> Iterator[tuple[int, DecodedFrame]]:
     """Kept-frame numbers and pictures, from every run of frames between two given-up groups of pictures."""
     number_of = {int(video.pts[frame]): int(frame) for frame in frames.tolist()}
-    bad_keys = {video.index.key_before(int(video.pts[frame])) for frame in watch.given_up}
+    bad_keys = {video.index.key_before(pts) for pts, frame in number_of.items() if frame in watch.given_up}
     runs = groupby(number_of, key=lambda pts: video.index.key_before(pts) in bad_keys)
     decoder = get_decoder(plan.decoder)
     for given_up, run in runs:

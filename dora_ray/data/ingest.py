@@ -28,7 +28,7 @@ from dora_ray.data.sources import find_videos
 from dora_ray.data.store import StoredVideo
 from dora_ray.data.video import VideoIndex
 from dora_ray.data.watchdog import begin_attempt, end_attempt, time_limit
-from dora_ray.errors import VideoError
+from dora_ray.errors import DoRAError, VideoError
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ def ingest(
     segment_seconds: float,
     decode_seconds: float,
     node_label: str | None = None,
+    cache: str | None = None,
     progress: Callable[[IngestProgress], None] | None = None,
 ) -> list[StoredVideo]:
     """Bring the videos into the store and open them, sorted by path; does nothing where everything is stored.
@@ -97,6 +98,7 @@ def ingest(
         segment_seconds: least length of a task's part of a video, rounded up to a key frame.
         decode_seconds: the longest that ten seconds of video may take before a task's process is ended.
         node_label: value of the node label `role` that tasks are pinned to; None: any node.
+        cache: folder on every node that a dataset is copied into before it is read; None: none.
         progress: told at the start and after every segment.
 
     Raises:
@@ -128,7 +130,7 @@ def ingest(
             patience = STALL_LIMITS * max(part.limit_seconds for part in work)
             results = run_tasks(items, task, node_label=node_label, patience_seconds=patience)
             _commit_results(work, results, num_videos=len(indexes), progress=progress)
-    return frame_store.open_videos(indexes, store=store, **setting)
+    return frame_store.open_videos(indexes, store=store, cache=cache, **setting)
 
 
 def ingest_segment(
@@ -148,7 +150,7 @@ def ingest_segment(
         with time_limit(part.limit_seconds):
             unread = before.hung >= MAX_HANGS
             fragments, missing = _write_segment(part, store, None if unread else decoder, short_side, jpeg_quality)
-    except VideoError as error:
+    except DoRAError as error:
         result["error"] = str(error)
     else:
         result |= {"fragments": json.dumps(fragments), "frames": len(part.pts), "missing": missing}

@@ -10,15 +10,15 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Container, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, wait
 from typing import Any
 
 from dora_ray.data.direct import decode_segment
 from dora_ray.data.plan import Plan
 from dora_ray.data.segments import SegmentPlan
 from dora_ray.data.slots import SlotBatch, SlotKey, read_slot
-from dora_ray.data.supervision import Watch
+from dora_ray.data.supervision import EVERYTHING, MOST_DEATHS, Watch
 
 LOOK_SECONDS = 1.0
 
@@ -35,6 +35,7 @@ class LocalEngine:
             decode_seconds: the longest that a clip or a frame may take before it is given up.
         """
         self._plan = plan
+        self._num_threads = num_threads
         self._seconds = decode_seconds
         self._readers = _Threads(num_threads, "slots")
         self._decoders = _Threads(num_threads, "segments") if isinstance(plan, SegmentPlan) else None
@@ -68,6 +69,10 @@ class LocalEngine:
         """See `pipeline.Engine`."""
         return [job for job in handles if not job.done()]
 
+    def capacity(self) -> int:
+        """See `pipeline.Engine`."""
+        return self._num_threads
+
     def close(self) -> None:
         """See `pipeline.Engine`."""
         self._readers.close()
@@ -97,6 +102,10 @@ class _Threads:
         """Let the threads end after what they are at; what waits is dropped."""
         self._closed.set()
 
+    def closed(self) -> bool:
+        """Whether what waits was dropped."""
+        return self._closed.is_set()
+
     def _run(self) -> None:
         while not self._closed.is_set():
             try:
@@ -110,7 +119,7 @@ class _Job:
     """Work on one of the threads; begun again without the item that it hangs at."""
 
     def __init__(self, work: Callable[[Watch], Any], threads: _Threads, seconds: float) -> None:
-        self._given_up: frozenset[int] = frozenset()
+        self._hung: set[int] = set()
         self._work = work
         self._threads = threads
         self._seconds = seconds
@@ -118,7 +127,7 @@ class _Job:
         self._start()
 
     def _start(self) -> None:
-        self._attempt = _Attempt(self._given_up)
+        self._attempt = _Attempt(EVERYTHING if len(self._hung) >= MOST_DEATHS else frozenset(self._hung))
         self._threads.put(functools.partial(self._attempt.run, self._work))
 
     def done(self) -> bool:
@@ -132,6 +141,8 @@ class _Job:
             wait([attempt.future], timeout=min(LOOK_SECONDS, self._seconds))
             if attempt.future.done():
                 return attempt.future.result()
+            if self._threads.closed():
+                raise CancelledError
             self._give_up(attempt)
 
     def _give_up(self, attempt: _Attempt) -> None:
@@ -139,15 +150,15 @@ class _Job:
         with self._lock:
             if attempt is self._attempt and attempt.seconds_at_item() > self._seconds:
                 assert attempt.item is not None
-                self._given_up |= {attempt.item}
+                self._hung.add(attempt.item)
                 self._threads.add()
                 self._start()
 
 
 class _Attempt:
-    """One attempt at a job."""
+    """One attempt at a job; its own `supervision.Watch`."""
 
-    def __init__(self, given_up: frozenset[int]) -> None:
+    def __init__(self, given_up: Container[int]) -> None:
         self.given_up = given_up
         self.future: Future[Any] = Future()
         self.item: int | None = None

@@ -17,6 +17,9 @@ from dora_ray.data.plan import Plan
 from dora_ray.data.segments import SegmentPlan
 from dora_ray.data.slots import SlotBatch, SlotKey
 
+# Of the tasks that can run at a time, for segments that nobody waits for yet: slots are read beside them.
+WARMING_SHARE = 0.75
+
 
 class Engine(Protocol):
     """Who does the work. Handles are its own: the pipeline only keeps them and gives them back."""
@@ -33,12 +36,15 @@ class Engine(Protocol):
     def unfinished(self, handles: list[Any]) -> list[Any]:
         """Those of the handles whose work is not done yet."""
 
+    def capacity(self) -> int:
+        """Tasks that can run at a time, as things are now: at least 1."""
+
     def close(self) -> None:
         """Drop all work."""
 
 
 def slots_in_order(
-    plan: Plan, keys: Iterator[SlotKey], engine: Engine, *, slots_per_task: int, in_flight: int, max_warming: int
+    plan: Plan, keys: Iterator[SlotKey], engine: Engine, *, slots_per_task: int, prefetch: int
 ) -> Iterator[SlotBatch]:
     """The slots of `keys`, in that order.
 
@@ -47,13 +53,13 @@ def slots_in_order(
         keys: steps and slots, ascending in the steps.
         engine: does the work.
         slots_per_task: slots that one task reads.
-        in_flight: tasks that read slots, begun and not yet handed out.
-        max_warming: segments of following pools that are decoded at a time.
+        prefetch: tasks begun and not yet handed out, on top of those that keep the engine busy.
     """
-    segments = _Segments(plan, engine, max_warming) if isinstance(plan, SegmentPlan) else None
+    segments = _Segments(plan, engine) if isinstance(plan, SegmentPlan) else None
     pending: deque[tuple[list[SlotKey], Any]] = deque()
     try:
         while True:
+            in_flight = prefetch + 2 * engine.capacity()
             while len(pending) < in_flight and (task := list(islice(keys, slots_per_task))):
                 handles = segments.for_slots(task) if segments else {}
                 pending.append((task, engine.read(task, handles)))
@@ -79,10 +85,9 @@ def _read_again(plan: Plan, batch: SlotBatch, engine: Engine, segments: _Segment
 class _Segments:
     """The decoded segments of the pools that this rank's slots live on and will live on next."""
 
-    def __init__(self, plan: SegmentPlan, engine: Engine, max_warming: int) -> None:
+    def __init__(self, plan: SegmentPlan, engine: Engine) -> None:
         self._plan = plan
         self._engine = engine
-        self._max_warming = max_warming
         self._handles: dict[int, Any] = {}
         self._live: dict[int, frozenset[int]] = {}
         self._wanted: deque[int] = deque()
@@ -120,12 +125,14 @@ class _Segments:
     def _drop_dead(self) -> None:
         live = frozenset().union(*self._live.values())
         self._handles = {segment: handle for segment, handle in self._handles.items() if segment in live}
+        self._wanted = deque(segment for segment in self._wanted if segment in live)
         self._repeated &= live
 
     def _warm(self) -> None:
         """Begin to decode what will be wanted next, a few at a time, so that slots are still read in between."""
         self._warming = self._engine.unfinished(self._warming)
-        while self._wanted and len(self._warming) < self._max_warming:
+        most = max(1, WARMING_SHARE * self._engine.capacity())
+        while self._wanted and len(self._warming) < most:
             segment = self._wanted.popleft()
             if segment not in self._handles:
                 self._handles[segment] = self._engine.decode(segment)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,17 +19,31 @@ from dora_ray.data.supervision import TaskWatch
 
 # Watches end processes on purpose, and each ending counts as a retry; a task that dies more often is broken.
 MAX_RETRIES = 20
+LOOK_SECONDS = 10.0
+# Of the object store, for ready slots; decoded segments need the rest.
+READY_SHARE = 0.3
 
 
 class RayEngine:
     """See `pipeline.Engine`; handles are object references."""
 
-    def __init__(self, plan: Plan, *, cpus_per_task: float, node_label: str | None, decode_seconds: float) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        slots_per_task: int,
+        cpus_per_task: float,
+        num_streams: int,
+        node_label: str | None,
+        decode_seconds: float,
+    ) -> None:
         """Give the cluster the plan.
 
         Args:
             plan: the plan.
+            slots_per_task: slots that a reading task gives.
             cpus_per_task: CPUs that Ray reserves for a task.
+            num_streams: streams beside each other, which share the cluster's CPUs and memory.
             node_label: value of the node label `role` that tasks are pinned to; None: any node.
             decode_seconds: the longest that a clip or a frame may take before its process is ended.
         """
@@ -37,6 +52,11 @@ class RayEngine:
         # Inside a tuple, so that tasks get the reference itself and every process unpacks the plan once.
         self._plan = (ray.put(plan),)
         self._seconds = decode_seconds
+        self._label = node_label
+        self._cpus = cpus_per_task * num_streams
+        self._bytes = num_streams * slots_per_task * plan.clips_per_slot * plan.num_frames * plan.clip_size**2 * 3
+        self._looked_at = -math.inf
+        self._capacity = 1
         # "DEFAULT" and not the training worker's own placement group.
         options: dict[str, Any] = {
             "num_cpus": cpus_per_task,
@@ -72,19 +92,24 @@ class RayEngine:
 
         return ray.wait(handles, num_returns=len(handles), timeout=0, fetch_local=False)[1] if handles else []
 
+    def capacity(self) -> int:
+        """See `pipeline.Engine`. Nodes come and go, so the cluster is asked again and again."""
+        if time.monotonic() - self._looked_at > LOOK_SECONDS:
+            import ray
+
+            nodes = [
+                node for node in ray.nodes() if node["Alive"] and self._label in (None, node["Labels"].get("role"))
+            ]
+            cpus, memory = (
+                sum(node["Resources"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "object_store_memory")
+            )
+            # Twice as many tasks are in flight as run, each with its slots in the object store.
+            self._capacity = max(1, int(min(cpus / self._cpus, READY_SHARE * memory / self._bytes / 2)))
+            self._looked_at = time.monotonic()
+        return self._capacity
+
     def close(self) -> None:
         """See `pipeline.Engine`: what nobody refers to any more is freed by Ray."""
-
-
-def parallel_tasks(*, cpus_per_task: float, num_streams: int, node_label: str | None) -> int:
-    """Tasks that one of the streams can run at a time, at least 1."""
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if node_label:
-        nodes = [node for node in nodes if node.get("Labels", {}).get("role") == node_label]
-    cpus = sum(node["Resources"].get("CPU", 0.0) for node in nodes)
-    return max(1, math.floor(cpus / cpus_per_task / num_streams))
 
 
 @functools.lru_cache(maxsize=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from dora_ray.errors import ClusterError
 
 Task = Callable[[str], dict[str, Any]]
+
+# Names of jobs whose callers have left: Ray Data copies what its callbacks hold, so an event would not reach them.
+_GIVEN_UP: set[str] = set()
 
 
 @contextmanager
@@ -44,8 +48,8 @@ def run_tasks(
         ClusterError: no task has ended for that long.
     """
     results: queue.Queue[Any] = queue.Queue()
-    stop = threading.Event()
-    arguments = (items, task, node_label, results, stop)
+    job = uuid.uuid4().hex
+    arguments = (items, task, node_label, results, job)
     thread = threading.Thread(target=_consume, args=arguments, name="dora-ray-tasks", daemon=True)
     thread.start()
     try:
@@ -64,19 +68,32 @@ def run_tasks(
             yield result
         thread.join()
     finally:
-        stop.set()
+        if thread.is_alive():
+            _GIVEN_UP.add(job)
 
 
-def _consume(
-    items: Sequence[str], task: Task, node_label: str | None, results: queue.Queue[Any], stop: threading.Event
-) -> None:
+def _consume(items: Sequence[str], task: Task, node_label: str | None, results: queue.Queue[Any], job: str) -> None:
     try:
-        for row in _dataset(items, task, node_label).iter_rows():
+        dataset = _dataset(items, task, node_label)
+        dataset.context.custom_execution_callback_classes.append(_stopper(job))
+        for row in dataset.iter_rows():
             results.put(row)
-            if stop.is_set():
-                return
     except Exception as error:  # noqa: BLE001  it is raised again by the thread that waits for the results
         results.put(error)
+    finally:
+        _GIVEN_UP.discard(job)
+
+
+def _stopper(job: str) -> type[Any]:
+    """Ends the job once it is given up: one that waits for nodes which never come would wait on after its caller."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Stopper(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            if job in _GIVEN_UP:
+                raise ClusterError("the job was given up")
+
+    return Stopper
 
 
 def _dataset(items: Sequence[str], task: Task, node_label: str | None) -> Any:

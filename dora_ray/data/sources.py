@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from fsspec.core import url_to_fs
 
 from dora_ray import files
 from dora_ray.errors import VideoError
+from dora_ray.remote import refusal
 
 SUFFIXES = frozenset(
     (
@@ -26,6 +28,12 @@ SUFFIXES = frozenset(
     )
 )
 PACKAGE = "package:"
+WHOLE_FILES = (
+    "its server sends whole files only (no range requests), and a video is read in parts; download it and name the"
+    " local file"
+)
+# What the file systems of fsspec call the tag and the time of a file.
+STAMPS = ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "updated")
 
 
 def find_videos(patterns: Sequence[str]) -> list[str]:
@@ -42,12 +50,25 @@ def find_videos(patterns: Sequence[str]) -> list[str]:
 
 
 def file_stamp(path: str) -> tuple[int, int]:
-    """Size in bytes and modification time in ns (0 where the file system has none): what tells a changed file."""
+    """What tells a changed file: its size in bytes and its modification time in ns.
+
+    Of a remote file the second is a hash of the tag and the time that its server gives; 0 where it gives none.
+
+    Raises:
+        VideoError: the file cannot be looked at.
+    """
     if not files.is_remote(path):
         status = Path(path).stat()
         return status.st_size, status.st_mtime_ns
-    filesystem, inner = url_to_fs(path)
-    return int(filesystem.info(inner).get("size") or 0), 0
+    try:
+        filesystem, inner = url_to_fs(path)
+        filesystem.invalidate_cache()
+        facts = filesystem.info(inner)
+    except Exception as error:
+        raise VideoError(_open_failure(path, error)) from error
+    given = [str(facts[key]) for key in STAMPS if facts.get(key)]
+    digest = hashlib.blake2b("|".join(given).encode(), digest_size=7).digest()
+    return int(facts.get("size") or 0), int.from_bytes(digest, "big") if given else 0
 
 
 @contextmanager
@@ -57,19 +78,36 @@ def open_container(path: str) -> Iterator[InputContainer]:
     Raises:
         VideoError: the file is missing, empty, a folder, or nothing that FFmpeg reads.
     """
-    source: Any = None
+    source: Any = path
     try:
         _check_there(path)
-        source = fsspec.open(path, "rb").open() if files.is_remote(path) else path
+        if files.is_remote(path):
+            source = _remote_file(path)
         container = av.open(source, metadata_errors="replace")
-    except (OSError, av.FFmpegError) as error:
+    except VideoError:
+        raise
+    except Exception as error:
         raise VideoError(_open_failure(path, error)) from error
     try:
         yield container
+    except Exception as error:
+        # A server may stop to answer in the middle; everything else is the caller's.
+        reason = refusal(path, error)
+        if reason is None:
+            raise
+        raise VideoError(f"{path}: {reason}") from error
     finally:
         container.close()
         if source is not path:
             source.close()
+
+
+def _remote_file(path: str) -> Any:
+    file = fsspec.open(path, "rb").open()
+    if not file.seekable():
+        file.close()
+        raise VideoError(f"{path}: {WHOLE_FILES}")
+    return file
 
 
 def video_stream(container: InputContainer, path: str) -> VideoStream:
@@ -95,14 +133,21 @@ def _check_there(path: str) -> None:
         raise VideoError(f"{path}: no such file; check the path, on every node")
     if place.is_dir():
         raise VideoError(f"{path}: is a folder, and one video file is wanted here")
+    if not place.is_file():
+        raise VideoError(f"{path}: is no file but a pipe or a device, which cannot be read in parts; name a video file")
     if place.stat().st_size == 0:
         raise VideoError(f"{path}: is empty (0 bytes); get the file again")
 
 
 def _open_failure(path: str, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error)
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+    refused = refusal(path, error)
+    if refused:
+        return f"{path}: {refused}"
+    if "range requests" in reason:
+        return f"{path}: {WHOLE_FILES}"
     if isinstance(error, PermissionError):
-        return f"{path}: may not be read ({reason}); check its permissions or your credentials"
+        return f"{path}: may not be read ({reason}); check its permissions"
     if isinstance(error, FileNotFoundError):
         return f"{path}: no such file ({reason}); check the path"
     return (
@@ -128,16 +173,17 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _remote_matches(pattern: str) -> list[str]:
-    filesystem, inner = url_to_fs(pattern)
     try:
+        filesystem, inner = url_to_fs(pattern)
         if glob.has_magic(inner):
             found = filesystem.glob(inner)
         elif pattern.startswith(("http://", "https://")) or not filesystem.isdir(inner):
             return [pattern]
         else:
             found = filesystem.find(inner)
-    except OSError as error:
-        raise VideoError(f"{pattern}: cannot be listed ({error}); check the address and your credentials") from error
+    except Exception as error:
+        reason = refusal(pattern, error) or f"cannot be listed ({error}); check the address"
+        raise VideoError(f"{pattern}: {reason}") from error
     videos = [str(filesystem.unstrip_protocol(p)) for p in found if Path(p).suffix.lower() in SUFFIXES]
     return videos or _nothing(pattern, "no video there")
 

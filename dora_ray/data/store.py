@@ -16,8 +16,9 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lance
@@ -28,6 +29,7 @@ from lance.fragment import FragmentMetadata, write_fragments
 
 from dora_ray import files
 from dora_ray.data import cuts
+from dora_ray.data.cache import local_copy
 from dora_ray.data.decoders import DecodedFrame, scaled_size
 from dora_ray.data.sources import file_stamp
 from dora_ray.data.video import VideoIndex, index_video
@@ -62,6 +64,7 @@ class StoredVideo:
         width, height: of every stored frame, pixels.
         missing: kept frames that could not be decoded; they leave holes in `times`.
         digest: of the video's content.
+        cache: folder on every node that the dataset is copied into before it is read; None: it is read where it is.
     """
 
     video_id: str
@@ -75,6 +78,7 @@ class StoredVideo:
     height: int
     missing: int
     digest: str
+    cache: str | None = None
 
     def __len__(self) -> int:
         return len(self.times)
@@ -110,16 +114,22 @@ def stored_index(store: str, video_id: str) -> VideoIndex | None:
 
 
 def open_videos(
-    videos: Sequence[str | VideoIndex], *, store: str, frames_per_second: float, short_side: int, jpeg_quality: int
+    videos: Sequence[str | VideoIndex],
+    *,
+    store: str,
+    frames_per_second: float,
+    short_side: int,
+    jpeg_quality: int,
+    cache: str | None = None,
 ) -> list[StoredVideo]:
-    """The stored frames of each video, in the order given.
+    """The stored frames of each video, in the order given; `cache` is as in StoredVideo.
 
     Raises:
         VideoError: a video is not, or not wholly, in the store at this setting, or none of its frames could be decoded.
     """
     indexes = [v if isinstance(v, VideoIndex) else load_index(v, store=store) for v in videos]
     setting = {"frames_per_second": frames_per_second, "short_side": short_side, "jpeg_quality": jpeg_quality}
-    return [_open_video(index, store, setting) for index in indexes]
+    return [replace(_open_video(index, store, setting), cache=cache) for index in indexes]
 
 
 def unstored_frames(index: VideoIndex, uri: str, *, frames_per_second: float) -> np.ndarray:
@@ -134,6 +144,16 @@ def has_frames(uri: str) -> bool:
     """Whether the dataset holds a frame that could be decoded."""
     dataset = _latest(uri)
     return dataset is not None and dataset.count_rows("signature IS NOT NULL") > 0
+
+
+def read_signatures(video: StoredVideo) -> np.ndarray:
+    """(F, cuts.SIGNATURE_BYTES) uint8: what is kept of every stored frame for finding cuts and measuring light.
+
+    Raises:
+        VideoError: the store was changed or removed.
+    """
+    column = _take_column(video, np.arange(len(video)), "signature")
+    return np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(len(video), cuts.SIGNATURE_BYTES)
 
 
 def read_jpegs(video: StoredVideo, frames: Sequence[int]) -> list[bytes]:
@@ -164,10 +184,12 @@ def create_dataset(uri: str) -> None:
     if _latest(uri) is None:
         try:
             lance.write_dataset(SCHEMA.empty_table(), uri, mode="create")
-        except OSError:
+        except OSError as error:
             # Another ingest may have made it between the look and the writing.
             if _latest(uri) is None:
-                raise
+                raise VideoError(
+                    f"{uri}: cannot be written ({_reason(error)}); check space and rights, or give another data.store"
+                ) from error
 
 
 def frame_row(frame: DecodedFrame, *, segment: int, jpeg_quality: int) -> dict[str, object]:
@@ -190,21 +212,34 @@ def missing_row(pts: int, *, segment: int, width: int, height: int) -> dict[str,
 def write_rows(uri: str, rows: Sequence[dict[str, object]]) -> list[str]:
     """Write rows as data files that no reader sees before `commit`; returns their descriptions."""
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
-    return [json.dumps(fragment.to_json()) for fragment in write_fragments(table, uri, mode="append")]
+    with _written(uri):
+        return [json.dumps(fragment.to_json()) for fragment in write_fragments(table, uri, mode="append")]
 
 
 def commit(uri: str, fragments: Sequence[str]) -> None:
     """Make written rows part of the dataset, all in one version."""
     added = [FragmentMetadata.from_json(fragment) for fragment in fragments]
-    version = lance.dataset(uri).version
-    lance.LanceDataset.commit(uri, lance.LanceOperation.Append(added), read_version=version)
+    with _written(uri):
+        version = lance.dataset(uri).version
+        lance.LanceDataset.commit(uri, lance.LanceOperation.Append(added), read_version=version)
 
 
 def _same_file(index: VideoIndex) -> bool:
     try:
         return file_stamp(index.path) == (index.size_bytes, index.mtime_ns)
-    except OSError:
+    except (OSError, VideoError):
         return False
+
+
+@contextmanager
+def _written(uri: str) -> Iterator[None]:
+    """Lance's errors (a full disk, no rights, no network) as VideoError."""
+    try:
+        yield
+    except OSError as error:
+        raise VideoError(
+            f"{uri}: cannot be written ({_reason(error)}); check space, rights and network, and start again"
+        ) from error
 
 
 def _latest(uri: str) -> lance.LanceDataset | None:
@@ -212,6 +247,13 @@ def _latest(uri: str) -> lance.LanceDataset | None:
         return lance.dataset(uri)
     except ValueError:
         return None
+    except OSError as error:
+        raise VideoError(f"{uri}: the store cannot be read ({_reason(error)}); check its address and rights") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what Lance says, without the place in its source."""
+    return " ".join(str(error).partition(", /")[0].split())[:200]
 
 
 def _open_video(index: VideoIndex, store: str, setting: dict[str, float]) -> StoredVideo:
@@ -251,19 +293,22 @@ def _open_video(index: VideoIndex, store: str, setting: dict[str, float]) -> Sto
 
 
 @functools.lru_cache(maxsize=OPEN_DATASETS)
-def _pinned(uri: str, version: int) -> lance.LanceDataset:
-    return lance.dataset(uri, version=version)
+def _pinned(uri: str, version: int, cache: str | None) -> lance.LanceDataset:
+    return lance.dataset(local_copy(uri, version, cache) if cache else uri, version=version)
 
 
 def _take(video: StoredVideo, frames: Sequence[int]) -> list[pa.Buffer]:
-    rows = video.rows[np.asarray(frames, np.int64)]
+    return [value.as_buffer() for value in _take_column(video, np.asarray(frames, np.int64), "jpeg")]
+
+
+def _take_column(video: StoredVideo, frames: np.ndarray, name: str) -> pa.ChunkedArray:
+    rows = video.rows[frames]
     try:
-        column = _pinned(video.uri, video.version).take(rows.tolist(), columns=["jpeg"])["jpeg"]
+        column = _pinned(video.uri, video.version, video.cache).take(rows.tolist(), columns=[name])[name]
     except (OSError, ValueError) as error:
-        reason = str(error).partition(", /")[0]
-        raise VideoError(f"{video.uri}: cannot be read ({reason}); ingest {video.path} again") from error
+        raise VideoError(f"{video.uri}: cannot be read ({_reason(error)}); ingest {video.path} again") from error
     if len(column) != len(rows):  # Lance leaves out rows that do not exist
         raise VideoError(
             f"{video.uri}: {len(rows) - len(column)} of {len(rows)} rows are gone; ingest {video.path} again"
         )
-    return [value.as_buffer() for value in column]
+    return column

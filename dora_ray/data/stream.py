@@ -20,9 +20,6 @@ from dora_ray.data.slots import SlotBatch, SlotKey, read_slot
 
 __all__ = ["SlotBatch", "SlotKey", "local_slots", "ray_slots", "read_slot"]
 
-# Of a cluster's object store, for ready slots; decoded segments need the rest.
-READY_SHARE = 0.3
-
 
 def local_slots(
     plan: Plan, keys: Iterator[SlotKey], *, prefetch: int, num_threads: int, decode_seconds: float
@@ -39,7 +36,7 @@ def local_slots(
     from dora_ray.data.local_engine import LocalEngine
 
     engine = LocalEngine(plan, num_threads=num_threads, decode_seconds=decode_seconds)
-    return slots_in_order(plan, keys, engine, slots_per_task=1, in_flight=prefetch, max_warming=num_threads)
+    yield from slots_in_order(plan, keys, engine, slots_per_task=1, prefetch=prefetch)
 
 
 def ray_slots(
@@ -67,26 +64,19 @@ def ray_slots(
         node_label: value of the node label `role` that tasks are pinned to; None: any node.
         decode_seconds: the longest that a clip or a frame may take before its process is ended.
     """
-    import ray
+    from dora_ray.data.ray_engine import RayEngine
 
-    from dora_ray.data.ray_engine import RayEngine, parallel_tasks
-
-    parallel = parallel_tasks(cpus_per_task=cpus_per_task, num_streams=num_streams, node_label=node_label)
-    memory = READY_SHARE * ray.cluster_resources().get("object_store_memory", 0.0) / num_streams
-    task_bytes = slots_per_task * plan.clips_per_slot * plan.num_frames * plan.clip_size**2 * 3
-    in_flight = max(1, min(prefetch + 2 * parallel, int(memory / task_bytes)))
-    engine = RayEngine(plan, cpus_per_task=cpus_per_task, node_label=node_label, decode_seconds=decode_seconds)
+    engine = RayEngine(
+        plan,
+        slots_per_task=slots_per_task,
+        cpus_per_task=cpus_per_task,
+        num_streams=num_streams,
+        node_label=node_label,
+        decode_seconds=decode_seconds,
+    )
     keys = ((step, slot) for step in steps for slot in slots)
     ahead = _Ahead(
-        lambda: slots_in_order(
-            plan,
-            keys,
-            engine,
-            slots_per_task=slots_per_task,
-            in_flight=in_flight,
-            max_warming=max(1, 3 * parallel // 4),
-        ),
-        prefetch,
+        lambda: slots_in_order(plan, keys, engine, slots_per_task=slots_per_task, prefetch=prefetch), prefetch
     )
     try:
         yield from ahead

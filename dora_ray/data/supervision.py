@@ -2,8 +2,8 @@
 
 A hanging C library cannot be interrupted from Python, and may hold the interpreter's lock, so in a Ray task the whole
 process is ended, by a thread that needs no interpreter; Ray then runs the task again. From the second attempt on, what
-is begun is noted in the cluster's key-value store, and what ended DEATHS attempts is given up. A task that is not
-repeated pays nothing for it.
+is begun is noted in the cluster's key-value store, and what ended DEATHS attempts is given up; after MOST_DEATHS so is
+the rest, so that a file server that is down for good stops a run in minutes. A task that is not repeated pays nothing.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from __future__ import annotations
 import faulthandler
 import json
 from collections import Counter
+from collections.abc import Container
 from types import TracebackType
 from typing import Any, Protocol
 
 DEATHS = 2
+MOST_DEATHS = 6
+EVERYTHING = range(2**62)
 
 
 class Watch(Protocol):
     """What work tells of its progress, item by item, and the items that it is not to try again."""
 
-    given_up: frozenset[int]
+    given_up: Container[int]
 
     def begin(self, item: int) -> None:
         """Item `item` is begun, the one before it is done."""
@@ -29,7 +32,7 @@ class Watch(Protocol):
 class Unwatched:
     """Work that nobody watches."""
 
-    def __init__(self, given_up: frozenset[int] = frozenset()) -> None:
+    def __init__(self, given_up: Container[int] = ()) -> None:
         self.given_up = given_up
 
     def begin(self, item: int) -> None:
@@ -56,7 +59,9 @@ class TaskWatch(Unwatched):
         # A task keeps its id when it is run again.
         self._key = f"dora_ray/begun/{ray.get_runtime_context().get_task_id()}" if repeated else ""
         self._begun: list[int] = json.loads(_store()._internal_kv_get(self._key) or "[]") if repeated else []
-        super().__init__(frozenset(item for item, count in Counter(self._begun).items() if count >= DEATHS))
+        deaths = Counter(self._begun)
+        hopeless = deaths.total() >= MOST_DEATHS
+        super().__init__(EVERYTHING if hopeless else {item for item, count in deaths.items() if count >= DEATHS})
 
     def __enter__(self) -> TaskWatch:
         return self

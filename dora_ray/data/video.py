@@ -25,12 +25,13 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from dora_ray import files
+from dora_ray.data.bitstream import sequence_parameters
 from dora_ray.data.sources import file_stamp, find_videos, open_container, video_stream
 from dora_ray.errors import VideoError
 
 __all__ = ["Segment", "VideoIndex", "find_videos", "index_video"]
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 LOST_SECONDS = 1.0
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 
@@ -59,6 +60,7 @@ class VideoIndex:
         leading_frames: some frames are stored after a key frame and shown before it (open groups of pictures, mostly).
         discarded: packets that the container's edit list hides.
         declared_seconds: what the header promises, 0 where it says nothing; real_seconds: what the packets hold.
+        resized: the parameters of the pictures, such as their size, change within the file (told for H.264).
         warnings: sentences for people: a file that lost its end, a high-dynamic-range transfer.
     """
 
@@ -84,6 +86,7 @@ class VideoIndex:
     real_seconds: float
     leading_frames: bool
     discarded: int
+    resized: bool
     warnings: tuple[str, ...]
 
     @property
@@ -186,6 +189,7 @@ class _Scan:
     keys: list[bool] = field(default_factory=list)
     heads: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
     hidden: list[bool] = field(default_factory=list)
+    parameters: set[frozenset[bytes]] = field(default_factory=set)
     without_time: int = 0
     last_duration: int = 0
     broken: str = ""
@@ -194,6 +198,8 @@ class _Scan:
 
 def _scan(container: InputContainer, stream: VideoStream) -> _Scan:
     scan = _Scan()
+    context = stream.codec_context
+    codec, extradata = context.codec.canonical_name, context.extradata
     try:
         for packet in container.demux(stream):
             if packet.size == 0:
@@ -208,6 +214,7 @@ def _scan(container: InputContainer, stream: VideoStream) -> _Scan:
             scan.last_duration = packet.duration or scan.last_duration
             if packet.is_keyframe:
                 scan.heads.update(memoryview(packet)[:1024])
+                scan.parameters.add(sequence_parameters(memoryview(packet)[:1024], codec, extradata))
             if scan.picture is None and len(scan.pts) <= 64:
                 scan.picture = _first_picture(packet)
     except av.FFmpegError as error:
@@ -256,6 +263,7 @@ def _build_index(path: str, container: InputContainer, stream: VideoStream, scan
         real_seconds=real,
         leading_frames=leading,
         discarded=sum(scan.hidden),
+        resized=len(scan.parameters - {frozenset()}) > 1,
         warnings=_warnings(path, scan, declared, real, int(context.color_trc), str(context.pix_fmt)),
     )
 

@@ -21,7 +21,7 @@ from dora_ray.errors import ConfigError
 from dora_ray.evaluation import drawing
 from dora_ray.evaluation.features import normalize, whole_size
 from dora_ray.evaluation.shots import FRAMES_PER_SECOND, Shot, draw_shot
-from dora_ray.method.dora import track_objects
+from dora_ray.method.objects import track_objects
 from dora_ray.method.tracking import Threshold
 from dora_ray.method.vit import tracked_features
 from dora_ray.timm_folder import IMAGENET_MEAN

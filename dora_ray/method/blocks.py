@@ -7,8 +7,9 @@ Shapes: S sequences, P tokens of all sequences together, D width, H heads, d = D
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -24,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 HALF = (torch.float16, torch.bfloat16)
 # From so many runs on, one kernel for all lengths beats a call for each.
 RUNS_FOR_KERNEL = 5
+# Attribute of a block that holds the compiled form of `_finish_block`.
+COMPILED = "compiled_finish"
 
 
 @dataclass(frozen=True)
@@ -189,19 +192,43 @@ def _join(runs: list[Tensor]) -> Tensor:
 
 
 def _add_branches(block: Block, tokens: Tensor, mixed: Tensor, layout: Layout) -> Tensor:
-    """The rest of a block after its attention has mixed the values: two residual branches, (P, D)."""
-    attention = cast(Attention, block.attn)
-    branch = block.ls1(attention.proj(attention.norm(mixed)))
-    tokens = tokens + _drop_path(block.drop_path1, branch, layout)
-    output: Tensor = tokens + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), layout)
+    """The rest of a block after its attention has mixed the values, (P, D); what it draws is drawn here."""
+    finish = getattr(block, COMPILED, _finish_block)
+    kept = [_kept(drop, tokens, layout) for drop in (block.drop_path1, block.drop_path2)]
+    output: Tensor = finish(block, tokens, mixed, *kept)
     return output
 
 
-def _drop_path(drop: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
-    """The branch with some whole sequences dropped, drawn as timm draws them: one number a sequence."""
+def _finish_block(block: Block, tokens: Tensor, mixed: Tensor, kept1: Tensor | None, kept2: Tensor | None) -> Tensor:
+    """Two residual branches (P, D): the attention's, and the MLP's; `kept` are factors of drop path, (P, 1)."""
+    attention = cast(Attention, block.attn)
+    branch = block.ls1(attention.proj(attention.norm(mixed)))
+    tokens = tokens + (branch if kept1 is None else branch * kept1)
+    branch = block.ls2(block.mlp(block.norm2(tokens)))
+    output: Tensor = tokens + (branch if kept2 is None else branch * kept2)
+    return output
+
+
+def compile_blocks(vit: VisionTransformer) -> None:
+    """Let torch.compile make one kernel chain of what a block does to single tokens: norms, GELU, drop path, sums.
+
+    One compilation serves every block and every number of tokens, so neither another slot nor another worker of an
+    elastic run compiles again. Torch keeps what it compiled under TORCHINDUCTOR_CACHE_DIR for the next process.
+    """
+    for block in vit.blocks:
+        setattr(block, COMPILED, _compiled_finish())
+
+
+@functools.cache
+def _compiled_finish() -> Callable[..., Tensor]:
+    return torch.compile(_finish_block, dynamic=True)
+
+
+def _kept(drop: nn.Module, tokens: Tensor, layout: Layout) -> Tensor | None:
+    """Factors (P, 1) that drop whole sequences, drawn as timm draws them, one number a sequence; None drops none."""
     if isinstance(drop, nn.Identity) or not drop.training:
-        return branch
-    kept: Tensor = drop(branch.new_ones(layout.num_sequences, 1))
+        return None
+    kept: Tensor = drop(tokens.new_ones(layout.num_sequences, 1))
     if layout.num_tokens == layout.num_sequences:
-        return branch * kept
-    return branch * torch.repeat_interleave(kept, layout.lengths, dim=0, output_size=layout.num_tokens)
+        return kept
+    return torch.repeat_interleave(kept, layout.lengths, dim=0, output_size=layout.num_tokens)

@@ -18,20 +18,12 @@ from torch import Tensor, nn
 from dora_ray.method.blocks import cls_of_blocks
 from dora_ray.method.head import DINOHead
 from dora_ray.method.losses import Reduction, dino_loss, dora_loss
-from dora_ray.method.measures import Measures, agreement, mask_measures, sinkhorn_residual, teacher_measures
+from dora_ray.method.measures import Measures, agreement, mask_measures, teacher_measures
+from dora_ray.method.objects import track_objects
 from dora_ray.method.parts import part
-from dora_ray.method.precision import full_precision, widen
-from dora_ray.method.tracking import (
-    Threshold,
-    assigned_sum,
-    attention_maps,
-    match_patches,
-    object_masks,
-    object_prototypes,
-    random_masks,
-)
+from dora_ray.method.precision import widen
+from dora_ray.method.tracking import Threshold, random_masks
 from dora_ray.method.vit import (
-    Tracked,
     build_vit,
     cls_features,
     kept_patches,
@@ -102,21 +94,6 @@ def build_network(
 
 
 @dataclass(frozen=True)
-class Objects:
-    """The objects of a batch of clips.
-
-    Attributes:
-        maps: (B, K, T, N) attention maps, each summing to 1.
-        masks: (B, K, T, N) their masks, 0 to 1.
-        residual: how unbalanced Sinkhorn-Knopp left the objects; 0 without it.
-    """
-
-    maps: Tensor
-    masks: Tensor
-    residual: Tensor
-
-
-@dataclass(frozen=True)
 class SlotOutput:
     """What one slot adds to a step.
 
@@ -131,43 +108,6 @@ class SlotOutput:
     loss: Tensor
     teacher_sum: Tensor
     measures: Measures
-
-
-def track_objects(
-    tracked: Tracked,
-    heads: Tensor,
-    *,
-    normalize_patches: bool,
-    num_iterations: int,
-    epsilon: float,
-    threshold: Threshold,
-) -> Objects:
-    """Discover the objects of each clip's first frame and track them (equations 1 to 5).
-
-    Args:
-        tracked: the teacher's features.
-        heads: (B, K) int64 attention heads, each the seed of an object; distinct within a clip.
-        normalize_patches: L2-normalize the patch tokens in the cost and in the prototypes.
-        num_iterations: of Sinkhorn-Knopp; 0 is naive cross-attention.
-        epsilon: of Sinkhorn-Knopp.
-        threshold: rule of the masks, see `object_masks`.
-    """
-    num_patches = tracked.patches0.shape[1]
-    cls_attention = tracked.cls_attention0.gather(1, heads.unsqueeze(-1).expand(-1, -1, num_patches))
-    prototypes = object_prototypes(cls_attention, tracked.query0)
-    residual = prototypes.new_zeros(())
-    if num_iterations > 0:
-        patches = _unit(tracked.patches0) if normalize_patches else tracked.patches0
-        assignment = match_patches(prototypes, patches, epsilon=epsilon, num_iterations=num_iterations)
-        residual = sinkhorn_residual(assignment)
-        prototypes = assigned_sum(assignment, patches)
-    maps = attention_maps(prototypes, tracked.key)
-    return Objects(maps, object_masks(maps, threshold=threshold), residual)
-
-
-@full_precision
-def _unit(vectors: Tensor) -> Tensor:
-    return F.normalize(vectors, dim=-1)
 
 
 @dataclass(frozen=True)

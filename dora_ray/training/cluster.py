@@ -124,6 +124,7 @@ def run_on_ray(job: Job) -> None:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from dora_ray.training.elastic import Elastic, describe
+    from dora_ray.training.spares import ENVIRONMENT
 
     cluster, workers = job.config.cluster, job.config.cluster.num_workers
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
@@ -141,7 +142,8 @@ def run_on_ray(job: Job) -> None:
             name=CHECKPOINTS,
             storage_path=job.run,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[Elastic(job.run)],
+            callbacks=[Elastic(job.run, spares=isinstance(workers, tuple))],
+            worker_runtime_env={"env_vars": ENVIRONMENT},
         ),
     )
     with _terminated_like_interrupted():

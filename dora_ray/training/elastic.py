@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from signal import SIGTERM
 from typing import Any
@@ -24,10 +26,14 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from dora_ray import files
 from dora_ray.training.journal import EVENTS
 from dora_ray.training.requests import Request, ask, ask_to_leave, catch_signals
+from dora_ray.training.spares import environment, start_spares
 
 logger = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 60.0
+# Spares are started when the workers' own start is over, and a new node is counted when its spare should be ready.
+SPARES_AFTER_SECONDS = 20.0
+SPARE_READY_SECONDS = 10.0
 LOST_NODE_SECONDS = 15.0
 DRAINED_NODE_SECONDS = 30.0
 COORDINATOR_SECONDS = 5.0
@@ -38,13 +44,19 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
 
     Args:
         run: the run's folder; failures and restarts are added to its events.
+        spares: keep a spare process for each worker, see `spares`: worth its memory where workers come and go.
     """
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self, run: str, *, spares: bool) -> None:
+        self._run, self._spares = run, spares
         self._group: Any = None
         self._noticed: int | None = None
+        self._told: set[int] = set()
+        self._homes: set[str] = set()
         self._nodes: frozenset[str] = frozenset()
+        self._environment = ""
+        self._spares_at = math.inf
+        self._count_at = math.inf
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """A placement is about to be asked for."""
@@ -57,7 +69,11 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         """From now on there is something to lose."""
-        self._group, self._noticed = worker_group, None
+        self._group, self._noticed, self._told = worker_group, None, set()
+        self._homes = {worker.metadata.node_id for worker in worker_group.get_workers()}
+        if self._spares:
+            self._environment = ray.get(worker_group.get_workers()[0].execute_async(environment))
+            self._spares_at = time.monotonic() + SPARES_AFTER_SECONDS
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         """The group is gone."""
@@ -66,7 +82,9 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Every health check: failures to tell, a preemption to announce, new nodes to count."""
         for rank, error in worker_group_status.errors.items():
-            self._event("failure", rank=rank, error=describe(error))
+            if rank not in self._told:
+                self._told.add(rank)
+                self._event("failure", rank=rank, error=describe(error))
         info = worker_group_status.get_preemption_info()
         if info is not None and info.deadline_ms != self._noticed and self._group is not None:
             self._noticed = info.deadline_ms
@@ -74,10 +92,27 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
             self._event("notice", ranks=info.preempted_ranks, deadline=deadline)
             for worker in self._group.get_workers():
                 worker.execute_async(ask, Request.NOTICE, "preemption", deadline)
-        nodes = frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
-        if nodes - self._nodes and self._nodes:
+        self._look_after_nodes()
+
+    def _look_after_nodes(self) -> None:
+        """Spares for the workers of this group, and for those that a new node will have."""
+        now, alive = time.monotonic(), {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        new = set(alive) - self._nodes if self._nodes else set()
+        self._nodes = frozenset(alive)
+        if self._group is not None and now >= self._spares_at:
+            self._spares_at = math.inf
+            places = Counter(worker.metadata.node_id for worker in self._group.get_workers())
+            for node, count in places.items():
+                if node in alive:
+                    start_spares(alive[node], self._environment, count)
+        if self._environment:
+            for node in new:
+                start_spares(alive[node], self._environment, 1)
+        if new:
+            self._count_at = now + (SPARE_READY_SECONDS if self._environment else 0.0)
+        if now >= self._count_at:
+            self._count_at = math.inf
             _count_again(wait=False)
-        self._nodes = nodes
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Also called for the first start and after a failure, when there is no group to ask."""
@@ -91,13 +126,13 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         """Wait for the nodes that are lost to be gone: a group that is placed on one of them fails again."""
         self._group = None
         started = time.monotonic()
-        draining = set(_draining())
-        suspects = _unreachable([node for node in ray.nodes() if node["Alive"]])
+        draining = self._homes & set(_draining())
+        lost = draining | _unreachable([node for node in ray.nodes() if node["Alive"]])
         seconds = DRAINED_NODE_SECONDS if draining else LOST_NODE_SECONDS
-        while (draining | suspects) & _alive() and time.monotonic() - started < seconds:
+        while lost & _alive() and time.monotonic() - started < seconds:
             time.sleep(0.1)
         _count_again(wait=True)
-        self._event("hold", seconds=round(time.monotonic() - started, 2), nodes=len(draining | suspects))
+        self._event("hold", seconds=round(time.monotonic() - started, 2), nodes=len(lost))
 
     def _leave(self, reason: str) -> None:
         """Have all workers save and wait for their end."""

@@ -294,6 +294,7 @@ def ingest_videos(config: Config, store: str, on_ingest: OnIngest | None = None)
         segment_seconds=data.segment_seconds,
         decode_seconds=data.decode_seconds,
         node_label=config.cluster.decode_label,
+        cache=files.absolute(data.cache) if data.cache else None,
         progress=on_ingest,
     )
 

@@ -1,12 +1,81 @@
-"""Memory of a training worker: how much it will need, and how to keep what it has."""
+"""Memory of a training worker: how much a step will need, and how to keep what was had."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
+import torch
+
+from dora_ray.config import Config
+from dora_ray.method.dora import build_network
+from dora_ray.method.losses import CHUNK_OUTPUTS
+from dora_ray.weights import network_arguments
+
+MB = 2**20
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def estimate_memory_mb(config: Config, *, half: bool) -> dict[str, float]:
+    """Megabytes that a worker's tensors take at the height of a step, by what they are for.
+
+    Counted from the shapes of what autograd keeps, so without the allocator's waste, libraries and CUDA's own context.
+
+    Args:
+        config: the run's.
+        half: whether the networks compute in bf16 (autocast), as on a GPU with optim.precision=bf16.
+
+    Returns:
+        weights: student and teacher. optimizer: AdamW's two moments. sums: a slot's gradients, their sum over slots,
+        and the sum as floats. activations: what the student keeps for the backward, and the gradients on their way.
+        views: clips and rendered views. loss: the last layer, a chunk of its outputs, the teacher's outputs. total.
+    """
+    with torch.device("meta"):
+        network = build_network(**network_arguments(config.model_dump(mode="json")))
+    count = sum(parameter.numel() for parameter in network.parameters())
+    clips, frames = config.optim.clips_per_slot, config.clip.num_frames
+    pixels = config.num_globals * config.crops.global_size**2 + config.crops.num_locals * config.crops.local_size**2
+    outputs, width = config.head.num_outputs, config.head.bottleneck_width
+    sizes = {
+        "weights": 2 * 4 * count,
+        "optimizer": 2 * 4 * count,
+        "sums": (4 + 4 + (8 if config.optim.reduction == "exact" else 4)) * count,
+        "activations": _activation_bytes(config, half=half),
+        "views": clips * frames * 3 * (4 * pixels + config.crops.clip_size**2),
+        # The layer's direction of unit length, its rows and their gradients; outputs, scaled, and their gradient.
+        "loss": 4 * (4 * outputs * width + 3 * min(CHUNK_OUTPUTS, outputs * _num_views(config)))
+        + 3 * 4 * clips * frames * config.num_globals * outputs,
+    }
+    return {name: size / MB for name, size in sizes.items()} | {"total": sum(sizes.values()) / MB}
+
+
+def _num_views(config: Config) -> int:
+    """Images that the student sees in a slot."""
+    large = config.num_globals if config.tracking.kind == "none" else config.tracking.num_objects
+    return config.optim.clips_per_slot * config.clip.num_frames * (large + config.crops.num_locals)
+
+
+def _activation_bytes(config: Config, *, half: bool) -> int:
+    """What the backward needs of every token.
+
+    A block keeps, in multiples of the width D: its input and the sum after the attention (the residual stream, in
+    float32), both normalized, queries, keys, values, what attention mixed, and four widths each before and after GELU.
+    """
+    model, crops = config.model, config.crops
+    large = config.num_globals if config.tracking.kind == "none" else config.tracking.num_objects
+    of_large, of_small = (1 + (size // model.patch_size) ** 2 for size in (crops.global_size, crops.local_size))
+    views = config.optim.clips_per_slot * config.clip.num_frames
+    tokens = views * (large * of_large + crops.num_locals * of_small)
+    size = 2 if half else 4
+    block = model.width * (2 * 4 + (2 + 3 + 1 + 8) * size)
+    recomputes = config.optim.activation_checkpointing
+    kept = 4 * model.width if recomputes else block
+    # Of the last block keys and values alone. In the backward one block's gradients, and its values computed again.
+    last = model.width * (4 + 3 * size)
+    passing = block * (2 if recomputes else 1)
+    patches = 3 * model.patch_size**2 * size
+    return tokens * ((model.depth - 1) * kept + last + passing + patches)
 
 
 def keep_freed_memory() -> bool:

@@ -39,7 +39,7 @@ def make_optimizer(network: nn.Module, lr: float, weight_decay: float) -> torch.
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, foreach=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, values: Rates) -> None:

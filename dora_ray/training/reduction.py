@@ -23,6 +23,8 @@ FRACTION_BITS = 46
 HEADROOM_BITS = 62
 FIRST_EXPONENT = 0
 RETRY_BITS = 16
+# Below it a scale would leave the range of float32; what is smaller loses bits that it does not have there either.
+LEAST_EXPONENT = -80
 
 AllReduce = Callable[[Tensor], None]
 Reduction = Literal["exact", "float32"]
@@ -55,12 +57,10 @@ class SlotSums:
         self.exponents = exponents
         self._exact = reduction == "exact"
         count = len(self.sizes)
-        header = 2 * count + num_records
-        self._records = torch.zeros(header, dtype=torch.int64, device=device)
-        body = torch.zeros(sum(self.sizes), dtype=torch.int64 if self._exact else torch.float32, device=device)
-        if self._exact:
-            self._flat = torch.cat([self._records, body])
-            self._records, body = self._flat[:header], self._flat[header:]
+        header, size = 2 * count + num_records, sum(self.sizes)
+        self._flat = torch.zeros(header + (size if self._exact else 0), dtype=torch.int64, device=device)
+        self._records = self._flat[:header]
+        body = self._flat[header:] if self._exact else torch.zeros(size, device=device)
         self._body = list(body.split(self.sizes))
         self._whole_body = body
         self._scales = [2.0 ** (FRACTION_BITS - int(exponent)) for exponent in exponents]
@@ -83,7 +83,8 @@ class SlotSums:
             return
         self._records[count : 2 * count] += largest >= self._limits
         for total, quantity, scale in zip(self._body, quantities, self._scales, strict=True):
-            total.add_((quantity.detach().reshape(-1).double() * scale).round_().to(torch.int64))
+            # Exact in float32: the scale is a power of two, and from 2^24 on float32 holds whole numbers alone.
+            total.add_((quantity.detach().reshape(-1) * scale).round_().to(torch.int64))
 
     def set_records(self, values: Tensor) -> None:
         """Set this rank's integers, (num_records,) int64."""
@@ -99,7 +100,7 @@ class SlotSums:
         records = self._records.cpu()
         count = len(self.sizes)
         quantities = [
-            (total.double() / scale).float() if self._exact else total
+            total.float().div_(scale) if self._exact else total
             for total, scale in zip(self._body, self._scales, strict=True)
         ]
         return SumResult(quantities, records[:count], records[count : 2 * count], records[2 * count :])
@@ -132,7 +133,7 @@ def next_exponents(quantities: Sequence[Tensor], exponents: Tensor, *, first: bo
     seen = torch.frexp(largest).exponent.to(torch.int32)
     if not first:
         seen = torch.maximum(seen, exponents - 1)
-    return torch.where(largest > 0, seen, exponents)
+    return torch.where(largest > 0, seen.clamp(min=LEAST_EXPONENT), exponents)
 
 
 def raised_exponents(exponents: Tensor, overflowed: Tensor) -> Tensor:

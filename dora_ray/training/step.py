@@ -20,6 +20,7 @@ from dora_ray.config import Config
 from dora_ray.data.augment import ViewParameters, draw_views, render
 from dora_ray.data.plan import Purpose, slot_generator, slot_seed
 from dora_ray.errors import DivergenceError
+from dora_ray.method.blocks import compile_blocks
 from dora_ray.method.dora import Network, SlotOutput, build_network, slot_forward
 from dora_ray.method.parts import part
 from dora_ray.training.optim import Rates, clip_each, make_optimizer, rates, set_rates, update_teacher
@@ -62,6 +63,9 @@ def initial_state(config: Config, device: torch.device) -> TrainState:
     student.backbone.set_grad_checkpointing(config.optim.activation_checkpointing)
     teacher = deepcopy(student).requires_grad_(False).eval()
     student, teacher = student.to(device).train(), teacher.to(device)
+    if config.optim.compile:
+        compile_blocks(student.backbone)
+        compile_blocks(teacher.backbone)
     optimizer = make_optimizer(student, config.optim.lr, config.optim.weight_decay)
     num_quantities = len(list(student.parameters())) + 2
     return TrainState(

@@ -2,19 +2,75 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from dora_ray.bench import step
+from dora_ray.bench.products import record
+from dora_ray.config import load_config
+
+SMALL = (
+    "model.width=48",
+    "model.depth=2",
+    "model.num_heads=3",
+    "clip.num_frames=2",
+    "crops.clip_size=40",
+    "crops.global_size=32",
+    "crops.local_size=16",
+    "head.hidden_width=16",
+    "head.bottleneck_width=8",
+    "head.num_outputs=32",
+    "optim.clips_per_slot=1",
+)
+PARTS = {"augment", "teacher", "tracker", "student_forward", "loss", "measures", "backward", "optimizer", "ema"}
 
 
-def test_reports_both_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "GLOBAL_SIZE", 32)
-    monkeypatch.setattr(
-        step, "CPU_SETTING", {"width": 48, "num_heads": 3, "num_outputs": 32, "num_clips": 1, "local_size": 16}
-    )
-    result = step.run(quick=True)
+def test_reports_all_paths() -> None:
+    result = step.run(quick=True, config=load_config("paper", *SMALL))
     assert result["ratio"] == pytest.approx(result["seconds_per_step"] / result["reference_seconds_per_step"])
-    assert result["rounds"] == 2
+    assert result["packed_ratio"] == pytest.approx(result["seconds_per_step"] / result["packed_seconds_per_step"])
+    assert set(result["parts"]) == PARTS | {"reduction_exact", "reduction_float32"}
+    assert all(seconds > 0 for seconds in result["parts"].values())
     assert result["tflop_per_step"] > 0
     assert 0 < result["matmul_share"] < 1
-    assert result["peak_memory_mb"] > 0
+    assert 0 < result["peak_memory_mb"] <= result["reference_peak_memory_mb"]
+
+
+def test_the_baseline_has_no_packed_views() -> None:
+    result = step.run(quick=True, config=load_config("paper", *SMALL, "tracking.kind=none"))
+    assert "packed_ratio" not in result
+    assert "tracker" not in result["parts"]
+
+
+def test_masks_keep_the_stated_share_each_its_own() -> None:
+    timed = step._Timed(load_config("paper", *SMALL, "crops.global_size=224", *step.ALONE), torch.device("cpu"))
+    masks = timed.masks()
+    assert masks.shape == (1, 3, 2, 14 * 14)
+    assert float(masks.mean()) == pytest.approx(step.KEEP_SHARE, abs=0.01)
+    assert len(masks.sum(dim=-1).unique()) > 3
+
+
+def test_every_product_of_a_step_is_counted() -> None:
+    """Forward and backward of a linear layer and of attention, by hand."""
+    layer, tokens = torch.nn.Linear(4, 6), torch.randn(5, 4, requires_grad=True)
+    assert record(lambda: layer(tokens).sum().backward()).flops == 3 * 2 * 5 * 4 * 6
+    query, key, value = (torch.randn(2, 3, 7, 8, requires_grad=True) for _ in range(3))
+
+    def attend() -> None:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
+
+    assert record(attend).flops == 2 * 3 * (2 + 4) * 2 * 7 * 7 * 8
+
+
+def test_needs_neither_ray_nor_a_decoder() -> None:
+    """The bench runs where there is torch and timm, and what reads a configuration."""
+    absent = ["ray", "av", "decord", "lance", "pyarrow", "simplejpeg", "rich", "plotly", "tensorboardX"]
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys("
+        f"{absent!r})); import dora_ray.bench.step, dora_ray.training.step, dora_ray.method.reference"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

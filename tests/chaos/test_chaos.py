@@ -62,7 +62,7 @@ def test_what_does_not_hold_is_printed_and_ends_with_status_1(call, capsys):
 
 def test_a_run_without_faults_of_its_own_has_a_row(call):
     assert "truncate" in call(Trial("truncate", max_difference=0.0, notes=["it was refused"]))
-    assert "unknown" in call(Trial("corrupt_segment", notes=["refused"]))
+    assert "corrupt_segment: refused" in call(Trial("corrupt_segment", notes=["refused"]))
 
 
 @pytest.mark.slow

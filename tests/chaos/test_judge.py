@@ -19,7 +19,7 @@ from dora_ray.training.journal import read_history, read_lines
 def journal(*tries: tuple[int, int, range, float]) -> tuple[list, list]:
     """Lines of metrics.jsonl and events.jsonl of attempts (world size, begin, steps done, time of the start).
 
-    The first step is done 10 s after the start, the others a second apart.
+    The first step is done 10 s after the start, of which it took 6; the others take a second each.
     """
     metrics, events = [], []
     for attempt, (world_size, begin, done, start) in enumerate(tries, 1):
@@ -28,7 +28,13 @@ def journal(*tries: tuple[int, int, range, float]) -> tuple[list, list]:
         )
         metrics.append({"attempt": attempt, "begin": begin + 1})
         metrics += (
-            {"step": step, "time": start + 10 + index, "attempt": attempt, "world_size": world_size}
+            {
+                "step": step,
+                "time": start + 10 + index,
+                "attempt": attempt,
+                "world_size": world_size,
+                "step_seconds": 1.0 if index else 6.0,
+            }
             for index, step in enumerate(done)
         )
     return metrics, events
@@ -74,7 +80,7 @@ def test_a_kill_before_the_first_checkpoint_takes_back_all():
     tries = attempts(*journal((2, 0, range(1, 6), 100.0), (2, 0, range(1, 41), 130.0)))
     (row,) = judge([Hit("worker_kill", 5, 115.0)], tries, history=SLOTS, reference=SLOTS, clips_per_slot=2)
     assert row.steps_lost == 5
-    assert row.work_lost_seconds == 14.0
+    assert row.work_lost_seconds == 10.0
 
 
 def test_the_parts_of_a_recovery_are_told():

@@ -47,7 +47,9 @@ def test_each_fault_has_a_run_of_its_own_unless_it_is_to_be_quick():
 
 
 def test_an_unknown_fault_is_told_with_those_that_are_known():
-    assert check(FAULTS) == list(FAULTS)
+    assert check(FAULTS, count=1) == list(FAULTS)
     assert set(LIVE).isdisjoint(ALONE)
     with pytest.raises(ConfigError, match=r"--faults earthquake: not known; choose from worker_kill, .*hung_decoder"):
-        check(["drain", "earthquake"])
+        check(["drain", "earthquake"], count=1)
+    with pytest.raises(ConfigError, match="--count 0: each fault must strike at least once"):
+        check(["drain"], count=0)

@@ -19,17 +19,8 @@ SPARSE = {
     "h264_b_frames": videos.h264_b_frames,
     "h264_open_groups": videos.h264_open_groups,
     "h264_start_codes": videos.mpeg_ts,
-    "h264_interlaced": lambda folder: videos._encode(
-        folder / "interlaced.mp4",
-        videos.pictures(),
-        options={**videos.X264, "x264-params": "tff=1:bframes=3:b-adapt=0"},
-    ),
-    "av1_pyramid": lambda folder: videos._encode(
-        folder / "pyramid.mkv",
-        videos.pictures(),
-        codec="libsvtav1",
-        options={"preset": "10", "crf": "25", "svtav1-params": "lp=1:hierarchical-levels=3:pred-struct=2"},
-    ),
+    "h264_interlaced": videos.interlaced,
+    "av1_pyramid": videos.av1_pyramid,
 }
 
 

@@ -19,7 +19,7 @@ from tests.data import videos
 LIBRARIES = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec"}
 AVAILABLE = [name for name in NAMES if importlib.util.find_spec(LIBRARIES[name])]
 # What decord 0.6 was seen to get wrong; everything else it has to get right.
-DECORD_REFUSES = {"h264_open_groups", "hevc", "av1", "mpeg_ts"}
+DECORD_REFUSES = {"h264_open_groups", "hevc", "open_groups_hevc", "av1", "av1_pyramid", "mpeg_ts"}
 TORCHCODEC_REFUSES = {"mpeg_ts"}
 REFUSES = {"pyav": set(), "decord": DECORD_REFUSES, "torchcodec": TORCHCODEC_REFUSES}
 
@@ -85,16 +85,38 @@ def test_damage_leaves_frames_out_and_never_shows_wrong_ones(tmp_path):
     assert got == [*range(14), *range(24, videos.NUM_FRAMES)]
 
 
-def test_flipped_bits_never_show_wrong_frames(tmp_path):
+@pytest.mark.parametrize("seed", range(6))
+def test_flipped_bits_never_show_wrong_frames(seed, tmp_path):
     path = videos.h264_b_frames(tmp_path)
     index = index_video(str(path))
     content = bytearray(path.read_bytes())
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     for position in rng.integers(2000, len(content) - 4000, 12):
         content[position] ^= 1 << rng.integers(8)
     path.write_bytes(content)
-    for frame in get_decoder("pyav").decode(index, index.pts, short_side=64):
-        assert read_counter(frame.y) == np.searchsorted(index.pts, frame.pts)
+    for wanted in (index.pts, index.pts[::5]):
+        for frame in get_decoder("pyav").decode(index, wanted, short_side=64):
+            assert read_counter(frame.y) == np.searchsorted(index.pts, frame.pts)
+
+
+def test_a_change_of_size_keeps_every_frame(tmp_path):
+    index = index_video(str(videos.resized(tmp_path)))
+    frames = list(get_decoder("pyav").decode(index, index.pts, short_side=64))
+    assert [read_counter(frame.y) for frame in frames] == list(range(videos.NUM_FRAMES))
+    assert {(frame.width, frame.height) for frame in frames} == {(106, 64)}
+    for name in AVAILABLE[1:]:
+        with pytest.raises(VideoError, match=r"size of the pictures changes; use data\.decoder=pyav"):
+            numbers(get_decoder(name), index, index.pts)
+
+
+def test_a_zeroed_hole_never_shows_wrong_frames(tmp_path):
+    """Blocks of a disk that were never written, at every place of the file after its header."""
+    path = videos.h264_b_frames(tmp_path)
+    index, content = index_video(str(path)), path.read_bytes()
+    for start in range(2000, len(content) - 6000, 4096):
+        path.write_bytes(content[:start] + bytes(3000) + content[start + 3000 :])
+        for frame in get_decoder("pyav").decode(index, index.pts, short_side=64):
+            assert read_counter(frame.y) == np.searchsorted(index.pts, frame.pts)
 
 
 def test_a_file_that_vanished_or_changed_is_an_error(tmp_path):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import lance
 import numpy as np
 import pytest
 
 from dora_ray.data import store as frame_store
+from dora_ray.data.cache import local_copy
 from dora_ray.data.decoders import get_decoder
 from dora_ray.data.store import load_index, open_videos, read_frames, read_jpegs, stored_index
 from dora_ray.data.synthetic import make_video, read_counter
@@ -177,6 +179,30 @@ def test_names_with_odd_characters(tmp_path):
     assert load_index(str(path), store=store).digest == index.digest
     fill(index, store)
     assert len(open_videos([index], store=store, **SETTING)[0]) == 14
+
+
+def test_a_cached_store_is_copied_once_and_read_without_the_original(film, tmp_path):
+    store, index = film
+    uri = fill(index, store)
+    cache = tmp_path / "disk"
+    (video,) = open_videos([index], store=store, cache=str(cache), **SETTING)
+    with ThreadPoolExecutor(4) as pool:
+        copies = set(pool.map(lambda _: local_copy(uri, video.version, str(cache)), range(4)))
+    (copy,) = copies
+    assert copy.startswith(str(cache))
+    fill(index, store, order=(0,))
+    shutil.rmtree(store)
+    assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
+    assert sorted(path.suffix for path in cache.iterdir()) == [".lance", ".lock"]
+
+
+def test_without_room_for_a_copy_frames_are_read_where_they_are(film, tmp_path, caplog):
+    store, index = film
+    fill(index, store)
+    (tmp_path / "file").touch()
+    (video,) = open_videos([index], store=store, cache=str(tmp_path / "file"), **SETTING)
+    assert read_counter(read_frames(video, [4])[0]) == 12
+    assert "no copy could be made" in caplog.text
 
 
 def test_a_store_that_was_removed_is_an_error_of_ours(film):

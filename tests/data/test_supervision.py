@@ -132,11 +132,13 @@ def server(film: Path) -> Iterator[tuple[str, threading.Event]]:
 def test_server_that_stops_answering_costs_its_segments(server: tuple[str, threading.Event]) -> None:
     url, stalled = server
     index = index_video(url)
-    config = load_config("tiny", *ONE_CLIP, f"data.videos=[{url}]", "data.source=video", "optim.slots=1")
+    config = load_config(
+        "tiny", *ONE_CLIP, f"data.videos=[{url}]", "data.source=video", "optim.slots=1", "data.shuffle_segments=1"
+    )
     found = streamed_videos([index], decoder="pyav", frames_per_second=6, short_side=48)
     plan = make_plan(config, found)
     assert isinstance(plan, SegmentPlan)
-    (good,) = local_slots(plan, iter([(0, 0)]), prefetch=1, num_threads=1, decode_seconds=5.0)
+    (good,) = local_slots(plan, iter([(0, 0)]), prefetch=1, num_threads=1, decode_seconds=60.0)
     assert good.valid.all()
     stalled.set()
     (bad,) = local_slots(replace(plan), iter([(0, 0)]), prefetch=1, num_threads=1, decode_seconds=0.5)

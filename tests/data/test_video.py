@@ -42,6 +42,7 @@ def make_index(pts, key_pts, time_base=(1, 30)) -> VideoIndex:
         real_seconds=1.0,
         leading_frames=False,
         discarded=0,
+        resized=False,
         warnings=("one",),
     )
 
@@ -199,10 +200,30 @@ def test_segments_are_long_enough_and_cover_every_frame_once(keys, seconds):
     assert all((part.stop_pts - part.start_pts) / 30 >= seconds for part in parts[:-1])
 
 
+def test_three_hours_spread_over_hundreds_of_cores():
+    """60 frames a second, a key frame every 250: with the default of 20 s, as many parts as fit."""
+    pts = np.arange(3 * 3600 * 60)
+    parts = make_index(pts, pts[::250], time_base=(1, 60)).segments(20.0)
+    assert len(parts) == 519
+    lengths = [(part.stop_pts - part.start_pts) / 60 for part in parts]
+    assert max(lengths) == pytest.approx(1250 / 60)
+
+
+def test_high_dynamic_range_is_told(tmp_path):
+    index = index_video(str(videos.high_dynamic_range(tmp_path)))
+    assert "high dynamic range (PQ, yuv420p10le) is not tone-mapped" in index.warnings[0]
+
+
+def test_a_change_of_size_is_noticed(tmp_path):
+    assert index_video(str(videos.resized(tmp_path))).resized
+    assert not any(index_video(str(make(tmp_path))).resized for make in videos.EXACT.values())
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (lambda folder: folder / "none.mp4", "no such file"),
+        (videos.named_pipe, "is no file but a pipe or a device"),
         (lambda folder: folder, "is a folder"),
         (videos.empty, "is empty"),
         (videos.garbage, "is not a video that FFmpeg can read"),

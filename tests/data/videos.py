@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import wave
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -191,12 +193,70 @@ def damaged(folder: Path, first: int = 14, count: int = 2) -> Path:
     return path
 
 
+def resized(folder: Path) -> Path:
+    """Half of the pictures 160 x 96, half 240 x 144, in one stream: a recording whose format was switched."""
+    path, half = folder / "resized.mkv", NUM_FRAMES // 2
+    sizes, base = ((WIDTH, HEIGHT), (WIDTH * 3 // 2, HEIGHT * 3 // 2)), Fraction(1, 30)
+    with av.open(str(path), "w") as writer:
+        stream = writer.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for part, (width, height) in enumerate(sizes):
+            encoder = av.CodecContext.create("libx264", "w")
+            encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = width, height, "yuv420p", base
+            encoder.gop_size, encoder.options = 10, {**X264, "bf": "0"}
+            for number in range(part * half, (part + 1) * half):
+                frame = av.VideoFrame.from_ndarray(pictures(NUM_FRAMES, width, height)[number], "rgb24")
+                frame.pts, frame.time_base = number, base
+                _mux(writer, stream, encoder.encode(frame))
+            _mux(writer, stream, encoder.encode(None))
+    return path
+
+
+def _mux(writer, stream, packets) -> None:
+    for packet in packets:
+        packet.stream = stream
+        writer.mux(packet)
+
+
+def high_dynamic_range(folder: Path) -> Path:
+    """Ten bits and the transfer function PQ."""
+    options = {**X264, "x264-params": "transfer=smpte2084:colorprim=bt2020:colormatrix=bt2020nc"}
+    return _encode(folder / "hdr.mkv", pictures(), pixel_format="yuv420p10le", options=options)
+
+
+def named_pipe(folder: Path) -> Path:
+    """Opening it would wait for a writer for ever."""
+    path = folder / "pipe.mp4"
+    os.mkfifo(path)
+    return path
+
+
+def open_groups_hevc(folder: Path) -> Path:
+    """Leading pictures after each key frame, CRA."""
+    params = "log-level=none:pools=1:frame-threads=1:open-gop=1:keyint=10:min-keyint=10:bframes=3:scenecut=0"
+    options = {"preset": "ultrafast", "x265-params": params}
+    return _encode(folder / "open_hevc.mkv", pictures(), codec="libx265", options=options)
+
+
+def interlaced(folder: Path) -> Path:
+    return _encode(folder / "interlaced.mp4", pictures(), options={**X264, "x264-params": "tff=1:bframes=3:b-adapt=0"})
+
+
+def av1_pyramid(folder: Path) -> Path:
+    """Frames in a hierarchy: the lowest layer is leant on by nothing."""
+    options = {"preset": "10", "crf": "25", "svtav1-params": "lp=1:hierarchical-levels=3:pred-struct=2"}
+    return _encode(folder / "pyramid.mkv", pictures(), codec="libsvtav1", options=options)
+
+
 # Every file here shows the numbers 0 ... NUM_FRAMES - 1, upright.
 EXACT: dict[str, Callable[[Path], Path]] = {
     "h264": h264,
     "h264_b_frames": h264_b_frames,
     "h264_open_groups": h264_open_groups,
     "hevc": hevc,
+    "open_groups_hevc": open_groups_hevc,
+    "interlaced": interlaced,
+    "av1_pyramid": av1_pyramid,
     "ten_bit": ten_bit,
     "vp9": vp9,
     "av1": av1,

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dora_ray.method.dora import slot_forward, track_objects
+from dora_ray.method.dora import slot_forward
+from dora_ray.method.objects import track_objects
 from dora_ray.method.reference import naive_features, naive_maps, naive_masks, reference_slot_forward
 from dora_ray.method.vit import tracked_features
 from tests.method.networks import NUM_OUTPUTS, PAPER, RELEASED, build_small, draw_center, draw_slot
@@ -88,6 +89,16 @@ def test_equals_the_loop_in_float32(settings, views, num_objects, num_frames):
 def test_every_switch_equals_the_loop(changes):
     slot = draw_slot(num_frames=2, num_objects=3)
     assert_same(slot, PAPER | changes, dtype=torch.float64, tolerance=1e-9)
+
+
+@VIEWS
+def test_given_masks_equal_the_loop(views):
+    """Of any size, one patch and all patches among them, in place of the objects' own."""
+    slot = draw_slot(num_frames=3, num_objects=3)
+    masks = (torch.rand(2, 3, 3, 16, generator=torch.Generator().manual_seed(5)) < 0.4).double()
+    masks[0, 0, 0], masks[1, 2, 1] = 0.0, 1.0
+    masks[0, 0, 0, 7] = 1.0
+    assert_same(slot | {"masks": masks}, PAPER | {"views": views}, dtype=torch.float64, tolerance=1e-9)
 
 
 @pytest.mark.parametrize(("num_globals", "num_locals"), [(2, 0), (2, 3), (1, 3)])

@@ -106,3 +106,17 @@ def test_exponents_follow_growth_and_forget_slowly() -> None:
     quantities = [torch.tensor([3.0, -9.0]), torch.tensor([2.0**-20]), torch.zeros(4)]
     assert next_exponents(quantities, old, first=False).tolist() == [4, -1, 5]
     assert next_exponents(quantities, old, first=True).tolist() == [4, -19, 5]
+
+
+def test_the_smallest_gradients_have_a_scale_too() -> None:
+    """The scale of numbers near float32's least would be no float32 itself."""
+    values = [[torch.full((size,), 1e-37) for size in SIZES]]
+    exponents = torch.zeros(len(SIZES), dtype=torch.int32)
+    for _ in range(120):
+        result = reduced(values, 1, "exact", exponents)[0]
+        exponents = next_exponents(values[0], exponents, first=False)
+    assert not result.overflowed.any()
+    assert all(bool(quantity.isfinite().all()) for quantity in result.quantities)
+    assert all(
+        float((sums - value).abs().max()) < 2.0**-120 for sums, value in zip(result.quantities, values[0], strict=True)
+    )

@@ -1,0 +1,158 @@
+"""The ten videos of the Walking Tours data set (arXiv 2310.08584), and how to fetch them from where they are.
+
+They belong to their makers: the data set lists them as CC BY; the licence, title and channel that the site gives are
+written beside each file. Everything that needs the network is in `_download`, which no test runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dora_ray.errors import ConfigError, VideoError
+
+LICENSE = "CC BY (as the data set's authors list it; the site's own word is fetched with the file)"
+FACTS = ("id", "title", "channel", "license", "duration", "webpage_url", "width", "height", "fps", "vcodec")
+
+
+@dataclass(frozen=True)
+class Tour:
+    """One video; seconds is about how long it is, the site's own value is fetched with it."""
+
+    name: str
+    video_id: str
+    seconds: int
+
+    @property
+    def address(self) -> str:
+        """Where it can be seen."""
+        return f"https://www.youtube.com/watch?v={self.video_id}"
+
+
+def _minutes(hours: int, minutes: int) -> int:
+    return (hours * 60 + minutes) * 60
+
+
+TOURS = (
+    Tour("amsterdam", "E07rTPgIvn0", _minutes(1, 22)),
+    Tour("bangkok", "hUGcHvN4mME", _minutes(2, 55)),
+    Tour("chiang-mai", "jyxIRzlkO_g", _minutes(1, 7)),
+    Tour("istanbul", "mA9lYWyXMYU", _minutes(1, 8)),
+    Tour("kuala-lumpur", "yLTycPjm0nk", _minutes(1, 12)),
+    Tour("singapore", "aUJl46bEWYo", _minutes(1, 36)),
+    Tour("stockholm", "Jr9x-RB4E1U", _minutes(1, 5)),
+    Tour("venice", "fGX0Te6pFvk", _minutes(1, 50)),
+    Tour("wildlife", "Q0ML5oAjX_w", _minutes(0, 59)),
+    Tour("zurich", "_NmYvuEILw4", _minutes(1, 5)),
+)
+
+
+def find_tours(names: Sequence[str]) -> list[Tour]:
+    """The tours of those names, in that order; all ten where none is named.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    known = {tour.name: tour for tour in TOURS}
+    words = [name.lower().replace("_", "-").replace(" ", "-") for name in names]
+    for name, word in zip(names, words, strict=True):
+        if word not in known:
+            close = difflib.get_close_matches(word, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+            raise ConfigError(f"no walking tour is called {name!r}: {hint}")
+    return [known[word] for word in dict.fromkeys(words)] or list(TOURS)
+
+
+def fetch_tours(
+    tours: Sequence[Tour], *, out: str | Path, height: int, progress: Callable[[str, int, int], None] | None = None
+) -> list[Path]:
+    """Download the videos, without sound; goes on where an earlier download stopped, and skips what is there.
+
+    Args:
+        tours: which.
+        out: folder, made as needed.
+        height: the most lines of a picture. The site's 2160 lines come as AV1 or VP9 alone: H.264 ends at 1080. AV1 is
+            asked for first, as it decodes about twice as fast as VP9.
+        progress: told the tour's name, the bytes so far, and all bytes (0 where unknown).
+
+    Returns:
+        The files, each with its facts in a .json beside it.
+
+    Raises:
+        ConfigError: yt-dlp is not installed.
+        VideoError: a video cannot be had.
+    """
+    library = _library()
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_fetch(library, tour, folder, height, progress) for tour in tours]
+
+
+def download_options(
+    folder: Path, name: str, height: int, hook: Callable[[dict[str, Any]], None] | None
+) -> dict[str, Any]:
+    """What yt-dlp is asked for: the pictures alone, most lines up to `height`, then most frames a second, then AV1."""
+    return {
+        "format": "bestvideo",
+        "format_sort": [f"res:{height}", "fps", "vcodec:av01"],
+        "outtmpl": {"default": str(folder / f"{name}.%(ext)s")},
+        "continuedl": True,
+        "retries": 10,
+        "fragment_retries": 10,
+        "quiet": True,
+        "noprogress": True,
+        "progress_hooks": [hook] if hook else [],
+    }
+
+
+def _fetch(
+    library: Any, tour: Tour, folder: Path, height: int, progress: Callable[[str, int, int], None] | None
+) -> Path:
+    facts_path = folder / f"{tour.name}.json"
+    done = _finished(facts_path)
+    if done is not None:
+        return done
+
+    def hook(state: dict[str, Any]) -> None:
+        if progress is not None:
+            total = state.get("total_bytes") or state.get("total_bytes_estimate") or 0
+            progress(tour.name, int(state.get("downloaded_bytes") or 0), int(total))
+
+    info = _download(library, tour, download_options(folder, tour.name, height, hook))
+    path = Path(info["requested_downloads"][0]["filepath"])
+    facts = {"file": path.name, **{key: info.get(key) for key in FACTS}}
+    facts_path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _finished(facts_path: Path) -> Path | None:
+    """The video whose facts were written, which is done last."""
+    if not facts_path.exists():
+        return None
+    path = facts_path.with_name(json.loads(facts_path.read_text(encoding="utf-8"))["file"])
+    return path if path.exists() else None
+
+
+def _download(library: Any, tour: Tour, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The only part that uses the network."""
+    try:
+        with library.YoutubeDL(dict(options)) as client:
+            info: dict[str, Any] = client.extract_info(tour.address, download=True)
+            return info
+    except library.utils.DownloadError as error:
+        raise VideoError(
+            f"{tour.name} ({tour.address}) cannot be fetched: {error}; try again to go on where it stopped, bring"
+            " yt-dlp up to date (sites change), or download the file yourself and name it in data.videos"
+        ) from error
+
+
+def _library() -> Any:
+    try:
+        import yt_dlp
+    except ImportError as error:
+        raise ConfigError("fetching needs yt-dlp, which is not installed: pip install 'dora-ray[fetch]'") from error
+    return yt_dlp

@@ -1,0 +1,61 @@
+"""Spare processes: a training worker that has to start again finds its process started and its modules imported.
+
+Most of a restart is the start of Python, Ray, torch and timm: 10 to 40 CPU seconds for a group of workers on two cores.
+Raylets start processes ahead of time when asked through an interface that Ray uses itself, and give such a process to
+the next actor with the same environment. Nothing depends on it: where it fails, a worker starts as it does without.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# Ray's name for the function that a worker's process calls first; `preload` in this module.
+ENVIRONMENT = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{__name__}.preload"}
+KEPT_SECONDS = 3600
+ANSWER_SECONDS = 5.0
+
+
+def preload() -> None:
+    """Import what a training worker needs."""
+    for name in ("ray.train.torch", "dora_ray.training.worker"):
+        importlib.import_module(name)
+
+
+def environment() -> str:
+    """This process's runtime environment, as raylets compare it: what the controller calls in a worker."""
+    import ray
+
+    return str(ray.get_runtime_context().get_runtime_env_string())
+
+
+def start_spares(node: dict[str, Any], runtime_environment: str, count: int) -> None:
+    """Have a node start processes for the workers to come.
+
+    Args:
+        node: as `ray.nodes()` describes it.
+        runtime_environment: of those workers, see `environment`.
+        count: processes.
+    """
+    import grpc
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.common_pb2 import Language
+    from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
+    from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
+
+    request = PrestartWorkersRequest(
+        language=Language.PYTHON,
+        job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
+        keep_alive_duration_secs=KEPT_SECONDS,
+        num_workers=count,
+    )
+    request.runtime_env_info.serialized_runtime_env = runtime_environment
+    try:
+        with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+            NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER_SECONDS)
+    except grpc.RpcError as error:
+        logger.warning("no spare worker on %s: %s", node["NodeManagerAddress"], error)

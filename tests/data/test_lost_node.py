@@ -1,0 +1,52 @@
+"""A decode node that is lost in the middle of a stream: Ray makes its segments anew, and every slot is what it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dora_ray.data.synthetic import make_video
+
+# A cluster of several nodes in a process of its own: the other tests' cluster lives in this one.
+SCRIPT = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+from dora_ray.data.slots import read_slot
+from dora_ray.data.stream import local_slots, ray_slots
+from tests.data.test_direct import plan_of
+
+plan = plan_of(sys.argv[1], "data.shuffle_segments=3", "data.stream_segment_seconds=2")
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 200_000_000})
+decoders = [
+    cluster.add_node(num_cpus=2, object_store_memory=200_000_000, labels={"role": "decode"}) for _ in range(2)
+]
+ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+steps, slots = range(40), [0, 1, 2]
+options = {"prefetch": 2, "slots_per_task": 1, "cpus_per_task": 1.0, "num_streams": 1, "decode_seconds": 60.0}
+digests = []
+for batch in ray_slots(plan, steps, slots, **options, node_label="decode"):
+    digests.append(batch.digest)
+    if len(digests) == 40:
+        cluster.remove_node(decoders[0], allow_graceful=False)
+keys = iter([(step, slot) for step in steps for slot in slots])
+expected = [batch.digest for batch in local_slots(plan, keys, prefetch=2, num_threads=1, decode_seconds=60.0)]
+ray.shutdown()
+cluster.shutdown()
+print("same" if digests == expected else "different", len(digests))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_stream_survives_a_lost_decode_node(tmp_path: Path) -> None:
+    film = make_video(
+        tmp_path / "walk.mp4", width=160, height=96, num_frames=480, frames_per_second=24, seed=1, group_size=24
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(film)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.stdout.strip().endswith("same 120"), result.stdout + result.stderr

@@ -1,0 +1,63 @@
+"""Blocks over sequences of unlike lengths: each as if it were alone, compiled or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dora_ray.method.blocks import Layout, cls_of_blocks, compile_blocks, run_block
+from tests.method.networks import build_small
+
+CPU = torch.device("cpu")
+
+
+def test_a_layout_says_where_every_sequence_begins():
+    layout = Layout.of_lengths([2, 2, 5], CPU) + Layout(((3, 4),), CPU)
+    assert layout.runs == ((2, 2), (1, 5), (3, 4))
+    assert (layout.num_sequences, layout.num_tokens) == (6, 21)
+    assert layout.lengths.tolist() == [2, 2, 5, 4, 4, 4]
+    assert layout.bounds.tolist() == [0, 2, 4, 9, 13, 17, 21]
+    assert layout.firsts.tolist() == [0, 2, 4, 9, 13, 17]
+
+
+def test_sequences_do_not_see_each_other():
+    vit = build_small(0).backbone.eval()
+    lengths = [3, 3, 1, 7]
+    sequences = [torch.randn(length, 24, dtype=torch.float64) for length in lengths]
+    layout = Layout.of_lengths(lengths, CPU)
+    alone = [run_block(vit.blocks[0], one, Layout(((1, len(one)),), CPU)) for one in sequences]
+    torch.testing.assert_close(run_block(vit.blocks[0], torch.cat(sequences), layout), torch.cat(alone))
+    cls = [cls_of_blocks(vit, one, Layout(((1, len(one)),), CPU)) for one in sequences]
+    torch.testing.assert_close(cls_of_blocks(vit, torch.cat(sequences), layout), torch.cat(cls))
+
+
+def test_drop_path_drops_whole_sequences():
+    vit = build_small(0, drop_path=0.5).backbone.train()
+    tokens = torch.randn(40, 24, dtype=torch.float64)
+    torch.manual_seed(0)
+    out = run_block(vit.blocks[-1], tokens, Layout(((10, 4),), CPU)).view(10, 4, 24)
+    unchanged = (out == tokens.view(10, 4, 24)).all(dim=-1)
+    assert torch.equal(unchanged.any(dim=1), unchanged.all(dim=1))
+    assert 0 < unchanged[:, 0].sum() < 10
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at all tensors' attributes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_one_compilation_serves_all_blocks_and_lengths():
+    from torch._dynamo.utils import counters
+
+    plain = build_small(0, drop_path=0.5, dtype=torch.float32).backbone.train()
+    compiled = build_small(0, drop_path=0.5, dtype=torch.float32).backbone.train()
+    compile_blocks(compiled)
+    graphs = []
+    for lengths in ([5, 5, 9], [3, 4, 4, 17], [8] * 6):
+        tokens, layout = torch.randn(sum(lengths), 24), Layout.of_lengths(lengths, CPU)
+        results = []
+        for vit in (plain, compiled):
+            torch.manual_seed(1)
+            cls = cls_of_blocks(vit, tokens, layout)
+            results.append((cls, *torch.autograd.grad(cls.square().sum(), list(vit.blocks.parameters()))))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1]

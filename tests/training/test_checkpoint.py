@@ -1,0 +1,146 @@
+"""Checkpoints: what is damaged is never continued from, what is good is never lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dora_ray
+from dora_ray.config import Config
+from dora_ray.data.plan import Plan
+from dora_ray.errors import CheckpointError
+from dora_ray.training.checkpoint import (
+    LATEST,
+    META,
+    MODEL,
+    STATE,
+    complete,
+    load_newest,
+    set_newest,
+    take_snapshot,
+    write_snapshot,
+)
+from dora_ray.training.step import TrainState, initial_state
+from tests.conftest import SMALL
+
+CONFIG: Config = dora_ray.load_config("tiny", *SMALL)
+PLAN = Plan((), 2, 1.0, True, 0, 4, 2, 40, (0.2, 1.0), (0.75, 1.33), {})
+
+
+def state_at(step: int) -> TrainState:
+    state = initial_state(CONFIG, torch.device("cpu"))
+    state.step = step
+    state.center += step
+    return state
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    """Three complete checkpoints."""
+    for step in (2, 4, 6):
+        write_snapshot(take_snapshot(state_at(step), CONFIG, PLAN, 1), str(tmp_path))
+    return tmp_path
+
+
+def load(checkpoints: Path) -> tuple[str | None, list[str], TrainState]:
+    state = initial_state(CONFIG, torch.device("cpu"))
+    folder, refused = load_newest(str(checkpoints), state, CONFIG, PLAN)
+    return (Path(folder).name if folder else None), refused, state
+
+
+def test_newest_is_loaded(checkpoints: Path) -> None:
+    name, refused, state = load(checkpoints)
+    assert (name, refused, state.step) == ("step-00000006", [], 6)
+    assert torch.equal(state.center, torch.full_like(state.center, 6.0))
+
+
+@pytest.mark.parametrize("file", [MODEL, STATE])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_damaged_newest_is_refused_for_the_one_before(checkpoints: Path, file: str, damage: str) -> None:
+    path = checkpoints / "step-00000006" / file
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    path.unlink() if damage == "missing" else path.write_bytes(content[:middle] if damage == "cut" else flipped)
+    name, refused, state = load(checkpoints)
+    assert (name, state.step) == ("step-00000004", 4)
+    assert len(refused) == 1
+    assert file in refused[0]
+    set_newest(str(checkpoints), str(checkpoints / "step-00000004"))
+    assert (checkpoints / LATEST).read_text() == "step-00000004\n"
+    assert (checkpoints / "damaged-step-00000006").is_dir()
+    assert load(checkpoints)[:2] == ("step-00000004", [])
+
+
+def test_incomplete_newest_is_removed(checkpoints: Path) -> None:
+    (checkpoints / "step-00000006" / META).unlink()
+    name, refused, _ = load(checkpoints)
+    assert (name, refused) == ("step-00000004", [])
+    set_newest(str(checkpoints), str(checkpoints / "step-00000004"))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000002", "step-00000004"]
+
+
+def test_all_damaged_is_an_error_and_not_a_new_beginning(checkpoints: Path) -> None:
+    for folder in complete(str(checkpoints)):
+        Path(folder, STATE).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"step-00000006.*step-00000002.*No good checkpoint is left"):
+        load(checkpoints)
+
+
+def test_unknown_format_names_the_last_good_one(checkpoints: Path) -> None:
+    path = checkpoints / "step-00000006" / META
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(CheckpointError, match=r"has format 99; .*reads format \d.*beside it is .*step-00000004"):
+        load(checkpoints)
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    assert load(tmp_path)[:2] == (None, [])
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from dora_ray.training.checkpoint import CheckpointWriter, take_snapshot
+from dora_ray.training.journal import Journal
+from tests.training.test_checkpoint import CONFIG, PLAN, state_at
+
+run = Path(sys.argv[1])
+journal = Journal(str(run), step=0, num_steps=9, world_size=1, entered=0.0)
+writer = CheckpointWriter(str(run / "checkpoints"), keep=2, journal=journal)
+writer.start(take_snapshot(state_at(2), CONFIG, PLAN, 1), reason="interval", copy_seconds=0.0)
+writer.finish()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # what follows cannot be written whole
+writer.start(take_snapshot(state_at(4), CONFIG, PLAN, 1), reason="interval", copy_seconds=0.0)
+while writer.busy():
+    pass
+print("training goes on")
+writer.finish()
+"""
+
+
+def test_disk_that_takes_no_more_leaves_the_last_good_one(tmp_path: Path) -> None:
+    """The operating system itself refuses the write."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "training goes on" in done.stdout, done.stderr
+    assert "CheckpointError" in done.stderr
+    assert "could not be written" in done.stderr
+    assert load(tmp_path / "checkpoints")[0] == "step-00000002"
+    assert not list((tmp_path / "checkpoints").rglob("*.partial"))
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "checkpoint", "warning"]

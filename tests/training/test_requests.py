@@ -1,0 +1,109 @@
+"""Requests between two steps, and the signals that make them: a training that is told to end loses no step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import dora_ray
+from dora_ray.training.journal import read_lines
+from dora_ray.training.requests import Request, Requests
+from tests.conftest import BIKES, SMALL
+from tests.training.test_train_local import same, weights_of
+
+
+def test_the_larger_request_counts() -> None:
+    requests = Requests()
+    requests.make(Request.LEAVE, "resize")
+    requests.make(Request.NOTICE, "preemption")
+    assert requests.pending() is Request.LEAVE
+    assert requests.take(Request.LEAVE) == "resize"
+    assert requests.pending() is Request.NONE
+
+
+def test_a_request_made_meanwhile_is_kept() -> None:
+    """All ranks agreed on a checkpoint by the clock while this one was being told to leave."""
+    requests = Requests()
+    requests.make(Request.LEAVE, "resize")
+    assert requests.take(Request.INTERVAL) == "interval"
+    assert requests.pending() is Request.LEAVE
+
+
+def test_who_asks_to_leave_hears_of_it() -> None:
+    requests = Requests()
+
+    def worker() -> None:
+        while requests.pending() is Request.NONE:
+            time.sleep(0.01)
+        requests.left()
+
+    thread = threading.Thread(target=worker)
+    thread.start()
+    assert requests.leave("resize", 10.0)
+    thread.join()
+    assert not requests.leave("resize", 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_first(number: signal.Signals, status: int, tmp_path: Path, store: Path, ray_cluster) -> None:
+    run = tmp_path / "run"
+    words = (*SMALL, f"data.videos=[{BIKES}]", f"data.store={store}", "optim.steps=40", "cluster.num_workers=0")
+    config = dora_ray.load_config("tiny", *words)
+    dora_ray.train(config, out=tmp_path / "undisturbed")
+    command = [sys.executable, "-m", "dora_ray", "train", "tiny", *words, "--out", str(run)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(read_lines(str(run / "metrics.jsonl"))) < 6:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    done = [line["step"] for line in read_lines(str(run / "ledger.jsonl")) if "step" in line]
+    saved = [event for event in read_lines(str(run / "events.jsonl")) if event["event"] == "checkpoint"]
+    assert [event["reason"] for event in saved] == [number.name]
+    assert saved[0]["step"] == done[-1] + 1
+    assert saved[0]["step"] < 40
+    dora_ray.train(out=run, resume=True)
+    assert same(weights_of(run), weights_of(tmp_path / "undisturbed"))
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import dora_ray
+from dora_ray.training import worker
+
+plain = worker.sum_slots
+
+def with_little_memory(*arguments):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = pages * resource.getpagesize() + 300_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return plain(*arguments)
+
+worker.sum_slots = with_little_memory
+dora_ray.train(dora_ray.load_config("tiny", *sys.argv[2:]), out=sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_out_of_memory_names_the_slot_size(tmp_path: Path, store: Path, ray_cluster) -> None:
+    """The operating system refuses the memory of the first forward."""
+    large = ("model.width=384", "crops.global_size=96", "optim.clips_per_slot=16", "cluster.num_workers=0")
+    words = (*SMALL, f"data.videos=[{BIKES}]", f"data.store={store}", *large)
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path / "run"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert "ClusterError: a worker ran out of memory" in done.stderr
+    assert "lower optim.clips_per_slot=16" in done.stderr
