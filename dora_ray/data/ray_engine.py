@@ -7,6 +7,7 @@ copying, near which Ray places them, and which Ray makes anew when its node is l
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from dora_ray.data.direct import DecodedSegment, decode_segment
 from dora_ray.data.plan import Plan
 from dora_ray.data.slots import SlotBatch, SlotKey, read_slot
 from dora_ray.data.supervision import TaskWatch
+
+logger = logging.getLogger(__name__)
 
 # Watches end processes on purpose, and each ending counts as a retry; a task that dies more often is broken.
 MAX_RETRIES = 20
@@ -59,7 +62,7 @@ class RayEngine:
         self._capacity = 1
         # "DEFAULT" and not the training worker's own placement group.
         options: dict[str, Any] = {
-            "num_cpus": cpus_per_task,
+            "num_cpus": cpus_per_task if node_label or _has_room(cpus_per_task) else 0.0,
             "max_retries": MAX_RETRIES,
             "scheduling_strategy": "DEFAULT",
         }
@@ -110,6 +113,22 @@ class RayEngine:
 
     def close(self) -> None:
         """See `pipeline.Engine`: what nobody refers to any more is freed by Ray."""
+
+
+def _has_room(cpus: float) -> bool:
+    """Whether a node has so many CPUs left beside what is reserved there.
+
+    Where the training workers have taken every CPU, a task that asks for one would wait for ever: it runs beside them.
+    """
+    from ray._private.state import available_resources_per_node
+
+    if any(left.get("CPU", 0.0) >= cpus for left in available_resources_per_node().values()):
+        return True
+    logger.warning(
+        "every CPU of the cluster is reserved, so clips are read beside the training workers: lower "
+        "cluster.cpus_per_worker, or add nodes that decode"
+    )
+    return False
 
 
 @functools.lru_cache(maxsize=2)

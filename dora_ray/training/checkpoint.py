@@ -13,6 +13,7 @@ import io
 import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -181,6 +182,14 @@ def complete(checkpoints: str) -> list[str]:
     """Folders of the complete checkpoints, newest first."""
     folders = [files.join(checkpoints, name) for name in reversed(step_names(checkpoints))]
     return [folder for folder in folders if files.exists(files.join(folder, META))]
+
+
+def newest_meta(checkpoints: str) -> tuple[str, weights.Meta] | None:
+    """The newest complete checkpoint that can say what it is, and what it says; None where there is none."""
+    for folder in complete(checkpoints):
+        with suppress(_DamagedError):
+            return folder, _read_meta(folder)
+    return None
 
 
 def load_newest(checkpoints: str, state: TrainState, config: Config, plan: Plan) -> tuple[str | None, list[str]]:

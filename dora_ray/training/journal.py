@@ -220,7 +220,8 @@ class _Recovery:
     @classmethod
     def of(cls, events: list[dict[str, Any]], entered: float) -> _Recovery | None:
         """From the events since the last start of the workers; None when nothing interrupted them."""
-        noticed = [line["time"] for line in events if line["event"] in ("failure", "leave")]
+        # A drain ends without a failure: the controller then only waits for the node to go.
+        noticed = [line["time"] for line in events if line["event"] in ("failure", "leave", "hold")]
         grouped = [line["time"] for line in events if line["event"] == "group"]
         if not noticed or not grouped:
             return None

@@ -23,14 +23,15 @@ from dora_ray.data.store import StoredVideo, load_index
 from dora_ray.data.video import VideoIndex, index_video
 from dora_ray.errors import CheckpointError, ConfigError, DoRAError, VideoError
 from dora_ray.evaluation.features import find_splits
-from dora_ray.training.checkpoint import complete, require_plan
+from dora_ray.training.checkpoint import complete, newest_meta, require_plan
 from dora_ray.training.cluster import check_resources, connect, run_on_ray
 from dora_ray.training.journal import read_metrics, read_status, write_status
+from dora_ray.training.memory import estimate_memory_mb
 from dora_ray.training.requests import caught_signals
 from dora_ray.training.tail import RunTail
 from dora_ray.training.worker import record_failure, train_loop
 from dora_ray.training.worlds import CHECKPOINTS, Job, LocalWorld
-from dora_ray.weights import read_meta, require_architecture
+from dora_ray.weights import require_architecture
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ def dry_run(
     indexes = check_videos(config)
     seconds = sum(index.real_seconds for index in indexes)
     workers = config.cluster.num_workers
+    half = config.cluster.use_gpu and config.optim.precision == "bf16"
     facts = {
         "run": run,
         "store": _store(config, run),
@@ -131,6 +133,7 @@ def dry_run(
         "workers": workers if isinstance(workers, int) else list(workers),
         "gpus": (config.max_workers if config.cluster.use_gpu else 0),
         "cpus": config.max_workers * config.cluster.cpus_per_worker + config.cluster.decode_cpus,
+        "memory_mb_per_worker": round(estimate_memory_mb(config, half=half)["total"]),
     }
     return str(yaml.safe_dump({"config": config.model_dump(mode="json"), "would_do": facts}, sort_keys=False))
 
@@ -301,11 +304,10 @@ def ingest_videos(config: Config, store: str, on_ingest: OnIngest | None = None)
 
 def _check_resume(run: str, config: Config, plan: Plan) -> None:
     """CheckpointError when the newest checkpoint is of another architecture or plan, before anything is started."""
-    folders = complete(files.join(run, CHECKPOINTS))
-    if folders:
-        meta = read_meta(folders[0])
-        require_architecture(folders[0], config.model_dump(mode="json"))
-        require_plan(folders[0], meta, plan)
+    newest = newest_meta(files.join(run, CHECKPOINTS))
+    if newest is not None:
+        require_architecture(newest[0], config.model_dump(mode="json"))
+        require_plan(*newest, plan)
 
 
 def _execute(job: Job) -> None:

@@ -21,7 +21,7 @@ ANSWER_SECONDS = 5.0
 
 def preload() -> None:
     """Import what a training worker needs."""
-    for name in ("ray.train.torch", "dora_ray.training.worker"):
+    for name in ("ray.train.torch", "dora_ray.training.worker", "tensorboardX"):
         importlib.import_module(name)
 
 

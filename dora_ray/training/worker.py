@@ -30,6 +30,7 @@ from dora_ray.training.checkpoint import (
     take_snapshot,
 )
 from dora_ray.training.journal import Journal, MetricsWindow, collapse_warnings, read_status, write_status
+from dora_ray.training.memory import keep_freed_memory
 from dora_ray.training.optim import Rates
 from dora_ray.training.requests import Request, here
 from dora_ray.training.step import TrainState, apply_step, initial_state, sum_slots
@@ -114,6 +115,7 @@ def _restore(job: Job, world: World, state: TrainState) -> list[str]:
 def _prepare_torch(job: Job, world: World) -> None:
     torch.set_num_threads(job.config.cluster.threads_per_worker)
     if world.device.type != "cuda":
+        keep_freed_memory()
         return
     torch.backends.cuda.matmul.allow_tf32 = True
     if job.config.run.deterministic:
