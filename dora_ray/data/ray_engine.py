@@ -61,8 +61,9 @@ class RayEngine:
         self._looked_at = -math.inf
         self._capacity = 1
         # "DEFAULT" and not the training worker's own placement group.
+        self._has_room = node_label is not None or _has_room(cpus_per_task)
         options: dict[str, Any] = {
-            "num_cpus": cpus_per_task if node_label or _has_room(cpus_per_task) else 0.0,
+            "num_cpus": cpus_per_task if self._has_room else 0.0,
             "max_retries": MAX_RETRIES,
             "scheduling_strategy": "DEFAULT",
         }
@@ -97,7 +98,7 @@ class RayEngine:
 
     def capacity(self) -> int:
         """See `pipeline.Engine`. Nodes come and go, so the cluster is asked again and again."""
-        if time.monotonic() - self._looked_at > LOOK_SECONDS:
+        if self._has_room and time.monotonic() - self._looked_at > LOOK_SECONDS:
             import ray
 
             nodes = [
@@ -116,13 +117,20 @@ class RayEngine:
 
 
 def _has_room(cpus: float) -> bool:
-    """Whether a node has so many CPUs left beside what is reserved there.
+    """Whether a node has so many CPUs beside those that placement groups hold there.
 
     Where the training workers have taken every CPU, a task that asks for one would wait for ever: it runs beside them.
+    Counted from the reservations, since what is free at this moment says nothing about what will be.
     """
-    from ray._private.state import available_resources_per_node
+    import ray
+    from ray.util import placement_group_table
 
-    if any(left.get("CPU", 0.0) >= cpus for left in available_resources_per_node().values()):
+    left = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]}
+    for group in placement_group_table().values():
+        for index, node in group["bundles_to_node_id"].items() if group["state"] == "CREATED" else ():
+            if node in left:
+                left[node] -= group["bundles"][index].get("CPU", 0.0)
+    if max(left.values(), default=0.0) >= cpus:
         return True
     logger.warning(
         "every CPU of the cluster is reserved, so clips are read beside the training workers: lower "
