@@ -38,7 +38,7 @@ SMALL = (
     "run.keep_checkpoints=2",
     "cluster.threads_per_worker=1",
     "cluster.cpus_per_worker=2",
-    "cluster.decode_cpus=0.5",
+    "cluster.decode_cpus=1",
     "cluster.max_failures=-1",
     "cluster.resize_seconds=2",
 )

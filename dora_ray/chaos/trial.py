@@ -19,7 +19,7 @@ from dora_ray.chaos.training import CLIPS_PER_SLOT, SMALL, StalledError, Trainin
 from dora_ray.training.journal import EVENTS, METRICS, read_history, read_lines
 from dora_ray.weights import resolve_checkpoint
 
-FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 15, 30, 50
+FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 15, 20, 50
 CHECKPOINT_SECONDS = 4.0
 # Writing a checkpoint, and Ray's noting that it is there: until then, a kill falls back to the one before.
 COMMIT_SECONDS = 2.0

@@ -31,9 +31,9 @@ from dora_ray.training.spares import environment, start_spares
 logger = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 60.0
-# Spares are started when the workers' own start is over, and a new node is counted when its spare should be ready.
+# Spares are started when the workers' own start is over; a resize onto a new node waits, training on, for its spare.
 SPARES_AFTER_SECONDS = 20.0
-SPARE_READY_SECONDS = 10.0
+SPARE_READY_SECONDS = 15.0
 LOST_NODE_SECONDS = 15.0
 DRAINED_NODE_SECONDS = 30.0
 COORDINATOR_SECONDS = 5.0
@@ -56,7 +56,7 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         self._nodes: frozenset[str] = frozenset()
         self._environment = ""
         self._spares_at = math.inf
-        self._count_at = math.inf
+        self._new_spares_at = -math.inf
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """A placement is about to be asked for."""
@@ -108,14 +108,14 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         if self._environment:
             for node in new:
                 start_spares(alive[node], self._environment, 1)
+            self._new_spares_at = now + SPARE_READY_SECONDS if new else self._new_spares_at
         if new:
-            self._count_at = now + (SPARE_READY_SECONDS if self._environment else 0.0)
-        if now >= self._count_at:
-            self._count_at = math.inf
             _count_again(wait=False)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Also called for the first start and after a failure, when there is no group to ask."""
+        if self._group is not None:
+            time.sleep(max(0.0, self._new_spares_at - time.monotonic()))
         self._leave("resize")
 
     def before_controller_abort(self) -> None:
