@@ -38,6 +38,8 @@ SMALL_FILM = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 1
 CORES = 2
 # Of a task, as the configuration has it: twice as many as there are cores, so that none waits for its next task.
 TASK_CPUS = 0.5
+# Of the stream that warms the processes up: so many that each of them has read something.
+WARM_STEPS = 30
 # Shuffling is judged on a film of this length, whose pictures nobody needs.
 LONG_SECONDS = 7200
 # A rank asks for this share of what the stream could give, as a GPU would that is fed well.
@@ -51,19 +53,21 @@ def run(*, quick: bool) -> dict[str, Any]:
         quick: fewer steps, at most 8 ranks, and no long film.
     """
     torch.set_num_threads(1)
-    steps = 30 if quick else 90
+    steps = 80 if quick else 400
     index = index_video(film(**FILM, loops=3))
     config = load_config("paper", "clip.avoid_cuts=false", "optim.clips_per_slot=4")
     with tempfile.TemporaryDirectory() as store:
         plan = make_plan(config, [write_store(index, decode_frames(index, config), config, store)])
         bare = _bare_rate(plan, steps)
         with _cluster():
-            tasks = _warm_rate(lambda: _through_ray(plan, range(steps), num_streams=1), plan)
-            waits = _waits(_direct_plan(config, index), steps)
+            tasks = _warm_rate(lambda count: _through_ray(plan, range(count), num_streams=1), plan, steps)
+            waits = _waits(_direct_plan(config, index), 30 if quick else 90)
             ranks = _ranks(quick)
             # Last, because Ray Data's actors keep their CPUs for a while.
-            data_tasks = _warm_rate(lambda: _through_ray_data(plan, steps, actors=False), plan)
-            data_actors = _warm_rate(lambda: _through_ray_data(plan, steps, actors=True), plan)
+            data = {
+                name: _warm_rate(lambda count, way=name: _through_ray_data(plan, count, way=way), plan, steps)
+                for name in (("tasks",) if quick else ("tasks", "actors"))
+            }
     memory = {} if quick else {"direct_30_minutes_peak_rss_mb": _memory_over_a_long_film()}
     return {
         "clips": f"{FILM['width']}x{FILM['height']} film, {config.clip.num_frames} frames, stored with short side "
@@ -74,12 +78,15 @@ def run(*, quick: bool) -> dict[str, Any]:
         "stream_overhead": 1 - tasks["clips_per_second"] / bare["clips_per_second"],
         "stream_cpu_overhead": tasks["cpu_seconds_a_clip"] / bare["cpu_seconds_a_clip"] - 1,
         "first_slot_seconds": tasks["first_seconds"],
-        "ray_data_tasks_clips_per_second": data_tasks["clips_per_second"],
-        "ray_data_tasks_cpu_overhead": data_tasks["cpu_seconds_a_clip"] / bare["cpu_seconds_a_clip"] - 1,
-        "ray_data_tasks_first_slot_seconds": data_tasks["first_seconds"],
-        "ray_data_actors_clips_per_second": data_actors["clips_per_second"],
-        "ray_data_actors_cpu_overhead": data_actors["cpu_seconds_a_clip"] / bare["cpu_seconds_a_clip"] - 1,
-        "ray_data_actors_first_slot_seconds": data_actors["first_seconds"],
+        **{
+            key: value
+            for name, rate in data.items()
+            for key, value in (
+                (f"ray_data_{name}_clips_per_second", rate["clips_per_second"]),
+                (f"ray_data_{name}_cpu_overhead", rate["cpu_seconds_a_clip"] / bare["cpu_seconds_a_clip"] - 1),
+                (f"ray_data_{name}_first_slot_seconds", rate["first_seconds"]),
+            )
+        },
         **waits,
         **ranks,
         **memory,
@@ -142,7 +149,7 @@ def _through_ray(plan: Plan, steps: range, *, num_streams: int) -> Iterator[Slot
     )
 
 
-def _through_ray_data(plan: Plan, steps: int, *, actors: bool) -> Iterator[Any]:
+def _through_ray_data(plan: Plan, steps: int, *, way: str) -> Iterator[Any]:
     """The same slots through Ray Data, in the plan's order, in one window: to compare with, nothing trains on it."""
     import ray.data
     from ray.data import ActorPoolStrategy, ExecutionOptions, TaskPoolStrategy
@@ -158,21 +165,21 @@ def _through_ray_data(plan: Plan, steps: int, *, actors: bool) -> Iterator[Any]:
     # Actors leave room for the tasks that give them rows, or both wait for ever.
     how: dict[str, Any] = (
         {"compute": ActorPoolStrategy(size=CORES), "num_cpus": 0.5}
-        if actors
+        if way == "actors"
         else {"compute": TaskPoolStrategy(), "num_cpus": 1}
     )
-    work: Any = Reader if actors else Reader()
+    work: Any = Reader if way == "actors" else Reader()
     dataset = ray.data.range(steps, override_num_blocks=steps).map_batches(work, batch_size=1, **how)
     dataset.context.execution_options = ExecutionOptions(preserve_order=True)
     dataset.context.enable_progress_bars = False
     return iter(dataset.iter_torch_batches(batch_size=1, prefetch_batches=2))
 
 
-def _warm_rate(open_stream: Callable[[], Iterator[Any]], plan: Plan) -> dict[str, float]:
+def _warm_rate(open_stream: Callable[[int], Iterator[Any]], plan: Plan, steps: int) -> dict[str, float]:
     """`_rate` of a second stream: the first one starts the cluster's processes, which import torch for seconds."""
-    for _ in open_stream():
+    for _ in open_stream(min(steps, WARM_STEPS)):
         pass
-    return _rate(open_stream(), plan)
+    return _rate(open_stream(steps), plan)
 
 
 def _rate(batches: Iterator[Any], plan: Plan) -> dict[str, float]:
@@ -225,7 +232,7 @@ def _waits(plan: Plan, steps: int) -> dict[str, float]:
 
     The segments are short, so that the steps cross many boundaries of pools and of epochs.
     """
-    rate = _warm_rate(lambda: _through_ray(plan, range(steps), num_streams=1), plan)["clips_per_second"]
+    rate = _warm_rate(lambda count: _through_ray(plan, range(count), num_streams=1), plan, steps)["clips_per_second"]
     pause = plan.clips_per_slot / rate / DEMAND
     waits = []
     stream = _through_ray(plan, range(steps), num_streams=1)
