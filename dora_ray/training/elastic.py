@@ -16,6 +16,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from signal import SIGTERM
 from typing import Any
 
@@ -72,8 +73,9 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         self._group, self._noticed, self._told = worker_group, None, set()
         self._homes = {worker.metadata.node_id for worker in worker_group.get_workers()}
         if self._spares:
-            self._environment = ray.get(worker_group.get_workers()[0].execute_async(environment))
-            self._spares_at = time.monotonic() + SPARES_AFTER_SECONDS
+            with suppress(RayError):  # a worker that is dead already is found out by the next health check
+                self._environment = ray.get(worker_group.get_workers()[0].execute_async(environment))
+                self._spares_at = time.monotonic() + SPARES_AFTER_SECONDS
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         """The group is gone."""

@@ -103,6 +103,7 @@ def caught_signals(*signals: signal.Signals) -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in signals}
+    here.take(Request.LEAVE)  # an earlier training in this process may have left without taking it
     here.signal = None
     catch_signals(*signals)
     try:
