@@ -136,7 +136,7 @@ def unstored_frames(index: VideoIndex, uri: str, *, frames_per_second: float) ->
     """Ticks of the kept frames that the dataset at `uri` has no row for, ascending."""
     wanted = index.pts[index.kept_frames(frames_per_second)]
     dataset = _latest(uri)
-    stored = dataset.to_table(columns=["pts"])["pts"].to_numpy() if dataset else np.empty(0, np.int64)
+    stored = _columns(dataset, ["pts"])["pts"].to_numpy() if dataset else np.empty(0, np.int64)
     return np.setdiff1d(wanted, stored)
 
 
@@ -251,6 +251,15 @@ def _latest(uri: str) -> lance.LanceDataset | None:
         raise VideoError(f"{uri}: the store cannot be read ({_reason(error)}); check its address and rights") from error
 
 
+def _columns(dataset: lance.LanceDataset, names: list[str]) -> pa.Table:
+    try:
+        return dataset.to_table(columns=names)
+    except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
+        raise VideoError(
+            f"{dataset.uri}: the store is damaged ({_reason(error)}); remove that folder and ingest again"
+        ) from error
+
+
 def _reason(error: Exception) -> str:
     """The first sentence of what Lance says, without the place in its source."""
     return " ".join(str(error).partition(", /")[0].split())[:200]
@@ -260,7 +269,7 @@ def _open_video(index: VideoIndex, store: str, setting: dict[str, float]) -> Sto
     uri = dataset_uri(store, index.video_id, **setting)
     dataset = _latest(uri)
     wanted = index.pts[index.kept_frames(setting["frames_per_second"])]
-    table = dataset.to_table(columns=["pts", "signature"]) if dataset else SCHEMA.empty_table()
+    table = _columns(dataset, ["pts", "signature"]) if dataset else SCHEMA.empty_table()
     # Two ingests side by side may both have stored a frame: the first row counts.
     pts, rows = np.unique(table["pts"].to_numpy(), return_index=True)
     lacking = len(np.setdiff1d(wanted, pts))

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import lance
 import numpy as np
@@ -169,6 +170,22 @@ def test_a_damaged_index_in_the_store_is_made_again(film):
     assert stored_index(store, index.video_id) is None
     assert load_index(index.path, store=store).digest == index.digest
     assert stored_index(store, index.video_id) is not None
+
+
+@pytest.mark.parametrize("place", [0.0, 0.4])
+def test_a_damaged_data_file_is_an_error_of_ours(film, place):
+    store, index = film
+    uri = fill(index, store)
+    path = max(Path(uri).glob("data/*.lance"), key=lambda found: found.stat().st_size)
+    content = bytearray(path.read_bytes())
+    first = int(place * len(content))
+    size = len(content) // 10
+    content[first : first + size] = np.random.default_rng(0).bytes(size)
+    path.write_bytes(content)
+    with pytest.raises(VideoError, match="damaged|cannot be read|is broken|ingest"):
+        (video,) = open_videos([index], store=store, **SETTING)
+        for frame in range(len(video)):
+            read_frames(video, [frame])
 
 
 def test_names_with_odd_characters(tmp_path):
