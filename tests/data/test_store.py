@@ -182,10 +182,14 @@ def test_a_damaged_data_file_is_an_error_of_ours(film, place):
     size = len(content) // 10
     content[first : first + size] = np.random.default_rng(0).bytes(size)
     path.write_bytes(content)
-    with pytest.raises(VideoError, match="damaged|cannot be read|is broken|ingest"):
+
+    def read_all() -> None:
         (video,) = open_videos([index], store=store, **SETTING)
         for frame in range(len(video)):
             read_frames(video, [frame])
+
+    with pytest.raises(VideoError, match="ingest"):
+        read_all()
 
 
 def test_names_with_odd_characters(tmp_path):
