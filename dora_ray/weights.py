@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -99,7 +100,7 @@ def _newest_of(run: str, checkpoints: str) -> str:
         latest = files.join(checkpoints, files.read_text(files.join(checkpoints, "latest")).strip())
         if files.exists(files.join(latest, "meta.json")):
             return latest
-    newest = _newest_complete(checkpoints)
+    newest = next(complete_checkpoints(checkpoints), None)
     if newest is None:
         raise CheckpointError(
             f"{run} has no complete checkpoint (a folder step-00001234 with a meta.json). "
@@ -108,17 +109,17 @@ def _newest_of(run: str, checkpoints: str) -> str:
     return newest
 
 
-def _newest_complete(checkpoints: str, *, other_than: str = "") -> str | None:
+def complete_checkpoints(checkpoints: str) -> Iterator[str]:
+    """Folders of the complete checkpoints in a run's folder of checkpoints, newest first."""
     for name in reversed([name for name in files.list_names(checkpoints) if _STEP_NAME.fullmatch(name)]):
-        if name != other_than and files.exists(files.join(checkpoints, name, "meta.json")):
-            return files.join(checkpoints, name)
-    return None
+        if files.exists(files.join(checkpoints, name, "meta.json")):
+            yield files.join(checkpoints, name)
 
 
 def _advise(checkpoint: str) -> str:
     """What to use in place of a checkpoint that cannot be read."""
     parent, _, name = checkpoint.rpartition("/")
-    good = _newest_complete(parent, other_than=name)
+    good = next((other for other in complete_checkpoints(parent) if not other.endswith(f"/{name}")), None)
     if good is not None:
         return f"The last complete checkpoint beside it is {good}: use that one."
     return "Give a checkpoint (step-00001234), a run's folder, or a folder that `dora-ray export` wrote."

@@ -14,6 +14,7 @@ import numpy as np
 from dora_ray.chaos.training import StalledError, Training
 from dora_ray.errors import CheckpointError, VideoError
 from dora_ray.training.checkpoint import META, MODEL, STATE
+from dora_ray.training.journal import CONFIG
 from dora_ray.training.worlds import CHECKPOINTS
 
 CHECKPOINT_SECONDS, NUM_CHECKPOINTS = 0.5, 2
@@ -93,7 +94,7 @@ def hang_decoder(run: Path, words: tuple[str, ...], *, address: str, store: Path
     training = Training(run, (*words, f"data.store={copy}", limit), address=address)
     try:
         # The launching process has read the store's times by then, and no worker has read a picture.
-        training.wait("the plan", (run / "config.yaml").exists, seconds=LAUNCH_SECONDS)
+        training.wait("the plan", (run / CONFIG).exists, seconds=LAUNCH_SECONDS)
         segment = largest_segment(copy)
         segment.unlink()
         os.mkfifo(segment)

@@ -16,7 +16,7 @@ from dora_ray.chaos.nodes import LocalNodes
 from dora_ray.chaos.schedule import draw_schedule
 from dora_ray.chaos.strikes import strike, walk_path
 from dora_ray.chaos.training import CLIPS_PER_SLOT, SMALL, StalledError, Training
-from dora_ray.training.journal import EVENTS, METRICS, read_history, read_lines
+from dora_ray.training.journal import CONFIG, EVENTS, METRICS, read_history, read_lines
 from dora_ray.weights import resolve_checkpoint
 
 FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 15, 20, 50
@@ -119,7 +119,7 @@ class Laboratory:
         try:
             with LocalNodes(num_nodes) as nodes:
                 # By then it has filled the frame store, which both use.
-                reference.wait("its plan", (reference.run / "config.yaml").exists, seconds=END_SECONDS)
+                reference.wait("its plan", (reference.run / CONFIG).exists, seconds=END_SECONDS)
                 training = Training(run, self.words(steps, f"[1, {MOST_WORKERS}]"), address=nodes.address)
                 try:
                     for hit in inflict(training, nodes):

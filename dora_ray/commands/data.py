@@ -43,27 +43,16 @@ def run_index(options: argparse.Namespace) -> None:
 def run_ingest(options: argparse.Namespace) -> None:
     """Bring videos into a frame store."""
     from dora_ray.config import load_config
-    from dora_ray.data.ingest import ingest
     from dora_ray.training.cluster import connect
+    from dora_ray.training.launch import ingest_videos
 
     videos, overrides = split(options.words)
     if not videos:
         raise ConfigError("no video was given: name files, folders, globs or URIs")
     config = load_config(options.recipe, *overrides)
-    data = config.data
-    with Stages() as stages, connect(config):
-        stored = ingest(
-            videos,
-            store=options.store,
-            decoder=data.decoder,
-            frames_per_second=data.frames_per_second,
-            short_side=data.short_side,
-            jpeg_quality=data.jpeg_quality,
-            segment_seconds=data.segment_seconds,
-            decode_seconds=data.decode_seconds,
-            node_label=config.cluster.decode_label,
-            progress=stages.ingest,
-        )
+    named = config.model_copy(update={"data": config.data.model_copy(update={"videos": tuple(videos)})})
+    with Stages() as stages, connect(named):
+        stored = ingest_videos(named, options.store, stages.ingest)
     write_facts(
         {"store": files.absolute(options.store)} | {video.path: f"{len(video.times)} frames" for video in stored}
     )

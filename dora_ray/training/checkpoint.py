@@ -178,15 +178,9 @@ def step_names(checkpoints: str) -> list[str]:
     return [name for name in files.list_names(checkpoints) if name.startswith("step-")]
 
 
-def complete(checkpoints: str) -> list[str]:
-    """Folders of the complete checkpoints, newest first."""
-    folders = [files.join(checkpoints, name) for name in reversed(step_names(checkpoints))]
-    return [folder for folder in folders if files.exists(files.join(folder, META))]
-
-
 def newest_meta(checkpoints: str) -> tuple[str, weights.Meta] | None:
     """The newest complete checkpoint that can say what it is, and what it says; None where there is none."""
-    for folder in complete(checkpoints):
+    for folder in weights.complete_checkpoints(checkpoints):
         with suppress(_DamagedError):
             return folder, _read_meta(folder)
     return None
@@ -202,7 +196,7 @@ def load_newest(checkpoints: str, state: TrainState, config: Config, plan: Plan)
         CheckpointError: all are damaged; or the newest undamaged one is of another architecture, plan or format.
     """
     refused: list[str] = []
-    for folder in complete(checkpoints):
+    for folder in weights.complete_checkpoints(checkpoints):
         try:
             load_state(folder, state, config, plan)
         except _DamagedError as error:

@@ -26,12 +26,11 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 
 from dora_ray import files
 from dora_ray.training.journal import EVENTS
-from dora_ray.training.requests import Request, ask, ask_to_leave, catch_signals
+from dora_ray.training.requests import LEAVE_SECONDS, Request, ask, ask_to_leave, catch_signals
 from dora_ray.training.spares import environment, start_spares
 
 logger = logging.getLogger(__name__)
 
-LEAVE_SECONDS = 60.0
 # Spares are started when the workers' own start is over; a resize onto a new node waits, training on, for its spare.
 SPARES_AFTER_SECONDS = 20.0
 SPARE_READY_SECONDS = 15.0
@@ -107,10 +106,10 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
             for node, count in places.items():
                 if node in alive:
                     start_spares(alive[node], self._environment, count)
-        if self._environment:
+        if new and self._environment:
             for node in new:
                 start_spares(alive[node], self._environment, 1)
-            self._new_spares_at = now + SPARE_READY_SECONDS if new else self._new_spares_at
+            self._new_spares_at = now + SPARE_READY_SECONDS
         if new:
             _count_again(wait=False)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from dora_ray import files
 
+CONFIG = "config.yaml"
 METRICS, EVENTS, STATUS, LEDGER, TENSORBOARD = (
     "metrics.jsonl",
     "events.jsonl",

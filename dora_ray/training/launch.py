@@ -23,19 +23,18 @@ from dora_ray.data.store import StoredVideo, load_index
 from dora_ray.data.video import VideoIndex, index_video
 from dora_ray.errors import CheckpointError, ConfigError, DoRAError, VideoError
 from dora_ray.evaluation.features import find_splits
-from dora_ray.training.checkpoint import complete, newest_meta, require_plan
+from dora_ray.training.checkpoint import newest_meta, require_plan
 from dora_ray.training.cluster import check_resources, connect, run_on_ray
-from dora_ray.training.journal import read_metrics, read_status, write_status
+from dora_ray.training.journal import CONFIG, read_metrics, read_status, write_status
 from dora_ray.training.memory import estimate_memory_mb
 from dora_ray.training.requests import caught_signals
 from dora_ray.training.tail import RunTail
 from dora_ray.training.worker import record_failure, train_loop
 from dora_ray.training.worlds import CHECKPOINTS, Job, LocalWorld
-from dora_ray.weights import require_architecture
+from dora_ray.weights import complete_checkpoints, require_architecture
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
 OnMetrics = Callable[[dict[str, Any]], None]
 OnIngest = Callable[[IngestProgress], None]
 
@@ -288,7 +287,7 @@ def ingest_videos(config: Config, store: str, on_ingest: OnIngest | None = None)
     """Bring the configuration's videos into the store."""
     data = config.data
     return ingest(
-        find_videos(data.videos),
+        data.videos,
         store=store,
         decoder=data.decoder,
         frames_per_second=data.frames_per_second,
@@ -331,8 +330,8 @@ def _execute(job: Job) -> None:
 
 
 def _finished(run: str) -> Run:
-    folders = complete(files.join(run, CHECKPOINTS))
-    if not folders:
+    checkpoint = next(complete_checkpoints(files.join(run, CHECKPOINTS)), None)
+    if checkpoint is None:
         raise CheckpointError(f"{run} ended without a checkpoint: see {files.join(run, 'events.jsonl')}")
     lines = read_metrics(run)
-    return Run(run, lines[-1] if lines else {}, folders[0])
+    return Run(run, lines[-1] if lines else {}, checkpoint)

@@ -14,6 +14,10 @@ from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 
+# How long whoever asks the workers to leave waits for them to have saved, and how long a worker that has saved waits to
+# be ended before it goes on training.
+LEAVE_SECONDS = 60.0
+
 
 class Request(IntEnum):
     """Why a checkpoint is made now. The larger one counts when several are made at once."""

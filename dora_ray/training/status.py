@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from dora_ray import files
 from dora_ray.errors import ConfigError
-from dora_ray.training.journal import EVENTS, STATUS, read_lines, read_metrics
+from dora_ray.training.journal import CONFIG, EVENTS, STATUS, read_lines, read_metrics, read_status
 
-CONFIG = "config.yaml"
 # A run writes at every logged step, and when workers end and start; after this long without a word, or after as many
 # times the time between its last lines, it has most likely been killed.
 SILENT_SECONDS, SILENT_LINES = 300.0, 10.0
@@ -58,10 +56,8 @@ def _read_status(path: str) -> dict[str, Any]:
             f"{path} has neither {STATUS} nor {CONFIG}: it is not a run's folder. Give what --out named, or a folder "
             "below runs/"
         )
-    if STATUS not in names:
-        return {}
     try:
-        return dict(json.loads(files.read_text(files.join(path, STATUS))))
+        return read_status(path)
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"{files.join(path, STATUS)} is damaged ({error}): the run writes it again at its next step"

@@ -16,11 +16,9 @@ from dora_ray.config import Config
 from dora_ray.data.plan import Plan
 from dora_ray.data.stream import SlotBatch, local_slots, ray_slots
 from dora_ray.training.reduction import AllReduce
-from dora_ray.training.requests import here
+from dora_ray.training.requests import LEAVE_SECONDS, here
 
 CHECKPOINTS = "checkpoints"
-# How long a worker that has saved waits to be ended by a resize, a drain or an abort, before it goes on training.
-LEAVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)

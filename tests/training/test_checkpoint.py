@@ -20,13 +20,13 @@ from dora_ray.training.checkpoint import (
     META,
     MODEL,
     STATE,
-    complete,
     load_newest,
     set_newest,
     take_snapshot,
     write_snapshot,
 )
 from dora_ray.training.step import TrainState, initial_state
+from dora_ray.weights import complete_checkpoints
 from tests.conftest import SMALL
 
 CONFIG: Config = dora_ray.load_config("tiny", *SMALL)
@@ -87,7 +87,7 @@ def test_incomplete_newest_is_removed(checkpoints: Path) -> None:
 
 
 def test_all_damaged_is_an_error_and_not_a_new_beginning(checkpoints: Path) -> None:
-    for folder in complete(str(checkpoints)):
+    for folder in complete_checkpoints(str(checkpoints)):
         Path(folder, STATE).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"step-00000006.*step-00000002.*No good checkpoint is left"):
         load(checkpoints)
