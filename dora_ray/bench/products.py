@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,18 +23,26 @@ class Products:
 
     Attributes:
         counts: how often each was computed.
+        least: the least seconds that each has taken by itself.
     """
 
     counts: Counter[Product] = field(default_factory=Counter)
+    least: dict[Product, float] = field(default_factory=dict)
 
     @property
     def flops(self) -> int:
         """Operations of all of them: 2 for each multiplication and addition."""
         return sum(2 * b * m * k * n * count for (b, m, k, n, _), count in self.counts.items())
 
-    def seconds(self, device: torch.device) -> float:
+    @property
+    def seconds(self) -> float:
         """What they take one after the other with nothing between them, from the least time of each shape."""
-        return sum(count * _least_seconds(product, device) for product, count in self.counts.items())
+        return sum(count * self.least[product] for product, count in self.counts.items())
+
+    def measure(self, device: torch.device) -> None:
+        """Time each shape by itself, once more if that was done before."""
+        for product in self.counts:
+            self.least[product] = min(_least_seconds(product, device), self.least.get(product, math.inf))
 
 
 def record(work: Callable[[], Any]) -> Products:

@@ -52,8 +52,9 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     Returns:
         seconds_per_step, reference_seconds_per_step, ratio (ours / reference), packed_seconds_per_step and packed_ratio
         (masked / packed, at a keep share of 0.4); tflop_per_step and matmul_share (what the step's matrix products take
-        by themselves, shape by shape, over what the step takes), square_matmul_share (the same at the rate of a large
-        square product); peak memory, clips a second, the seconds of the step's parts, and the setting.
+        by themselves, shape by shape, over what the step takes, the least time of either), square_matmul_share (the
+        same at the rate of a large square product); peak memory, clips a second, the seconds of the step's parts, and
+        the setting.
     """
     device = torch.device("cuda" if (config.cluster.use_gpu if config else torch.cuda.is_available()) else "cpu")
     if config is None:
@@ -68,7 +69,10 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
         paths["packed"] = functools.partial(timed.step, packed, functools.partial(slot_forward, masks=timed.masks()))
     # The first step of ours is the one whose products are written down.
     products = record(ours)
+    # Before and after the steps: shared machines change their speed within a minute.
+    products.measure(device)
     seconds, peak = timed.rounds(paths, count=2 if quick else 5, reference_count=1 if quick else 5)
+    products.measure(device)
     parts = timed.parts(config)
     return _result(config, device, seconds, peak, parts, products)
 
@@ -105,8 +109,8 @@ class _Timed:
 
     def rounds(
         self, paths: dict[str, Callable[[], float]], *, count: int, reference_count: int
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Median seconds, and peak megabytes in the first round, of each path.
+    ) -> tuple[dict[str, list[float]], dict[str, float]]:
+        """Seconds in each round, and peak megabytes in the first round, of each path.
 
         The reference comes last in a round: on a CPU the peak is the process's, which never goes down.
         """
@@ -122,7 +126,7 @@ class _Timed:
                 _reset_peak(self.device)
                 seconds[name].append(path())
                 peak.setdefault(name, _peak_memory_mb(self.device))
-        return {name: statistics.median(values) for name, values in seconds.items()}, peak
+        return dict(seconds), peak
 
     def masks(self) -> Tensor:
         """(M, K, T, N) masks of random patches, each with its own share around the stated one."""
@@ -172,13 +176,14 @@ class _Timed:
 def _result(
     config: Config,
     device: torch.device,
-    seconds: dict[str, float],
+    seconds: dict[str, list[float]],
     peak: dict[str, float],
     parts: dict[str, float],
     products: Products,
 ) -> dict[str, Any]:
     """Everything that was measured, ratios first."""
-    ours, reference, cuda = seconds["ours"], seconds["reference"], device.type == "cuda"
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    ours, reference, least, cuda = median["ours"], median["reference"], min(seconds["ours"]), device.type == "cuda"
     kind = torch.bfloat16 if cuda and config.optim.precision == "bf16" else torch.float32
     square = square_flops_per_second(8192 if cuda else 1536, kind, device)
     result = {
@@ -193,18 +198,18 @@ def _result(
         "clips_per_second": config.optim.clips_per_slot / ours,
         "tflop_per_step": products.flops / 1e12,
         "tflop_per_second": products.flops / 1e12 / ours,
-        "matmul_share": products.seconds(device) / ours,
-        "square_matmul_share": products.flops / ours / square,
+        "matmul_share": products.seconds / least,
+        "square_matmul_share": products.flops / least / square,
         "square_matmul_tflop_per_second": square / 1e12,
         "peak_memory_mb": peak["ours"],
         "reference_peak_memory_mb": peak["reference"],
         "estimated_memory_mb": estimate_memory_mb(config, half=kind == torch.bfloat16)["total"],
         "parts": parts,
     }
-    if "packed" in seconds:
+    if "packed" in median:
         result |= {
-            "packed_seconds_per_step": seconds["packed"],
-            "packed_ratio": ours / seconds["packed"],
+            "packed_seconds_per_step": median["packed"],
+            "packed_ratio": ours / median["packed"],
             "packed_keep_share": KEEP_SHARE,
         }
     return result
