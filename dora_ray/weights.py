@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor, nn
 
-    from dora_ray.method.dora import Network
 
 FORMAT = 2
 _STEP_NAME = re.compile(r"step-\d+")
@@ -125,6 +124,10 @@ def _advise(checkpoint: str) -> str:
     return "Give a checkpoint (step-00001234), a run's folder, or a folder that `dora-ray export` wrote."
 
 
+class DamagedError(CheckpointError):
+    """The content of a checkpoint is not what was written."""
+
+
 def read_meta(checkpoint: PathLike) -> Meta:
     """What the checkpoint says about itself.
 
@@ -140,7 +143,7 @@ def read_meta(checkpoint: PathLike) -> Meta:
         content = json.loads(files.read_text(path))
         version = content["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}). {_advise(folder)}") from error
+        raise DamagedError(f"{path} is damaged ({error!r}). {_advise(folder)}") from error
     if version != FORMAT:
         raise CheckpointError(
             f"{folder} has format {version}; this version of dora_ray reads format {FORMAT}. {_advise(folder)} "
@@ -166,20 +169,6 @@ def load_backbone(checkpoint: PathLike) -> VisionTransformer:
         return _load_exported(folder)
     config = read_meta(folder).config
     return _fill(_build_vit(config), folder, prefix="teacher.backbone.", expected=describe_architecture(config))
-
-
-def load_network(checkpoint: PathLike, *, which: Literal["teacher", "student"]) -> Network:
-    """One of the two networks of a checkpoint, encoder and head, in evaluation mode on the CPU.
-
-    Raises:
-        CheckpointError: As `load_backbone`; and an export, which has no head.
-    """
-    from dora_ray.method.dora import build_network
-
-    folder = resolve_checkpoint(checkpoint)
-    config = read_meta(folder).config
-    network = build_network(**network_arguments(config))
-    return _fill(network, folder, prefix=f"{which}.", expected=describe_architecture(config))
 
 
 def random_backbone(checkpoint: PathLike, *, seed: int) -> VisionTransformer:

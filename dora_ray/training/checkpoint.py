@@ -181,8 +181,8 @@ def step_names(checkpoints: str) -> list[str]:
 def newest_meta(checkpoints: str) -> tuple[str, weights.Meta] | None:
     """The newest complete checkpoint that can say what it is, and what it says; None where there is none."""
     for folder in weights.complete_checkpoints(checkpoints):
-        with suppress(_DamagedError):
-            return folder, _read_meta(folder)
+        with suppress(weights.DamagedError):
+            return folder, weights.read_meta(folder)
     return None
 
 
@@ -199,7 +199,7 @@ def load_newest(checkpoints: str, state: TrainState, config: Config, plan: Plan)
     for folder in weights.complete_checkpoints(checkpoints):
         try:
             load_state(folder, state, config, plan)
-        except _DamagedError as error:
+        except weights.DamagedError as error:
             refused.append(str(error))
         else:
             return folder, refused
@@ -228,10 +228,6 @@ def set_newest(checkpoints: str, kept: str | None) -> None:
         files.remove(files.join(checkpoints, LATEST))
 
 
-class _DamagedError(CheckpointError):
-    """The content of a checkpoint is not what was written."""
-
-
 def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> None:
     """Put a checkpoint into a newly made state.
 
@@ -239,7 +235,7 @@ def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> No
         CheckpointError: it is incomplete, damaged, of another architecture, or of another plan; the message names what
             differs.
     """
-    meta = _read_meta(folder)
+    meta = weights.read_meta(folder)
     weights.require_architecture(folder, config.model_dump(mode="json"))
     require_plan(folder, meta, plan)
     model, content = _read_checked(folder, MODEL, meta), _read_checked(folder, STATE, meta)
@@ -247,7 +243,7 @@ def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> No
         networks = safetensors.torch.load(model)
         tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
-        raise _DamagedError(f"{folder} is damaged ({type(error).__name__}: {error}).") from error
+        raise weights.DamagedError(f"{folder} is damaged ({type(error).__name__}: {error}).") from error
     for which, network in (("student.", state.student), ("teacher.", state.teacher)):
         named = {name.removeprefix(which): value for name, value in networks.items() if name.startswith(which)}
         network.load_state_dict(named)
@@ -258,23 +254,15 @@ def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> No
     state.bad_clips = [int(number) for number in meta.bad_clips]
 
 
-def _read_meta(folder: str) -> weights.Meta:
-    try:
-        json.loads(files.read_text(files.join(folder, META)))
-    except ValueError as error:
-        raise _DamagedError(f"{files.join(folder, META)} is damaged ({error}).") from error
-    return weights.read_meta(folder)
-
-
 def _read_checked(folder: str, name: str, meta: weights.Meta) -> bytes:
     """A file of a checkpoint, if it is what was written."""
     path = files.join(folder, name)
     try:
         content = files.read_bytes(path)
     except FileNotFoundError as error:
-        raise _DamagedError(f"{folder} has no {name}.") from error
+        raise weights.DamagedError(f"{folder} has no {name}.") from error
     if _digest(content) != meta.files[name]:
-        raise _DamagedError(f"{path} is damaged: its {len(content)} bytes are not those that were written.")
+        raise weights.DamagedError(f"{path} is damaged: its {len(content)} bytes are not those that were written.")
     return content
 
 
