@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -38,6 +38,8 @@ SMALL_FILM = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 1
 CORES = 2
 # Of a task, as the configuration has it: twice as many as there are cores, so that none waits for its next task.
 TASK_CPUS = 0.5
+# Steps of each stream, steps of the waiting rank, and slots of all ranks together; the first are for --quick.
+STEPS, WAIT_STEPS, RANK_SLOTS = (80, 400), (30, 90), (256, 512)
 # Of the stream that warms the processes up: so many that each of them has read something.
 WARM_STEPS = 30
 # Shuffling is judged on a film of this length, whose pictures nobody needs.
@@ -53,7 +55,7 @@ def run(*, quick: bool) -> dict[str, Any]:
         quick: fewer steps, at most 8 ranks, and no long film.
     """
     torch.set_num_threads(1)
-    steps = 80 if quick else 400
+    steps, wait_steps, rank_slots = (of[0 if quick else 1] for of in (STEPS, WAIT_STEPS, RANK_SLOTS))
     index = index_video(film(**FILM, loops=3))
     config = load_config("paper", "clip.avoid_cuts=false", "optim.clips_per_slot=4")
     with tempfile.TemporaryDirectory() as store:
@@ -61,8 +63,8 @@ def run(*, quick: bool) -> dict[str, Any]:
         bare = _bare_rate(plan, steps)
         with _cluster():
             tasks = _warm_rate(lambda count: _through_ray(plan, range(count), num_streams=1), plan, steps)
-            waits = _waits(_direct_plan(config, index), 30 if quick else 90)
-            ranks = _ranks(quick)
+            waits = _waits(_direct_plan(config, index), wait_steps)
+            ranks = _ranks((1, 4, 8) if quick else (1, 4, 8, 64), rank_slots)
             # Last, because Ray Data's actors keep their CPUs for a while.
             data = {
                 name: _warm_rate(lambda count, way=name: _through_ray_data(plan, count, way=way), plan, steps)
@@ -251,7 +253,7 @@ def _waits(plan: Plan, steps: int) -> dict[str, float]:
     }
 
 
-def _ranks(quick: bool) -> dict[str, Any]:
+def _ranks(sizes: Sequence[int], num_slots: int) -> dict[str, Any]:
     """Clips a second of all ranks together, for several numbers of ranks: threads that do nothing but take slots."""
     config = load_config(
         "paper",
@@ -263,12 +265,12 @@ def _ranks(quick: bool) -> dict[str, Any]:
     rates = {}
     with tempfile.TemporaryDirectory() as store:
         plan = make_plan(stored, [write_store(index, decode_frames(index, stored), stored, store)])
-        for size in (1, 4, 8) if quick else (1, 4, 8, 64):
-            rates[size] = _rate_of_ranks(plan, size)
+        for size in sizes:
+            rates[size] = _rate_of_ranks(plan, size, num_slots)
     return {f"clips_per_second_with_{size}_ranks": rate for size, rate in rates.items()}
 
 
-def _rate_of_ranks(plan: Plan, size: int, num_slots: int = 512) -> float:
+def _rate_of_ranks(plan: Plan, size: int, num_slots: int) -> float:
     barrier = threading.Barrier(size)
     each = num_slots // size
 

@@ -42,7 +42,10 @@ def test_more_segments_in_a_pool_are_shuffled_better() -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_reports_every_part() -> None:
+def test_reports_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, few in {"STEPS": 12, "WAIT_STEPS": 8, "RANK_SLOTS": 32}.items():
+        monkeypatch.setattr(stream, name, (few, few))
+    monkeypatch.setattr(stream, "WARM_STEPS", 4)
     result = stream.run(quick=True)
     assert result["stream_overhead"] == pytest.approx(
         1 - result["stream_clips_per_second"] / result["bare_clips_per_second"]
