@@ -14,14 +14,14 @@ from dora_ray.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def local_copy(uri: str, version: int, folder: str) -> str:
+def local_copy(uri: str, identity: str, folder: str) -> str:
     """Where this node may read the dataset: its copy below `folder`, made by the first process that asks.
 
-    A copy holds at least what the version needs, and is never changed: a later version gets another. Copies are not
-    removed. Where none can be made (a full disk), the dataset itself, with a warning.
+    A copy is never changed: `identity` names the dataset's files, so what is ingested anew, or added to, gets another.
+    Copies are not removed. Where none can be made (a full disk), the dataset itself, with a warning.
     """
     place = hashlib.blake2b(uri.encode(), digest_size=6).hexdigest()
-    target = Path(folder, f"{Path(uri).parent.name}-{Path(uri).stem}-{place}-v{version}.lance")
+    target = Path(folder, f"{Path(uri).parent.name}-{Path(uri).stem}-{place}-{identity}.lance")
     try:
         if not target.exists():
             _copy_once(uri, target)

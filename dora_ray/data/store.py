@@ -14,6 +14,7 @@ F stored frames of a video that can be read, H and W their height and width.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,7 @@ class StoredVideo:
 
     Attributes:
         path: the video file; uri, version: its Lance dataset, and the version that `rows` belong to.
+        identity: of that version's files: a dataset that was removed and made again counts its versions from 1 again.
         times: (F,) float64 seconds from the video's first frame, ascending: the true times of the frames.
         rows: (F,) int64 their rows.
         cuts: (F,) bool, True where a frame starts a new shot (the first frame does not count).
@@ -71,6 +73,7 @@ class StoredVideo:
     path: str
     uri: str
     version: int
+    identity: str
     times: np.ndarray
     rows: np.ndarray
     cuts: np.ndarray
@@ -291,6 +294,7 @@ def _open_video(index: VideoIndex, store: str, setting: dict[str, float]) -> Sto
         path=index.path,
         uri=uri,
         version=dataset.version,
+        identity=_identity(dataset),
         times=index.seconds(pts),
         rows=rows.astype(np.int64),
         cuts=cuts.find_cuts(signatures.reshape(len(pts), cuts.SIGNATURE_BYTES)),
@@ -301,9 +305,14 @@ def _open_video(index: VideoIndex, store: str, setting: dict[str, float]) -> Sto
     )
 
 
+def _identity(dataset: lance.LanceDataset) -> str:
+    names = [file.path for fragment in dataset.get_fragments() for file in fragment.data_files()]
+    return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+
+
 @functools.lru_cache(maxsize=OPEN_DATASETS)
-def _pinned(uri: str, version: int, cache: str | None) -> lance.LanceDataset:
-    return lance.dataset(local_copy(uri, version, cache) if cache else uri, version=version)
+def _pinned(uri: str, version: int, identity: str, cache: str | None) -> lance.LanceDataset:
+    return lance.dataset(local_copy(uri, identity, cache) if cache else uri, version=version)
 
 
 def _take(video: StoredVideo, frames: Sequence[int]) -> list[pa.Buffer]:
@@ -313,7 +322,8 @@ def _take(video: StoredVideo, frames: Sequence[int]) -> list[pa.Buffer]:
 def _take_column(video: StoredVideo, frames: np.ndarray, name: str) -> pa.ChunkedArray:
     rows = video.rows[frames]
     try:
-        column = _pinned(video.uri, video.version, video.cache).take(rows.tolist(), columns=[name])[name]
+        dataset = _pinned(video.uri, video.version, video.identity, video.cache)
+        column = dataset.take(rows.tolist(), columns=[name])[name]
     except (OSError, ValueError) as error:
         raise VideoError(f"{video.uri}: cannot be read ({_reason(error)}); ingest {video.path} again") from error
     if len(column) != len(rows):  # Lance leaves out rows that do not exist

@@ -208,7 +208,7 @@ def test_a_cached_store_is_copied_once_and_read_without_the_original(film, tmp_p
     cache = tmp_path / "disk"
     (video,) = open_videos([index], store=store, cache=str(cache), **SETTING)
     with ThreadPoolExecutor(4) as pool:
-        copies = set(pool.map(lambda _: local_copy(uri, video.version, str(cache)), range(4)))
+        copies = set(pool.map(lambda _: local_copy(uri, video.identity, str(cache)), range(4)))
     (copy,) = copies
     assert copy.startswith(str(cache))
     fill(index, store, order=(0,))
@@ -233,3 +233,18 @@ def test_a_store_that_was_removed_is_an_error_of_ours(film):
     shutil.rmtree(store)
     with pytest.raises(VideoError, match=r"cannot be read .* again"):
         read_frames(video, [0])
+
+
+def test_a_store_that_is_made_anew_gets_another_copy(film, tmp_path):
+    """Its versions count from 1 again, and its rows lie in another order."""
+    store, index = film
+    cache = str(tmp_path / "disk")
+    versions = set()
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
+        shutil.rmtree(fill(index, store, order=order))
+        fill(index, store, order=order)
+        (video,) = open_videos([index], store=store, cache=cache, **SETTING)
+        versions.add(video.version)
+        assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
+    assert len(versions) == 1
+    assert len(list((tmp_path / "disk").glob("*.lance"))) == 2
