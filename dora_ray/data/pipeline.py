@@ -75,10 +75,7 @@ def slots_in_order(
 def _read_again(plan: Plan, batch: SlotBatch, engine: Engine, segments: _Segments | None) -> SlotBatch:
     """A slot with unreadable clips is read once more, elsewhere, before its clips are given up."""
     key = (batch.step, batch.slot)
-    if segments is None:
-        handles = {}
-    elif not (handles := segments.again(batch)):
-        return batch
+    handles = segments.again(batch) if segments else {}
     return engine.result(engine.read([key], handles, again=True))[0]
 
 
@@ -110,17 +107,18 @@ class _Segments:
         return chosen
 
     def again(self, batch: SlotBatch) -> dict[int, Any]:
-        """The segments of a slot, those of its unreadable clips decoded anew; empty when that was done before."""
+        """The segments of a slot, those of its unreadable clips decoded anew, unless that was done before."""
         clips = self._plan.slot_clips(batch.step, batch.slot)
         bad = {clip.segment for clip, valid in zip(clips, batch.valid.tolist(), strict=True) if not valid}
-        fresh = {segment for segment in bad if segment is not None} - self._repeated
-        if not fresh:
-            return {}
-        self._repeated |= fresh
-        for segment in fresh:
+        # Other slots in flight may hold the bad one too: they are read again from what was decoded for the first.
+        for segment in {segment for segment in bad if segment is not None} - self._repeated:
             self._handles[segment] = self._engine.decode(segment, again=True)
-        segments = {clip.segment for clip in clips if clip.segment is not None}
-        return {segment: self._handles.get(segment) or self._engine.decode(segment) for segment in sorted(segments)}
+            self._repeated.add(segment)
+        segments = sorted({clip.segment for clip in clips if clip.segment is not None})
+        for segment in segments:
+            if segment not in self._handles:
+                self._handles[segment] = self._engine.decode(segment)
+        return {segment: self._handles[segment] for segment in segments}
 
     def _drop_dead(self) -> None:
         live = frozenset().union(*self._live.values())

@@ -157,6 +157,39 @@ def test_each_segment_is_decoded_once_an_epoch_and_a_resume_decodes_the_pools_at
     assert len(alone.segments) - 3 <= len(engine.decoded) <= len(alone.segments) + 3 * 3
 
 
+class OneBlindNode(CountingEngine):
+    """Its first decoding of segment 0 happens on a node that does not see the file."""
+
+    def __init__(self, plan: SegmentPlan) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def decode(self, segment: int, *, again: bool = False) -> tuple[int, bool]:
+        super().decode(segment)
+        return segment, segment != 0 or again
+
+    def read(self, keys, segments, *, again: bool = False):
+        return keys, {segment for segment, seen in segments.values() if not seen}
+
+    def result(self, handle) -> list[SlotBatch]:
+        keys, unseen = handle
+        batches = []
+        for key in keys:
+            valid = np.array([clip.segment not in unseen for clip in self._plan.slot_clips(*key)])
+            batches.append(SlotBatch(*key, np.zeros((len(valid),), np.uint8), valid, 0, bool(valid.all())))
+        return batches
+
+
+def test_all_slots_in_flight_get_what_was_decoded_again(plan: SegmentPlan) -> None:
+    alone = replace(plan, slots=1, shuffle_segments=3)
+    engine = OneBlindNode(alone)
+    keys = [(step, 0) for step in range(alone.clips_per_epoch // alone.clips_per_slot)]
+    batches = list(slots_in_order(alone, iter(keys), engine, slots_per_task=1, prefetch=6))
+    assert all(batch.valid.all() for batch in batches)
+    assert sum(any(clip.segment == 0 for clip in alone.slot_clips(*key)) for key in keys) > 1
+    assert engine.decoded.count(0) <= 3, "once, again, and perhaps for the next epoch"
+
+
 def test_damage_leaves_marked_clips_and_only_those(damaged: SegmentPlan) -> None:
     video = damaged.videos[0]
     assert isinstance(video, StreamedVideo)
