@@ -175,9 +175,11 @@ def _matches(pattern: str) -> list[str]:
 def _remote_matches(pattern: str) -> list[str]:
     try:
         filesystem, inner = url_to_fs(pattern)
-        if glob.has_magic(inner):
+        web = pattern.startswith(("http://", "https://"))
+        # In a web address a question mark begins what a server asks for: a signature, a token.
+        if glob.has_magic(inner.partition("?")[0] if web else inner):
             found = filesystem.glob(inner)
-        elif pattern.startswith(("http://", "https://")) or not filesystem.isdir(inner):
+        elif web or not filesystem.isdir(inner):
             return [pattern]
         else:
             found = filesystem.find(inner)

@@ -106,8 +106,9 @@ class VideoIndex:
 
     @staticmethod
     def name_of(path: str) -> str:
-        """The readable part of a video's name in a store."""
-        return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(path).stem)[:80]
+        """The readable part of a video's name in a store; without what an address carries after a question mark."""
+        place = path.partition("?")[0] if "://" in path else path
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(place).stem)[:80]
 
     def seconds(self, pts: np.ndarray) -> np.ndarray:
         """Seconds from the first frame, float64, of the given ticks."""
@@ -244,7 +245,7 @@ def _build_index(path: str, container: InputContainer, stream: VideoStream, scan
         path=path,
         size_bytes=size_bytes,
         mtime_ns=mtime_ns,
-        digest=_digest(scan, stream),
+        digest=_digest(scan, stream, (width, height, rotation)),
         container=container.format.name,
         codec=context.codec.canonical_name,
         pixel_format=str(context.pix_fmt),
@@ -280,10 +281,16 @@ def _timeline(path: str, scan: _Scan) -> tuple[np.ndarray, np.ndarray, bool]:
         raise VideoError(
             f"{path}: no key frame among {len(order)} packets{detail}, so it cannot be decoded; get the file again"
         )
+    hidden = np.array(scan.hidden, bool)
+    if (np.diff(order[keys & ~hidden]) < 0).any():
+        raise VideoError(
+            f"{path}: its times go back in the middle (files joined byte by byte?), so its frames have no order; join"
+            " the parts anew: ffmpeg -f concat -i LIST.txt -c copy OUT.mkv"
+        )
     key_pts = np.unique(order[keys])
     latest_key = np.maximum.accumulate(np.where(keys, order, np.iinfo(np.int64).min))
     # A frame that an edit list hides is not shown, and may still be the key frame that others are decoded from.
-    pts = np.unique(order[~np.array(scan.hidden, bool) & (order >= key_pts[0])])
+    pts = np.unique(order[~hidden & (order >= key_pts[0])])
     if len(pts) < 2:
         raise VideoError(f"{path}: has {len(pts)} frame; a video needs at least 2")
     return pts, key_pts, bool(np.any((order < latest_key) & (order >= key_pts[0])))
@@ -310,10 +317,13 @@ def _displayed(coded: tuple[int, int], pixel_aspect: Fraction | None, rotation: 
     return (height, width) if rotation % 180 else (width, height)
 
 
-def _digest(scan: _Scan, stream: VideoStream) -> str:
+def _digest(scan: _Scan, stream: VideoStream, shown: tuple[int, int, int]) -> str:
+    """Of times, sizes, the beginnings of key frames, and how the pictures are shown: width, height, rotation."""
     context = stream.codec_context
     state = scan.heads.copy()
     state.update(f"{context.name} {context.width}x{context.height} {stream.time_base}".encode())
+    if shown != (context.width, context.height, 0):
+        state.update(" {}x{} {}".format(*shown).encode())
     for column, kind in ((scan.pts, "<i8"), (scan.sizes, "<i8"), (scan.keys, "u1"), (scan.hidden, "u1")):
         state.update(np.array(column, kind).tobytes())
     return str(state.hexdigest())

@@ -253,3 +253,26 @@ def test_a_lost_end_is_told(suffix, tmp_path):
 def test_a_truncated_stream_is_read_to_its_end(tmp_path):
     index = index_video(str(videos.truncated(tmp_path, ".ts")))
     assert 40 <= len(index.pts) <= 80
+
+
+def test_the_digest_is_of_what_is_shown(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    digests = {
+        index_video(str(videos.rotated(tmp_path / name, angle))).digest for name, angle in (("a", 90), ("b", 270))
+    }
+    assert len(digests) == 2
+
+
+def test_times_that_go_back_are_refused(tmp_path):
+    """Two recordings joined byte by byte, as cameras' MTS files are."""
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(videos.mpeg_ts(tmp_path).read_bytes() * 2)
+    with pytest.raises(VideoError, match=r"its times go back in the middle .* ffmpeg -f concat"):
+        index_video(str(joined))
+
+
+def test_an_address_with_a_signature_is_one_video():
+    signed = "https://bucket.example/walks/venice.mp4?X-Amz-Signature=a*b&x=[1]"
+    assert find_videos([signed]) == [signed]
+    assert VideoIndex.name_of(signed) == "venice"
