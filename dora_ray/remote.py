@@ -27,6 +27,8 @@ REFUSALS = (
     "InvalidAccessKeyId",
     "Signature",
 )
+CUT_SHORT = ("ClientPayloadError", "IncompleteReadError", "ResponseStreamingError")
+NOT_FOUND = 404
 UNREACHABLE = ("EndpointConnectionError", "HTTPClientError", "ClientConnectionError", "ConnectionError", "TimeoutError")
 
 
@@ -51,11 +53,15 @@ def _reason(scheme: str, error: BaseException) -> str | None:
     text = " ".join(str(error).split())[:200] or type(error).__name__
     if names & set(NO_CREDENTIALS):
         return f"no credentials were found ({text}); give them on every node: {ways}"
-    if "PermissionError" in names or (names & set(REFUSED) and any(word in text for word in REFUSALS)):
+    status = getattr(error, "status", None)
+    refused = status in (401, 403) if status else any(word in text for word in REFUSALS)
+    if "PermissionError" in names or (names & set(REFUSED) and refused):
         return f"access is refused ({text}); the credentials are wrong, or lack the right to this place: {ways}"
     if names & set(UNREACHABLE):
         variable = " and AWS_ENDPOINT_URL" if scheme.startswith("s3") else ""
         return f"cannot be reached ({text}); check the address{variable}, and the network on every node"
+    if names & set(CUT_SHORT) or (status and status != NOT_FOUND and names & set(REFUSED)):
+        return f"the server failed to answer ({text}); try again, and see whether it is overloaded"
     if "NoSuchBucket" in text or "bucket does not exist" in text:
         return f"there is no such bucket ({text}); create it, or correct the address"
     return None

@@ -94,13 +94,14 @@ class Ranges(WholeFiles):
 class Refuses(BaseHTTPRequestHandler):
     """Answers 403 to everything, as S3 words it."""
 
+    status = 403
     BODY = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        self.send_response(403)
+        self.send_response(self.status)
         self.send_header("Content-Length", str(len(self.BODY)))
         self.send_header("Content-Type", "application/xml")
         self.end_headers()

@@ -192,3 +192,14 @@ def test_a_web_server_that_refuses_is_named():
 def test_a_web_server_that_is_not_there_is_named():
     with pytest.raises(VideoError, match=r"a.mp4: cannot be reached .* check the address, and the network"):
         index_video("http://127.0.0.1:9/a.mp4")
+
+
+def test_a_web_server_in_trouble_is_named():
+    class Overloaded(servers.Refuses):
+        status = 503
+
+    with (
+        servers.serve(Overloaded) as address,
+        pytest.raises(VideoError, match=r"a.mp4: the server failed to answer .*503"),
+    ):
+        index_video(f"{address}/a.mp4")
