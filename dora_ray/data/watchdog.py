@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 NAMESPACE = "dora-ray-attempts"
+# A task that is ended at its limit begins again this soon. One that begins later was lost with its node, perhaps, and
+# waited for another: not known to hang, it counts as died, and nothing of it is recorded as unreadable.
+RESTART_SECONDS = 60.0
 
 
 @contextmanager
@@ -44,7 +47,7 @@ def begin_attempt(work: str, *, limit_seconds: float) -> Attempts:
     attempts = Attempts(began=now)
     if stored is not None:
         last = Attempts(**json.loads(stored))
-        hung = now - last.began >= limit_seconds
+        hung = limit_seconds <= now - last.began < limit_seconds + RESTART_SECONDS
         attempts = Attempts(last.hung + hung, last.died + (not hung), now)
     _internal_kv_put(work, json.dumps(asdict(attempts)), overwrite=True, namespace=NAMESPACE)
     return attempts

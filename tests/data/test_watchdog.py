@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from dora_ray.data import watchdog
 from dora_ray.data.watchdog import begin_attempt, end_attempt, time_limit
 
 # PyDLL, unlike CDLL, keeps the interpreter's lock during the call, as decord does.
@@ -42,3 +43,13 @@ def test_attempts_are_told_apart_by_how_long_they_lasted(ray_cluster):
     assert begin_attempt("a", limit_seconds=0.0).hung == 0
     end_attempt("a")
     end_attempt("b")
+
+
+@pytest.mark.ray
+def test_a_late_restart_is_no_hang(ray_cluster, monkeypatch):
+    """A node was lost and another had to be waited for: it may have hung or not."""
+    monkeypatch.setattr(watchdog, "RESTART_SECONDS", 0.0)
+    begin_attempt("c", limit_seconds=0.0)
+    again = begin_attempt("c", limit_seconds=0.0)
+    assert (again.hung, again.died) == (0, 1)
+    end_attempt("c")
