@@ -215,8 +215,9 @@ def clip_table(
     """(E_v, T): the stored frames of every clip of one video.
 
     A clip may start at every stored frame. Its frame i is the stored frame nearest to start + i * stride; a start is
-    left out when one of them is further away than three quarters of the usual spacing (a hole, or the video's end), or
-    when a shot starts between its first and last frame.
+    left out when one of them is further away than three quarters of the usual spacing (a hole, or the video's end),
+    when two of them are the same (a video with fewer frames than the stride asks for), or when a shot starts between
+    its first and last frame.
 
     Args:
         times: (F,) seconds of the stored frames, ascending.
@@ -231,7 +232,7 @@ def clip_table(
     right = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
     frames = np.where(wanted - times[right - 1] <= times[right] - wanted, right - 1, right)
     tolerance = 0.75 * float(np.median(np.diff(times)))
-    kept = (np.abs(times[frames] - wanted) <= tolerance).all(axis=1)
+    kept = (np.abs(times[frames] - wanted) <= tolerance).all(axis=1) & (np.diff(frames, axis=1) > 0).all(axis=1)
     if avoid_cuts:
         shot = np.cumsum(cuts)
         kept &= shot[frames[:, -1]] == shot[frames[:, 0]]

@@ -22,6 +22,7 @@ def stored(num_frames: int, name: str = "a", rate: float = 6.0, cuts: tuple[int,
         path=f"{name}.mp4",
         uri="",
         version=1,
+        identity="",
         times=np.arange(num_frames) / rate,
         rows=np.arange(num_frames),
         cuts=flags,
@@ -58,7 +59,7 @@ def slow_clip_table(times, cuts, num_frames, stride, *, avoid_cuts):
             wanted = times[start] + i * stride
             nearest = min(range(len(times)), key=lambda f: (abs(times[f] - wanted), f))
             frames.append(nearest if abs(times[nearest] - wanted) <= tolerance else None)
-        if None in frames:
+        if None in frames or len(set(frames)) < num_frames:
             continue
         if avoid_cuts and any(cuts[f] for f in range(frames[0] + 1, frames[-1] + 1)):
             continue
@@ -166,3 +167,10 @@ def test_too_short_says_what_to_do() -> None:
         make_plan(stored(3)).check()
     with pytest.raises(VideoError, match="without a shot cut"):
         make_plan(stored(4, cuts=(1, 2, 3))).check()
+
+
+def test_no_clip_shows_a_frame_twice() -> None:
+    """A film with one frame a second has no pairs half a second apart."""
+    times = np.arange(20.0)
+    assert len(clip_table(times, np.zeros(20, bool), 2, 0.5, avoid_cuts=False)) == 0
+    assert len(clip_table(times, np.zeros(20, bool), 2, 1.0, avoid_cuts=False)) == 19
