@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import av
@@ -34,6 +33,7 @@ from dora_ray.data.slots import read_slot
 from dora_ray.data.store import StoredVideo, read_jpegs
 from dora_ray.data.video import VideoIndex, index_video
 from dora_ray.training.launch import make_plan
+from dora_ray.training.memory import peak_mb
 
 WIDTH, HEIGHT, RATE, GROUP_SIZE = 3840, 2160, 60, 250
 SECONDS, LOOPS = 10, 7
@@ -232,14 +232,6 @@ def _segment_memory(path: str) -> tuple[float, float]:
 def _decode_and_look(path: str) -> tuple[float, float]:
     config = load_config("paper", f"data.videos=[{path}]", "clip.avoid_cuts=false", "optim.slots=1")
     plan = _segment_plan(config, index_video(path))
-    idle = _peak_mb()
+    idle = peak_mb()
     decode_segment(plan, 0)
-    return idle, _peak_mb()
-
-
-def _peak_mb() -> float:
-    """Most memory that this process has had; Linux's getrusage would count that of its parent before the exec."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return idle, peak_mb()

@@ -9,11 +9,8 @@ import itertools
 import logging
 import multiprocessing
 import os
-import resource
 import statistics
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -27,11 +24,13 @@ import torch
 from dora_ray.bench.films import decode_frames, film, write_store
 from dora_ray.config import Config, load_config
 from dora_ray.data.plan import Plan
+from dora_ray.data.ray_engine import plan_of
 from dora_ray.data.segments import StreamedVideo, streamed_videos
 from dora_ray.data.slots import SlotBatch, read_slot
 from dora_ray.data.stream import local_slots, ray_slots
 from dora_ray.data.video import VideoIndex, index_video
 from dora_ray.training.launch import make_plan
+from dora_ray.training.memory import peak_mb
 
 FILM = {"width": 1280, "height": 720, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 SMALL_FILM = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 10, "group_size": 48}
@@ -40,6 +39,7 @@ CORES = 2
 TASK_CPUS = 0.5
 # Steps of each stream, steps of the waiting rank, and slots of all ranks together; the first are for --quick.
 STEPS, WAIT_STEPS, RANK_SLOTS = (80, 400), (30, 90), (256, 512)
+FEWEST_SLOTS = 40
 # Of the stream that warms the processes up: so many that each of them has read something.
 WARM_STEPS = 30
 # Shuffling is judged on a film of this length, whose pictures nobody needs.
@@ -157,24 +157,24 @@ def _through_ray_data(plan: Plan, steps: int, *, way: str) -> Iterator[Any]:
     from ray.data import ActorPoolStrategy, ExecutionOptions, TaskPoolStrategy
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    plan_ref = ray.put(plan)
+    reference = ray.put(plan)
 
     class Reader:
         def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-            batches = [read_slot(ray.get(plan_ref), int(step), 0) for step in rows["id"]]
+            batches = [read_slot(plan_of(reference), int(step), 0) for step in rows["id"]]
             return {"clips": np.stack([batch.clips for batch in batches])}
 
     # Actors leave room for the tasks that give them rows, or both wait for ever.
     how: dict[str, Any] = (
         {"compute": ActorPoolStrategy(size=CORES), "num_cpus": 0.5}
         if way == "actors"
-        else {"compute": TaskPoolStrategy(), "num_cpus": 1}
+        else {"compute": TaskPoolStrategy(), "num_cpus": TASK_CPUS}
     )
     work: Any = Reader if way == "actors" else Reader()
     dataset = ray.data.range(steps, override_num_blocks=steps).map_batches(work, batch_size=1, **how)
     dataset.context.execution_options = ExecutionOptions(preserve_order=True)
     dataset.context.enable_progress_bars = False
-    return iter(dataset.iter_torch_batches(batch_size=1, prefetch_batches=2))
+    return iter(dataset.iter_batches(batch_size=1, prefetch_batches=2, batch_format="numpy"))
 
 
 def _warm_rate(open_stream: Callable[[int], Iterator[Any]], plan: Plan, steps: int) -> dict[str, float]:
@@ -271,26 +271,28 @@ def _ranks(sizes: Sequence[int], num_slots: int) -> dict[str, Any]:
 
 
 def _rate_of_ranks(plan: Plan, size: int, num_slots: int) -> float:
-    barrier = threading.Barrier(size)
-    each = num_slots // size
+    """Between the first slot of the last rank to begin and the last slot of the first rank to end: all are at it."""
+    each = max(FEWEST_SLOTS, num_slots // size)
 
-    def rank(number: int) -> tuple[float, float]:
-        stream = _through_ray(plan, range(number * each, (number + 1) * each + 1), num_streams=size)
-        next(stream)
-        barrier.wait()
-        started = time.perf_counter()
-        for _ in stream:
-            pass
-        return started, time.perf_counter()
+    def rank(number: int) -> list[float]:
+        stream = _through_ray(plan, range(number * each, (number + 1) * each), num_streams=size)
+        return [time.perf_counter() for _ in stream]
 
     with ThreadPoolExecutor(size) as pool:
-        spans = list(pool.map(rank, range(size)))
-    seconds = max(end for _, end in spans) - min(start for start, _ in spans)
-    return size * each * plan.clips_per_slot / seconds
+        arrivals = list(pool.map(rank, range(size)))
+    start, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
+    count = sum(start < moment <= end for times in arrivals for moment in times)
+    return count * plan.clips_per_slot / (end - start)
 
 
 def _memory_over_a_long_film() -> list[float]:
-    """Peak memory of this process, MB, before, after 1, 2 and 3 thirds of 30 minutes of film streamed directly."""
+    """Peak memory, MB, of a process before and after 1, 2 and 3 thirds of 30 minutes of film streamed directly."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_stream_a_long_film).result()
+
+
+def _stream_a_long_film() -> list[float]:
+    torch.set_num_threads(1)
     index = index_video(film(**SMALL_FILM, loops=180))
     config = load_config("paper", "clip.avoid_cuts=false", "data.source=video", "data.short_side=180")
     config = load_config(config, "optim.slots=1", "crops.clip_size=64", "data.shuffle_segments=2")
@@ -298,17 +300,12 @@ def _memory_over_a_long_film() -> list[float]:
     steps = plan.clips_per_epoch // plan.clips_per_slot
     keys = iter([(step, 0) for step in range(steps)])
     stream = local_slots(plan, keys, prefetch=4, num_threads=CORES, decode_seconds=120.0)
-    peaks = [_peak_mb()]
+    peaks = [peak_mb()]
     for _ in range(3):
         for _ in itertools.islice(stream, steps // 3):
             pass
-        peaks.append(_peak_mb())
+        peaks.append(peak_mb())
     return peaks
-
-
-def _peak_mb() -> float:
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _shuffling(config: Config, index: VideoIndex) -> dict[str, float]:

@@ -140,7 +140,8 @@ def _has_room(cpus: float) -> bool:
 
 
 @functools.lru_cache(maxsize=2)
-def _plan_of(reference: Any) -> Plan:
+def plan_of(reference: Any) -> Plan:
+    """The plan behind a reference, unpacked once in a process."""
     import ray
 
     plan: Plan = ray.get(reference)
@@ -149,15 +150,15 @@ def _plan_of(reference: Any) -> Plan:
 
 def _decode_task(plan: tuple[Any], segment: int, seconds: float) -> DecodedSegment:
     with TaskWatch(seconds) as watch:
-        return decode_segment(_plan_of(*plan), segment, watch)  # type: ignore[arg-type]
+        return decode_segment(plan_of(*plan), segment, watch)  # type: ignore[arg-type]
 
 
 def _read_task(
     plan: tuple[Any], keys: tuple[SlotKey, ...], seconds: float, numbers: tuple[int, ...], *segments: DecodedSegment
 ) -> list[SlotBatch]:
-    decoded, size = dict(zip(numbers, segments, strict=True)), _plan_of(*plan).clips_per_slot
+    decoded, size = dict(zip(numbers, segments, strict=True)), plan_of(*plan).clips_per_slot
     with TaskWatch(seconds) as watch:
         return [
-            read_slot(_plan_of(*plan), step, slot, decoded, watch=watch, first_item=number * size)
+            read_slot(plan_of(*plan), step, slot, decoded, watch=watch, first_item=number * size)
             for number, (step, slot) in enumerate(keys)
         ]
