@@ -7,7 +7,6 @@ kept, the loss one pair of outputs at a time. All else of the step is the same f
 from __future__ import annotations
 
 import functools
-import resource
 import statistics
 import time
 from collections import defaultdict
@@ -25,7 +24,8 @@ from dora_ray.config import Config, load_config
 from dora_ray.method.dora import slot_forward
 from dora_ray.method.parts import watched
 from dora_ray.method.reference import reference_slot_forward
-from dora_ray.training.memory import estimate_memory_mb, keep_freed_memory
+from dora_ray.training.memory import estimate_memory_mb, peak_mb
+from dora_ray.training.numerics import prepare_torch
 from dora_ray.training.reduction import SlotSums, next_exponents
 from dora_ray.training.step import SlotForward, apply_step, initial_state, sum_slots
 
@@ -60,7 +60,7 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     if config is None:
         config = load_config("paper", *(() if device.type == "cuda" else ON_CPU))
     config = load_config(config, *ALONE)
-    keep_freed_memory()
+    prepare_torch(device, deterministic=config.run.deterministic)
     timed = _Timed(config, device)
     packed = load_config(config, "tracking.views=packed") if _has_objects(config) else None
     ours = functools.partial(timed.step, config, slot_forward)
@@ -223,4 +223,4 @@ def _reset_peak(device: torch.device) -> None:
 def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_mb()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -27,7 +29,8 @@ def estimate_memory_mb(config: Config, *, half: bool) -> dict[str, float]:
         half: whether the networks compute in bf16 (autocast), as on a GPU with optim.precision=bf16.
 
     Returns:
-        weights: student and teacher. optimizer: AdamW's two moments. sums: a slot's gradients, their sum over slots,
+        weights: student and teacher. optimizer: AdamW's two moments. snapshot: the copy of both that a checkpoint is
+        written from. sums: a slot's gradients, their sum over slots,
         and the sum as floats. activations: what the student keeps for the backward, and the gradients on their way.
         views: clips and rendered views. loss: the last layer, a chunk of its outputs, the teacher's outputs. total.
     """
@@ -40,6 +43,7 @@ def estimate_memory_mb(config: Config, *, half: bool) -> dict[str, float]:
     sizes = {
         "weights": 2 * 4 * count,
         "optimizer": 2 * 4 * count,
+        "snapshot": 4 * 4 * count,
         "sums": (4 + 4 + (8 if config.optim.reduction == "exact" else 4)) * count,
         "activations": _activation_bytes(config, half=half),
         "views": clips * frames * 3 * (4 * pixels + config.crops.clip_size**2),
@@ -76,6 +80,14 @@ def _activation_bytes(config: Config, *, half: bool) -> int:
     passing = block * (2 if recomputes else 1)
     patches = 3 * model.patch_size**2 * size
     return tokens * ((model.depth - 1) * kept + last + passing + patches)
+
+
+def peak_mb() -> float:
+    """Most memory that this process has had; Linux's getrusage would count that of its parent before the exec."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def keep_freed_memory() -> bool:

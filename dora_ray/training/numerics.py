@@ -1,0 +1,30 @@
+"""How torch computes in a process that trains; the same for a worker and for what is measured of one."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from dora_ray.training.memory import keep_freed_memory
+
+# What torch says of a kernel that adds in any order.
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
+
+
+def prepare_torch(device: torch.device, *, deterministic: bool) -> None:
+    """Set torch up for the training on a device.
+
+    On a GPU, products in float32 are computed in float32 (torch's default; TF32 would round them like half precision).
+    `deterministic` has to be strict: as long as torch only warns, attention's backward stays with its faster kernels,
+    which add in any order.
+    """
+    if device.type != "cuda":
+        keep_freed_memory()
+        return
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Made for debugging: every tensor that is allocated empty would be filled.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
