@@ -312,13 +312,16 @@ def _add_chaos(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--faults",
         metavar="NAME,...",
-        help="worker_kill, node_kill, drain, join, checkpoint_kill, resize_path, truncate, corrupt_segment, "
-        "hung_decoder; not given: all, a run each",
+        help="worker_kill, node_kill, drain, join, checkpoint_kill, stall, resize_path, truncate, "
+        "corrupt_segment, hung_decoder; not given: all, a run each",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the steps and the victims (0)")
     parser.add_argument("--count", type=int, default=1, metavar="N", help="times that each fault strikes its run (1)")
     parser.add_argument(
         "--quick", action="store_true", help="one run for all; not given which: worker_kill, drain and join"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="each fault that strikes a living run also at Ray Train's own pace"
     )
     _add_json(parser)
 

@@ -272,6 +272,9 @@ class ClusterConfig(Section):
     """Time after which a collective operation that hangs is an error."""
     stall_seconds: Positive = 900.0
     """Time after which a worker whose step does not end is ended and started again."""
+    fast_recovery: bool = True
+    """Look for failures twice a second, count a changed cluster at once, and keep a spare process for each worker of an
+    elastic run (its memory: that of a worker before its first step). False: Ray Train's own pace."""
     resize_seconds: Positive = 10.0
     """Least time between two looks at whether an elastic run can have more workers."""
 

@@ -9,6 +9,7 @@ import functools
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -171,6 +172,7 @@ class LineFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._remote = is_remote(self.path)
+        # Of an object all of it, of a local file what could not be written yet.
         self._content = bytearray(read_bytes(self.path)) if self._remote and exists(self.path) else bytearray()
         if not self._remote:
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
@@ -183,15 +185,20 @@ class LineFile:
                 file.write(b"\n")
 
     def append(self, line: str) -> None:
-        """Add one line."""
-        encoded = (line + "\n").encode("utf-8")
-        if self._remote:
-            self._content += encoded
-            return
-        with Path(self.path).open("ab") as file:
-            file.write(encoded)
+        """Add one line. On a disk that takes no more it is kept, and added with the next one."""
+        self._content += (line + "\n").encode("utf-8")
+        if not self._remote:
+            with suppress(OSError):
+                self._write()
 
     def flush(self) -> None:
-        """Make every line so far visible to readers."""
+        """Make every line so far visible to readers. Raises OSError where they cannot be written."""
         if self._remote:
             write_bytes(self.path, bytes(self._content))
+        elif self._content:
+            self._write()
+
+    def _write(self) -> None:
+        with Path(self.path).open("ab", buffering=0) as file:
+            while self._content:
+                del self._content[: file.write(self._content)]

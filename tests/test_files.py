@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import uuid
 from pathlib import Path
 
@@ -48,3 +49,19 @@ def test_absolute_keeps_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.chdir(tmp_path)
     assert files.absolute("runs/a") == str(tmp_path / "runs" / "a")
     assert files.absolute("s3://bucket/a") == "s3://bucket/a"
+
+
+def test_lines_that_cannot_be_written_come_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = files.LineFile(tmp_path / "run" / "a.jsonl")
+    lines.append("first")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full_disk)
+        lines.append("second")
+        with pytest.raises(OSError, match="No space left"):
+            lines.flush()
+    lines.append("third")
+    assert (tmp_path / "run" / "a.jsonl").read_text() == "first\nsecond\nthird\n"
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

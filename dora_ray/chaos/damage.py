@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dora_ray import files
 from dora_ray.chaos.training import StalledError, Training
 from dora_ray.errors import CheckpointError, VideoError
 from dora_ray.training.checkpoint import META, MODEL, STATE
-from dora_ray.training.journal import CONFIG
+from dora_ray.training.journal import CONFIG, METRICS, read_lines
 from dora_ray.training.worlds import CHECKPOINTS
 
 CHECKPOINT_SECONDS, NUM_CHECKPOINTS = 0.5, 2
@@ -74,8 +75,9 @@ def damage_store(run: Path, words: tuple[str, ...], *, store: Path, seed: int) -
     status, said = launch(run, (*words, f"data.store={copy}"))
     if status == VideoError.exit_status and (str(copy) in said or "video.mp4" in said):
         return f"refused: {said.strip().splitlines()[-1]}"
-    if status == 0 and '"bad_clips"' in (run / "metrics.jsonl").read_text():
-        return "the run ended, with the unreadable clips counted"
+    counted = max((int(line.get("bad_clips", 0)) for line in read_lines(files.join(run, METRICS))), default=0)
+    if status == 0 and counted:
+        return f"the run ended, with {counted} unreadable clips counted"
     raise StalledError(f"the run on a damaged store ended with status {status}: {said}")
 
 

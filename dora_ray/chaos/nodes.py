@@ -100,10 +100,10 @@ class LocalNodes:
         nodes = sorted((node for node in self._cluster.worker_nodes if node.node_id in busy), key=lambda n: n.node_id)
         return nodes[int(draw * len(nodes))]
 
-    def kill_worker(self, draw: float) -> None:
-        """SIGKILL to a training worker."""
+    def signal_worker(self, draw: float, number: signal.Signals) -> None:
+        """Send a signal to a training worker: SIGKILL ends it, with SIGSTOP it does nothing any more."""
         pids = sorted(pid for pids in self.train_workers().values() for pid in pids)
-        os.kill(pids[int(draw * len(pids))], signal.SIGKILL)
+        os.kill(pids[int(draw * len(pids))], number)
 
     def kill_node(self, node: Any) -> None:
         """SIGKILL to the raylet of a node and to its training workers, as when a machine is gone."""

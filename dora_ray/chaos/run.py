@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dora_ray.chaos.schedule import FAULTS, LIVE, QUICK
 from dora_ray.chaos.training import make_training_video
@@ -18,7 +18,13 @@ OnTrial = Callable[[str, int, int], None]
 
 
 def chaos(
-    faults: Sequence[str], *, seed: int, count: int, quick: bool, on_trial: OnTrial | None = None
+    faults: Sequence[str],
+    *,
+    seed: int,
+    count: int,
+    quick: bool,
+    compare: bool = False,
+    on_trial: OnTrial | None = None,
 ) -> dict[str, Any]:
     """Inject faults into small trainings on a Ray cluster of this machine, and compare with undisturbed ones.
 
@@ -27,6 +33,7 @@ def chaos(
         seed: of the steps and the victims.
         count: how often each fault that strikes a living run strikes it.
         quick: one run for all faults that strike a living run, instead of one each.
+        compare: each run that faults strike once more with cluster.fast_recovery=false.
         on_trial: called with the name of a run, its number from 1, and how many there are.
 
     Returns:
@@ -38,13 +45,16 @@ def chaos(
     """
     names = check(faults or (QUICK if quick else FAULTS), count=count)
     folder = Path(tempfile.mkdtemp(prefix="dora-ray-chaos-"))
-    planned = plan_trials(names, count=count, quick=quick)
+    planned = plan_trials(names, count=count, quick=quick, compare=compare)
     trials: list[Trial] = []
     with Laboratory(folder, make_training_video(folder)) as lab:
-        for number, (name, struck) in enumerate(planned, 1):
+        for number, run in enumerate(planned, 1):
             if on_trial is not None:
-                on_trial(name, number, len(planned))
-            trials.append(lab.run_live(name, struck, seed=seed) if struck else lab.run_alone(name, seed=seed))
+                on_trial(run.name, number, len(planned))
+            if run.faults:
+                trials.append(lab.run_live(run.name, run.faults, seed=seed, plain=run.plain))
+            else:
+                trials.append(lab.run_alone(run.name, seed=seed))
     holds = not any(trial.problems for trial in trials)
     if holds:
         shutil.rmtree(folder)
@@ -70,10 +80,26 @@ def check(faults: Sequence[str], *, count: int) -> list[str]:
     return list(faults)
 
 
-def plan_trials(faults: Sequence[str], *, count: int, quick: bool) -> list[tuple[str, list[str]]]:
-    """The runs: their names, and the faults that strike them while they train (none for a run of its own kind)."""
-    live = [name for name in faults if name in LIVE]
-    alone: list[tuple[str, list[str]]] = [(name, []) for name in faults if name not in LIVE]
+class Planned(NamedTuple):
+    """A run to come.
+
+    Attributes:
+        name: of its folder.
+        faults: strike it while it trains; none for a run of its own kind.
+        plain: it recovers at Ray Train's own pace.
+    """
+
+    name: str
+    faults: tuple[str, ...] = ()
+    plain: bool = False
+
+
+def plan_trials(faults: Sequence[str], *, count: int, quick: bool, compare: bool = False) -> list[Planned]:
+    """The runs of one call."""
+    live = tuple(name for name in faults if name in LIVE)
     if quick and live:
-        return [("+".join(live), live * count), *alone]
-    return [*((name, [name] * count) for name in live), *alone]
+        struck = [Planned("+".join(live), live * count)]
+    else:
+        struck = [Planned(name, (name,) * count) for name in live]
+    plain = [Planned(f"{run.name}-at-rays-pace", run.faults, plain=True) for run in struck] if compare else []
+    return [*struck, *plain, *(Planned(name) for name in faults if name not in LIVE)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # Strike a run while it trains; one run may take several of them.
-LIVE = ("worker_kill", "node_kill", "drain", "join", "checkpoint_kill")
+LIVE = ("worker_kill", "node_kill", "drain", "join", "checkpoint_kill", "stall")
 # A run of its own each: a path of world sizes, or damage between two launches.
 ALONE = ("resize_path", "truncate", "corrupt_segment", "hung_decoder")
 FAULTS = (*LIVE, *ALONE)

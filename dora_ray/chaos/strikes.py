@@ -34,7 +34,9 @@ def strike(what: Strike, training: Training, nodes: LocalNodes) -> Hit:
     attempt = training.attempt()
     hit = Hit(what.fault, training.done(), time.time())
     if what.fault == "worker_kill":
-        nodes.kill_worker(what.draw)
+        nodes.signal_worker(what.draw, signal.SIGKILL)
+    elif what.fault == "stall":
+        nodes.signal_worker(what.draw, signal.SIGSTOP)
     elif what.fault == "checkpoint_kill":
         kill_writer(training)
         hit = Hit(what.fault, training.done(), time.time())
@@ -79,7 +81,9 @@ def kill_writer(training: Training) -> None:
 
 
 def _half_written(checkpoints: Path) -> bool:
-    return any(not (folder / META).exists() for folder in checkpoints.glob("step-*"))
+    """Whether the newest folder lacks its last file; in an older one it may be gone already."""
+    newest = max(checkpoints.glob("step-*"), default=None)
+    return newest is not None and not (newest / META).exists()
 
 
 def walk_path(path: Sequence[int], training: Training, nodes: LocalNodes, *, first: int, apart: int) -> Iterator[Hit]:

@@ -14,7 +14,7 @@ from typing import Any
 from dora_ray import files
 from dora_ray.data.synthetic import make_video
 from dora_ray.errors import DoRAError
-from dora_ray.training.journal import EVENTS, METRICS, read_lines
+from dora_ray.training.journal import METRICS, read_events, read_lines
 
 # The recipe tiny, narrower: what is tested does not depend on the size of the networks.
 SMALL = (
@@ -41,6 +41,7 @@ SMALL = (
     "cluster.decode_cpus=1",
     "cluster.max_failures=-1",
     "cluster.resize_seconds=2",
+    "cluster.stall_seconds=60",
 )
 CLIPS_PER_SLOT = 2
 POLL_SECONDS = 0.1
@@ -85,7 +86,7 @@ class Training:
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """The lines of events.jsonl of one kind."""
-        return [line for line in read_lines(files.join(self.run, EVENTS)) if line["event"] == event]
+        return [line for line in read_events(str(self.run)) if line["event"] == event]
 
     def steps(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, of all attempts."""

@@ -25,7 +25,14 @@ def run(options: argparse.Namespace) -> None:
             stages.at("chaos", "runs").update(step=number - 1, total=total, now=name)
 
         faults = options.faults.split(",") if options.faults else []
-        result = chaos(faults, seed=options.seed, count=options.count, quick=options.quick, on_trial=on_trial)
+        result = chaos(
+            faults,
+            seed=options.seed,
+            count=options.count,
+            quick=options.quick,
+            compare=options.compare,
+            on_trial=on_trial,
+        )
     write_json(options.json, result)
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140).print(table(result["trials"]))
     notes = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ from torch import Tensor
 from dora_ray import files, weights
 from dora_ray.config import Config
 from dora_ray.data.plan import Plan
-from dora_ray.errors import CheckpointError
+from dora_ray.errors import CheckpointError, DoRAError
 from dora_ray.training.journal import Journal
 from dora_ray.training.step import TrainState
 
@@ -40,12 +41,13 @@ def checkpoint_name(step: int) -> str:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A training state apart from the one that trains on."""
+    """A training state apart from the one that trains on; `copied`: on a GPU, the moment from which on it is whole."""
 
     name: str
     model: dict[str, Tensor]
     state: dict[str, Any]
     meta: dict[str, Any]
+    copied: torch.cuda.Event | None = None
 
 
 def take_snapshot(state: TrainState, config: Config, plan: Plan, world_size: int) -> Snapshot:
@@ -70,7 +72,30 @@ def take_snapshot(state: TrainState, config: Config, plan: Plan, world_size: int
         "bad_clips": list(state.bad_clips),
         "versions": {package: version(package) for package in ("torch", "timm", "ray", "dora-ray")},
     }
-    return Snapshot(checkpoint_name(state.step), model, tensors, meta)
+    return Snapshot(checkpoint_name(state.step), model, tensors, meta, _now_on(state.center.device))
+
+
+def _now_on(device: torch.device) -> torch.cuda.Event | None:
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _on_host(snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors on the CPU, brought there beside the training: behind its kernels each would wait for a step."""
+    if snapshot.copied is None:
+        return snapshot.model, snapshot.state
+    device = next(iter(snapshot.model.values())).device
+    stream = torch.cuda.Stream(device)
+    stream.wait_event(snapshot.copied)
+    with torch.cuda.stream(stream):
+        on_host = _to_host(snapshot.model), _to_host(snapshot.state)
+    # The copies on the device are not needed while the files are written.
+    snapshot.model.clear()
+    snapshot.state.clear()
+    return on_host
 
 
 def _copy(value: Any) -> Any:
@@ -98,9 +123,10 @@ def write_snapshot(snapshot: Snapshot, checkpoints: str) -> str:
     folder = files.join(checkpoints, snapshot.name)
     files.remove(folder)
     files.make_folder(folder)
+    model, state = _on_host(snapshot)
     buffer = io.BytesIO()
-    torch.save(_to_host(snapshot.state), buffer)
-    contents = {MODEL: safetensors.torch.save(_to_host(snapshot.model)), STATE: buffer.getvalue()}
+    torch.save(state, buffer)
+    contents = {MODEL: safetensors.torch.save(model), STATE: buffer.getvalue()}
     for name, content in contents.items():
         files.write_bytes(files.join(folder, name), content)
     meta = snapshot.meta | {"files": {name: _digest(content) for name, content in contents.items()}}
@@ -142,18 +168,32 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot, reason: str, copy_seconds: float) -> None:
         started, step = time.monotonic(), snapshot.meta["step"]
+        folder = files.join(self._checkpoints, snapshot.name)
         try:
             self._journal.flush()
             write_snapshot(snapshot, self._checkpoints)
-            self._failure = ""
-        except OSError as error:
-            self._failure = f"{files.join(self._checkpoints, snapshot.name)} could not be written: {error}"
+        except (OSError, DoRAError) as error:
+            self._failure = f"{folder} could not be written: {error}"
             self._journal.event("warning", step=step, message=f"{self._failure}. The checkpoints before it are kept.")
+            with suppress(OSError, DoRAError):  # half of it takes room that is lacking, perhaps
+                files.remove(folder)
             return
-        self.seconds = time.monotonic() - started
-        self._journal.checkpoint(snapshot.name, step, reason=reason, seconds=self.seconds, copy_seconds=copy_seconds)
-        for old in step_names(self._checkpoints)[: -self._keep]:
-            files.remove(files.join(self._checkpoints, old))
+        self._failure, self.seconds = "", time.monotonic() - started
+        try:
+            self._journal.checkpoint(
+                snapshot.name, step, reason=reason, seconds=self.seconds, copy_seconds=copy_seconds
+            )
+            self._prune()
+        except (OSError, DoRAError) as error:
+            self._journal.event("warning", step=step, message=f"{self._checkpoints}: {error}")
+
+    def _prune(self) -> None:
+        """Remove all but the newest few complete checkpoints, and what failed writers left."""
+        complete = itertools.islice(weights.complete_checkpoints(self._checkpoints), self._keep)
+        kept = {path.rsplit("/", 1)[-1] for path in complete}
+        for name in step_names(self._checkpoints):
+            if name not in kept:
+                files.remove(files.join(self._checkpoints, name))
 
     def busy(self) -> bool:
         """Whether a snapshot is still being written."""

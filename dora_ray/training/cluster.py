@@ -18,15 +18,14 @@ from dora_ray.training.worlds import CHECKPOINTS, Job
 
 # Measured on Ray 2.60: how soon a failure, a notice or a lost node is acted upon, for processes that are started with
 # this environment. A user's own settings win.
-RAY_SETTINGS = {
+FAST_RECOVERY = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "4",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 # An elastic group is only started on nodes that are there, so a placement that takes longer will not come at all.
-ELASTIC_START_SECONDS = "5"
+FAST_ELASTIC_RECOVERY = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
 OBJECT_STORE_BYTES = 2**30
 # Ray ends an idle process after a second once there are more processes than cores, actors counted: on a laptop that is
 # every decode process between two tasks, and each new one imports torch. So clusters that are started here keep more.
@@ -43,9 +42,11 @@ def connect(config: Config) -> Iterator[None]:
     """
     import ray
 
-    elastic = isinstance(config.cluster.num_workers, tuple)
-    starting = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": ELASTIC_START_SECONDS} if elastic else {}
-    for name, value in (RAY_SETTINGS | starting).items():
+    settings = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    if config.cluster.fast_recovery:
+        settings |= FAST_RECOVERY
+        settings |= FAST_ELASTIC_RECOVERY if isinstance(config.cluster.num_workers, tuple) else {}
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized() or config.cluster.num_workers == 0:
         yield
@@ -128,6 +129,12 @@ def run_on_ray(job: Job) -> None:
 
     cluster, workers = job.config.cluster, job.config.cluster.num_workers
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
+    elastic = Elastic(
+        job.run,
+        fast=cluster.fast_recovery,
+        spares=isinstance(workers, tuple),
+        patience=cluster.stall_seconds,
+    )
     trainer = TorchTrainer(
         ray_worker,
         train_loop_config={"job": job},
@@ -142,7 +149,7 @@ def run_on_ray(job: Job) -> None:
             name=CHECKPOINTS,
             storage_path=job.run,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[Elastic(job.run, spares=isinstance(workers, tuple))],
+            callbacks=[elastic],
             worker_runtime_env={"env_vars": ENVIRONMENT},
         ),
     )
@@ -152,10 +159,10 @@ def run_on_ray(job: Job) -> None:
         except SystemExit as error:  # what Ray Train makes of Ctrl-C, after the workers have saved
             raise KeyboardInterrupt from error
         except TrainingFailedError as error:
-            cause = next(iter(getattr(error, "worker_failures", {}).values()), error)
+            failures = getattr(error, "worker_failures", {})
+            why = f"after {cluster.max_failures} restarts (cluster.max_failures)" if failures else "in its controller"
             raise DoRAError(
-                f"training stopped after {cluster.max_failures} restarts (cluster.max_failures); the last failure: "
-                f"{describe(cause)}. "
+                f"training stopped {why}; the last failure: {describe(next(iter(failures.values()), error))}. "
                 f"The last checkpoint is kept: fix the cause and go on with --resume --out {job.run}"
             ) from error
 

@@ -9,7 +9,6 @@ built on Ray Train's developer interface and on one call of its autoscaling coor
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import socket
@@ -22,17 +21,19 @@ from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError
+from ray.train.v2._internal.constants import DEFAULT_PREEMPTION_DEADLINE_S
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from dora_ray import files
-from dora_ray.training.journal import EVENTS
-from dora_ray.training.requests import LEAVE_SECONDS, Request, ask, ask_to_leave, catch_signals
+from dora_ray.errors import DoRAError
+from dora_ray.training.journal import add_event
+from dora_ray.training.requests import Request, ask, ask_to_leave, catch_signals
 from dora_ray.training.spares import environment, start_spares
 
 logger = logging.getLogger(__name__)
 
-# Spares are started when the workers' own start is over; a resize onto a new node waits, training on, for its spare.
-SPARES_AFTER_SECONDS = 20.0
+# Spares are started when the start of the workers, and the first time that of their decode tasks, is over; a resize
+# onto a new node waits, training on, for its spare.
+SPARES_AFTER_SECONDS, SPARES_AFTER_RESTART_SECONDS = 20.0, 3.0
 SPARE_READY_SECONDS = 15.0
 LOST_NODE_SECONDS = 15.0
 DRAINED_NODE_SECONDS = 30.0
@@ -44,11 +45,13 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
 
     Args:
         run: the run's folder; failures and restarts are added to its events.
-        spares: keep a spare process for each worker, see `spares`: worth its memory where workers come and go.
+        fast: do what shortens restarts; else only what saves steps.
+        patience: seconds that workers are given to end their step, an evaluation perhaps, and to save.
+        spares: if fast, keep a spare process for each worker, see `spares`: worth its memory where workers come and go.
     """
 
-    def __init__(self, run: str, *, spares: bool) -> None:
-        self._run, self._spares = run, spares
+    def __init__(self, run: str, *, fast: bool, spares: bool, patience: float) -> None:
+        self._run, self._fast, self._spares, self._patience = run, fast, fast and spares, patience
         self._group: Any = None
         self._noticed: int | None = None
         self._told: set[int] = set()
@@ -73,8 +76,9 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         self._homes = {worker.metadata.node_id for worker in worker_group.get_workers()}
         if self._spares:
             with suppress(RayError):  # a worker that is dead already is found out by the next health check
+                wait = SPARES_AFTER_RESTART_SECONDS if self._environment else SPARES_AFTER_SECONDS
                 self._environment = ray.get(worker_group.get_workers()[0].execute_async(environment))
-                self._spares_at = time.monotonic() + SPARES_AFTER_SECONDS
+                self._spares_at = time.monotonic() + wait
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         """The group is gone."""
@@ -82,18 +86,21 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Every health check: failures to tell, a preemption to announce, new nodes to count."""
-        for rank, error in worker_group_status.errors.items():
-            if rank not in self._told:
-                self._told.add(rank)
-                self._event("failure", rank=rank, error=describe(error))
+        # One worker's end makes errors in others, which are one failure together.
+        failed = {rank: error for rank, error in worker_group_status.errors.items() if rank not in self._told}
+        if failed:
+            self._told.update(failed)
+            self._event("failure", ranks=sorted(failed), error=describe(next(iter(failed.values()))))
         info = worker_group_status.get_preemption_info()
-        if info is not None and info.deadline_ms != self._noticed and self._group is not None:
-            self._noticed = info.deadline_ms
-            deadline = info.deadline_ms / 1000 if info.deadline_ms else None
+        # A drain without a deadline says 0 or nothing; Ray Train then restarts after a time of its own.
+        if info is not None and (info.deadline_ms or 0) != self._noticed and self._group is not None:
+            self._noticed = info.deadline_ms or 0
+            deadline = self._noticed / 1000 if self._noticed else time.time() + DEFAULT_PREEMPTION_DEADLINE_S
             self._event("notice", ranks=info.preempted_ranks, deadline=deadline)
             for worker in self._group.get_workers():
                 worker.execute_async(ask, Request.NOTICE, "preemption", deadline)
-        self._look_after_nodes()
+        if self._fast:
+            self._look_after_nodes()
 
     def _look_after_nodes(self) -> None:
         """Spares for the workers of this group, and for those that a new node will have."""
@@ -126,6 +133,8 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """Wait for the nodes that are lost to be gone: a group that is placed on one of them fails again."""
         self._group = None
+        if not self._fast:
+            return
         started = time.monotonic()
         draining = self._homes & set(_draining())
         lost = draining | _unreachable([node for node in ray.nodes() if node["Alive"]])
@@ -140,9 +149,9 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         if self._group is None:
             return
         started = time.monotonic()
-        asked = [worker.execute_async(ask_to_leave, reason, LEAVE_SECONDS) for worker in self._group.get_workers()]
+        asked = [worker.execute_async(ask_to_leave, reason, self._patience) for worker in self._group.get_workers()]
         try:
-            left = all(ray.get(asked, timeout=LEAVE_SECONDS + 5))
+            left = all(ray.get(asked, timeout=self._patience + 5))
         except RayError as error:
             logger.warning("the workers could not be asked to save before the %s: %s", reason, error)
             left = False
@@ -150,9 +159,11 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         self._event("leave", reason=reason, saved=left, seconds=round(time.monotonic() - started, 2))
 
     def _event(self, event: str, **fields: Any) -> None:
-        lines = files.LineFile(files.join(self._run, EVENTS))
-        lines.append(json.dumps({"time": time.time(), "event": event, **fields}))
-        lines.flush()
+        """Ray Train ends the run where a callback of its controller raises, and a line of a log is not worth that."""
+        try:
+            add_event(self._run, event, **fields)
+        except (OSError, DoRAError) as error:
+            logger.warning("not noted: %s %s (%s)", event, fields, error)
 
 
 def describe(error: BaseException) -> str:

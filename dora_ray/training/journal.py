@@ -8,17 +8,22 @@ of the worker group is one). An attempt that begins at step s takes back the ste
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
 import socket
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dora_ray import files
+from dora_ray.errors import DoRAError
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 METRICS, EVENTS, STATUS, LEDGER, TENSORBOARD = (
@@ -28,6 +33,8 @@ METRICS, EVENTS, STATUS, LEDGER, TENSORBOARD = (
     "ledger.jsonl",
     "tensorboard",
 )
+# What others than rank 0 note of a run in an object store, where a file has one writer.
+OTHER_EVENTS = "events-controller.jsonl"
 LEDGER_END_BYTES = 1 << 16
 
 
@@ -42,6 +49,19 @@ def read_lines(path: str) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def read_events(run: str) -> list[dict[str, Any]]:
+    """All events of a run, by time."""
+    lines = read_lines(files.join(run, EVENTS)) + read_lines(files.join(run, OTHER_EVENTS))
+    return sorted(lines, key=lambda line: float(line["time"]))
+
+
+def add_event(run: str, event: str, **fields: Any) -> None:
+    """Note an event from another process than that of rank 0: Ray Train's controller, the launcher."""
+    lines = files.LineFile(files.join(run, OTHER_EVENTS if files.is_remote(run) else EVENTS))
+    lines.append(json.dumps({"time": time.time(), "event": event, **fields}))
+    lines.flush()
 
 
 def read_history(run: str) -> dict[int, list[int]]:
@@ -91,7 +111,7 @@ class Journal:
         self._metrics = files.LineFile(files.join(run, METRICS))
         self._events = files.LineFile(files.join(run, EVENTS))
         self._ledger = files.LineFile(files.join(run, LEDGER))
-        events = read_lines(self._events.path)
+        events = read_events(run)
         starts = [index for index, line in enumerate(events) if line["event"] == "start"]
         self._failures = sum(line["event"] == "failure" for line in events)
         self.attempt = len(starts) + 1
@@ -108,6 +128,7 @@ class Journal:
         self.event("start", step=step, world_size=world_size, host=socket.gethostname(), pid=os.getpid())
         if starts and events[starts[-1]]["world_size"] != world_size:
             self.event("resize", step=step, before=events[starts[-1]]["world_size"], after=world_size)
+        self.status("running", step)
 
     def stepped(self, step: int, waited: float) -> None:
         """The attempt did a step: if it is the first one after an interruption, say what that cost."""
@@ -123,7 +144,8 @@ class Journal:
     def event(self, event: str, **fields: Any) -> None:
         """One line of events.jsonl, visible at once."""
         self._events.append(json.dumps({"time": time.time(), "event": event, "attempt": self.attempt, **fields}))
-        self._events.flush()
+        with suppress(OSError, DoRAError):  # it is kept, and made visible with the next one
+            self._events.flush()
 
     def ledger(self, step: int, slots: list[int]) -> None:
         """What every slot of a step was made of."""
@@ -157,18 +179,20 @@ class Journal:
             files.write_bytes(files.join(self.run, TENSORBOARD, path.name), path.read_bytes())
 
     def status(self, state: str, step: int, **fields: Any) -> None:
-        """Write status.json."""
-        write_status(
-            self.run,
-            state=state,
-            step=step,
-            steps=self._num_steps,
-            world_size=self._world_size,
-            attempt=self.attempt,
-            last_checkpoint=self._last_checkpoint,
-            failures=self._failures,
-            **fields,
-        )
+        """Write status.json; where that is not possible just now, training goes on."""
+        facts = {
+            "state": state,
+            "step": step,
+            "steps": self._num_steps,
+            "world_size": self._world_size,
+            "attempt": self.attempt,
+            "last_checkpoint": self._last_checkpoint,
+            "failures": self._failures,
+        }
+        try:
+            write_status(self.run, **facts, **fields)
+        except (OSError, DoRAError) as error:
+            logger.warning("%s cannot be written just now: %s", files.join(self.run, STATUS), error)
 
     def checkpoint(self, name: str, step: int, *, reason: str, seconds: float, copy_seconds: float) -> None:
         """A checkpoint is complete.
@@ -220,7 +244,12 @@ class _Recovery:
 
     @classmethod
     def of(cls, events: list[dict[str, Any]], entered: float) -> _Recovery | None:
-        """From the events since the last start of the workers; None when nothing interrupted them."""
+        """From the events since the last start of the workers; None when nothing interrupted them.
+
+        What came before the last launch interrupted nothing: the run had ended.
+        """
+        launches = [index for index, line in enumerate(events) if line["event"] == "launch"]
+        events = events[launches[-1] :] if launches else events
         # A drain ends without a failure: the controller then only waits for the node to go.
         noticed = [line["time"] for line in events if line["event"] in ("failure", "leave", "hold")]
         grouped = [line["time"] for line in events if line["event"] == "group"]

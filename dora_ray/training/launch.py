@@ -25,7 +25,7 @@ from dora_ray.errors import CheckpointError, ConfigError, DoRAError, VideoError
 from dora_ray.evaluation.features import find_splits
 from dora_ray.training.checkpoint import newest_meta, require_plan
 from dora_ray.training.cluster import check_resources, connect, run_on_ray
-from dora_ray.training.journal import CONFIG, read_metrics, read_status, write_status
+from dora_ray.training.journal import CONFIG, add_event, read_metrics, read_status, write_status
 from dora_ray.training.memory import estimate_memory_mb
 from dora_ray.training.requests import caught_signals
 from dora_ray.training.tail import RunTail
@@ -205,6 +205,7 @@ def _prepare_folder(job: Job, *, overwrite: bool) -> None:
             files.join(job.run, CONFIG), yaml.safe_dump(job.config.model_dump(mode="json"), sort_keys=False)
         )
         write_status(job.run, state="starting")
+        add_event(job.run, "launch")
     except OSError as error:
         raise ConfigError(f"{job.run} cannot be written ({error}): give another --out") from error
 

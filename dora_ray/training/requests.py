@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 
-# How long whoever asks the workers to leave waits for them to have saved, and how long a worker that has saved waits to
-# be ended before it goes on training.
+# How long a worker that has saved waits to be ended before it goes on training.
 LEAVE_SECONDS = 60.0
 
 
@@ -67,9 +66,12 @@ class Requests:
         """Say that this process has nothing left to lose."""
         self._left.set()
 
+    def stay(self) -> None:
+        """Say that this process goes on, and has something to lose again."""
+        self._left.clear()
+
     def leave(self, reason: str, seconds: float) -> bool:
         """Ask to leave and wait for it; whether it happened in time."""
-        self._left.clear()
         self.make(Request.LEAVE, reason)
         return self._left.wait(seconds)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dora_ray import files
 from dora_ray.errors import ConfigError
-from dora_ray.training.journal import CONFIG, EVENTS, STATUS, read_lines, read_metrics, read_status
+from dora_ray.training.journal import CONFIG, STATUS, read_events, read_metrics, read_status
 
 # A run writes at every logged step, and when workers end and start; after this long without a word, or after as many
 # times the time between its last lines, it has most likely been killed.
@@ -30,7 +30,7 @@ def summarize(run: str) -> dict[str, Any]:
     """
     path = files.absolute(run)
     status = _read_status(path)
-    events, metrics, now = read_lines(files.join(path, EVENTS)), read_metrics(path), time.time()
+    events, metrics, now = read_events(path), read_metrics(path), time.time()
     heard = max([0.0, *(float(line["time"]) for line in [status, *events[-1:], *metrics[-1:]] if "time" in line)])
     silence = now - heard if heard else None
     last = {name: metrics[-1].get(name) for name in FROM_METRICS} if metrics else {}

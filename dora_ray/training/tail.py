@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from dora_ray import files
-from dora_ray.training.journal import EVENTS, METRICS
+from dora_ray.errors import DoRAError
+from dora_ray.training.journal import EVENTS, METRICS, OTHER_EVENTS
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class RunTail:
     """
 
     def __init__(self, run: str, on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
-        self._followed = [_Lines(files.join(run, EVENTS), _log_event)]
+        self._followed = [_Lines(files.join(run, name), _log_event) for name in (EVENTS, OTHER_EVENTS)]
         if on_metrics is not None:
             self._followed.append(
                 _Lines(files.join(run, METRICS), lambda line: on_metrics(line) if "step" in line else None)
@@ -54,7 +55,7 @@ class RunTail:
         for lines in self._followed:
             try:
                 lines.forward()
-            except OSError as error:
+            except (OSError, DoRAError) as error:
                 logger.warning("%s cannot be read just now: %s", lines.path, error)
 
 
@@ -93,6 +94,6 @@ def _log_event(event: dict[str, Any]) -> None:
     if event["event"] == "warning":
         logger.warning("step %s: %s", event.get("step"), event["message"])
     elif event["event"] == "failure":
-        logger.warning("worker %s failed: %s", event.get("rank"), event["error"])
+        logger.warning("workers %s failed: %s", event.get("ranks"), event["error"])
     elif event["event"] == "resize":
         logger.warning("step %s: %s workers instead of %s", event.get("step"), event["after"], event["before"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
-import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -30,14 +30,14 @@ from dora_ray.training.checkpoint import (
     take_snapshot,
 )
 from dora_ray.training.journal import Journal, MetricsWindow, collapse_warnings, read_status, write_status
-from dora_ray.training.memory import keep_freed_memory
+from dora_ray.training.numerics import NOT_DETERMINISTIC, prepare_torch
 from dora_ray.training.optim import Rates
 from dora_ray.training.requests import Request, here
 from dora_ray.training.step import TrainState, apply_step, initial_state, sum_slots
 from dora_ray.training.worlds import Job, RayWorld, World
 
-# A preempted node is left this long before its deadline, and twice the time of the last checkpoint.
-LEAVE_MARGIN_SECONDS = 8.0
+# A preempted node is left so long before its deadline, and twice the time of the last step and checkpoint.
+LEAVE_MARGIN_SECONDS = 3.0
 
 
 def ray_worker(arguments: dict[str, Any]) -> None:
@@ -101,26 +101,35 @@ def _restore(job: Job, world: World, state: TrainState) -> list[str]:
 
     Returns:
         A sentence for each newer checkpoint that was refused; on rank 0.
+
+    Raises:
+        CheckpointError: rank 0's, on all ranks alike.
+        ClusterError: this rank does not see what rank 0 sees.
     """
-    folder, refused = None, list[str]()
+    folder, refused, problem = None, list[str](), None
     if world.rank == 0:
-        folder, refused = load_newest(job.checkpoints, state, job.config, job.plan)
-        set_newest(job.checkpoints, folder)
+        try:
+            folder, refused = load_newest(job.checkpoints, state, job.config, job.plan)
+            set_newest(job.checkpoints, folder)
+        except CheckpointError as error:
+            problem = error
+    if (said := world.agree(None if problem is None else str(problem))) is not None:
+        raise problem or CheckpointError(said)
     folder = world.agree(folder)
     if world.rank > 0 and folder is not None:
-        load_state(folder, state, job.config, job.plan)
+        try:
+            load_state(folder, state, job.config, job.plan)
+        except CheckpointError as error:
+            raise ClusterError(
+                f"{socket.gethostname()} cannot read {folder}, which another node wrote ({error}): --out must be a "
+                "folder that all nodes share, or a URI such as s3://bucket/runs/walk"
+            ) from error
     return refused
 
 
 def _prepare_torch(job: Job, world: World) -> None:
     torch.set_num_threads(job.config.cluster.threads_per_worker)
-    if world.device.type != "cuda":
-        keep_freed_memory()
-        return
-    torch.backends.cuda.matmul.allow_tf32 = True
-    if job.config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    prepare_torch(world.device, deterministic=job.config.run.deterministic)
 
 
 @dataclass
@@ -134,6 +143,7 @@ class _Loop:
     stream: Iterator[SlotBatch]
     slots_a_step: int
     _saved_at: float = field(default_factory=time.monotonic)
+    _step_seconds: float = 0.0
     _window: MetricsWindow = field(default_factory=MetricsWindow)
     _writer: CheckpointWriter | None = None
     _warned: set[str] = field(default_factory=set)
@@ -152,11 +162,14 @@ class _Loop:
             request = self._step()
             if request is Request.NONE or self.state.step == steps:
                 continue
-            self._save(here.take(request))
+            reason = here.take(request)
+            self._save(reason)
             if request is Request.LEAVE:
                 self._finish_saving()
                 if self.journal is not None:
-                    self.journal.status("stopped", self.state.step)
+                    self.journal.status("stopped" if self._ends(reason) else "waiting", self.state.step)
+                # No rank ends before rank 0 has saved: the first end has Ray end the others.
+                self.world.agree(None)
                 self.world.leave()
         if self.state.step > begun_at:
             self._save("end")
@@ -164,6 +177,12 @@ class _Loop:
             self._writer.finish()
             self.journal.event("end", step=self.state.step)
             self.journal.status("done", self.state.step)
+        here.left()
+
+    @staticmethod
+    def _ends(reason: str) -> bool:
+        """Whether the run ends here, rather than go on with other workers."""
+        return here.signal is not None or reason == "abort"
 
     def _watch_for_stalls(self) -> None:
         """A Ray worker whose step does not end in time is ended, with all its stacks on stderr, and started again.
@@ -183,6 +202,8 @@ class _Loop:
         try:
             result = sum_slots(state, batches, self._records(batches), config, self.world.all_reduce)
         except RuntimeError as error:
+            if NOT_DETERMINISTIC in str(error):
+                raise ClusterError(f"{error}: set run.deterministic=false, at the price of equal runs") from error
             if not _is_out_of_memory(error):
                 raise
             raise ClusterError(
@@ -199,6 +220,7 @@ class _Loop:
             measures["center_norm"] = float(state.center.norm())
             self._window.add(measures, waited, time.monotonic() - started)
             self._log(self.journal, rates)
+        self._step_seconds = time.monotonic() - started
         return request
 
     def _records(self, batches: Sequence[SlotBatch]) -> Tensor:
@@ -218,7 +240,7 @@ class _Loop:
         if self._writer is None:
             return request
         if here.deadline is not None:
-            margin = LEAVE_MARGIN_SECONDS + 2 * self._writer.seconds
+            margin = LEAVE_MARGIN_SECONDS + 2 * (self._step_seconds + self._writer.seconds)
             if time.time() > here.deadline - margin:
                 here.deadline = None
                 here.make(Request.LEAVE, "deadline")

@@ -93,7 +93,7 @@ class LocalWorld:
 
 
 class RayWorld:
-    """One rank of a Ray Train worker group; Ray's checkpoint manager owns the checkpoints."""
+    """One rank of a Ray Train worker group."""
 
     def __init__(self, job: Job) -> None:
         import ray.train
@@ -136,3 +136,4 @@ class RayWorld:
         if here.signal is not None:
             os._exit(128 + here.signal)
         time.sleep(LEAVE_SECONDS)
+        here.stay()

@@ -19,7 +19,7 @@ from dora_ray import files
 from dora_ray.config import Config
 from dora_ray.config_source import flatten
 from dora_ray.errors import ConfigError
-from dora_ray.training.journal import read_lines, read_metrics
+from dora_ray.training.journal import read_events, read_metrics
 from dora_ray.tuning.figures import PANELS, draw_key, draw_panel, series
 from dora_ray.tuning.results import (
     Line,
@@ -184,7 +184,7 @@ def _pictures(folder: str) -> list[tuple[str, str, str]]:
 def _events(folder: str) -> list[tuple[str, str, str]]:
     """What happened, newest last: time of day, event, everything else that was noted."""
     rows = []
-    for line in read_lines(files.join(folder, "events.jsonl"))[-MAX_EVENTS:]:
+    for line in read_events(folder)[-MAX_EVENTS:]:
         moment = line.get("time")
         clock = (
             f"{datetime.datetime.fromtimestamp(moment, datetime.UTC):%H:%M:%S}"

@@ -28,7 +28,7 @@ def call(monkeypatch, capsys, tmp_path):
         holds = not any(trial.problems for trial in trials)
         result = {"seed": 0, "holds": holds, "folder": "/runs", "trials": [asdict(trial) for trial in trials]}
         monkeypatch.setattr(chaos_run, "chaos", lambda *_, **__: result)
-        options = Namespace(faults=None, seed=0, count=1, quick=True, json=str(tmp_path / "result.json"))
+        options = Namespace(faults=None, seed=0, count=1, quick=True, compare=False, json=str(tmp_path / "result.json"))
         try:
             chaos.run(options)
         finally:

@@ -120,8 +120,9 @@ def test_clips_are_counted_by_the_fault_that_lost_them():
         ("node_kill", 20, 7.0, False),
         ("drain", 0, 0.0, True),
         ("drain", 1, 0.2, False),
-        ("join", 20, 4.9, True),
-        ("join", 20, 5.1, False),
+        ("join", 0, 0.0, True),
+        ("join", 1, 0.2, False),
+        ("stall", 20, 7.0, False),
     ],
 )
 def test_what_a_fault_may_cost(fault, steps, seconds, holds):

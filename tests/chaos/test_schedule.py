@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_ray.chaos.run import check, plan_trials
+from dora_ray.chaos.run import Planned, check, plan_trials
 from dora_ray.chaos.schedule import ALONE, FAULTS, LIVE, QUICK, draw_schedule
 from dora_ray.errors import ConfigError
 
@@ -38,12 +38,20 @@ def test_another_seed_gives_other_strikes():
 
 def test_each_fault_has_a_run_of_its_own_unless_it_is_to_be_quick():
     assert plan_trials(["drain", "truncate", "join"], count=2, quick=False) == [
-        ("drain", ["drain", "drain"]),
-        ("join", ["join", "join"]),
-        ("truncate", []),
+        Planned("drain", ("drain", "drain")),
+        Planned("join", ("join", "join")),
+        Planned("truncate"),
     ]
-    assert plan_trials(QUICK, count=1, quick=True) == [("worker_kill+drain+join", ["worker_kill", "drain", "join"])]
-    assert plan_trials(["truncate"], count=1, quick=True) == [("truncate", [])]
+    assert plan_trials(QUICK, count=1, quick=True) == [Planned("worker_kill+drain+join", QUICK)]
+    assert plan_trials(["truncate"], count=1, quick=True) == [Planned("truncate")]
+
+
+def test_a_comparison_repeats_what_strikes_a_living_run():
+    assert plan_trials(["worker_kill", "truncate"], count=3, quick=False, compare=True) == [
+        Planned("worker_kill", ("worker_kill",) * 3),
+        Planned("worker_kill-at-rays-pace", ("worker_kill",) * 3, plain=True),
+        Planned("truncate"),
+    ]
 
 
 def test_an_unknown_fault_is_told_with_those_that_are_known():

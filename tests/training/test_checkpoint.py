@@ -6,7 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,18 +18,23 @@ import torch
 import dora_ray
 from dora_ray.config import Config
 from dora_ray.data.plan import Plan
-from dora_ray.errors import CheckpointError
+from dora_ray.errors import CheckpointError, ClusterError, ConfigError
+from dora_ray.training import checkpoint
 from dora_ray.training.checkpoint import (
     LATEST,
     META,
     MODEL,
     STATE,
+    CheckpointWriter,
     load_newest,
     set_newest,
     take_snapshot,
     write_snapshot,
 )
+from dora_ray.training.journal import Journal, read_events
 from dora_ray.training.step import TrainState, initial_state
+from dora_ray.training.worker import _restore
+from dora_ray.training.worlds import Job
 from dora_ray.weights import complete_checkpoints
 from tests.conftest import SMALL
 
@@ -144,3 +153,69 @@ def test_disk_that_takes_no_more_leaves_the_last_good_one(tmp_path: Path) -> Non
     assert not list((tmp_path / "checkpoints").rglob("*.partial"))
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["start", "checkpoint", "warning"]
+
+
+def test_failed_checkpoints_push_no_good_one_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket refuses two of four; access comes back, and the two complete ones are kept."""
+    run, write = tmp_path / "run", checkpoint.write_snapshot
+    journal = Journal(str(run), step=0, num_steps=9, world_size=1, entered=0.0)
+    writer = CheckpointWriter(str(run / "checkpoints"), keep=2, journal=journal)
+
+    def refused(snapshot: Any, checkpoints: str) -> str:
+        Path(checkpoints, snapshot.name).mkdir(parents=True)
+        raise ConfigError("access is refused")
+
+    for step, does in ((2, write), (4, refused), (6, refused), (8, write)):
+        monkeypatch.setattr(checkpoint, "write_snapshot", does)
+        writer.start(take_snapshot(state_at(step), CONFIG, PLAN, 1), reason="interval", copy_seconds=0.0)
+        while writer.busy():
+            time.sleep(0.01)
+    writer.finish()
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000008"]
+    warnings = [line["message"] for line in read_events(str(run)) if line["event"] == "warning"]
+    assert len(warnings) == 2
+    assert all("access is refused" in text and "are kept" in text for text in warnings)
+
+
+class Ranks:
+    """Two ranks that agree through each other."""
+
+    device, all_reduce, size = torch.device("cpu"), None, 2
+
+    def __init__(self, rank: int, said: list[str | None], barrier: threading.Barrier) -> None:
+        self.rank, self._said, self._barrier = rank, said, barrier
+
+    def agree(self, choice: str | None) -> str | None:
+        if self.rank == 0:
+            self._said[0] = choice
+        self._barrier.wait(10)
+        said = self._said[0]
+        self._barrier.wait(10)
+        return said
+
+
+def test_no_rank_waits_for_one_that_cannot_begin(tmp_path: Path) -> None:
+    write_snapshot(take_snapshot(state_at(2), CONFIG, PLAN, 2), str(tmp_path / "checkpoints"))
+    (tmp_path / "checkpoints" / "step-00000002" / STATE).write_bytes(b"")
+    job, said, barrier = Job(CONFIG, PLAN, str(tmp_path)), [None], threading.Barrier(2)
+
+    def begin(rank: int) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            _restore(job, Ranks(rank, said, barrier), initial_state(CONFIG, torch.device("cpu")))
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(begin, range(2))
+    assert first == second
+    assert "No good checkpoint is left" in first
+
+
+def test_a_folder_that_nodes_do_not_share_is_named(tmp_path: Path) -> None:
+    class Alone(Ranks):
+        def agree(self, choice: str | None) -> str | None:
+            return next(answers)
+
+    answers = iter([None, str(tmp_path / "elsewhere" / "step-00000002")])
+    world = Alone(1, [None], threading.Barrier(1))
+    with pytest.raises(ClusterError, match=r"cannot read .*elsewhere.*--out must be a folder that all nodes share"):
+        _restore(Job(CONFIG, PLAN, str(tmp_path)), world, initial_state(CONFIG, torch.device("cpu")))

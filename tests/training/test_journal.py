@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
-from dora_ray.training.journal import Journal, collapse_warnings, read_history, read_lines, read_metrics
+from dora_ray.training.journal import (
+    Journal,
+    add_event,
+    collapse_warnings,
+    read_events,
+    read_history,
+    read_lines,
+    read_metrics,
+    read_status,
+    write_status,
+)
 
 ALIVE = {"teacher_entropy": 2.0, "teacher_diversity": 1.0, "object_overlap": 0.4}
 
@@ -60,3 +71,37 @@ def test_collapse_is_named() -> None:
     ]:
         (warning,) = collapse_warnings(ALIVE | {measure: value}, num_outputs=256, num_images=32)
         assert word in warning
+
+
+def test_a_resume_is_no_recovery(tmp_path: Path) -> None:
+    """Ctrl-C in the evening, --resume in the morning: nobody waited for workers in between."""
+    run, now = str(tmp_path), time.time()
+    Journal(run, step=0, num_steps=9, world_size=1, entered=now)
+    for event in ("leave", "launch", "group"):
+        add_event(run, event)
+    resumed = Journal(run, step=4, num_steps=9, world_size=1, entered=now)
+    resumed.stepped(5, 0.1)
+    assert "recovered" not in [line["event"] for line in read_events(run)]
+    for event in ("leave", "group"):
+        add_event(run, event)
+    Journal(run, step=6, num_steps=9, world_size=1, entered=now).stepped(7, 0.1)
+    assert [line["event"] for line in read_events(run)][-1] == "recovered"
+
+
+def test_an_object_store_keeps_the_events_of_both_writers(tmp_path: Path) -> None:
+    run = f"memory://{tmp_path.name}/run"
+    journal = Journal(run, step=0, num_steps=9, world_size=1, entered=time.time())
+    add_event(run, "notice")
+    journal.event("checkpoint", step=3)
+    add_event(run, "failure")
+    journal.event("end", step=9)
+    assert [line["event"] for line in read_events(run)] == ["start", "notice", "checkpoint", "failure", "end"]
+
+
+def test_a_new_attempt_says_that_it_runs(tmp_path: Path) -> None:
+    write_status(str(tmp_path), state="waiting")
+    Journal(str(tmp_path), step=0, num_steps=9, world_size=3, entered=time.time())
+    assert {name: read_status(str(tmp_path))[name] for name in ("state", "world_size")} == {
+        "state": "running",
+        "world_size": 3,
+    }

@@ -48,6 +48,8 @@ def test_who_asks_to_leave_hears_of_it() -> None:
     thread.start()
     assert requests.leave("resize", 10.0)
     thread.join()
+    assert requests.leave("abort", 0.0), "it has left already"
+    requests.stay()
     assert not requests.leave("resize", 0.05)
 
 
