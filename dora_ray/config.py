@@ -22,7 +22,8 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Interval = tuple[float, float]
-
+# How often what cannot be decoded is begun before it is given up (data.supervision).
+DECODE_ATTEMPTS = 7
 ARCHITECTURES: dict[str, dict[str, int]] = {
     "vit_tiny_patch16_224": {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16},
     "vit_small_patch16_224": {"width": 384, "depth": 12, "num_heads": 6, "patch_size": 16},
@@ -271,7 +272,8 @@ class ClusterConfig(Section):
     collective_timeout_seconds: Positive = 300.0
     """Time after which a collective operation that hangs is an error."""
     stall_seconds: Positive = 900.0
-    """Time after which a worker whose step does not end is ended and started again."""
+    """Time after which a worker whose step does not end is ended and started again; more than 7 x data.decode_seconds,
+    which a step may have to wait for clips that cannot be read."""
     fast_recovery: bool = True
     """Look for failures twice a second, count a changed cluster at once, and keep a spare process for each worker of an
     elastic run (its memory: that of a worker before its first step). False: Ray Train's own pace."""
@@ -390,6 +392,13 @@ class Config(Section):
                 self.data.source == "video" or self.data.crops_per_clip == 1,
                 f"data.crops_per_clip={self.data.crops_per_clip} with data.source=store: a stored clip costs nearly "
                 "nothing to read; set data.crops_per_clip=1, or data.source=video",
+            ),
+            (
+                self.cluster.stall_seconds > DECODE_ATTEMPTS * self.data.decode_seconds,
+                f"cluster.stall_seconds={self.cluster.stall_seconds:g} with data.decode_seconds="
+                f"{self.data.decode_seconds:g}: a step may wait for {DECODE_ATTEMPTS} attempts at decoding before "
+                f"clips are given up; set more than {DECODE_ATTEMPTS * self.data.decode_seconds:g}, or lower "
+                "data.decode_seconds",
             ),
             (
                 optim.warmup_steps <= optim.steps,

@@ -92,8 +92,8 @@ def hang_decoder(run: Path, words: tuple[str, ...], *, address: str, store: Path
     """
     copy = run.with_name(f"{run.name}-store")
     shutil.copytree(store, copy)
-    limit = f"data.decode_seconds={DECODE_SECONDS:g}"
-    training = Training(run, (*words, f"data.store={copy}", limit), address=address)
+    limits = f"data.decode_seconds={DECODE_SECONDS:g}", f"cluster.stall_seconds={END_SECONDS:g}"
+    training = Training(run, (*words, f"data.store={copy}", *limits), address=address)
     try:
         # The launching process has read the store's times by then, and no worker has read a picture.
         training.wait("the plan", (run / CONFIG).exists, seconds=LAUNCH_SECONDS)

@@ -42,6 +42,7 @@ SMALL = (
     "cluster.max_failures=-1",
     "cluster.resize_seconds=2",
     "cluster.stall_seconds=60",
+    "data.decode_seconds=8",
 )
 CLIPS_PER_SLOT = 2
 POLL_SECONDS = 0.1

@@ -20,7 +20,8 @@ from dora_ray.chaos.training import CLIPS_PER_SLOT, SMALL, StalledError, Trainin
 from dora_ray.training.journal import CONFIG, METRICS, read_events, read_history, read_lines
 from dora_ray.weights import resolve_checkpoint
 
-FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 15, 20, 30
+# Steps are quicker than nodes: those after the last fault have to last until its answer.
+FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 15, 20, 60
 CHECKPOINT_SECONDS = 4.0
 # Writing a checkpoint, and Ray's noting that it is there: until then, a kill falls back to the one before.
 COMMIT_SECONDS = 2.0
@@ -115,7 +116,7 @@ class Laboratory:
     def run_path(self, name: str) -> Trial:
         """A run whose number of workers goes down and up again."""
         walk = partial(walk_path, PATH, first=FIRST_STEP, apart=STEPS_A_FAULT)
-        return self._run(name, num_steps(len(PATH)), PATH[0], walk)
+        return self._run(name, num_steps(3 * len(PATH)), PATH[0], walk)
 
     def _run(
         self,

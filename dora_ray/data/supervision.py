@@ -15,8 +15,11 @@ from collections.abc import Container
 from types import TracebackType
 from typing import Any, Protocol
 
+from dora_ray.config import DECODE_ATTEMPTS
+
 DEATHS = 2
-MOST_DEATHS = 6
+# With the first attempt, which notes nothing, one less than config.DECODE_ATTEMPTS.
+MOST_DEATHS = DECODE_ATTEMPTS - 1
 EVERYTHING = range(2**62)
 
 

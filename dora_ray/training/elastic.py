@@ -26,7 +26,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 
 from dora_ray.errors import DoRAError
 from dora_ray.training.journal import add_event
-from dora_ray.training.requests import Request, ask, ask_to_leave, catch_signals
+from dora_ray.training.requests import LEAVE_SECONDS, Request, ask, ask_to_leave, catch_signals
 from dora_ray.training.spares import environment, start_spares
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,9 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         failed = {rank: error for rank, error in worker_group_status.errors.items() if rank not in self._told}
         if failed:
             self._told.update(failed)
-            self._event("failure", ranks=sorted(failed), error=describe(next(iter(failed.values()))))
+            # The dead say more than those who lost their connection to them.
+            first = min(failed.values(), key=lambda error: "actor" not in str(error).lower())
+            self._event("failure", ranks=sorted(failed), error=describe(first))
         info = worker_group_status.get_preemption_info()
         # A drain without a deadline says 0 or nothing; Ray Train then restarts after a time of its own.
         if info is not None and (info.deadline_ms or 0) != self._noticed and self._group is not None:
@@ -149,9 +151,11 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         if self._group is None:
             return
         started = time.monotonic()
-        asked = [worker.execute_async(ask_to_leave, reason, self._patience) for worker in self._group.get_workers()]
+        # Somebody waits for an abort; a resize has time, since training goes on until it may begin.
+        patience = self._patience if reason == "resize" else LEAVE_SECONDS
+        asked = [worker.execute_async(ask_to_leave, reason, patience) for worker in self._group.get_workers()]
         try:
-            left = all(ray.get(asked, timeout=self._patience + 5))
+            left = all(ray.get(asked, timeout=patience + 5))
         except RayError as error:
             logger.warning("the workers could not be asked to save before the %s: %s", reason, error)
             left = False
