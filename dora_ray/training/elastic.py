@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Spares are started when the start of the workers, and the first time that of their decode tasks, is over; a resize
 # onto a new node waits, training on, for its spare.
-SPARES_AFTER_SECONDS, SPARES_AFTER_RESTART_SECONDS = 20.0, 3.0
+SPARES_AFTER_SECONDS, SPARES_AFTER_RESTART_SECONDS = 10.0, 3.0
 SPARE_READY_SECONDS = 15.0
 LOST_NODE_SECONDS = 15.0
 DRAINED_NODE_SECONDS = 30.0
