@@ -182,21 +182,22 @@ def _warm_rate(open_stream: Callable[[int], Iterator[Any]], plan: Plan, steps: i
     """`_rate` of a second stream: the first one starts the cluster's processes, which import torch for seconds."""
     for _ in open_stream(min(steps, WARM_STEPS)):
         pass
-    return _rate(open_stream(steps), plan)
+    return _rate(open_stream(steps), plan, steps)
 
 
-def _rate(batches: Iterator[Any], plan: Plan) -> dict[str, float]:
+def _rate(batches: Iterator[Any], plan: Plan, steps: int) -> dict[str, float]:
     """Clips a second and CPU seconds a clip after the first quarter, and the time until the first slot."""
-    started = time.perf_counter()
+    started, settled = time.perf_counter(), steps // 4
     arrivals, cpu = [], []
-    for _ in batches:
+    for number, _ in enumerate(batches):
+        # Looking at all processes takes as long as reading a clip: twice is enough.
+        if number in (settled, steps - 1):
+            cpu.append(_cpu_of_all())
         arrivals.append(time.perf_counter())
-        cpu.append(_cpu_of_all())
-    settled = len(arrivals) // 4
-    clips = (len(arrivals) - 1 - settled) * plan.clips_per_slot
+    clips = (steps - 1 - settled) * plan.clips_per_slot
     return {
         "clips_per_second": clips / (arrivals[-1] - arrivals[settled]),
-        "cpu_seconds_a_clip": (cpu[-1] - cpu[settled]) / clips,
+        "cpu_seconds_a_clip": (cpu[1] - cpu[0]) / clips,
         "first_seconds": arrivals[0] - started,
     }
 

@@ -19,7 +19,8 @@ from dora_ray.training.journal import CONFIG, METRICS, read_lines
 from dora_ray.training.worlds import CHECKPOINTS
 
 CHECKPOINT_SECONDS, NUM_CHECKPOINTS = 0.5, 2
-DECODE_SECONDS = 4.0
+# A clip that hangs takes three attempts, each in a new process; the second such clip ends the run.
+DECODE_SECONDS, BAD_FRACTION = 2.0, 0.005
 LAUNCH_SECONDS, END_SECONDS = 120.0, 300.0
 
 
@@ -92,7 +93,12 @@ def hang_decoder(run: Path, words: tuple[str, ...], *, address: str, store: Path
     """
     copy = run.with_name(f"{run.name}-store")
     shutil.copytree(store, copy)
-    limits = f"data.decode_seconds={DECODE_SECONDS:g}", f"cluster.stall_seconds={END_SECONDS:g}"
+    limits = (
+        f"data.decode_seconds={DECODE_SECONDS:g}",
+        f"data.max_bad_fraction={BAD_FRACTION:g}",
+        "data.slots_per_task=1",
+        f"cluster.stall_seconds={END_SECONDS:g}",
+    )
     training = Training(run, (*words, f"data.store={copy}", *limits), address=address)
     try:
         # The launching process has read the store's times by then, and no worker has read a picture.

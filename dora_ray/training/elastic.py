@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Spares are started when the start of the workers, and the first time that of their decode tasks, is over; a resize
 # onto a new node waits, training on, for its spare.
-SPARES_AFTER_SECONDS, SPARES_AFTER_RESTART_SECONDS = 10.0, 3.0
+SPARES_AFTER_SECONDS, SPARES_AFTER_RESTART_SECONDS = 15.0, 5.0
 SPARE_READY_SECONDS = 15.0
 LOST_NODE_SECONDS = 15.0
 DRAINED_NODE_SECONDS = 30.0
@@ -93,16 +93,29 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
             # The dead say more than those who lost their connection to them.
             first = min(failed.values(), key=lambda error: "actor" not in str(error).lower())
             self._event("failure", ranks=sorted(failed), error=describe(first))
-        info = worker_group_status.get_preemption_info()
-        # A drain without a deadline says 0 or nothing; Ray Train then restarts after a time of its own.
-        if info is not None and (info.deadline_ms or 0) != self._noticed and self._group is not None:
-            self._noticed = info.deadline_ms or 0
-            deadline = self._noticed / 1000 if self._noticed else time.time() + DEFAULT_PREEMPTION_DEADLINE_S
-            self._event("notice", ranks=info.preempted_ranks, deadline=deadline)
-            for worker in self._group.get_workers():
-                worker.execute_async(ask, Request.NOTICE, "preemption", deadline)
+        if self._group is not None:
+            self._announce_drains(self._group.get_workers())
         if self._fast:
             self._look_after_nodes()
+
+    def _announce_drains(self, workers: Sequence[Any]) -> None:
+        """Tell all workers when a node of one of them goes away.
+
+        Ray Train's own watcher is an actor that is started anew with every group: it tells seconds later, and in the
+        first ones after a restart nothing.
+        """
+        draining = ray._private.state.state.get_draining_nodes()
+        leaving = {rank: worker.metadata.node_id for rank, worker in enumerate(workers)}
+        ends = {rank: draining[node] for rank, node in leaving.items() if node in draining}
+        # A drain without a deadline says 0; Ray Train then restarts after a time of its own.
+        first = min(ends.values(), default=None)
+        if first is None or first == self._noticed:
+            return
+        self._noticed = first
+        deadline = first / 1000 if first else time.time() + DEFAULT_PREEMPTION_DEADLINE_S
+        self._event("notice", ranks=sorted(ends), deadline=deadline)
+        for worker in workers:
+            worker.execute_async(ask, Request.NOTICE, "preemption", deadline)
 
     def _look_after_nodes(self) -> None:
         """Spares for the workers of this group, and for those that a new node will have."""
