@@ -46,6 +46,8 @@ def test_reports_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, few in {"STEPS": 12, "WAIT_STEPS": 8, "RANK_SLOTS": 32}.items():
         monkeypatch.setattr(stream, name, (few, few))
     monkeypatch.setattr(stream, "WARM_STEPS", 4)
+    monkeypatch.setattr(stream, "WARM_SECONDS", 2.0)
+    monkeypatch.setattr(stream, "ROUNDS", 1)
     monkeypatch.setattr(stream, "FEWEST_SLOTS", 8)
     result = stream.run(quick=True)
     assert result["stream_overhead"] == pytest.approx(
