@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,26 +22,18 @@ class Products:
 
     Attributes:
         counts: how often each was computed.
-        least: the least seconds that each has taken by itself.
     """
 
     counts: Counter[Product] = field(default_factory=Counter)
-    least: dict[Product, float] = field(default_factory=dict)
 
     @property
     def flops(self) -> int:
         """Operations of all of them: 2 for each multiplication and addition."""
         return sum(2 * b * m * k * n * count for (b, m, k, n, _), count in self.counts.items())
 
-    @property
-    def seconds(self) -> float:
-        """What they take one after the other with nothing between them, from the least time of each shape."""
-        return sum(count * self.least[product] for product, count in self.counts.items())
-
-    def measure(self, device: torch.device) -> None:
-        """Time each shape by itself, once more if that was done before."""
-        for product in self.counts:
-            self.least[product] = min(_least_seconds(product, device), self.least.get(product, math.inf))
+    def seconds(self, device: torch.device) -> float:
+        """What all of them take one after the other, with nothing between them; matrices lie as they are multiplied."""
+        return sum(_seconds(product, count, device) for product, count in self.counts.items())
 
 
 def record(work: Callable[[], Any]) -> Products:
@@ -55,7 +46,7 @@ def record(work: Callable[[], Any]) -> Products:
 
 def square_flops_per_second(size: int, kind: torch.dtype, device: torch.device) -> float:
     """The rate of one large square product."""
-    return 2 * size**3 / _least_seconds((1, size, size, size, kind), device)
+    return 2 * size**3 / min(_seconds((1, size, size, size, kind), 1, device) for _ in range(REPEATS))
 
 
 def synchronize(device: torch.device) -> None:
@@ -95,18 +86,17 @@ class _Recorder(TorchDispatchMode):
         self._counts[batch, m, k, n, kind] += 1
 
 
-def _least_seconds(product: Product, device: torch.device) -> float:
-    """The least time of one shape, both matrices lying as they are multiplied."""
+def _seconds(product: Product, count: int, device: torch.device) -> float:
+    """Seconds of `count` products of one shape in a row, after one that is not counted."""
     batch, m, k, n, kind = product
     left, right = (torch.ones(batch, *shape, device=device, dtype=kind) for shape in ((m, k), (k, n)))
     out = torch.empty(batch, m, n, device=device, dtype=kind)
     if batch == 1:
         left, right, out = left[0], right[0], out[0]
-    seconds = []
-    for _ in range(REPEATS):
-        synchronize(device)
-        started = time.perf_counter()
+    torch.matmul(left, right, out=out)
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(count):
         torch.matmul(left, right, out=out)
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    synchronize(device)
+    return time.perf_counter() - started

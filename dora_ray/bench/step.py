@@ -52,9 +52,9 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     Returns:
         seconds_per_step, reference_seconds_per_step, ratio (ours / reference), packed_seconds_per_step and packed_ratio
         (masked / packed, at a keep share of 0.4); tflop_per_step and matmul_share (what the step's matrix products take
-        by themselves, shape by shape, over what the step takes, the least time of either), square_matmul_share (the
-        same at the rate of a large square product); peak memory, clips a second, the seconds of the step's parts, and
-        the setting.
+        by themselves, one after the other, over what the step of the same round takes), square_matmul_share (what they
+        would take at the rate of a large square product); peak memory, clips a second, the seconds of the step's parts,
+        and the setting.
     """
     device = torch.device("cuda" if (config.cluster.use_gpu if config else torch.cuda.is_available()) else "cpu")
     if config is None:
@@ -69,10 +69,9 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
         paths["packed"] = functools.partial(timed.step, packed, functools.partial(slot_forward, masks=timed.masks()))
     # The first step of ours is the one whose products are written down.
     products = record(ours)
-    # Before and after the steps: shared machines change their speed within a minute.
-    products.measure(device)
+    # In turns with the steps: shared machines change their speed within a minute.
+    paths["products"] = functools.partial(products.seconds, device)
     seconds, peak = timed.rounds(paths, count=2 if quick else 5, reference_count=1 if quick else 5)
-    products.measure(device)
     parts = timed.parts(config)
     return _result(config, device, seconds, peak, parts, products)
 
@@ -183,7 +182,8 @@ def _result(
 ) -> dict[str, Any]:
     """Everything that was measured, ratios first."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    ours, reference, least, cuda = median["ours"], median["reference"], min(seconds["ours"]), device.type == "cuda"
+    ours, reference, cuda = median["ours"], median["reference"], device.type == "cuda"
+    shares = [alone / step for alone, step in zip(seconds["products"], seconds["ours"], strict=True)]
     kind = torch.bfloat16 if cuda and config.optim.precision == "bf16" else torch.float32
     square = square_flops_per_second(8192 if cuda else 1536, kind, device)
     result = {
@@ -198,8 +198,8 @@ def _result(
         "clips_per_second": config.optim.clips_per_slot / ours,
         "tflop_per_step": products.flops / 1e12,
         "tflop_per_second": products.flops / 1e12 / ours,
-        "matmul_share": products.seconds / least,
-        "square_matmul_share": products.flops / least / square,
+        "matmul_share": statistics.median(shares),
+        "square_matmul_share": products.flops / ours / square,
         "square_matmul_tflop_per_second": square / 1e12,
         "peak_memory_mb": peak["ours"],
         "reference_peak_memory_mb": peak["reference"],
