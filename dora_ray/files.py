@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -163,7 +164,7 @@ def copy_folder(source: str | os.PathLike[str], target: str) -> None:
 
 
 class LineFile:
-    """Appends lines to a file that may live in an object store.
+    """Appends lines to a file that may live in an object store; safe to use from any thread.
 
     A local file is appended to, line by line. An object cannot be: there its earlier content is read once and the whole
     is put again by `flush`, which the caller does at checkpoints; lines since then are lost with the process.
@@ -172,6 +173,7 @@ class LineFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._remote = is_remote(self.path)
+        self._lock, self._one_put = threading.Lock(), threading.Lock()
         # Of an object all of it, of a local file what could not be written yet.
         self._content = bytearray(read_bytes(self.path)) if self._remote and exists(self.path) else bytearray()
         if not self._remote:
@@ -186,19 +188,26 @@ class LineFile:
 
     def append(self, line: str) -> None:
         """Add one line. On a disk that takes no more it is kept, and added with the next one."""
-        self._content += (line + "\n").encode("utf-8")
-        if not self._remote:
-            with suppress(OSError):
-                self._write()
+        with self._lock:
+            self._content += (line + "\n").encode("utf-8")
+            if not self._remote:
+                with suppress(OSError):
+                    self._write()
 
     def flush(self) -> None:
         """Make every line so far visible to readers. Raises OSError where they cannot be written."""
-        if self._remote:
-            write_bytes(self.path, bytes(self._content))
-        elif self._content:
-            self._write()
+        if not self._remote:
+            with self._lock:
+                self._write()
+            return
+        with self._one_put:  # or an older content could replace a newer one; `append` does not wait for the network
+            with self._lock:
+                content = bytes(self._content)
+            write_bytes(self.path, content)
 
     def _write(self) -> None:
+        if not self._content:
+            return
         with Path(self.path).open("ab", buffering=0) as file:
             while self._content:
                 del self._content[: file.write(self._content)]

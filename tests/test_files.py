@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,23 @@ def test_lines_that_cannot_be_written_come_with_the_next(tmp_path: Path, monkeyp
             lines.flush()
     lines.append("third")
     assert (tmp_path / "run" / "a.jsonl").read_text() == "first\nsecond\nthird\n"
+
+
+def test_lines_of_two_threads_are_written_once_each(root: str) -> None:
+    """As the training's and the checkpoint thread's are, on one file."""
+    lines = files.LineFile(files.join(root, "a.jsonl"))
+    texts = [[f"{thread} {number} " + "x" * 2000 for number in range(2000)] for thread in range(2)]
+
+    def write(thread: int) -> None:
+        for number, text in enumerate(texts[thread]):
+            lines.append(text)
+            if number % 100 == thread:
+                lines.flush()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(2)))
+    lines.flush()
+    assert sorted(files.read_text(lines.path).splitlines()) == sorted(texts[0] + texts[1])
 
 
 def full_disk(*_: object, **__: object) -> None:
