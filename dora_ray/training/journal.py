@@ -11,17 +11,15 @@ import json
 import logging
 import math
 import os
-import shutil
 import socket
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dora_ray import files
 from dora_ray.errors import DoRAError
+from dora_ray.training.board import Board
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +115,7 @@ class Journal:
         self.attempt = len(starts) + 1
         self._num_steps, self._world_size = num_steps, world_size
         self._last_checkpoint = last_checkpoint
-        self._board: Any = None
-        self._board_folder = ""
+        self._board = Board(files.join(run, TENSORBOARD), self._warn)
         self._recovery = _Recovery.of(events[starts[-1] :], entered) if starts else None
         if self._recovery is not None:
             self._recovery.steps_lost = max(0, _last_step(self._ledger.path) + 1 - step)
@@ -137,15 +134,16 @@ class Journal:
         recovery, self._recovery = self._recovery, None
         values = recovery.ended(waited)
         self.event("recovered", step=step, **values)
-        board = self._open_board()
-        board.add_scalar("recovery_seconds", values["seconds"], step)
-        board.add_scalar("steps_lost", values["steps_lost"], step)
+        self._board.add(step, {"recovery_seconds": values["seconds"], "steps_lost": values["steps_lost"]})
 
     def event(self, event: str, **fields: Any) -> None:
         """One line of events.jsonl, visible at once."""
         self._events.append(json.dumps({"time": time.time(), "event": event, "attempt": self.attempt, **fields}))
         with suppress(OSError, DoRAError):  # it is kept, and made visible with the next one
             self._events.flush()
+
+    def _warn(self, step: int, message: str) -> None:
+        self.event("warning", step=step, message=message)
 
     def ledger(self, step: int, slots: list[int]) -> None:
         """What every slot of a step was made of."""
@@ -155,28 +153,8 @@ class Journal:
         """One line of metrics.jsonl, the same to TensorBoard, and a fresh status.json."""
         line = {"step": step, "time": time.time(), "attempt": self.attempt, "world_size": self._world_size, **values}
         self._metrics.append(json.dumps(line))
-        board = self._open_board()
-        for name, value in values.items():
-            board.add_scalar(name, value, step)
-        board.add_scalar("world_size", self._world_size, step)
+        self._board.add(step, {**values, "world_size": self._world_size})
         self.status("running", step, clips_per_second=values.get("clips_per_second"))
-
-    def _open_board(self) -> Any:
-        if self._board is None:
-            from tensorboardX import SummaryWriter
-
-            remote = files.is_remote(self.run)
-            self._board_folder = tempfile.mkdtemp() if remote else files.join(self.run, TENSORBOARD)
-            self._board = SummaryWriter(logdir=self._board_folder, flush_secs=10)
-        return self._board
-
-    def _copy_board(self) -> None:
-        """TensorBoard's writer appends, which an object store cannot: there its files are put again at every flush."""
-        if self._board is None or not files.is_remote(self.run):
-            return
-        self._board.flush()
-        for path in Path(self._board_folder).iterdir():
-            files.write_bytes(files.join(self.run, TENSORBOARD, path.name), path.read_bytes())
 
     def status(self, state: str, step: int, **fields: Any) -> None:
         """Write status.json; where that is not possible just now, training goes on."""
@@ -213,15 +191,12 @@ class Journal:
         """Make all lines visible."""
         for lines in (self._metrics, self._ledger, self._events):
             lines.flush()
-        self._copy_board()
+        self._board.copy()
 
     def close(self) -> None:
         """Flush, and close TensorBoard's file."""
         self.flush()
-        if self._board is not None:
-            self._board.close()
-            if files.is_remote(self.run):
-                shutil.rmtree(self._board_folder, ignore_errors=True)
+        self._board.close()
 
 
 @dataclass

@@ -130,6 +130,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # what follows ca
 writer.start(take_snapshot(state_at(4), CONFIG, PLAN, 1), reason="interval", copy_seconds=0.0)
 while writer.busy():
     pass
+for step in range(5, 30):
+    journal.metrics(step, {f"{'measure' * 30}_{number}": 0.0 for number in range(30)})
 print("training goes on")
 writer.finish()
 """
@@ -145,6 +147,7 @@ def test_disk_that_takes_no_more_leaves_the_last_good_one(tmp_path: Path) -> Non
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert "training goes on" in done.stdout, done.stderr
     assert "CheckpointError" in done.stderr
@@ -152,7 +155,8 @@ def test_disk_that_takes_no_more_leaves_the_last_good_one(tmp_path: Path) -> Non
     assert load(tmp_path / "checkpoints")[0] == "step-00000002"
     assert not list((tmp_path / "checkpoints").rglob("*.partial"))
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events] == ["start", "checkpoint", "warning"]
+    assert [event["event"] for event in events] == ["start", "checkpoint", "warning", "warning"]
+    assert "tensorboard gets nothing more" in events[-1]["message"]
 
 
 def test_failed_checkpoints_push_no_good_one_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import struct
 import time
+from collections import defaultdict
 from pathlib import Path
 
+from tensorboardX.proto.event_pb2 import Event
+
+from dora_ray import files
 from dora_ray.training.journal import (
     Journal,
     add_event,
@@ -27,6 +32,20 @@ def attempt(run: str, begin: int, steps: range, mark: int, world_size: int = 1) 
         journal.ledger(step, [mark, step])
         journal.metrics(step + 1, {"loss": float(mark)})
     journal.close()
+
+
+def read_scalars(run: str) -> dict[str, dict[int, float]]:
+    """What TensorBoard shows of a run: its scalars by name and step."""
+    folder, scalars = files.join(run, "tensorboard"), defaultdict[str, dict[int, float]](dict)
+    for name in files.list_names(folder):
+        content = files.read_bytes(files.join(folder, name))
+        while content:
+            # A record is its length, that one's checksum, the event, its checksum.
+            (size,) = struct.unpack_from("<Q", content)
+            event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
+            for value in event.summary.value:
+                scalars[value.tag][event.step] = value.simple_value
+    return scalars
 
 
 def test_a_later_attempt_takes_back_what_was_lost(tmp_path: Path) -> None:
@@ -81,11 +100,34 @@ def test_a_resume_is_no_recovery(tmp_path: Path) -> None:
         add_event(run, event)
     resumed = Journal(run, step=4, num_steps=9, world_size=1, entered=now)
     resumed.stepped(5, 0.1)
+    resumed.close()
     assert "recovered" not in [line["event"] for line in read_events(run)]
     for event in ("leave", "group"):
         add_event(run, event)
-    Journal(run, step=6, num_steps=9, world_size=1, entered=now).stepped(7, 0.1)
+    restarted = Journal(run, step=6, num_steps=9, world_size=1, entered=now)
+    restarted.stepped(7, 0.1)
+    restarted.close()
     assert [line["event"] for line in read_events(run)][-1] == "recovered"
+
+
+def test_the_board_of_a_run_in_an_object_store(tmp_path: Path) -> None:
+    run, now = f"memory://{tmp_path.name}/lost", time.time()
+    killed = Journal(run, step=0, num_steps=9, world_size=2, entered=now)
+    for step in range(7):
+        killed.ledger(step, [step])
+        killed.metrics(step + 1, {"loss": 1.0})
+        if step == 2:
+            killed.flush()
+    for event in ("failure", "group"):
+        add_event(run, event)
+    attempt = Journal(run, step=3, num_steps=9, world_size=1, entered=now)
+    attempt.stepped(4, 0.1)
+    attempt.metrics(4, {"loss": 0.5})
+    attempt.close()
+    scalars = read_scalars(run)
+    assert (scalars["steps_lost"].keys(), scalars["world_size"], scalars["loss"]) == ({4}, {4: 1.0}, {4: 0.5})
+    assert scalars["recovery_seconds"].keys() == {4}
+    killed.close()
 
 
 def test_an_object_store_keeps_the_events_of_both_writers(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dora_ray import files
 from dora_ray.errors import CheckpointError, ConfigError, DivergenceError, VideoError
 from dora_ray.training.journal import read_history, read_lines, read_metrics
 from dora_ray.training.launch import dry_run
+from tests.training.test_journal import read_scalars
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")  # the ingest runs on it
 
@@ -59,7 +60,9 @@ def test_run_folder(finished: Path) -> None:
     } <= names
     assert json.loads((finished / "status.json").read_text())["state"] == "done"
     assert [event["event"] for event in read_lines(str(finished / "events.jsonl"))][-1] == "end"
-    assert any((finished / "tensorboard").iterdir())
+    scalars = read_scalars(str(finished))
+    assert scalars["world_size"] == dict.fromkeys(range(1, 7), 1.0)
+    assert scalars["data_wait_seconds"].keys() == scalars["loss"].keys() == set(range(1, 7))
     assert list(read_history(str(finished))) == list(range(6))
     assert dora_ray.load_config(yaml.safe_load((finished / "config.yaml").read_text())).optim.steps == 6
 
