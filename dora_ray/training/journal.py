@@ -118,7 +118,7 @@ class Journal:
         self._board = Board(files.join(run, TENSORBOARD), self._warn)
         self._recovery = _Recovery.of(events[starts[-1] :], entered) if starts else None
         if self._recovery is not None:
-            self._recovery.steps_lost = max(0, _last_step(self._ledger.path) + 1 - step)
+            self._recovery.steps_lost = max(0, _steps_done(run) - step)
         # The ledger counts steps from 0; a line of metrics carries the number of steps done.
         self._ledger.append(json.dumps({"attempt": self.attempt, "begin": step}))
         self._metrics.append(json.dumps({"attempt": self.attempt, "begin": step + 1}))
@@ -244,6 +244,11 @@ class _Recovery:
         }
         rounded = {name: round(seconds, 2) for name, seconds in parts.items()}
         return {"seconds": round(now - self.noticed, 2), "steps_lost": self.steps_lost, "parts": rounded}
+
+
+def _steps_done(run: str) -> int:
+    """What the attempts so far have told of themselves: a ledger in an object store is as old as its checkpoint."""
+    return max(_last_step(files.join(run, LEDGER)) + 1, int(read_status(run).get("step", 0)))
 
 
 def _last_step(ledger: str) -> int:
