@@ -230,22 +230,27 @@ def load_newest(checkpoints: str, state: TrainState, config: Config, plan: Plan)
     """Put the newest undamaged checkpoint into a newly made state.
 
     Returns:
-        Its folder, None where there is no checkpoint at all; and a sentence for each newer one that was refused.
+        Its folder, None where there is no complete one; and a sentence for each newer one that was refused.
 
     Raises:
         CheckpointError: all are damaged; or the newest undamaged one is of another architecture, plan or format.
     """
-    refused: list[str] = []
-    for folder in weights.complete_checkpoints(checkpoints):
+    refused, damaged = list[str](), False
+    for name in reversed(step_names(checkpoints)):
+        folder = files.join(checkpoints, name)
+        if not files.exists(files.join(folder, META)):
+            refused.append(f"{folder} is removed: it is incomplete, its writer was interrupted.")
+            continue
         try:
             load_state(folder, state, config, plan)
         except weights.DamagedError as error:
             refused.append(str(error))
+            damaged = True
         else:
             return folder, refused
-    if refused:
+    if damaged:
         raise CheckpointError(f"{' '.join(refused)} No good checkpoint is left: begin again with --overwrite.")
-    return None, []
+    return None, refused
 
 
 def set_newest(checkpoints: str, kept: str | None) -> None:

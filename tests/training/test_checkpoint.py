@@ -87,10 +87,11 @@ def test_damaged_newest_is_refused_for_the_one_before(checkpoints: Path, file: s
     assert load(checkpoints)[:2] == ("step-00000004", [])
 
 
-def test_incomplete_newest_is_removed(checkpoints: Path) -> None:
+def test_incomplete_newest_is_told_and_removed(checkpoints: Path) -> None:
     (checkpoints / "step-00000006" / META).unlink()
-    name, refused, _ = load(checkpoints)
-    assert (name, refused) == ("step-00000004", [])
+    name, (refused,), _ = load(checkpoints)
+    assert name == "step-00000004"
+    assert refused == f"{checkpoints / 'step-00000006'} is removed: it is incomplete, its writer was interrupted."
     set_newest(str(checkpoints), str(checkpoints / "step-00000004"))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000002", "step-00000004"]
 
@@ -111,6 +112,9 @@ def test_unknown_format_names_the_last_good_one(checkpoints: Path) -> None:
 
 def test_no_checkpoint(tmp_path: Path) -> None:
     assert load(tmp_path)[:2] == (None, [])
+    (tmp_path / "step-00000002").mkdir()
+    name, refused, state = load(tmp_path)
+    assert (name, len(refused), state.step) == (None, 1, 0), "the first one was interrupted: a new beginning"
 
 
 FULL_DISK = """
