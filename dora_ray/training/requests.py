@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 
-# How long a worker that has saved waits to be ended before it goes on training.
+# How long a worker that has saved waits to be ended, counted from the deadline if there is one, before it goes on.
 LEAVE_SECONDS = 60.0
 
 

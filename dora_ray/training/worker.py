@@ -242,7 +242,6 @@ class _Loop:
         if here.deadline is not None:
             margin = LEAVE_MARGIN_SECONDS + 2 * (self._step_seconds + self._writer.seconds)
             if time.time() > here.deadline - margin:
-                here.deadline = None
                 here.make(Request.LEAVE, "deadline")
                 return Request.LEAVE
         due = time.monotonic() - self._saved_at >= self.job.config.run.checkpoint_seconds

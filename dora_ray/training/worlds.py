@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
@@ -135,5 +136,8 @@ class RayWorld:
         here.left()
         if here.signal is not None:
             os._exit(128 + here.signal)
-        time.sleep(LEAVE_SECONDS)
+        faulthandler.cancel_dump_traceback_later()  # it was to end a step that hangs
+        # Ray Train ends the workers of a preempted node at its deadline, not before.
+        time.sleep(LEAVE_SECONDS + max(0.0, (here.deadline or 0.0) - time.time()))
+        here.deadline = None
         here.stay()

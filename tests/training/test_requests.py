@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 
 import dora_ray
-from dora_ray.training.journal import read_lines
-from dora_ray.training.requests import Request, Requests
+from dora_ray.training import worlds
+from dora_ray.training.journal import Journal, read_lines
+from dora_ray.training.requests import Request, Requests, here
+from dora_ray.training.worker import _Loop
+from dora_ray.training.worlds import RayWorld
 from tests.conftest import BIKES, SMALL
+from tests.training.test_checkpoint import PLAN
 from tests.training.test_train_local import same, weights_of
 
 
@@ -51,6 +55,21 @@ def test_who_asks_to_leave_hears_of_it() -> None:
     assert requests.leave("abort", 0.0), "it has left already"
     requests.stay()
     assert not requests.leave("resize", 0.05)
+
+
+def test_who_left_before_a_deadline_stays_until_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train ends the workers at the deadline: who trains on before it does steps that are lost."""
+    monkeypatch.setattr(worlds, "LEAVE_SECONDS", 0.1)
+    journal = Journal(str(tmp_path), step=0, num_steps=9, world_size=1, entered=time.time())
+    job = worlds.Job(dora_ray.load_config("tiny", *SMALL), PLAN, str(tmp_path))
+    loop = _Loop(job, RayWorld.__new__(RayWorld), state=None, journal=journal, stream=iter(()), slots_a_step=1)
+    deadline = time.time() + 1.0  # within the margin
+    monkeypatch.setattr(here, "deadline", deadline)
+    assert loop._request() is Request.LEAVE
+    assert here.take(Request.LEAVE) == "deadline"
+    loop.world.leave()
+    assert time.time() > deadline
+    assert loop._request() is Request.NONE, "nobody came: training goes on"
 
 
 @pytest.mark.slow
