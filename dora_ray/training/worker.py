@@ -6,7 +6,7 @@ import faulthandler
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,8 @@ def train_loop(job: Job, world: World) -> None:
     """Train from the newest checkpoint to the last step."""
     entered = time.time()
     config = job.config
-    _prepare_torch(job, world)
+    torch.set_num_threads(config.cluster.threads_per_worker)
+    prepare_torch(world.device, deterministic=config.run.deterministic)
     state = initial_state(config, world.device)
     refused = _restore(job, world, state)
     journal = None
@@ -90,7 +91,8 @@ def train_loop(job: Job, world: World) -> None:
     slots = slots_of_rank(world.rank, world.size, config.optim.slots)
     stream = world.stream(range(state.step, config.optim.steps), slots)
     try:
-        _Loop(job, world, state, journal, stream, len(slots)).run()
+        with _named_limits(config):
+            _Loop(job, world, state, journal, stream, len(slots)).run()
     finally:
         if journal is not None:
             journal.close()
@@ -125,11 +127,6 @@ def _restore(job: Job, world: World, state: TrainState) -> list[str]:
                 "folder that all nodes share, or a URI such as s3://bucket/runs/walk"
             ) from error
     return refused
-
-
-def _prepare_torch(job: Job, world: World) -> None:
-    torch.set_num_threads(job.config.cluster.threads_per_worker)
-    prepare_torch(world.device, deterministic=job.config.run.deterministic)
 
 
 @dataclass
@@ -167,7 +164,8 @@ class _Loop:
             if request is Request.LEAVE:
                 self._finish_saving()
                 if self.journal is not None:
-                    self.journal.status("stopped" if self._ends(reason) else "waiting", self.state.step)
+                    ends = here.signal is not None or reason == "abort"
+                    self.journal.status("stopped" if ends else "waiting", self.state.step)
                 # No rank ends before rank 0 has saved: the first end has Ray end the others.
                 self.world.agree(None)
                 self.world.leave()
@@ -178,11 +176,6 @@ class _Loop:
             self.journal.event("end", step=self.state.step)
             self.journal.status("done", self.state.step)
         here.left()
-
-    @staticmethod
-    def _ends(reason: str) -> bool:
-        """Whether the run ends here, rather than go on with other workers."""
-        return here.signal is not None or reason == "abort"
 
     def _watch_for_stalls(self) -> None:
         """A Ray worker whose step does not end in time is ended, with all its stacks on stderr, and started again.
@@ -199,18 +192,7 @@ class _Loop:
         batches = [next(self.stream) for _ in range(self.slots_a_step)]
         waited = time.monotonic() - started
         assert all(batch.step == state.step for batch in batches), "the clip stream left the plan's order"
-        try:
-            result = sum_slots(state, batches, self._records(batches), config, self.world.all_reduce)
-        except RuntimeError as error:
-            if NOT_DETERMINISTIC in str(error):
-                raise ClusterError(f"{error}: set run.deterministic=false, at the price of equal runs") from error
-            if not _is_out_of_memory(error):
-                raise
-            raise ClusterError(
-                f"a worker ran out of memory ({str(error).splitlines()[0]}): lower optim.clips_per_slot="
-                f"{config.optim.clips_per_slot}, the clips of one forward. Fewer clips a slot and more slots "
-                "(optim.slots) are the same batch. Or lower clip.num_frames, crops.num_locals or head.num_outputs."
-            ) from error
+        result = sum_slots(state, batches, self._records(batches), config, self.world.all_reduce)
         slots, bad, request = _split_records(result.records, config)
         self._count_bad(bad)
         measures, rates = apply_step(state, result, config)
@@ -322,9 +304,32 @@ class _Loop:
                 self._writer.finish()
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+@contextmanager
+def _named_limits(config: Config) -> Iterator[None]:
+    """Name the setting to change where this process runs out of memory, or torch has no deterministic kernel.
+
+    Raises:
+        ClusterError: in place of such an error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if NOT_DETERMINISTIC in str(error):
+            raise ClusterError(f"{error}: set run.deterministic=false, at the price of equal runs") from error
+        if not _is_out_of_memory(error):
+            raise
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ClusterError(
+            f"a worker ran out of memory ({said}): lower optim.clips_per_slot="
+            f"{config.optim.clips_per_slot}, the clips of one forward. Fewer clips a slot and more slots "
+            "(optim.slots) are the same batch. Or lower clip.num_frames, crops.num_locals or head.num_outputs."
+        ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
     words = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in words or "not enough memory" in words
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "allocate memory" in words or "not enough memory" in words
 
 
 def _divides(every: int, step: int) -> bool:

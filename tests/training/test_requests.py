@@ -10,13 +10,16 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import dora_ray
+from dora_ray.errors import ClusterError
 from dora_ray.training import worlds
 from dora_ray.training.journal import Journal, read_lines
 from dora_ray.training.requests import Request, Requests, here
-from dora_ray.training.worker import _Loop
+from dora_ray.training.worker import _Loop, _named_limits
 from dora_ray.training.worlds import RayWorld
 from tests.conftest import BIKES, SMALL
 from tests.training.test_checkpoint import PLAN
@@ -70,6 +73,20 @@ def test_who_left_before_a_deadline_stays_until_it_is_over(tmp_path: Path, monke
     loop.world.leave()
     assert time.time() > deadline
     assert loop._request() is Request.NONE, "nobody came: training goes on"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_whatever_runs_out_of_memory_names_the_slot_size(error: Exception) -> None:
+    config = dora_ray.load_config("tiny", *SMALL)
+    with (
+        pytest.raises(ClusterError, match=r"ran out of memory \(.*lower optim.clips_per_slot=2"),
+        _named_limits(config),
+    ):
+        raise error
+    with pytest.raises(ClusterError, match="Unable to allocate"), _named_limits(config):
+        np.empty(2**50)
+    with pytest.raises(RuntimeError, match="something else"), _named_limits(config):
+        raise RuntimeError("something else")
 
 
 @pytest.mark.slow
