@@ -53,7 +53,7 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
     def __init__(self, run: str, *, fast: bool, spares: bool, patience: float) -> None:
         self._run, self._fast, self._spares, self._patience = run, fast, fast and spares, patience
         self._group: Any = None
-        self._noticed: int | None = None
+        self._noticed: float | None = None
         self._told: set[int] = set()
         self._homes: set[str] = set()
         self._nodes: frozenset[str] = frozenset()
@@ -104,15 +104,15 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         Ray Train's own watcher is an actor that is started anew with every group: it tells seconds later, and in the
         first ones after a restart nothing.
         """
-        draining = ray._private.state.state.get_draining_nodes()
+        draining = _draining()
         leaving = {rank: worker.metadata.node_id for rank, worker in enumerate(workers)}
         ends = {rank: draining[node] for rank, node in leaving.items() if node in draining}
-        # A drain without a deadline says 0; Ray Train then restarts after a time of its own.
         first = min(ends.values(), default=None)
         if first is None or first == self._noticed:
             return
         self._noticed = first
-        deadline = first / 1000 if first else time.time() + DEFAULT_PREEMPTION_DEADLINE_S
+        # Without any deadline Ray Train restarts after a time of its own.
+        deadline = first if math.isfinite(first) else time.time() + DEFAULT_PREEMPTION_DEADLINE_S
         self._event("notice", ranks=sorted(ends), deadline=deadline)
         for worker in workers:
             worker.execute_async(ask, Request.NOTICE, "preemption", deadline)
@@ -151,7 +151,7 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         if not self._fast:
             return
         started = time.monotonic()
-        draining = self._homes & set(_draining())
+        draining = self._homes & _draining().keys()
         lost = draining | _unreachable([node for node in ray.nodes() if node["Alive"]])
         seconds = DRAINED_NODE_SECONDS if draining else LOST_NODE_SECONDS
         while lost & _alive() and time.monotonic() - started < seconds:
@@ -197,8 +197,10 @@ def _alive() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def _draining() -> Sequence[str]:
-    return list(ray._private.state.state.get_draining_nodes())
+def _draining() -> dict[str, float]:
+    """Nodes that are drained, each with the seconds since the epoch at which it goes; inf where nobody said when."""
+    milliseconds = ray._private.state.state.get_draining_nodes()
+    return {node: end / 1000 if end else math.inf for node, end in milliseconds.items()}
 
 
 def _unreachable(nodes: Sequence[dict[str, Any]]) -> set[str]:

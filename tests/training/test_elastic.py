@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from dora_ray.training import elastic
 from dora_ray.training.spares import environment, start_spares
@@ -64,6 +67,22 @@ def test_no_node_is_lost_or_leaving(ray_cluster: Any) -> None:
     assert not elastic._unreachable(ray_cluster.nodes())
     gone = ray_cluster.nodes()[0] | {"NodeManagerPort": 1}
     assert elastic._unreachable([gone]) == elastic._alive()
+
+
+def test_the_earliest_deadline_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two nodes is drained without a deadline, which Ray tells as 0; then both are."""
+    asked: list[float] = []
+    worker = SimpleNamespace(execute_async=lambda call, request, reason, deadline: asked.append(deadline))
+    workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=node), **vars(worker)) for node in "ab"]
+    draining = {"a": 0, "b": round(time.time() + 10) * 1000, "elsewhere": 1000}
+    monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: draining)
+    callback = elastic.Elastic(str(tmp_path), fast=False, spares=False, patience=1.0)
+    for _ in range(2):
+        callback._announce_drains(workers)
+    assert asked == [draining["b"] / 1000] * 2, "each worker is told once"
+    draining["b"] = 0
+    callback._announce_drains(workers)
+    assert asked[2] == pytest.approx(time.time() + elastic.DEFAULT_PREEMPTION_DEADLINE_S, abs=5)
 
 
 def test_memory_that_ran_out_names_the_slot_size() -> None:
