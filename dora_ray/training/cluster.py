@@ -20,6 +20,7 @@ from dora_ray.training.worlds import CHECKPOINTS, Job
 # this environment. A user's own settings win.
 FAST_RECOVERY = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "4",
