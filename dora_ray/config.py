@@ -269,11 +269,10 @@ class ClusterConfig(Section):
     """Value of the node label `role` that decode tasks are pinned to, such as "decode"; not set: any node."""
     max_failures: Annotated[int, Field(ge=-1)] = 8
     """Worker failures that the run survives, -1 for any number; drained nodes are never counted."""
-    collective_timeout_seconds: Positive = 300.0
-    """Time after which a collective operation that hangs is an error."""
     stall_seconds: Positive = 900.0
-    """Time after which a worker whose step does not end is ended and started again; more than 7 x data.decode_seconds,
-    which a step may have to wait for clips that cannot be read."""
+    """Time after which workers whose step does not end are ended and started again, be it that one of them hangs and
+    the others wait; more than an evaluation takes, and than 7 x data.decode_seconds, which a step may have to wait for
+    clips that cannot be read."""
     fast_recovery: bool = True
     """Look for failures twice a second, count a changed cluster at once, and keep a spare process for each worker of an
     elastic run (its memory: that of a worker before its first step). False: Ray Train's own pace."""

@@ -27,6 +27,8 @@ FAST_RECOVERY = {
 }
 # An elastic group is only started on nodes that are there, so a placement that takes longer will not come at all.
 FAST_ELASTIC_RECOVERY = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
+# A collective that hangs fails so much later than the stall watch ends the workers, which shows where all of them are.
+COLLECTIVE_MARGIN_SECONDS = 30
 OBJECT_STORE_BYTES = 2**30
 # Ray ends an idle process after a second once there are more processes than cores, actors counted: on a laptop that is
 # every decode process between two tasks, and each new one imports torch. So clusters that are started here keep more.
@@ -125,7 +127,7 @@ def run_on_ray(job: Job) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from dora_ray.training.elastic import Elastic, describe
+    from dora_ray.training.elastic import Elastic, describe, most_telling
     from dora_ray.training.spares import ENVIRONMENT
 
     cluster, workers = job.config.cluster, job.config.cluster.num_workers
@@ -139,7 +141,7 @@ def run_on_ray(job: Job) -> None:
     trainer = TorchTrainer(
         ray_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(timeout_s=int(cluster.collective_timeout_seconds)),
+        torch_config=TorchConfig(timeout_s=math.ceil(cluster.stall_seconds) + COLLECTIVE_MARGIN_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=cluster.use_gpu,
@@ -160,10 +162,10 @@ def run_on_ray(job: Job) -> None:
         except SystemExit as error:  # what Ray Train makes of Ctrl-C, after the workers have saved
             raise KeyboardInterrupt from error
         except TrainingFailedError as error:
-            failures = getattr(error, "worker_failures", {})
+            failures = list(getattr(error, "worker_failures", {}).values())
             why = f"after {cluster.max_failures} restarts (cluster.max_failures)" if failures else "in its controller"
             raise DoRAError(
-                f"training stopped {why}; the last failure: {describe(next(iter(failures.values()), error))}. "
+                f"training stopped {why}; the last failure: {describe(most_telling(failures or [error]))}. "
                 f"The last checkpoint is kept: fix the cause and go on with --resume --out {job.run}"
             ) from error
 

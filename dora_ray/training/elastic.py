@@ -14,7 +14,7 @@ import math
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from signal import SIGTERM
 from typing import Any
@@ -90,9 +90,7 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         failed = {rank: error for rank, error in worker_group_status.errors.items() if rank not in self._told}
         if failed:
             self._told.update(failed)
-            # The dead say more than those who lost their connection to them.
-            first = min(failed.values(), key=lambda error: "actor" not in str(error).lower())
-            self._event("failure", ranks=sorted(failed), error=describe(first))
+            self._event("failure", ranks=sorted(failed), error=describe(most_telling(failed.values())))
         if self._group is not None:
             self._announce_drains(self._group.get_workers())
         if self._fast:
@@ -181,6 +179,11 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
             add_event(self._run, event, **fields)
         except (OSError, DoRAError) as error:
             logger.warning("not noted: %s %s (%s)", event, fields, error)
+
+
+def most_telling(errors: Iterable[BaseException]) -> BaseException:
+    """Of the errors of one failure: the dead say more than those who lost their connection to them."""
+    return min(errors, key=lambda error: "actor" not in str(error).lower())
 
 
 def describe(error: BaseException) -> str:
