@@ -286,7 +286,7 @@ class RunConfig(Section):
     seed: Natural = 0
     """Seed of everything random."""
     checkpoint_seconds: Positive = 60.0
-    """Time between checkpoints: the most work that a killed worker costs."""
+    """Time between checkpoints. A killed worker costs at most that, what writing one takes, and a step."""
     log_every_steps: Count = 10
     """Steps between lines of metrics.jsonl; a line holds the means since the last one."""
     keep_checkpoints: Count = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from dora_ray import spot
+from dora_ray.training.requests import LEAVE_SECONDS
 
 PATH = Path(__file__).parents[1] / "cluster.yaml"
 
@@ -89,6 +91,13 @@ def test_the_dashboard_listens_on_loopback_only(cluster):
     (head,) = (line for line in cluster["head_start_ray_commands"] if "ray start" in line)
     assert "--dashboard-host=127.0.0.1" in head
     assert "0.0.0.0" not in PATH.read_text()
+
+
+def test_a_stopped_job_has_time_to_save(cluster):
+    """More than Ray Train's controller waits for the workers. A job's supervisor has the environment of the head."""
+    (head,) = (line for line in cluster["head_start_ray_commands"] if "ray start" in line)
+    (seconds,) = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+) ", head.partition("ray start")[0])
+    assert int(seconds) > LEAVE_SECONDS + 5
 
 
 def test_every_spot_node_watches_for_the_notice(cluster, monkeypatch):
