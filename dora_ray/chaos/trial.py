@@ -219,6 +219,8 @@ def limits(row: Row) -> list[str]:
     where = f"{row.fault} at step {row.step}"
     if row.recovered_seconds is None:
         problems.append(f"{where}: no step followed")
+    elif row.fault == "join" and row.world_sizes[-1] <= row.world_sizes[0]:
+        problems.append(f"{where}: a node joined, and the workers were {' > '.join(map(str, row.world_sizes))}")
     if row.clips_lost or row.clips_repeated:
         problems.append(f"{where}: {row.clips_lost} clips lost, {row.clips_repeated} repeated")
     if row.fault in ANNOUNCED and row.steps_lost:

@@ -126,8 +126,14 @@ def test_clips_are_counted_by_the_fault_that_lost_them():
     ],
 )
 def test_what_a_fault_may_cost(fault, steps, seconds, holds):
-    row = Row(fault, 30, (2, 2), 12.0, steps, seconds, 0, 0, {})
+    row = Row(fault, 30, (2, 3), 12.0, steps, seconds, 0, 0, {})
     assert (limits(row) == []) == holds
+
+
+@pytest.mark.parametrize(("sizes", "holds"), [((1, 2), True), ((2, 1, 3), True), ((2, 2), False), ((2, 3, 2), False)])
+def test_after_a_join_the_world_is_larger(sizes, holds):
+    problems = [] if holds else [f"join at step 30: a node joined, and the workers were {' > '.join(map(str, sizes))}"]
+    assert limits(Row("join", 30, sizes, 12.0, 0, 0.0, 0, 0, {})) == problems
 
 
 @pytest.fixture(scope="module")
