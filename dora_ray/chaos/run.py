@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dora_ray.chaos.schedule import FAULTS, LIVE, QUICK
+from dora_ray.chaos.schedule import FAULTS, LIVE, OF_WORKERS, QUICK
 from dora_ray.chaos.training import make_training_video
 from dora_ray.chaos.trial import Laboratory, Trial
 from dora_ray.errors import ConfigError
@@ -33,7 +33,7 @@ def chaos(
         seed: of the steps and the victims.
         count: how often each fault that strikes a living run strikes it.
         quick: one run for all faults that strike a living run, instead of one each.
-        compare: each run that faults strike once more with cluster.fast_recovery=false.
+        compare: each run that faults strike once more with cluster.fast_recovery=false; for faults of workers only.
         on_trial: called with the name of a run, its number from 1, and how many there are.
 
     Returns:
@@ -41,9 +41,9 @@ def chaos(
         trials: for each run its name, rows, max_difference, problems and notes.
 
     Raises:
-        ConfigError: a fault is not known, or count is not positive.
+        ConfigError: a fault is not known or cannot be compared, or count is not positive.
     """
-    names = check(faults or (QUICK if quick else FAULTS), count=count)
+    names = check(faults or (QUICK if quick else FAULTS), count=count, compare=compare)
     folder = Path(tempfile.mkdtemp(prefix="dora-ray-chaos-"))
     planned = plan_trials(names, count=count, quick=quick, compare=compare)
     trials: list[Trial] = []
@@ -66,17 +66,23 @@ def chaos(
     }
 
 
-def check(faults: Sequence[str], *, count: int) -> list[str]:
+def check(faults: Sequence[str], *, count: int, compare: bool = False) -> list[str]:
     """The faults' names.
 
     Raises:
-        ConfigError: one is not known, or they are never to strike.
+        ConfigError: one is not known or cannot be compared, or they are never to strike.
     """
     if count < 1:
         raise ConfigError(f"--count {count}: each fault must strike at least once")
     unknown = [name for name in faults if name not in FAULTS]
     if unknown:
         raise ConfigError(f"--faults {','.join(unknown)}: not known; choose from {', '.join(FAULTS)}")
+    unfair = [name for name in faults if name not in OF_WORKERS]
+    if compare and unfair:
+        raise ConfigError(
+            f"--compare --faults {','.join(unfair)}: how soon a node is missed is a setting of the cluster, and the "
+            f"same at either pace; choose from {', '.join(OF_WORKERS)}"
+        )
     return list(faults)
 
 

@@ -13,6 +13,8 @@ LIVE = ("worker_kill", "node_kill", "drain", "join", "checkpoint_kill", "stall")
 ALONE = ("resize_path", "truncate", "corrupt_segment", "hung_decoder")
 FAULTS = (*LIVE, *ALONE)
 QUICK = ("worker_kill", "drain", "join")
+# Strike a worker and leave the nodes alone.
+OF_WORKERS = ("worker_kill", "checkpoint_kill", "stall")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_ray.chaos.run import Planned, check, plan_trials
-from dora_ray.chaos.schedule import ALONE, FAULTS, LIVE, QUICK, draw_schedule
+from dora_ray.chaos.schedule import ALONE, FAULTS, LIVE, OF_WORKERS, QUICK, draw_schedule
 from dora_ray.errors import ConfigError
 
 
@@ -47,11 +47,21 @@ def test_each_fault_has_a_run_of_its_own_unless_it_is_to_be_quick():
 
 
 def test_a_comparison_repeats_what_strikes_a_living_run():
-    assert plan_trials(["worker_kill", "truncate"], count=3, quick=False, compare=True) == [
+    assert plan_trials(["worker_kill", "stall"], count=3, quick=False, compare=True) == [
         Planned("worker_kill", ("worker_kill",) * 3),
+        Planned("stall", ("stall",) * 3),
         Planned("worker_kill-at-rays-pace", ("worker_kill",) * 3, plain=True),
-        Planned("truncate"),
+        Planned("stall-at-rays-pace", ("stall",) * 3, plain=True),
     ]
+
+
+@pytest.mark.parametrize("fault", sorted({*FAULTS} - {*OF_WORKERS}))
+def test_a_comparison_that_the_clusters_own_settings_would_decide_is_refused(fault):
+    assert check(OF_WORKERS, count=1, compare=True) == list(OF_WORKERS)
+    with pytest.raises(
+        ConfigError, match=f"--compare --faults {fault}: .* choose from worker_kill, checkpoint_kill, stall"
+    ):
+        check(["worker_kill", fault], count=1, compare=True)
 
 
 def test_an_unknown_fault_is_told_with_those_that_are_known():
