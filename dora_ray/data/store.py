@@ -273,15 +273,18 @@ def _open_video(index: VideoIndex, store: str, setting: dict[str, float]) -> Sto
     dataset = _latest(uri)
     wanted = index.pts[index.kept_frames(setting["frames_per_second"])]
     table = _columns(dataset, ["pts", "signature"]) if dataset else SCHEMA.empty_table()
-    # Two ingests side by side may both have stored a frame: the first row counts.
-    pts, rows = np.unique(table["pts"].to_numpy(), return_index=True)
+    # Of two ingests side by side one may have stored a frame and the other given it up: the first picture counts.
+    readable = table["signature"].is_valid().to_numpy()
+    order = np.argsort(~readable, kind="stable")
+    pts, places = np.unique(table["pts"].to_numpy()[order], return_index=True)
+    rows = order[places]
     lacking = len(np.setdiff1d(wanted, pts))
     if lacking or dataset is None:
         raise VideoError(
             f"{index.path}: {lacking} of {len(wanted)} frames are not in the store {store} at {Path(uri).stem};"
             " run: dora-ray data ingest, with the same data.* settings"
         )
-    chosen = np.isin(pts, wanted) & table["signature"].is_valid().to_numpy()[rows]
+    chosen = np.isin(pts, wanted) & readable[rows]
     if not chosen.any():
         raise VideoError(
             f"{index.path}: none of its {len(wanted)} frames could be decoded; get the file again or leave it out"

@@ -78,6 +78,16 @@ def test_two_ingests_side_by_side_count_once(film):
     assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
 
 
+def test_a_picture_counts_before_a_row_that_gave_it_up(film):
+    """Of two ingests side by side one gave two segments up, and was the first to say so."""
+    store, index = film
+    fill(index, store, order=(1, 2), lost=set(index.pts.tolist()))
+    fill(index, store)
+    (video,) = open_videos([index], store=store, **SETTING)
+    assert (video.missing, len(video)) == (0, 14)
+    assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
+
+
 def test_a_pinned_version_is_unmoved_by_growth(film):
     store, index = film
     uri = fill(index, store)
