@@ -1,6 +1,6 @@
 """Ingest: a Ray Data job that decodes every video once, by key-frame-aligned segments, into the frame store.
 
-A task decodes the frames that one segment still lacks and writes them as a data file; the driver commits those files
+A task decodes the frames that one segment still lacks and writes them as data files; the driver commits those files
 to the datasets as results come in, every COMMIT_SECONDS. A killed ingest therefore repeats the segments in flight and
 those few seconds, and one with nothing to do starts no Ray. A task that hangs is ended with its process; where that
 happens twice, the segment's frames count as unreadable, unless none of the video can be read.
@@ -16,6 +16,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from dora_ray.errors import DoRAError, VideoError
 logger = logging.getLogger(__name__)
 
 COMMIT_SECONDS = 10.0
+# What a task holds of a segment: a file whose only key frame is its first is one segment, however long.
+ROWS_A_FILE = 256
 MAX_HANGS = 2
 MAX_DEATHS = 4
 # The limit of a task is for this much video; a short segment gets it whole.
@@ -196,15 +199,21 @@ def _write_segment(
     """The written data files and the number of frames that are missing: all of them where there is no decoder."""
     index = replace(_worker_index(store, part.video_id), path=part.path)
     frames = get_decoder(decoder).decode(index, part.pts, short_side=short_side) if decoder else ()
-    rows = {f.pts: frame_store.frame_row(f, segment=part.segment, jpeg_quality=jpeg_quality) for f in frames}
     width, height = scaled_size(index.width, index.height, short_side)
-    lost = [
-        frame_store.missing_row(pts, segment=part.segment, width=width, height=height)
-        for pts in part.pts
-        if pts not in rows
-    ]
-    ordered = sorted([*rows.values(), *lost], key=lambda row: row["pts"])
-    return frame_store.write_rows(part.uri, ordered), len(lost)
+    lost = set(part.pts)
+
+    def rows() -> Iterator[dict[str, object]]:
+        for frame in frames:
+            lost.discard(frame.pts)
+            yield frame_store.frame_row(frame, segment=part.segment, jpeg_quality=jpeg_quality)
+        for pts in sorted(lost):
+            yield frame_store.missing_row(pts, segment=part.segment, width=width, height=height)
+
+    fragments: list[str] = []
+    remaining = rows()
+    while batch := list(islice(remaining, ROWS_A_FILE)):
+        fragments += frame_store.write_rows(part.uri, batch)
+    return fragments, len(lost)
 
 
 @functools.lru_cache(maxsize=8)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dora_ray.data import ingest as job
+from dora_ray.data import store as frame_store
 from dora_ray.data.decoders import PyAVDecoder
 from dora_ray.data.ingest import ingest
 from dora_ray.data.store import load_index, open_videos, read_frames
@@ -99,6 +100,25 @@ def test_damage_costs_the_frames_it_touches_and_is_not_tried_again(ray_cluster, 
     assert broken.times == pytest.approx(np.array(numbers) / 30)
     no_ray()
     assert run(tmp_path / "store", *paths)[0][1].missing == 3
+
+
+def test_a_segment_without_end_is_written_in_parts(tmp_path):
+    """One key frame makes one segment of any length: what is held is a part's rows, and its commit is still one."""
+    path = make_video(
+        tmp_path / "v.mp4", width=160, height=96, num_frames=600, frames_per_second=30, seed=1, group_size=600
+    )
+    store, setting = str(tmp_path / "store"), {"frames_per_second": 30.0, "short_side": 48, "jpeg_quality": 90}
+    index = load_index(str(path), store=store)
+    uri = frame_store.dataset_uri(store, index.video_id, **setting)
+    frame_store.create_dataset(uri)
+    (part,) = job._pending(index, uri, 30.0, 0.2, 120.0)
+    fragments, missing = job._write_segment(part, store, "pyav", 48, 90)
+    assert [json.loads(fragment)["physical_rows"] for fragment in fragments] == [256, 256, 88]
+    frame_store.commit(uri, fragments)
+    (video,) = open_videos([index], store=store, **setting)
+    assert (missing, video.missing, video.version) == (0, 0, 2)
+    frames = [0, 255, 256, 511, 512, 599]
+    assert [read_counter(frame) for frame in read_frames(video, frames)] == frames
 
 
 def test_copies_of_one_video_are_stored_once(ray_cluster, tmp_path):
