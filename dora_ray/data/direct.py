@@ -7,6 +7,7 @@ source, and a segment waits in a tenth of the memory that its ready clips would 
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -89,7 +90,8 @@ def _decode(
             continue
         wanted = list(run)
         watch.begin(number_of[wanted[0]])
-        for place, frame in enumerate(decoder.decode(video.index, wanted, short_side=plan.short_side)):
+        for frame in decoder.decode(video.index, wanted, short_side=plan.short_side):
             yield number_of[frame.pts], frame
-            if place + 1 < len(wanted):
-                watch.begin(number_of[wanted[place + 1]])
+            following = bisect_right(wanted, frame.pts)
+            if following < len(wanted):
+                watch.begin(number_of[wanted[following]])

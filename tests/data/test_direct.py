@@ -223,6 +223,28 @@ def test_missing_file_marks_its_clips(plan: SegmentPlan, tmp_path: Path) -> None
     assert not batch.valid.any()
 
 
+class Noting(Unwatched):
+    """Writes down what is begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[int] = []
+
+    def begin(self, item: int) -> None:
+        self.begun.append(item)
+
+
+def test_the_frame_begun_is_the_one_after_the_last_decoded(damaged: SegmentPlan) -> None:
+    """Also behind a hole, or a hang there would cost another group of pictures than its own."""
+    watch = Noting()
+    whole = replace(damaged, segment_seconds=60.0)
+    frames, good = whole.segment_frames(0)[1].tolist(), decode_segment(whole, 0, watch).frames.tolist()
+    assert good[-1] == frames[-1]
+    assert len(good) < len(frames)
+    following = [frames[frames.index(frame) + 1] for frame in good[:-1]]
+    assert watch.begun == [frames[0], *following]
+
+
 def test_given_up_frames_cost_their_group_of_pictures(plan: SegmentPlan) -> None:
     frames = plan.segment_frames(0)[1].tolist()
     part = decode_segment(plan, 0, Unwatched(frozenset([frames[1]])))
