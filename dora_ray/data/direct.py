@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dora_ray.data.decoders import DecodedFrame, get_decoder
 from dora_ray.data.segments import SegmentPlan, StreamedVideo
+from dora_ray.data.sources import check_unchanged
 from dora_ray.data.supervision import UNWATCHED, Watch
 from dora_ray.errors import VideoError
 
@@ -90,6 +91,7 @@ def _decode(
             continue
         wanted = list(run)
         watch.begin(number_of[wanted[0]])
+        check_unchanged(video.path, video.index.size_bytes)
         for frame in decoder.decode(video.index, wanted, short_side=plan.short_side):
             yield number_of[frame.pts], frame
             following = bisect_right(wanted, frame.pts)

@@ -14,7 +14,7 @@ import logging
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -23,9 +23,9 @@ import numpy as np
 
 from dora_ray import files
 from dora_ray.data import store as frame_store
-from dora_ray.data.decoders import get_decoder, scaled_size
+from dora_ray.data.decoders import DecodedFrame, get_decoder, scaled_size
 from dora_ray.data.ray_tasks import ray_cluster, run_tasks
-from dora_ray.data.sources import find_videos
+from dora_ray.data.sources import check_unchanged, find_videos
 from dora_ray.data.store import StoredVideo
 from dora_ray.data.video import VideoIndex
 from dora_ray.data.watchdog import begin_attempt, end_attempt, time_limit
@@ -66,6 +66,7 @@ class _Work:
     uri: str
     segment: int
     pts: list[int]
+    size_bytes: int
     seconds: float
     limit_seconds: float
 
@@ -189,7 +190,8 @@ def _pending(
             length = (pts[-1] - index.key_before(pts[0])) * index.tick
             limit = decode_seconds * max(1.0, length / LIMIT_VIDEO_SECONDS)
             start = float(index.seconds(np.array(pts[0])))
-            parts.append(_Work(index.path, index.video_id, uri, segment.number, pts, start, limit))
+            size = index.size_bytes
+            parts.append(_Work(index.path, index.video_id, uri, segment.number, pts, size, start, limit))
     return parts
 
 
@@ -198,7 +200,10 @@ def _write_segment(
 ) -> tuple[list[str], int]:
     """The written data files and the number of frames that are missing: all of them where there is no decoder."""
     index = replace(_worker_index(store, part.video_id), path=part.path)
-    frames = get_decoder(decoder).decode(index, part.pts, short_side=short_side) if decoder else ()
+    frames: Iterable[DecodedFrame] = ()
+    if decoder:
+        check_unchanged(part.path, part.size_bytes)
+        frames = get_decoder(decoder).decode(index, part.pts, short_side=short_side)
     width, height = scaled_size(index.width, index.height, short_side)
     lost = set(part.pts)
 

@@ -57,18 +57,37 @@ def file_stamp(path: str) -> tuple[int, int]:
     Raises:
         VideoError: the file cannot be looked at.
     """
-    if not files.is_remote(path):
-        status = Path(path).stat()
-        return status.st_size, status.st_mtime_ns
     try:
+        _check_there(path)
+        if not files.is_remote(path):
+            status = Path(path).stat()
+            return status.st_size, status.st_mtime_ns
         filesystem, inner = url_to_fs(path)
         filesystem.invalidate_cache()
         facts = filesystem.info(inner)
+    except VideoError:
+        raise
     except Exception as error:
         raise VideoError(_open_failure(path, error)) from error
     given = [str(facts[key]) for key in STAMPS if facts.get(key)]
     digest = hashlib.blake2b("|".join(given).encode(), digest_size=7).digest()
     return int(facts.get("size") or 0), int.from_bytes(digest, "big") if given else 0
+
+
+def check_unchanged(path: str, size_bytes: int) -> None:
+    """Whether the file, on this node and now, is the one that was indexed, told by its size.
+
+    Times are not compared: nodes may hold copies of their own.
+
+    Raises:
+        VideoError: it is another one, or cannot be looked at.
+    """
+    size, _ = file_stamp(path)
+    if size != size_bytes:
+        raise VideoError(
+            f"{path}: has {size} bytes and had {size_bytes} when it was indexed: the file changed, or is another one on"
+            " this node; have the same file on every node, and start again"
+        )
 
 
 @contextmanager

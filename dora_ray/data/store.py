@@ -230,7 +230,7 @@ def commit(uri: str, fragments: Sequence[str]) -> None:
 def _same_file(index: VideoIndex) -> bool:
     try:
         return file_stamp(index.path) == (index.size_bytes, index.mtime_ns)
-    except (OSError, VideoError):
+    except VideoError:
         return False
 
 

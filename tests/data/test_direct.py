@@ -223,6 +223,15 @@ def test_missing_file_marks_its_clips(plan: SegmentPlan, tmp_path: Path) -> None
     assert not batch.valid.any()
 
 
+def test_a_file_that_changed_since_it_was_indexed_is_not_decoded(tmp_path: Path, caplog) -> None:
+    """Other pictures at the same times and key frames."""
+    film = {"width": 160, "height": 96, "num_frames": 96, "frames_per_second": 24, "group_size": 24}
+    plan = plan_of(make_video(tmp_path / "walk.mp4", seed=1, **film))
+    make_video(tmp_path / "walk.mp4", seed=2, **film)
+    assert len(decode_segment(plan, 0).frames) == 0
+    assert "when it was indexed: the file changed" in caplog.text
+
+
 class Noting(Unwatched):
     """Writes down what is begun."""
 

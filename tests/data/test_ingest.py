@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from dora_ray.data.decoders import PyAVDecoder
 from dora_ray.data.ingest import ingest
 from dora_ray.data.store import load_index, open_videos, read_frames
 from dora_ray.data.synthetic import make_video, read_counter
+from dora_ray.data.video import index_video
 from dora_ray.errors import ClusterError, ConfigError, VideoError
 from tests.data import videos
 
@@ -119,6 +121,24 @@ def test_a_segment_without_end_is_written_in_parts(tmp_path):
     assert (missing, video.missing, video.version) == (0, 0, 2)
     frames = [0, 255, 256, 511, 512, 599]
     assert [read_counter(frame) for frame in read_frames(video, frames)] == frames
+
+
+def test_a_file_that_changed_since_it_was_indexed_is_not_decoded(tmp_path):
+    """Other pictures at the same times and key frames, put in its place while an ingest waits for nodes."""
+    make = functools.partial(make_video, tmp_path / "v.mp4", width=160, height=96, num_frames=40, group_size=10)
+    path, store = str(make(frames_per_second=30, seed=1)), str(tmp_path / "store")
+    index = load_index(path, store=store)
+    uri = frame_store.dataset_uri(store, index.video_id, frames_per_second=10, short_side=64, jpeg_quality=90)
+    frame_store.create_dataset(uri)
+    part = job._pending(index, uri, 10.0, 0.2, 120.0)[1]
+    make(frames_per_second=30, seed=2)
+    other = index_video(path)
+    assert (other.pts.tolist(), other.key_pts.tolist()) == (index.pts.tolist(), index.key_pts.tolist())
+    with pytest.raises(VideoError, match=r"v\.mp4: has \d+ bytes and had \d+ when it was indexed: the file changed"):
+        job._write_segment(part, store, "pyav", 64, 90)
+    Path(path).unlink()
+    with pytest.raises(VideoError, match=r"v\.mp4: no such file; check the path, on every node"):
+        job._write_segment(part, store, "pyav", 64, 90)
 
 
 def test_copies_of_one_video_are_stored_once(ray_cluster, tmp_path):
