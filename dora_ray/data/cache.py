@@ -39,5 +39,10 @@ def _copy_once(uri: str, target: Path) -> None:
         if not target.exists():
             partial = target.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            files.copy_folder(uri, str(partial))
-            partial.rename(target)
+            try:
+                files.copy_folder(uri, str(partial))
+                partial.rename(target)
+            except BaseException:
+                # On a disk that is full, half a copy would keep it so.
+                shutil.rmtree(partial, ignore_errors=True)
+                raise

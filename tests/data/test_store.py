@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -234,6 +235,23 @@ def test_without_room_for_a_copy_frames_are_read_where_they_are(film, tmp_path, 
     (video,) = open_videos([index], store=store, cache=str(tmp_path / "file"), **SETTING)
     assert read_counter(read_frames(video, [4])[0]) == 12
     assert "no copy could be made" in caplog.text
+
+
+def test_half_a_copy_gives_its_room_back(film, tmp_path, caplog):
+    """A disk that takes no more in the middle of a copy: here, no file above a limit of the process."""
+    store, index = film
+    uri = fill(index, store)
+    cache = tmp_path / "disk"
+    (video,) = open_videos([index], store=store, **SETTING)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        place = local_copy(uri, video.identity, str(cache))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert place == uri
+    assert "no copy could be made" in caplog.text
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
 def test_a_store_that_was_removed_is_an_error_of_ours(film):
