@@ -119,12 +119,14 @@ class CountingEngine:
 
     def __init__(self) -> None:
         self.decoded: list[int] = []
+        self.decoded_by: dict[int, set[int]] = {}
 
     def decode(self, segment: int, *, again: bool = False) -> int:
         self.decoded.append(segment)
         return segment
 
     def read(self, keys, segments, *, again: bool = False):
+        self.decoded_by |= {step: set(self.decoded) for step, _ in keys}
         return keys
 
     def result(self, handle) -> list[SlotBatch]:
@@ -155,6 +157,16 @@ def test_each_segment_is_decoded_once_an_epoch_and_a_resume_decodes_the_pools_at
     assert set(engine.decoded) <= ahead
     list(stream)
     assert len(alone.segments) - 3 <= len(engine.decoded) <= len(alone.segments) + 3 * 3
+
+
+def test_the_next_pool_is_decoded_before_a_step_needs_it(plan: SegmentPlan) -> None:
+    alone = replace(plan, slots=1, shuffle_segments=3)
+    engine, steps = CountingEngine(), range(40)
+    list(slots_in_order(alone, iter([(step, 0) for step in steps]), engine, slots_per_task=1, prefetch=1))
+    needed = {step: set(alone.live_segments(step, 0)[0]) for step in steps}
+    begins = [step for step in steps[1:] if not needed[step] <= needed[step - 1]]
+    assert len(begins) > 2
+    assert all(needed[step] <= engine.decoded_by[step - 1] for step in begins)
 
 
 class OneBlindNode(CountingEngine):
