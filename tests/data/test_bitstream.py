@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dora_ray.data import decoders
 from dora_ray.data.bitstream import reference_test
 from dora_ray.data.decoders import get_decoder
 from dora_ray.data.video import index_video
@@ -66,6 +67,23 @@ def test_any_choice_of_frames_gives_the_pixels_of_the_whole(kind, tmp_path):
         frames = list(decoder.decode(index, wanted, short_side=64))
         assert [frame.pts for frame in frames] == wanted.tolist()
         assert all(np.array_equal(frame.y, expected[frame.pts]) for frame in frames)
+
+
+@pytest.mark.parametrize("kind", sorted(SPARSE))
+def test_pictures_that_nothing_needs_are_not_decoded(kind, tmp_path, monkeypatch):
+    path, decoded, sound_frames = SPARSE[kind](tmp_path), [], decoders._sound_frames
+
+    def noted(packets):
+        for packet in packets:
+            decoded.extend([packet.pts] if packet.size else [])
+            yield packet
+
+    monkeypatch.setattr(decoders, "_sound_frames", lambda packets: sound_frames(noted(packets)))
+    index, leant_on = index_video(str(path)), marks(path)
+    wanted = index.pts[[0, len(index.pts) // 2, -1]]
+    assert len(list(get_decoder("pyav").decode(index, wanted, short_side=64))) == 3
+    assert decoded == [pts for pts in leant_on if leant_on[pts] or pts in wanted]
+    assert len(decoded) <= len(leant_on) * 7 / 8 + len(wanted)
 
 
 @pytest.mark.parametrize("kind", ["h264_b_frames", "h264_open_groups", "h264_start_codes"])
