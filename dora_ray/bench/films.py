@@ -19,6 +19,13 @@ from dora_ray.data.store import StoredVideo
 from dora_ray.data.synthetic import make_video
 from dora_ray.data.video import VideoIndex
 
+# Encoders and their options, quick ones; None: those of `make_video`.
+ENCODERS: dict[str, tuple[str, dict[str, str] | None]] = {
+    "h264": ("libx264", None),
+    "vp9": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "30"}),
+    "av1": ("libsvtav1", {"preset": "12", "crf": "35"}),
+}
+
 
 def cache_folder() -> Path:
     """Where films are kept between measurements."""
@@ -28,9 +35,19 @@ def cache_folder() -> Path:
     return folder
 
 
-def film(*, width: int, height: int, frames_per_second: int, seconds: int, group_size: int, loops: int = 1) -> str:
-    """Path of an H.264 film of `loops` times the same `seconds`, made unless it is there."""
-    name = f"{width}x{height}-{frames_per_second}-{seconds}s-gop{group_size}"
+def film(
+    *,
+    width: int,
+    height: int,
+    frames_per_second: int,
+    seconds: int,
+    group_size: int,
+    loops: int = 1,
+    codec: str = "h264",
+) -> str:
+    """Path of a film, in a codec of ENCODERS, of `loops` times the same `seconds`, made unless it is there."""
+    encoder, options = ENCODERS[codec]
+    name = f"{width}x{height}-{frames_per_second}-{seconds}s-gop{group_size}" + ("" if codec == "h264" else f"-{codec}")
     once = cache_folder() / f"{name}.mp4"
     if not once.exists():
         partial = once.with_suffix(f".{os.getpid()}.mp4")
@@ -41,7 +58,9 @@ def film(*, width: int, height: int, frames_per_second: int, seconds: int, group
             num_frames=seconds * frames_per_second,
             frames_per_second=frames_per_second,
             seed=0,
+            codec=encoder,
             group_size=group_size,
+            options=options,
         )
         partial.replace(once)
     if loops == 1:
