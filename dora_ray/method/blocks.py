@@ -65,6 +65,11 @@ class Layout:
         """Tokens of each run."""
         return [count * length for count, length in self.runs]
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a sequence."""
+        return max(length for _, length in self.runs)
+
     @cached_property
     def lengths(self) -> Tensor:
         """(S,) int64 on the device, made from the runs: the host waits for nothing."""
@@ -146,9 +151,8 @@ def _self_attention(attention: Attention, qkv: Tensor, layout: Layout) -> Tensor
     parts = torch.unflatten(qkv, -1, (3, *_heads(attention)))
     if _has_kernel(qkv, layout):
         query, key, value = parts.unbind(1)
-        longest = max(length for _, length in layout.runs)
         query, key = attention.q_norm(query), attention.k_norm(key)
-        return cast(Tensor, varlen_attn(query, key, value, layout.bounds, layout.bounds, longest, longest)).flatten(1)
+        return _attend_unlike(query, key, value, layout, layout.bounds, layout.longest)
     mixed = []
     for run, shape in zip(_split(parts, layout), layout.runs, strict=True):
         # Unbound where the projections lie: the backward then stacks them in one pass, in this very order.
@@ -162,9 +166,7 @@ def _cls_attention(attention: Attention, query: Tensor, key_value: Tensor, layou
     if _has_kernel(key_value, layout):
         key, value = key_value.unbind(1)
         singles = torch.arange(layout.num_sequences + 1, dtype=torch.int32, device=layout.device)
-        longest = max(length for _, length in layout.runs)
-        key = attention.k_norm(key)
-        return cast(Tensor, varlen_attn(query, key, value, singles, layout.bounds, 1, longest)).flatten(1)
+        return _attend_unlike(query, attention.k_norm(key), value, layout, singles, 1)
     mixed = []
     queries = torch.split(query, [count for count, _ in layout.runs])
     for one, run, shape in zip(queries, _split(key_value, layout), layout.runs, strict=True):
@@ -176,6 +178,25 @@ def _cls_attention(attention: Attention, query: Tensor, key_value: Tensor, layou
 def _has_kernel(tokens: Tensor, layout: Layout) -> bool:
     """Whether to use torch's attention over unlike lengths, which there is in half precision on a GPU."""
     return tokens.is_cuda and tokens.dtype in HALF and len(layout.runs) >= RUNS_FOR_KERNEL
+
+
+def _attend_unlike(query: Tensor, key: Tensor, value: Tensor, layout: Layout, queries: Tensor, most: int) -> Tensor:
+    """(queries, D) from (queries, H, d), and (P, H, d) twice; sequence s asks queries[s] to queries[s + 1]."""
+    longest = layout.longest
+    mixed = varlen_attn(
+        # The norms of queries and keys give float32 under autocast.
+        query.to(value.dtype),
+        key.to(value.dtype),
+        value,
+        queries,
+        layout.bounds,
+        most,
+        longest,
+        # Wide enough to hide nothing. Without a window torch takes cuDNN where it can (on an H100, sequences of over 128
+        # tokens): its backward heeds no use_deterministic_algorithms, and it plans anew for every number of tokens.
+        window_size=(longest, longest),
+    )
+    return cast(Tensor, mixed).flatten(1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from dora_ray.method import blocks
 from dora_ray.method.blocks import Layout, cls_of_blocks, compile_blocks, run_block
 from tests.method.networks import build_small
 
@@ -29,6 +34,46 @@ def test_sequences_do_not_see_each_other():
     torch.testing.assert_close(run_block(vit.blocks[0], torch.cat(sequences), layout), torch.cat(alone))
     cls = [cls_of_blocks(vit, one, Layout(((1, len(one)),), CPU)) for one in sequences]
     torch.testing.assert_close(cls_of_blocks(vit, torch.cat(sequences), layout), torch.cat(cls))
+
+
+class InFloat32(nn.Module):
+    """What autocast on a GPU makes of a norm."""
+
+    def forward(self, heads: Tensor) -> Tensor:
+        return heads.float()
+
+
+def test_the_kernel_for_unlike_lengths_gets_one_type_and_a_window_that_hides_nothing(monkeypatch):
+    """A window is what keeps torch's varlen_attn from cuDNN, whose backward is not deterministic."""
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, *bounds: Any, window_size: tuple[int, int]) -> Tensor:
+        of_query, of_key, longest_query, longest_key = bounds
+        assert query.dtype == key.dtype == value.dtype
+        assert longest_query == int(of_query.diff().max())
+        assert min(window_size) >= longest_key == int(of_key.diff().max())
+        heads = [
+            F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in (q, k, v))).transpose(0, 1)
+            for q, k, v in zip(
+                query.split(of_query.diff().tolist()),
+                key.split(of_key.diff().tolist()),
+                value.split(of_key.diff().tolist()),
+                strict=True,
+            )
+        ]
+        return torch.cat(heads)
+
+    vit = build_small(0, dtype=torch.bfloat16).backbone.eval()
+    for block in vit.blocks:
+        block.attn.q_norm, block.attn.k_norm = InFloat32(), InFloat32()
+    layout = Layout.of_lengths([2, 3, 1, 7, 5], CPU)
+    tokens = torch.randn(layout.num_tokens, 24, dtype=torch.bfloat16)
+    monkeypatch.setattr(blocks, "varlen_attn", kernel)
+    monkeypatch.setattr(blocks, "_has_kernel", lambda *_: True)
+    together = cls_of_blocks(vit, tokens, layout)
+    for block in vit.blocks:
+        block.attn.q_norm, block.attn.k_norm = nn.Identity(), nn.Identity()
+    monkeypatch.undo()
+    torch.testing.assert_close(together, cls_of_blocks(vit, tokens, layout))
 
 
 def test_drop_path_drops_whole_sequences():
