@@ -15,6 +15,7 @@ Legend: B clips, V views, T frames, S the view's side in pixels, n frames of all
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor
 
 from dora_ray.data.resample import blur_matrix, crop_clip, resample_by_crop, resample_by_matrix
+from dora_ray.method.upload import upload
 
-__all__ = ["ViewParameters", "color_transform", "crop_clip", "draw_views", "random_boxes", "render"]
+__all__ = ["ViewParameters", "color_transform", "crop_clip", "draw_views", "random_boxes", "render", "upload_clips"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -177,6 +179,23 @@ def color_transform(factors: np.ndarray, gray: np.ndarray) -> np.ndarray:
     return np.concatenate([matrix, pivot], axis=-1)
 
 
+def upload_clips(clips: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
+    """Some of the clips on a device, in the one copy on the host that pinned memory needs anyway.
+
+    Args:
+        clips: (M, T, H, W, 3) uint8.
+        rows: (B,) which of them.
+        device: where they are rendered.
+
+    Returns:
+        (B, T, H, W, 3) uint8.
+    """
+    chosen = torch.empty((len(rows), *clips.shape[1:]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    # In the mode that raises, numpy would write to a buffer first.
+    np.take(clips, rows, axis=0, out=chosen.numpy(), mode="clip")
+    return chosen.to(device, non_blocking=True)
+
+
 @torch.no_grad()
 def render(clips: Tensor, parameters: ViewParameters, *, size: int) -> Tensor:
     """Renders the views of clips: crop, antialiased resize, flip, color, blur, clamp, ImageNet normalization.
@@ -233,23 +252,32 @@ def _float32(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(np.float32))
 
 
+@functools.cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """ImageNet's mean (3, 1) and standard deviation (3, 1), and the weights of the luma (3,); copied there once."""
+    mean, std, luma = (
+        torch.tensor(v, dtype=torch.float32, device=device) for v in (IMAGENET_MEAN, IMAGENET_STD, _LUMA)
+    )
+    return mean[:, None], std[:, None], luma
+
+
 def _normalized_color(pixels: Tensor, color: Tensor) -> tuple[Tensor, Tensor]:
     """Matrices (n, 3, 3) and offsets (n, 3, 1) from pixels (n, 3, S, S) in [0, 255] to normalized colors."""
-    color = color.to(pixels.device)
-    mean, std = pixels.new_tensor(IMAGENET_MEAN)[:, None], pixels.new_tensor(IMAGENET_STD)[:, None]
-    mean_luma = pixels.mean((2, 3)) @ pixels.new_tensor(_LUMA) / 255
+    color = upload(color, pixels.device)
+    mean, std, luma = _constants(pixels.device)
+    mean_luma = pixels.mean((2, 3)) @ luma / 255
     offset = (color[..., 3:] * mean_luma[:, None, None] - mean) / std
     return color[..., :3] / (255 * std), offset
 
 
 def _blur(pixels: Tensor, sigma: Tensor) -> None:
-    """Blurs in place the frames (n, 3, S, S) where sigma (n,) is above 0; sigma is on the CPU, so nothing waits."""
+    """Blurs in place the frames (n, 3, S, S) where sigma (n,) is above 0; sigma is on the CPU."""
     chosen = sigma.nonzero().flatten()
     if not len(chosen):
         return
     size = pixels.shape[-1]
-    matrix = blur_matrix(sigma[chosen].to(pixels.device), size=size)
-    chosen = chosen.to(pixels.device)
+    matrix = blur_matrix(upload(sigma[chosen], pixels.device), size=size)
+    chosen = upload(chosen, pixels.device)
     across = pixels.index_select(0, chosen).view(-1, 3 * size, size) @ matrix.mT
     # Channel by channel: a broadcast product would copy the matrices.
     channels = across.view(-1, 3, size, size).unbind(1)
@@ -258,7 +286,7 @@ def _blur(pixels: Tensor, sigma: Tensor) -> None:
 
 def _paint(pixels: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     """Applies the color maps to pixels (n, 3, S, S); clamps to what black and white are after normalization."""
-    mean, std = pixels.new_tensor(IMAGENET_MEAN)[:, None], pixels.new_tensor(IMAGENET_STD)[:, None]
+    mean, std, _ = _constants(pixels.device)
     painted = torch.bmm(matrix, pixels.flatten(2)).add_(offset)
     # clamp_ with tensors is several times slower on the CPU.
     torch.maximum(painted, -mean / std, out=painted)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_ray.method.upload import upload
+
 # A Gaussian beyond four standard deviations weighs less than a thousandth of one of 255 levels.
 _BLUR_REACH = 4.0
 
@@ -49,9 +51,9 @@ def resample_by_matrix(clips: Tensor, boxes: Tensor, flip: Tensor, *, size: int)
     """Crops, resizes and flips by two batched products: ``rows @ frame @ columns.T`` for each view of each frame.
 
     Args:
-        clips: (B, T, H, W, 3) uint8.
-        boxes: (B, V, T, 4) top, left, height, width.
-        flip: (B, V, T) 1 to mirror left to right, else 0.
+        clips: (B, T, H, W, 3) uint8, on any device.
+        boxes: (B, V, T, 4) top, left, height, width; on the CPU.
+        flip: (B, V, T) 1 to mirror left to right, else 0; on the CPU.
         size: S, in pixels.
 
     Returns:
@@ -59,10 +61,10 @@ def resample_by_matrix(clips: Tensor, boxes: Tensor, flip: Tensor, *, size: int)
     """
     batch, frames, height, width, _ = clips.shape
     views = boxes.shape[1]
-    top, left, box_height, box_width = boxes.to(clips.device).unbind(-1)
+    top, left, box_height, box_width = upload(boxes, clips.device).unbind(-1)
     rows = resize_matrix(top, box_height, in_size=height, out_size=size)
     columns = resize_matrix(left, box_width, in_size=width, out_size=size)
-    columns = torch.where(flip.to(clips.device)[..., None, None] > 0, columns.flip(-2), columns)
+    columns = torch.where(upload(flip, clips.device)[..., None, None] > 0, columns.flip(-2), columns)
     # All views of a frame are stacked into one product, which reads the frame once.
     stacked = rows.transpose(1, 2).reshape(batch * frames, views * size, height)
     strips = stacked @ clips.reshape(batch * frames, height, width * 3).float()

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
+from dora_ray.method.upload import upload
+
 HALF = (torch.float16, torch.bfloat16)
 # From so many runs on, one kernel for all lengths beats a call for each.
 RUNS_FOR_KERNEL = 5
@@ -73,7 +75,7 @@ class Layout:
     @cached_property
     def lengths(self) -> Tensor:
         """(S,) int64 on the device, made from the runs: the host waits for nothing."""
-        counts, lengths = torch.tensor(self.runs).T.to(self.device, non_blocking=True)
+        counts, lengths = upload(torch.tensor(self.runs), self.device).T
         return torch.repeat_interleave(lengths, counts, output_size=self.num_sequences)
 
     @cached_property
@@ -192,8 +194,8 @@ def _attend_unlike(query: Tensor, key: Tensor, value: Tensor, layout: Layout, qu
         layout.bounds,
         most,
         longest,
-        # Wide enough to hide nothing. Without a window torch takes cuDNN where it can (on an H100, sequences of over 128
-        # tokens): its backward heeds no use_deterministic_algorithms, and it plans anew for every number of tokens.
+        # Wide enough to hide nothing. Without a window torch takes cuDNN where it can (on an H100, sequences of over
+        # 128 tokens): its backward heeds no use_deterministic_algorithms, and each number of tokens is planned anew.
         window_size=(longest, longest),
     )
     return cast(Tensor, mixed).flatten(1)

@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dora_ray.method.upload import upload
+
 FRACTION_BITS = 46
 HEADROOM_BITS = 62
 FIRST_EXPONENT = 0
@@ -65,7 +67,7 @@ class SlotSums:
         self._whole_body = body
         self._scales = [2.0 ** (FRACTION_BITS - int(exponent)) for exponent in exponents]
         limit = torch.tensor([2.0**HEADROOM_BITS / num_slots / scale for scale in self._scales], dtype=torch.float64)
-        self._limits = limit.to(device)
+        self._limits = upload(limit, device)
 
     def add(self, quantities: Sequence[Tensor]) -> None:
         """Add one slot's quantities, given in the order of `sizes`."""
@@ -88,7 +90,7 @@ class SlotSums:
 
     def set_records(self, values: Tensor) -> None:
         """Set this rank's integers, (num_records,) int64."""
-        self._records[2 * len(self.sizes) :] = values.to(self._records.device)
+        self._records[2 * len(self.sizes) :] = upload(values, self._records.device)
 
     def all_reduce(self, all_reduce: AllReduce | None) -> SumResult:
         """Add over the ranks (None: this is the only one) and convert back to float32."""

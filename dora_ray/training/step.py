@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dora_ray.config import Config
-from dora_ray.data.augment import ViewParameters, draw_views, render
+from dora_ray.data.augment import ViewParameters, draw_views, render, upload_clips
 from dora_ray.data.plan import Purpose, slot_generator, slot_seed
 from dora_ray.errors import DivergenceError
 from dora_ray.method.blocks import compile_blocks
 from dora_ray.method.dora import Network, SlotOutput, build_network, slot_forward
 from dora_ray.method.parts import part
+from dora_ray.method.upload import upload
 from dora_ray.training.optim import Rates, clip_each, make_optimizer, rates, set_rates, update_teacher
 from dora_ray.training.reduction import AllReduce, SlotSums, SumResult, next_exponents, raised_exponents
 from dora_ray.weights import network_arguments
@@ -194,7 +195,7 @@ def slot_output(
     device = state.center.device
     rows = torch.from_numpy(np.flatnonzero(valid))
     with part("augment"):
-        pixels = torch.from_numpy(np.ascontiguousarray(clips[valid])).to(device, non_blocking=True)
+        pixels = upload_clips(clips, rows.numpy(), device)
         globals_ = render(pixels, _take(draws.global_views, rows), size=config.crops.global_size)
         locals_ = render(pixels, _take(draws.local_views, rows), size=config.crops.local_size)
     torch.manual_seed(draws.network_seed)
@@ -206,8 +207,8 @@ def slot_output(
             state.center,
             globals_=globals_,
             locals_=locals_,
-            heads=draws.heads[rows].to(device),
-            noise=None if draws.noise is None else draws.noise[rows].to(device),
+            heads=upload(draws.heads[rows], device),
+            noise=None if draws.noise is None else upload(draws.noise[rows], device),
             object_weight=draws.object_weight,
             **forward_settings(config),
         )
@@ -243,12 +244,10 @@ def slot_quantities(
     names = measure_names(config, batch.step)
     share = float(batch.valid.mean())
     if share == 0.0:
-        return [
-            *(torch.zeros_like(p) for p in parameters),
-            torch.zeros_like(state.center),
-            state.center.new_zeros(len(names)),
-        ]
-    output = slot_output(state, batch.clips, batch.valid, draw_slot(config, batch.step, batch.slot), config, forward)
+        return [*map(torch.zeros_like, (*parameters, state.center)), state.center.new_zeros(len(names))]
+    with part("augment"):
+        draws = draw_slot(config, batch.step, batch.slot)
+    output = slot_output(state, batch.clips, batch.valid, draws, config, forward)
     with part("backward"):
         gradients = torch.autograd.grad(output.loss * share, parameters, materialize_grads=True)
     measures = torch.stack([output.measures[name].float() for name in names]) * share
