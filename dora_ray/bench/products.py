@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from dora_ray.method.parts import watched
 
 # (batch, m, k, n, type): so many products of (m, k) with (k, n).
 Product = tuple[int, int, int, int, torch.dtype]
@@ -31,15 +34,27 @@ class Products:
         """Operations of all of them: 2 for each multiplication and addition."""
         return sum(2 * b * m * k * n * count for (b, m, k, n, _), count in self.counts.items())
 
+    def by_type(self) -> dict[torch.dtype, Products]:
+        """The products of each type of number."""
+        found: dict[torch.dtype, Products] = defaultdict(Products)
+        for product, count in self.counts.items():
+            found[product[-1]].counts[product] = count
+        return dict(found)
+
     def seconds(self, device: torch.device) -> float:
         """What all of them take one after the other, with nothing between them; matrices lie as they are multiplied."""
         return sum(_seconds(product, count, device) for product, count in self.counts.items())
 
 
 def record(work: Callable[[], Any]) -> Products:
-    """The products that `work` computes, those inside of fused attention included."""
+    """The products that `work` computes, but for those that resample its views.
+
+    Fused attention counts as the plain products that it is made of: two forward and four backward, but not the logits
+    that its backward computes again.
+    """
     products = Products()
-    with _Recorder(products.counts):
+    recorder = _Recorder(products.counts)
+    with watched(recorder.part), recorder:
         work()
     return products
 
@@ -61,9 +76,21 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, counts: Counter[Product]) -> None:
         super().__init__()
         self._counts = counts
+        self._resamples = False
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Told of every part of a step."""
+        self._resamples = name == "augment"
+        yield
+        self._resamples = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
+        if not self._resamples:
+            self._look(func.overloadpacket.__name__, args)
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, name: str, args: Any) -> None:
         if name in ("mm", "bmm"):
             self._count(args[0], args[1])
         elif name in ("addmm", "baddbmm"):
@@ -76,7 +103,6 @@ class _Recorder(TorchDispatchMode):
             for _ in range(2 if backward else 1):
                 self._count_shape(heads, m, d, n, query.dtype)
                 self._count_shape(heads, m, n, d, query.dtype)
-        return func(*args, **(kwargs or {}))
 
     def _count(self, left: torch.Tensor, right: torch.Tensor) -> None:
         batch = left.shape[0] if left.ndim == 3 else 1

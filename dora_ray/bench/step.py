@@ -43,41 +43,66 @@ KEEP_SHARE = 0.4
 
 
 def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
-    """Seconds of a step: ours, with packed object views, and the reference's; medians over rounds taken in turns.
+    """Seconds of a step: ours, with the options that save arithmetic, and the reference's; medians over rounds.
+
+    The paths take turns within a round. A GPU is used where there is one, whatever the recipe says of the cluster.
 
     Args:
-        quick: two rounds of ours and one of the reference instead of five each.
+        quick: two rounds and one step of the reference instead of five of each.
         config: what to train; not given: the recipe `paper` on a GPU, ViT-Ti/16 with 4096 outputs and 2 clips on a CPU.
 
     Returns:
-        seconds_per_step, reference_seconds_per_step, ratio (ours / reference), packed_seconds_per_step and packed_ratio
-        (masked / packed, at a keep share of 0.4); tflop_per_step and matmul_share (what the step's matrix products take
-        by themselves, one after the other, over what the step of the same round takes), square_matmul_share (what they
-        would take at the rate of a large square product); peak memory, clips a second, the seconds of the step's parts,
-        and the setting.
+        seconds_per_step, reference_seconds_per_step and ratio (ours / reference).
+
+        Of the options, how many steps they make in the time of one of ours: packed_ratio, at a keep share of 0.4;
+        every_second_ratio, the mean of a step with objects and one without; bf16_teacher_ratio, where a GPU computes in
+        float32.
+
+        tflop_per_step and matmul_share: what the products of networks and tracker take by themselves, one after the
+        other, over what the step of the same round takes, with several types of number also for each;
+        square_matmul_share: what they would take at the rate of a large square product of their type.
+
+        The seconds of the step's parts, augment_share of them, peak memory, clips a second, and the setting.
     """
-    device = torch.device("cuda" if (config.cluster.use_gpu if config else torch.cuda.is_available()) else "cpu")
-    if config is None:
-        config = load_config("paper", *(() if device.type == "cuda" else ON_CPU))
-    config = load_config(config, *ALONE)
+    config, device = _setting(config)
     prepare_torch(device, deterministic=config.run.deterministic)
     timed = _Timed(config, device)
-    packed = load_config(config, "tracking.views=packed") if _has_objects(config) else None
     ours = functools.partial(timed.step, config, slot_forward)
-    paths: dict[str, Callable[[], float]] = {"ours": ours}
-    if packed is not None:
-        paths["packed"] = functools.partial(timed.step, packed, functools.partial(slot_forward, masks=timed.masks()))
     # The first step of ours is the one whose products are written down.
     products = record(ours)
-    # In turns with the steps: shared machines change their speed within a minute.
-    paths["products"] = functools.partial(products.seconds, device)
-    seconds, peak = timed.rounds(paths, count=2 if quick else 5, reference_count=1 if quick else 5)
-    parts = timed.parts(config)
-    return _result(config, device, seconds, peak, parts, products)
+    paths: dict[str, Callable[[], float]] = {"ours": ours}
+    for name, option in _options(config, device).items():
+        forward = functools.partial(slot_forward, masks=timed.masks()) if name == "packed" else slot_forward
+        # Of every second step, step 0 is as ours: what is timed is step 1, without objects.
+        paths[name] = functools.partial(timed.step, option, forward, number=int(name == "every_second"))
+    for kind, some in products.by_type().items():
+        paths[f"products_{_name(kind)}"] = functools.partial(some.seconds, device)
+    # The reference, which takes more memory, after all else whose peak is told: on a CPU the process's never goes down.
+    paths["reference"] = functools.partial(timed.step, config, reference_slot_forward)
+    counts = dict.fromkeys(paths, 2 if quick else 5)
+    seconds, peak = timed.rounds(paths, counts | ({"reference": 1} if quick else {}))
+    result = _speeds(config, device, seconds) | _memory(config, device, peak) | _shares(products, seconds, device)
+    return result | timed.parts(config)
 
 
-def _has_objects(config: Config) -> bool:
-    return config.tracking.kind != "none" and config.tracking.threshold != "soft"
+def _setting(config: Config | None) -> tuple[Config, torch.device]:
+    """What is trained, one slot a step, and where."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config is None:
+        config = load_config("paper", *(() if device.type == "cuda" else ON_CPU))
+    return load_config(config, *ALONE), device
+
+
+def _options(config: Config, device: torch.device) -> dict[str, Config]:
+    """The configuration with each option that saves arithmetic, where it can be set and changes anything."""
+    objects, found = config.tracking.kind != "none", {}
+    if objects and config.tracking.threshold != "soft":
+        found["packed"] = "tracking.views=packed"
+    if objects and config.crops.num_locals and config.loss.reduction == "mean":
+        found["every_second"] = "tracking.every_steps=2"
+    if device.type == "cuda" and config.optim.precision == "float32":
+        found["bf16_teacher"] = "optim.teacher_precision=bf16"
+    return {name: load_config(config, text) for name, text in found.items()}
 
 
 class _Timed:
@@ -96,9 +121,14 @@ class _Timed:
         clips = rng.integers(0, 256, shape, dtype=np.uint8)
         self.batch: Any = SimpleNamespace(step=0, slot=0, clips=clips, valid=np.ones(shape[0], bool))
 
-    def step(self, config: Config, forward: SlotForward) -> float:
-        """Seconds of one step."""
-        self.state.step = 0
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each quantity that slots add: gradients, and the teacher's outputs."""
+        return [*(p.numel() for p in self.state.student.parameters()), self.state.center.numel()]
+
+    def step(self, config: Config, forward: SlotForward, *, number: int = 0) -> float:
+        """Seconds of the step with a number."""
+        self.state.step = self.batch.step = number
         records = torch.zeros(0, dtype=torch.int64)
         synchronize(self.device)
         started = time.perf_counter()
@@ -107,24 +137,17 @@ class _Timed:
         return time.perf_counter() - started
 
     def rounds(
-        self, paths: dict[str, Callable[[], float]], *, count: int, reference_count: int
+        self, paths: dict[str, Callable[[], float]], counts: dict[str, int]
     ) -> tuple[dict[str, list[float]], dict[str, float]]:
-        """Seconds in each round, and peak megabytes in the first round, of each path.
-
-        The reference comes last in a round: on a CPU the peak is the process's, which never goes down.
-        """
-        reference = functools.partial(self.step, self.config, reference_slot_forward)
+        """Seconds in each round, and peak megabytes in the first round, of each path; the counts are of rounds."""
         seconds: dict[str, list[float]] = defaultdict(list)
         peak: dict[str, float] = {}
-        for number in range(max(count, reference_count)):
-            due = {
-                **(paths if number < count else {}),
-                **({"reference": reference} if number < reference_count else {}),
-            }
-            for name, path in due.items():
-                _reset_peak(self.device)
-                seconds[name].append(path())
-                peak.setdefault(name, _peak_memory_mb(self.device))
+        for number in range(max(counts.values())):
+            for name, path in paths.items():
+                if number < counts[name]:
+                    _reset_peak(self.device)
+                    seconds[name].append(path())
+                    peak.setdefault(name, _peak_memory_mb(self.device))
         return dict(seconds), peak
 
     def masks(self) -> Tensor:
@@ -138,7 +161,7 @@ class _Timed:
         ranks = torch.rand(*shape, count, generator=generator).argsort(dim=-1)
         return (ranks < (shares * count).round()).float().to(self.device)
 
-    def parts(self, config: Config) -> dict[str, float]:
+    def parts(self, config: Config) -> dict[str, Any]:
         """Seconds of each part of one step, the device waited for at both ends, and of both kinds of reduction."""
         seconds: dict[str, float] = defaultdict(float)
 
@@ -151,13 +174,14 @@ class _Timed:
             seconds[name] += time.perf_counter() - started
 
         with watched(watch):
-            self.step(config, slot_forward)
+            whole = self.step(config, slot_forward)
         seconds.pop("reduction")
-        return dict(seconds) | {f"reduction_{kind}": self._reduction(kind) for kind in ("exact", "float32")}
+        reductions = {f"reduction_{kind}": self._reduction(kind) for kind in ("exact", "float32")}
+        return {"augment_share": seconds["augment"] / whole, "parts": dict(seconds) | reductions}
 
     def _reduction(self, kind: Any) -> float:
         """Seconds of adding one slot's quantities and converting the sum back."""
-        sizes = [*(p.numel() for p in self.state.student.parameters()), self.state.center.numel()]
+        sizes = self.sizes
         quantities = [torch.full((size,), 0.5, device=self.device) for size in sizes]
         exponents = torch.zeros(len(sizes), dtype=torch.int32)
         found = []
@@ -172,39 +196,20 @@ class _Timed:
         return min(found)
 
 
-def _result(
-    config: Config,
-    device: torch.device,
-    seconds: dict[str, list[float]],
-    peak: dict[str, float],
-    parts: dict[str, float],
-    products: Products,
-) -> dict[str, Any]:
-    """Everything that was measured, ratios first."""
+def _speeds(config: Config, device: torch.device, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """The setting, what a step takes, and the ratios."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    ours, reference, cuda = median["ours"], median["reference"], device.type == "cuda"
-    shares = [alone / step for alone, step in zip(seconds["products"], seconds["ours"], strict=True)]
-    kind = torch.bfloat16 if cuda and config.optim.precision == "bf16" else torch.float32
-    square = square_flops_per_second(8192 if cuda else 1536, kind, device)
-    result = {
-        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "network": f"{config.model.name}, {config.head.num_outputs} outputs, {str(kind).removeprefix('torch.')}",
+    ours = median["ours"]
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "network": f"{config.model.name}, {config.head.num_outputs} outputs, {_name(_precision(config, device))}",
         "slot": f"{config.optim.clips_per_slot} clips of {config.clip.num_frames} frames, "
         f"{config.tracking.num_objects} objects, {config.crops.num_locals} local views; "
         f"{config.crops.global_size} and {config.crops.local_size} px",
         "seconds_per_step": ours,
-        "reference_seconds_per_step": reference,
-        "ratio": ours / reference,
+        "reference_seconds_per_step": median["reference"],
+        "ratio": ours / median["reference"],
         "clips_per_second": config.optim.clips_per_slot / ours,
-        "tflop_per_step": products.flops / 1e12,
-        "tflop_per_second": products.flops / 1e12 / ours,
-        "matmul_share": statistics.median(shares),
-        "square_matmul_share": products.flops / ours / square,
-        "square_matmul_tflop_per_second": square / 1e12,
-        "peak_memory_mb": peak["ours"],
-        "reference_peak_memory_mb": peak["reference"],
-        "estimated_memory_mb": estimate_memory_mb(config, half=kind == torch.bfloat16)["total"],
-        "parts": parts,
     }
     if "packed" in median:
         result |= {
@@ -212,7 +217,51 @@ def _result(
             "packed_ratio": ours / median["packed"],
             "packed_keep_share": KEEP_SHARE,
         }
+    if "every_second" in median:
+        mean = (ours + median["every_second"]) / 2
+        result |= {"every_second_seconds_per_step": mean, "every_second_ratio": ours / mean}
+    if "bf16_teacher" in median:
+        result["bf16_teacher_ratio"] = ours / median["bf16_teacher"]
     return result
+
+
+def _shares(products: Products, seconds: dict[str, list[float]], device: torch.device) -> dict[str, float]:
+    """Of the matrix products: how many operations, and what part of a step they would take."""
+    ours, by_type = seconds["ours"], products.by_type()
+    size = 8192 if device.type == "cuda" else 1536
+    rates = {_name(kind): square_flops_per_second(size, kind, device) for kind in by_type}
+    shares = {
+        name: [alone / step for alone, step in zip(seconds[f"products_{name}"], ours, strict=True)] for name in rates
+    }
+    square = sum(some.flops / rates[_name(kind)] for kind, some in by_type.items())
+    result = {
+        "tflop_per_step": products.flops / 1e12,
+        "tflop_per_second": products.flops / 1e12 / statistics.median(ours),
+        "matmul_share": statistics.median(map(sum, zip(*shares.values(), strict=True))),
+        "square_matmul_share": square / statistics.median(ours),
+    }
+    if len(rates) > 1:
+        result |= {f"matmul_share_{name}": statistics.median(values) for name, values in shares.items()}
+    return result | {f"square_matmul_tflop_per_second_{name}": rate / 1e12 for name, rate in rates.items()}
+
+
+def _memory(config: Config, device: torch.device, peak: dict[str, float]) -> dict[str, float]:
+    """Megabytes: had, and as estimated without the snapshot, which a step does not take."""
+    sizes = estimate_memory_mb(config, half=_precision(config, device) == torch.bfloat16)
+    return {
+        "peak_memory_mb": peak["ours"],
+        "reference_peak_memory_mb": peak["reference"],
+        "estimated_memory_mb": sizes["total"] - sizes["snapshot"],
+    }
+
+
+def _precision(config: Config, device: torch.device) -> torch.dtype:
+    half = device.type == "cuda" and config.optim.precision == "bf16"
+    return torch.bfloat16 if half else torch.float32
+
+
+def _name(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -11,6 +11,8 @@ import torch
 from dora_ray.bench import step
 from dora_ray.bench.products import record
 from dora_ray.config import load_config
+from dora_ray.method.parts import part
+from dora_ray.training.memory import estimate_memory_mb
 
 SMALL = (
     "model.width=48",
@@ -29,20 +31,43 @@ PARTS = {"augment", "teacher", "tracker", "student_forward", "loss", "measures",
 
 
 def test_reports_all_paths() -> None:
-    result = step.run(quick=True, config=load_config("paper", *SMALL))
+    config = load_config("paper", *SMALL)
+    result = step.run(quick=True, config=config)
     assert result["ratio"] == pytest.approx(result["seconds_per_step"] / result["reference_seconds_per_step"])
     assert result["packed_ratio"] == pytest.approx(result["seconds_per_step"] / result["packed_seconds_per_step"])
+    every_second = result["every_second_seconds_per_step"]
+    assert result["every_second_ratio"] == pytest.approx(result["seconds_per_step"] / every_second)
+    assert every_second > result["seconds_per_step"] / 2
     assert set(result["parts"]) == PARTS | {"reduction_exact", "reduction_float32"}
     assert all(seconds > 0 for seconds in result["parts"].values())
+    assert 0 < result["augment_share"] < 1
     assert result["tflop_per_step"] > 0
     assert 0 < result["matmul_share"] < 1
     assert 0 < result["peak_memory_mb"] <= result["reference_peak_memory_mb"]
+    sizes = estimate_memory_mb(config, half=torch.cuda.is_available())
+    assert result["estimated_memory_mb"] == pytest.approx(sizes["total"] - sizes["snapshot"])
 
 
-def test_the_baseline_has_no_packed_views() -> None:
-    result = step.run(quick=True, config=load_config("paper", *SMALL, "tracking.kind=none"))
-    assert "packed_ratio" not in result
-    assert "tracker" not in result["parts"]
+def test_the_baseline_has_no_options() -> None:
+    baseline = load_config("paper", *SMALL, *step.ALONE, "tracking.kind=none")
+    assert step._options(baseline, torch.device("cpu")) == {}
+    seconds, device = {"ours": [4.0], "reference": [8.0]}, torch.device("cpu")
+    assert not any(name.startswith(("packed", "every")) for name in step._speeds(baseline, device, seconds))
+
+
+def test_a_gpu_is_used_whatever_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert step._setting(load_config("paper", *SMALL))[1].type == "cuda"
+
+
+def test_options_where_they_can_be_set_and_change_anything() -> None:
+    def names(device: str, *overrides: str) -> set[str]:
+        return set(step._options(load_config("paper", *SMALL, *step.ALONE, *overrides), torch.device(device)))
+
+    assert names("cpu") == names("cuda") == {"packed", "every_second"}
+    assert names("cuda", "optim.precision=float32") == {"packed", "every_second", "bf16_teacher"}
+    assert names("cpu", "crops.num_locals=0", "tracking.threshold=soft") == set()
+    assert names("cpu", "loss.reduction=released") == {"packed"}
 
 
 def test_masks_keep_the_stated_share_each_its_own() -> None:
@@ -63,6 +88,23 @@ def test_every_product_of_a_step_is_counted() -> None:
         torch.nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
 
     assert record(attend).flops == 2 * 3 * (2 + 4) * 2 * 7 * 7 * 8
+
+
+def test_products_that_resample_views_are_not_counted() -> None:
+    left, right = torch.randn(4, 5), torch.randn(5, 6)
+
+    def work() -> None:
+        for name in ("augment", "loss"):
+            with part(name):
+                left @ right
+        left.double() @ right.double()
+
+    products = record(work)
+    assert products.flops == 2 * 2 * 4 * 5 * 6
+    assert {kind: some.flops for kind, some in products.by_type().items()} == {
+        torch.float32: 2 * 4 * 5 * 6,
+        torch.float64: 2 * 4 * 5 * 6,
+    }
 
 
 def test_needs_neither_ray_nor_a_decoder() -> None:
