@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dora_ray.bench.products import Products, record, square_flops_per_second, synchronize
+from dora_ray.bench.saving import Saving, can_save, cost
 from dora_ray.config import Config, load_config
 from dora_ray.method.dora import slot_forward
 from dora_ray.method.parts import watched
@@ -48,7 +50,7 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     The paths take turns within a round. A GPU is used where there is one, whatever the recipe says of the cluster.
 
     Args:
-        quick: two rounds and one step of the reference instead of five of each.
+        quick: two rounds, with one step of the reference and one checkpoint, instead of five of each.
         config: what to train; not given: the recipe `paper` on a GPU, ViT-Ti/16 with 4096 outputs and 2 clips on a CPU.
 
     Returns:
@@ -61,6 +63,8 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
         tflop_per_step and matmul_share: what the products of networks and tracker take by themselves, one after the
         other, over what the step of the same round takes, with several types of number also for each;
         square_matmul_share: what they would take at the rate of a large square product of their type.
+
+        Of checkpoints, see `saving.cost`; left out where Ray is not installed.
 
         The seconds of the step's parts, augment_share of them, peak memory, clips a second, and the setting.
     """
@@ -79,10 +83,16 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
         paths[f"products_{_name(kind)}"] = functools.partial(some.seconds, device)
     # The reference, which takes more memory, after all else whose peak is told: on a CPU the process's never goes down.
     paths["reference"] = functools.partial(timed.step, config, reference_slot_forward)
-    counts = dict.fromkeys(paths, 2 if quick else 5)
-    seconds, peak = timed.rounds(paths, counts | ({"reference": 1} if quick else {}))
+    with tempfile.TemporaryDirectory() as folder:
+        saving = Saving(ours, timed.state, config, folder)
+        if can_save():
+            paths["saving"] = saving.seconds
+        counts = dict.fromkeys(paths, 2 if quick else 5)
+        seconds, peak = timed.rounds(paths, counts | ({"reference": 1, "saving": 1} if quick else {}))
+    written = saving.written
+    checkpoints = cost(written, seconds["ours"][: len(written)]) if written else {}
     result = _speeds(config, device, seconds) | _memory(config, device, peak) | _shares(products, seconds, device)
-    return result | timed.parts(config)
+    return result | checkpoints | timed.parts(config)
 
 
 def _setting(config: Config | None) -> tuple[Config, torch.device]:

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from dora_ray.bench import step
+from dora_ray.bench import saving, step
 from dora_ray.bench.products import record
+from dora_ray.bench.saving import Written, can_save, cost
 from dora_ray.config import load_config
 from dora_ray.method.parts import part
 from dora_ray.training.memory import estimate_memory_mb
@@ -46,6 +47,9 @@ def test_reports_all_paths() -> None:
     assert 0 < result["peak_memory_mb"] <= result["reference_peak_memory_mb"]
     sizes = estimate_memory_mb(config, half=torch.cuda.is_available())
     assert result["estimated_memory_mb"] == pytest.approx(sizes["total"] - sizes["snapshot"])
+    lost = result["checkpoint_held_seconds"] + result["checkpoint_slowdown_seconds"]
+    assert result["checkpoint_share"] == pytest.approx(lost / 30)
+    assert result["checkpoint_write_seconds"] > 0
 
 
 def test_the_baseline_has_no_options() -> None:
@@ -70,6 +74,13 @@ def test_options_where_they_can_be_set_and_change_anything() -> None:
     assert names("cpu", "loss.reduction=released") == {"packed"}
 
 
+def test_what_a_checkpoint_costs() -> None:
+    """Held 0.5 s, and two steps of 2 s that took 3 s and 2.2 s."""
+    found = cost([Written(held=0.5, steps=[3.0, 2.2], seconds=4.0)], [2.0])
+    assert found["checkpoint_slowdown_seconds"] == pytest.approx(1.2)
+    assert found["checkpoint_share"] == pytest.approx(1.7 / 30)
+
+
 def test_masks_keep_the_stated_share_each_its_own() -> None:
     timed = step._Timed(load_config("paper", *SMALL, "crops.global_size=224", *step.ALONE), torch.device("cpu"))
     masks = timed.masks()
@@ -88,6 +99,12 @@ def test_every_product_of_a_step_is_counted() -> None:
         torch.nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
 
     assert record(attend).flops == 2 * 3 * (2 + 4) * 2 * 7 * 7 * 8
+
+
+def test_no_checkpoint_where_a_package_that_it_names_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert can_save()
+    monkeypatch.setattr(saving, "PACKAGES", ("ray", "a-package-that-nobody-has"))
+    assert not can_save()
 
 
 def test_products_that_resample_views_are_not_counted() -> None:
