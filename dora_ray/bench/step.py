@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dora_ray.bench.products import Products, record, square_flops_per_second, synchronize
+from dora_ray.bench.ranks import all_reduce_seconds
 from dora_ray.bench.saving import Saving, can_save, cost
 from dora_ray.config import Config, load_config
 from dora_ray.method.dora import slot_forward
@@ -64,7 +65,8 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
         other, over what the step of the same round takes, with several types of number also for each;
         square_matmul_share: what they would take at the rate of a large square product of their type.
 
-        Of checkpoints, see `saving.cost`; left out where Ray is not installed.
+        Of checkpoints, see `saving.cost`; left out where Ray is not installed. all_reduce_exact_seconds and
+        all_reduce_float32_seconds, see `ranks.all_reduce_seconds`.
 
         The seconds of the step's parts, augment_share of them, peak memory, clips a second, and the setting.
     """
@@ -92,7 +94,8 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     written = saving.written
     checkpoints = cost(written, seconds["ours"][: len(written)]) if written else {}
     result = _speeds(config, device, seconds) | _memory(config, device, peak) | _shares(products, seconds, device)
-    return result | checkpoints | timed.parts(config)
+    sums = {f"all_reduce_{kind}_seconds": found for kind, found in all_reduce_seconds(timed.sizes).items()}
+    return result | checkpoints | sums | timed.parts(config)
 
 
 def _setting(config: Config | None) -> tuple[Config, torch.device]:

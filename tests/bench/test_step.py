@@ -47,6 +47,8 @@ def test_reports_all_paths() -> None:
     assert 0 < result["peak_memory_mb"] <= result["reference_peak_memory_mb"]
     sizes = estimate_memory_mb(config, half=torch.cuda.is_available())
     assert result["estimated_memory_mb"] == pytest.approx(sizes["total"] - sizes["snapshot"])
+    assert result["all_reduce_exact_seconds"] > 0
+    assert result["all_reduce_float32_seconds"] > 0
     lost = result["checkpoint_held_seconds"] + result["checkpoint_slowdown_seconds"]
     assert result["checkpoint_share"] == pytest.approx(lost / 30)
     assert result["checkpoint_write_seconds"] > 0
