@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from dora_ray.bench import saving, step
 from dora_ray.bench.products import record
 from dora_ray.bench.saving import Written, can_save, cost
 from dora_ray.config import load_config
-from dora_ray.method.parts import part
+from dora_ray.method.dora import slot_forward
+from dora_ray.method.parts import part, watched
 from dora_ray.training.memory import estimate_memory_mb
 
 SMALL = (
@@ -74,6 +77,25 @@ def test_options_where_they_can_be_set_and_change_anything() -> None:
     assert names("cuda", "optim.precision=float32") == {"packed", "every_second", "bf16_teacher"}
     assert names("cpu", "crops.num_locals=0", "tracking.threshold=soft") == set()
     assert names("cpu", "loss.reduction=released") == {"packed"}
+
+
+def test_every_second_step_has_no_objects() -> None:
+    timed = step._Timed(load_config("paper", *SMALL, *step.ALONE), torch.device("cpu"))
+    option = step._options(timed.config, timed.device)["every_second"]
+
+    def parts(number: int) -> set[str]:
+        found = set()
+
+        @contextmanager
+        def watch(name: str) -> Iterator[None]:
+            found.add(name)
+            yield
+
+        with watched(watch):
+            timed.step(option, slot_forward, number=number)
+        return found
+
+    assert parts(0) - parts(1) == {"tracker"}
 
 
 def test_what_a_checkpoint_costs() -> None:
