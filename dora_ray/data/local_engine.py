@@ -21,6 +21,8 @@ from dora_ray.data.slots import SlotBatch, SlotKey, read_slot
 from dora_ray.data.supervision import EVERYTHING, MOST_DEATHS, Watch
 
 LOOK_SECONDS = 1.0
+# How long closing waits for threads to end what they are at, a frame or a clip; one that hangs takes longer.
+CLOSE_SECONDS = 5.0
 
 
 class LocalEngine:
@@ -87,20 +89,31 @@ class _Threads:
         self._name = name
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
         for _ in range(count):
             self.add()
 
     def add(self) -> None:
         """Begin another thread."""
-        threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def put(self, work: Callable[[], None]) -> None:
         """Have something done."""
         self._work.put(work)
 
     def close(self) -> None:
-        """Let the threads end after what they are at; what waits is dropped."""
+        """End the threads; what waits is dropped.
+
+        Python exits by SIGABRT while a thread is in a decoder, so they are waited for.
+        """
         self._closed.set()
+        for _ in self._threads:
+            self._work.put(lambda: None)
+        until = time.monotonic() + CLOSE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def closed(self) -> bool:
         """Whether what waits was dropped."""
@@ -108,11 +121,7 @@ class _Threads:
 
     def _run(self) -> None:
         while not self._closed.is_set():
-            try:
-                work = self._work.get(timeout=LOOK_SECONDS)
-            except queue.Empty:
-                continue
-            work()
+            self._work.get()()
 
 
 class _Job:
@@ -127,7 +136,8 @@ class _Job:
         self._start()
 
     def _start(self) -> None:
-        self._attempt = _Attempt(EVERYTHING if len(self._hung) >= MOST_DEATHS else frozenset(self._hung))
+        given_up = EVERYTHING if len(self._hung) >= MOST_DEATHS else frozenset(self._hung)
+        self._attempt = _Attempt(given_up, self._threads.closed)
         self._threads.put(functools.partial(self._attempt.run, self._work))
 
     def done(self) -> bool:
@@ -158,8 +168,9 @@ class _Job:
 class _Attempt:
     """One attempt at a job; its own `supervision.Watch`."""
 
-    def __init__(self, given_up: Container[int]) -> None:
+    def __init__(self, given_up: Container[int], closed: Callable[[], bool]) -> None:
         self.given_up = given_up
+        self._closed = closed
         self.future: Future[Any] = Future()
         self.item: int | None = None
         self._begun_at = 0.0
@@ -172,7 +183,9 @@ class _Attempt:
             self.future.set_exception(error)
 
     def begin(self, item: int) -> None:
-        """See `Watch`."""
+        """See `Watch`. Raises CancelledError where nobody wants the work any more."""
+        if self._closed():
+            raise CancelledError
         self.item, self._begun_at = item, time.monotonic()
 
     def seconds_at_item(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,16 @@ def test_threads_give_what_the_plan_says_from_any_step(plan: SegmentPlan) -> Non
         assert same(batch, bare(plan, batch.step, batch.slot))
     late = [key for key in keys if key[0] >= 9]
     assert all(same(one, other) for one, other in zip(through_threads(plan, late), batches[-len(late) :], strict=True))
+
+
+def test_no_thread_decodes_on_after_the_last_slot(plan: SegmentPlan) -> None:
+    """In the middle of a segment of many frames for the next pool, of which the process would die at its exit."""
+    before = set(threading.enumerate())
+    stream = through_threads(replace(plan, segment_seconds=5.0, short_side=96), [(step, 0) for step in range(99)])
+    next(stream)
+    assert [thread.name for thread in threading.enumerate() if thread not in before].count("segments") == 2
+    stream.close()
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.ray
