@@ -1,11 +1,12 @@
 """What object stores and web servers refuse, in sentences for people.
 
 Each library behind fsspec has errors of its own (botocore's, aiohttp's, Google's). They are told apart by the names of
-their classes, so that none of those libraries need be installed.
+their classes, so that none of those libraries need be installed. Lance has one class for all, and words.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,13 @@ REFUSALS = (
 )
 CUT_SHORT = ("ClientPayloadError", "IncompleteReadError", "ResponseStreamingError")
 NOT_FOUND = 404
+LANCE = "LanceError"
+# The errors of the other libraries that Lance's words amount to.
+LANCE_WORDS = {
+    "CredentialsNotLoaded": "NoCredentialsError",
+    "status code": "ClientError",
+    "HTTP error": "ConnectionError",
+}
 UNREACHABLE = ("EndpointConnectionError", "HTTPClientError", "ClientConnectionError", "ConnectionError", "TimeoutError")
 
 
@@ -51,9 +59,11 @@ def _reason(scheme: str, error: BaseException) -> str | None:
     ways = CREDENTIALS.get(scheme.removesuffix("a"), "an address that carries them")
     names = {kind.__name__ for kind in type(error).__mro__}
     text = " ".join(str(error).split())[:200] or type(error).__name__
+    status = getattr(error, "status", None)
+    if LANCE in text:
+        names, text, status = _lance_words(str(error))
     if names & set(NO_CREDENTIALS):
         return f"no credentials were found ({text}); give them on every node: {ways}"
-    status = getattr(error, "status", None)
     refused = status in (401, 403) if status else any(word in text for word in REFUSALS)
     if "PermissionError" in names or (names & set(REFUSED) and refused):
         return f"access is refused ({text}); the credentials are wrong, or lack the right to this place: {ways}"
@@ -65,6 +75,16 @@ def _reason(scheme: str, error: BaseException) -> str | None:
     if "NoSuchBucket" in text or "bucket does not exist" in text:
         return f"there is no such bucket ({text}); create it, or correct the address"
     return None
+
+
+def _lance_words(message: str) -> tuple[set[str], str, int | None]:
+    """Names, words and status as of another library's error.
+
+    What the server said is behind the address, which is long, and before places in Lance's source.
+    """
+    text = " ".join(message.partition(", /")[0].rpartition(" - ")[2].split())[:200]
+    status = re.search(r"status code: (\d+)", text)
+    return {name for words, name in LANCE_WORDS.items() if words in text}, text, int(status[1]) if status else None
 
 
 @contextmanager

@@ -35,12 +35,15 @@ from dora_ray.data.decoders import DecodedFrame, scaled_size
 from dora_ray.data.sources import file_stamp
 from dora_ray.data.video import VideoIndex, index_video
 from dora_ray.errors import VideoError
+from dora_ray.remote import refusal
 
 # Ray forks only to exec its daemons at once, which is safe; lance warns at every fork of a process that imported it.
 warnings.filterwarnings("ignore", message="lance is not fork-safe")
 
 INDEX_NAME = "index.npz"
 OPEN_DATASETS = 64
+# How Lance says that there is none; whatever else keeps it from opening one is a ValueError too.
+NO_DATASET = "Dataset at path"
 SCHEMA = pa.schema(
     [
         ("segment", pa.int32()),
@@ -190,9 +193,8 @@ def create_dataset(uri: str) -> None:
         except OSError as error:
             # Another ingest may have made it between the look and the writing.
             if _latest(uri) is None:
-                raise VideoError(
-                    f"{uri}: cannot be written ({_reason(error)}); check space and rights, or give another data.store"
-                ) from error
+                reason = f"cannot be written ({_reason(error)}); check space and rights, or give another data.store"
+                raise _failure(uri, error, reason) from error
 
 
 def frame_row(frame: DecodedFrame, *, segment: int, jpeg_quality: int) -> dict[str, object]:
@@ -239,28 +241,32 @@ def _written(uri: str) -> Iterator[None]:
     """Lance's errors (a full disk, no rights, no network) as VideoError."""
     try:
         yield
-    except OSError as error:
-        raise VideoError(
-            f"{uri}: cannot be written ({_reason(error)}); check space, rights and network, and start again"
-        ) from error
+    except (OSError, ValueError) as error:
+        reason = f"cannot be written ({_reason(error)}); check space, rights and network, and start again"
+        raise _failure(uri, error, reason) from error
 
 
 def _latest(uri: str) -> lance.LanceDataset | None:
     try:
         return lance.dataset(uri)
-    except ValueError:
-        return None
-    except OSError as error:
-        raise VideoError(f"{uri}: the store cannot be read ({_reason(error)}); check its address and rights") from error
+    except (OSError, ValueError) as error:
+        if str(error).startswith(NO_DATASET):
+            return None
+        reason = f"the store cannot be read ({_reason(error)}); check its address and rights"
+        raise _failure(uri, error, reason) from error
 
 
 def _columns(dataset: lance.LanceDataset, names: list[str]) -> pa.Table:
     try:
         return dataset.to_table(columns=names)
     except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
-        raise VideoError(
-            f"{dataset.uri}: the store is damaged ({_reason(error)}); remove that folder and ingest again"
-        ) from error
+        reason = f"the store is damaged ({_reason(error)}); remove that folder and ingest again"
+        raise _failure(dataset.uri, error, reason) from error
+
+
+def _failure(uri: str, error: Exception, reason: str) -> VideoError:
+    """Lance's error as ours: what the place refuses, where that is it, else the reason given."""
+    return VideoError(f"{uri}: {refusal(uri, error) or reason}")
 
 
 def _reason(error: Exception) -> str:
@@ -328,7 +334,8 @@ def _take_column(video: StoredVideo, frames: np.ndarray, name: str) -> pa.Chunke
         dataset = _pinned(video.uri, video.version, video.identity, video.cache)
         column = dataset.take(rows.tolist(), columns=[name])[name]
     except (OSError, ValueError) as error:
-        raise VideoError(f"{video.uri}: cannot be read ({_reason(error)}); ingest {video.path} again") from error
+        reason = f"cannot be read ({_reason(error)}); ingest {video.path} again"
+        raise _failure(video.uri, error, reason) from error
     if len(column) != len(rows):  # Lance leaves out rows that do not exist
         raise VideoError(
             f"{video.uri}: {len(rows) - len(column)} of {len(rows)} rows are gone; ingest {video.path} again"

