@@ -75,8 +75,8 @@ def fetch_tours(
     Args:
         tours: which.
         out: folder, made as needed.
-        height: the most lines of a picture. The site's 2160 lines come as AV1 or VP9 alone: H.264 ends at 1080. AV1 is
-            asked for first, as it decodes about twice as fast as VP9.
+        height: the most lines of a picture; each height has files of its own. The site's 2160 lines come as AV1 or VP9
+            alone: H.264 ends at 1080. AV1 is asked for first, as it decodes about twice as fast as VP9.
         progress: told the tour's name, the bytes so far, and all bytes (0 where unknown).
 
     Returns:
@@ -99,7 +99,8 @@ def download_options(
     return {
         "format": "bestvideo",
         "format_sort": [f"res:{height}", "fps", "vcodec:av01"],
-        "outtmpl": {"default": str(folder / f"{name}.%(ext)s")},
+        # A download that goes on appends to the file of its name, which must hold the same pictures.
+        "outtmpl": {"default": str(folder / f"{name}-{height}.%(ext)s")},
         "continuedl": True,
         "retries": 10,
         "fragment_retries": 10,
@@ -112,7 +113,7 @@ def download_options(
 def _fetch(
     library: Any, tour: Tour, folder: Path, height: int, progress: Callable[[str, int, int], None] | None
 ) -> Path:
-    facts_path = folder / f"{tour.name}.json"
+    facts_path = folder / f"{tour.name}-{height}.json"
     done = _finished(facts_path)
     if done is not None:
         return done

@@ -49,11 +49,26 @@ def test_what_is_asked_for(tmp_path):
     options = download_options(tmp_path, "venice", 2160, None)
     assert (options["format"], options["format_sort"]) == ("bestvideo", ["res:2160", "fps", "vcodec:av01"])
     assert options["continuedl"]
-    assert options["outtmpl"]["default"].startswith(str(tmp_path / "venice."))
+    assert options["outtmpl"]["default"].startswith(str(tmp_path / "venice-2160."))
 
 
 def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setattr("dora_ray.data.walking_tours._library", lambda: None)
-    (tmp_path / "venice.webm").write_bytes(b"x")
-    (tmp_path / "venice.json").write_text(json.dumps({"file": "venice.webm"}))
-    assert fetch_tours(find_tours(["venice"]), out=tmp_path, height=2160) == [tmp_path / "venice.webm"]
+    (tmp_path / "venice-2160.webm").write_bytes(b"x")
+    (tmp_path / "venice-2160.json").write_text(json.dumps({"file": "venice-2160.webm"}))
+    assert fetch_tours(find_tours(["venice"]), out=tmp_path, height=2160) == [tmp_path / "venice-2160.webm"]
+
+
+def test_another_height_is_fetched_into_files_of_its_own(tmp_path, monkeypatch):
+    """The file of one height is neither taken for another's nor gone on with."""
+    asked = []
+
+    def download(library, tour, options):
+        asked.append(options["outtmpl"]["default"])
+        return {"requested_downloads": [{"filepath": options["outtmpl"]["default"] % {"ext": "webm"}}]}
+
+    monkeypatch.setattr("dora_ray.data.walking_tours._library", lambda: None)
+    monkeypatch.setattr("dora_ray.data.walking_tours._download", download)
+    for height in (720, 2160):
+        fetch_tours(find_tours(["venice"]), out=tmp_path, height=height)
+    assert asked == [str(tmp_path / f"venice-{height}.%(ext)s") for height in (720, 2160)]
