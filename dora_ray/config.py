@@ -86,7 +86,8 @@ class DataConfig(Section):
     """Folder on every node's own disk that the frame store is copied into, once, and read from; not set: frames are
     read where the store is. For stores in object stores; the copies are not removed."""
     decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"
-    """Library that decodes at ingest; PyAV is exact on every file of the conformance suite."""
+    """Library that decodes, at ingest or, with data.source=video, while the run trains; PyAV is exact on
+    every file of the conformance suite."""
     frames_per_second: Positive = 6.0
     """Frames kept in the store for each second of video: also the number of places a second where a clip may start."""
     short_side: Count = 512
