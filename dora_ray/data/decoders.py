@@ -9,6 +9,7 @@ H, W height and width of the downscaled picture, both even.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from av.video.reformatter import VideoReformatter
 from dora_ray import files
 from dora_ray.data.bitstream import reference_test
 from dora_ray.data.sources import open_container, video_stream
-from dora_ray.data.video import VideoIndex
+from dora_ray.data.video import LOST_SECONDS, VideoIndex
 from dora_ray.errors import ConfigError, VideoError
 
 NAMES = ("pyav", "decord", "torchcodec")
@@ -78,6 +79,7 @@ def get_decoder(name: str) -> Decoder:
     if name == "pyav":
         return PyAVDecoder()
     if name == "decord":
+        _refuse_decord2()
         return DecordDecoder(_library("decord", "it has wheels for x86-64 Linux and Windows only: pip install decord"))
     if name == "torchcodec":
         hint = "pip install 'dora-ray[torchcodec]' and have FFmpeg's shared libraries on the system"
@@ -139,6 +141,8 @@ class DecordDecoder:
             (index.discarded > 0, "it ignores the file's edit list and repeats frames"),
             (index.leading_frames, "it returns wrong frames at open groups of pictures"),
             (index.resized, "it repeats frames where the size of the pictures changes"),
+            (index.codec == "mpeg2video", "it shows neighbors where the size changes, which is seen in H.264 alone"),
+            (index.declared_seconds - index.real_seconds > LOST_SECONDS, "it repeats frames where the end is lost"),
             (
                 index.width * index.coded_height != index.height * index.coded_width and not index.rotation % 180,
                 "it ignores non-square pixels",
@@ -316,6 +320,18 @@ def _check_accepted(decoder: Decoder, index: VideoIndex) -> None:
     reason = decoder.refusal(index)
     if reason:
         raise VideoError(f"{index.path}: decoder {decoder.name} is refused: {reason}; use data.decoder=pyav")
+
+
+def _refuse_decord2() -> None:
+    """It installs a module of decord's name, and was seen to show wrong frames with a line on stderr only."""
+    try:
+        found = importlib.metadata.version("decord2")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    raise ConfigError(
+        f"data.decoder: decord2 {found} is installed in decord's place, and shows wrong frames of some files; pip"
+        " uninstall decord2 and pip install --force-reinstall decord, or use data.decoder=pyav"
+    )
 
 
 def _library(name: str, hint: str) -> Any:

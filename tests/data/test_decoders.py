@@ -109,6 +109,40 @@ def test_a_change_of_size_keeps_every_frame(tmp_path):
             numbers(get_decoder(name), index, index.pts)
 
 
+@pytest.mark.skipif("decord" not in AVAILABLE, reason="decord has no wheel here")
+@pytest.mark.parametrize("codec", ["mpeg4", "libvpx-vp9", "mpeg2video"])
+def test_a_change_of_size_that_the_index_cannot_see_misleads_no_decoder(codec, tmp_path):
+    index = index_video(str(videos.resized(tmp_path, codec)))
+    assert not index.resized
+    for frame in get_decoder("pyav").decode(index, index.pts, short_side=64):
+        assert read_counter(frame.y) == np.searchsorted(index.pts, frame.pts)
+    if codec == "mpeg2video":
+        with pytest.raises(VideoError, match=r"decord is refused: it shows neighbors .*; use data\.decoder=pyav"):
+            numbers(get_decoder("decord"), index, index.pts)
+    else:
+        assert numbers(get_decoder("decord"), index, index.pts) == list(range(videos.NUM_FRAMES))
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+@pytest.mark.parametrize("count", [2, 3])
+def test_files_of_few_frames(name, count, tmp_path):
+    index = index_video(str(videos.few_frames(tmp_path, count)))
+    assert numbers(get_decoder(name), index, index.pts) == list(range(count))
+    assert numbers(get_decoder(name), index, index.pts[-1:]) == [count - 1]
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+@pytest.mark.parametrize("suffix", [".mkv", ".avi", ".ts"])
+def test_a_lost_end_costs_the_frames_behind_it(name, suffix, tmp_path):
+    index = index_video(str(videos.truncated(tmp_path, suffix)))
+    if get_decoder(name).refusal(index):
+        assert name != "pyav"
+        return
+    got = numbers(get_decoder(name), index, index.pts)
+    assert got == list(range(len(got)))
+    assert 20 < len(got) >= len(index.pts) - 2
+
+
 def test_a_zeroed_hole_never_shows_wrong_frames(tmp_path):
     """Blocks of a disk that were never written, at every place of the file after its header."""
     path = videos.h264_b_frames(tmp_path)
@@ -176,6 +210,15 @@ def test_a_square_counter_video_at_its_own_size(tmp_path):
 def test_nothing_wanted_is_nothing_decoded(tmp_path):
     index = index_video(str(videos.h264(tmp_path)))
     assert list(get_decoder("pyav").decode(index, [], short_side=64)) == []
+
+
+def test_another_library_of_the_same_module_name_is_refused(tmp_path, monkeypatch):
+    facts = tmp_path / "decord2-3.4.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: decord2\nVersion: 3.4.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"decord2 3\.4\.0 is installed .*uninstall decord2 .* data\.decoder=pyav"):
+        get_decoder("decord")
 
 
 def test_unknown_and_missing_decoders_say_what_to_do():

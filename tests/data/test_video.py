@@ -229,7 +229,7 @@ def test_a_change_of_size_is_noticed(tmp_path):
         (videos.garbage, "is not a video that FFmpeg can read"),
         (videos.picture_named_video, "is a still picture"),
         (videos.audio_only, "has no video stream .it holds: audio"),
-        (videos.one_frame, "has 1 frame; a video needs at least 2"),
+        (lambda folder: videos.few_frames(folder, 1), "has 1 frame; a video needs at least 2"),
         (videos.no_key_frame, "no key frame among 8 packets"),
         (lambda folder: videos.truncated(folder, ".mp4"), "whose end was cut off"),
     ],

@@ -150,8 +150,8 @@ def empty(folder: Path) -> Path:
     return path
 
 
-def one_frame(folder: Path) -> Path:
-    return _encode(folder / "one.mp4", pictures(1))
+def few_frames(folder: Path, count: int) -> Path:
+    return _encode(folder / "few.mp4", pictures(count))
 
 
 def no_key_frame(folder: Path) -> Path:
@@ -193,17 +193,18 @@ def damaged(folder: Path, first: int = 14, count: int = 2) -> Path:
     return path
 
 
-def resized(folder: Path) -> Path:
+def resized(folder: Path, codec: str = "libx264") -> Path:
     """Half of the pictures 160 x 96, half 240 x 144, in one stream: a recording whose format was switched."""
-    path, half = folder / "resized.mkv", NUM_FRAMES // 2
+    path, half = folder / f"resized_{codec}.mkv", NUM_FRAMES // 2
     sizes, base = ((WIDTH, HEIGHT), (WIDTH * 3 // 2, HEIGHT * 3 // 2)), Fraction(1, 30)
     with av.open(str(path), "w") as writer:
-        stream = writer.add_stream("libx264", rate=30)
+        stream = writer.add_stream(codec, rate=30)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for part, (width, height) in enumerate(sizes):
-            encoder = av.CodecContext.create("libx264", "w")
+            encoder = av.CodecContext.create(codec, "w")
             encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = width, height, "yuv420p", base
-            encoder.gop_size, encoder.options = 10, {**X264, "bf": "0"}
+            encoder.framerate, encoder.gop_size = 30, 10
+            encoder.options = {**X264, "bf": "0"} if codec == "libx264" else {"qscale": "3"}
             for number in range(part * half, (part + 1) * half):
                 frame = av.VideoFrame.from_ndarray(pictures(NUM_FRAMES, width, height)[number], "rgb24")
                 frame.pts, frame.time_base = number, base
