@@ -294,18 +294,18 @@ def test_two_processes_that_ingest_one_video_at_once(tmp_path):
 
 
 MEMORY = """
-import json, resource, sys
+import json, sys
 from dora_ray.data import ingest, store
 from dora_ray.data.video import index_video
+from dora_ray.training.memory import peak_mb
 import ray
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "linux" else 1024**2)
-idle, index = peak(), index_video(sys.argv[1])
+idle, index = peak_mb(), index_video(sys.argv[1])
 store.load_index(sys.argv[1], store=sys.argv[2])
 uri = store.dataset_uri(sys.argv[2], index.video_id, frames_per_second=6, short_side=512, jpeg_quality=85)
 store.create_dataset(uri)
 (part,) = ingest._pending(index, uri, 6.0, 20.0, 120.0)
 ingest._write_segment(part, sys.argv[2], "pyav", 512, 85)
-sys.stdout.write(json.dumps([len(part.pts), peak() - idle]))
+sys.stdout.write(json.dumps([len(part.pts), peak_mb() - idle]))
 """
 
 
@@ -320,4 +320,4 @@ def test_a_4k_segment_takes_less_than_300_mb(tmp_path):
     assert ended.returncode == 0, ended.stderr[-2000:]
     num_frames, megabytes = json.loads(ended.stdout)
     assert num_frames == 120
-    assert megabytes < 300
+    assert 50 < megabytes < 300
