@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dora_ray.method import losses
 from dora_ray.method.losses import dino_loss, dora_loss, teacher_probabilities
@@ -140,6 +142,41 @@ def test_a_last_layer_in_chunks_gives_the_loss_of_its_outputs(monkeypatch, chunk
     together = torch.cat([objects, locals_], dim=1)
     baseline = dino_loss(together, teacher[:, None], center, rows=rows, **TEMPERATURES)
     torch.testing.assert_close(baseline, dino_loss(together @ rows.T, teacher[:, None], center, **TEMPERATURES))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that has a dimension of the outputs."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.num_outputs, self.elements = num_outputs, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor) and self.num_outputs in result.shape:
+                self.elements = max(self.elements, result.numel())
+        return results
+
+
+@pytest.mark.parametrize("kind", ["dora", "dino"])
+def test_no_more_outputs_than_a_chunk_are_written_down(monkeypatch, kind):
+    """In the forward and in the backward: all of them would be the largest thing in memory."""
+    num_outputs, width, frames = 97, 3, 5
+    rows = draw(num_outputs, width, seed=6).requires_grad_()
+    objects, locals_ = (draw(1, count, frames, width, seed=count).requires_grad_() for count in (K, L))
+    teacher, center = draw(1, frames, num_outputs, seed=3), draw(num_outputs, seed=4)
+    # A chunk holds what the teacher's own outputs take.
+    chunk = frames * num_outputs
+    monkeypatch.setattr(losses, "CHUNK_OUTPUTS", chunk)
+    with Largest(num_outputs) as largest:
+        if kind == "dora":
+            loss = dora_loss(objects, locals_, teacher, center, rows=rows, **TEMPERATURES)
+        else:
+            both = torch.cat([objects, locals_], dim=1)
+            loss = dino_loss(both, teacher[:, None], center, rows=rows, **TEMPERATURES)
+        loss.backward()
+    assert largest.elements == chunk
 
 
 def test_object_weight_and_absence():
