@@ -338,7 +338,8 @@ def apply_step(state: TrainState, result: SumResult, config: Config) -> tuple[di
 def _update_student(state: TrainState, gradients: Sequence[Tensor], values: Rates, config: Config) -> None:
     """One update of AdamW from summed gradients, which are changed."""
     optim, parameters = config.optim, list(state.student.parameters())
-    gradients = [g.div_(optim.slots).view_as(p) for g, p in zip(gradients, parameters, strict=True)]
+    torch._foreach_div_(gradients, optim.slots)
+    gradients = [g.view_as(p) for g, p in zip(gradients, parameters, strict=True)]
     if optim.gradient_clip is not None:
         clip_each(gradients, optim.gradient_clip)
     set_rates(state.optimizer, values)

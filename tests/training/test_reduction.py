@@ -74,6 +74,17 @@ def test_exact_sums_are_accurate(scale: float, seed: int) -> None:
         assert ((ours.double() - exact).abs() <= bound).all()
 
 
+@given(seed=st.integers(0, 50), exponent=st.integers(-80, 40))
+def test_exact_sums_are_those_of_the_definition(seed: int, exponent: int) -> None:
+    """round(x * 2^(46 - e)) in int64, quantity by quantity, to the bit."""
+    values = slot_values(3, seed, 2.0 ** (exponent - 4))
+    scale = 2.0 ** (46 - exponent)
+    result = reduced(values, 1, "exact", torch.full((len(SIZES),), exponent, dtype=torch.int32))[0]
+    for i, ours in enumerate(result.quantities):
+        whole = sum((slot[i].double() * scale).round().to(torch.int64) for slot in values)
+        assert torch.equal(ours, (whole.float().double() / scale).float())
+
+
 @pytest.mark.parametrize("reduction", ["exact", "float32"])
 def test_records_are_added_over_ranks(reduction: str) -> None:
     for result in reduced(slot_values(4), 3, reduction):
