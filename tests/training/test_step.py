@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from dora_ray.config import Config, load_config
 from dora_ray.data.plan import slots_of_rank
 from dora_ray.data.slots import SlotBatch
 from dora_ray.errors import DivergenceError
+from dora_ray.method import blocks
+from dora_ray.method.dora import slot_forward
+from dora_ray.training.numerics import prepare_torch
 from dora_ray.training.step import (
     TrainState,
     apply_step,
@@ -201,3 +206,50 @@ def test_activation_checkpointing_trains_the_same_weights() -> None:
     saving = train(small_config("model.drop_path=0.2", "optim.activation_checkpointing=true"), 1)
     for name, tensor in plain.student.state_dict().items():
         assert torch.equal(tensor, saving.student.state_dict()[name]), name
+
+
+@pytest.fixture
+def strict_gpu():
+    """A GPU set up as in a worker; afterwards torch is as it was."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    device = torch.device("cuda")
+    prepare_torch(device, deterministic=True)
+    yield device
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+# Heads of 64, as in a ViT-S; 196 patches in an object view and 145 tokens in a local one.
+ON_GPU = (
+    "model.width=384",
+    "crops.clip_size=224",
+    "crops.global_size=224",
+    "crops.local_size=192",
+    "optim.precision=bf16",
+    "model.patch_size=16",
+)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("share", [0.3, 0.9])
+@pytest.mark.parametrize("views", ["masked", "packed"])
+def test_a_slot_on_a_gpu_repeats_bit_for_bit(strict_gpu, monkeypatch, views: str, share: float) -> None:
+    """Packed views of many lengths, some over 128 tokens, go through attention's kernel for unlike lengths."""
+    config = small_config(*ON_GPU, f"tracking.views={views}")
+    state, one = initial_state(config, strict_gpu), batch(config, 0, 0)
+    shape = (config.optim.clips_per_slot, config.tracking.num_objects, config.clip.num_frames, 196)
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(shape, generator=generator) < share * torch.rand((*shape[:3], 1), generator=generator)
+    masks[..., 0] = True
+    forward = partial(slot_forward, masks=masks.float().to(strict_gpu))
+    longest = []
+
+    def kernel(*arguments, **options):
+        longest.append(arguments[6])
+        return varlen_attn(*arguments, **options)
+
+    monkeypatch.setattr(blocks, "varlen_attn", kernel)
+    first, again = (slot_quantities(state, one, config, forward) for _ in range(2))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
+    assert any(quantity.any() for quantity in first)
+    assert (min(longest, default=0) > 128) == (views == "packed")
