@@ -252,7 +252,7 @@ class OptimConfig(Section):
     activation_checkpointing: bool = False
     """Keep only the inputs of the student's blocks, compute the rest again in the backward: less memory, more time."""
     compile: bool = False
-    """Compile what a block does to single tokens with torch.compile: a minute at the first start, then from a cache."""
+    """Compile what a block does to single tokens with torch.compile: a minute on each new node, then from its cache."""
 
 
 class ClusterConfig(Section):

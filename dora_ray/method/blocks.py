@@ -235,8 +235,9 @@ def _finish_block(block: Block, tokens: Tensor, mixed: Tensor, kept1: Tensor | N
 def compile_blocks(vit: VisionTransformer) -> None:
     """Let torch.compile make one kernel chain of what a block does to single tokens: norms, GELU, drop path, sums.
 
-    One compilation serves every block and every number of tokens, so neither another slot nor another worker of an
-    elastic run compiles again. Torch keeps what it compiled under TORCHINDUCTOR_CACHE_DIR for the next process.
+    One compilation serves every block and every number of tokens, so no other slot compiles again. Torch keeps what it
+    compiled for the next process of the node, in TORCHINDUCTOR_CACHE_DIR or else in the node's temporary folder; a node
+    that joins an elastic run compiles anew, unless the variable names a folder that the nodes share.
     """
     for block in vit.blocks:
         setattr(block, COMPILED, _compiled_finish())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -106,3 +110,37 @@ def test_one_compilation_serves_all_blocks_and_lengths():
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[-1]
+
+
+# Prints how many graphs inductor compiled and how many it found compiled.
+COMPILE = """
+import torch
+from torch._dynamo.utils import counters
+from dora_ray.method.blocks import Layout, cls_of_blocks, compile_blocks
+from tests.method.networks import build_small
+
+vit = build_small(0, drop_path=0.5, dtype=torch.float32).backbone.train()
+compile_blocks(vit)
+for lengths in ([5, 5, 9], [3, 4, 4, 17]):
+    cls = cls_of_blocks(vit, torch.randn(sum(lengths), 24), Layout.of_lengths(lengths, torch.device("cpu")))
+    cls.square().sum().backward()
+print(*(counters["inductor"][f"fxgraph_cache_{name}"] for name in ("miss", "hit")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_next_process_of_a_node_compiles_nothing(tmp_path):
+    environment = os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    counts = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True
+        )
+        counts.append([int(count) for count in done.stdout.split()])
+    (compiled, _), again = counts
+    assert compiled > 0
+    assert again == [0, compiled]
