@@ -41,7 +41,8 @@ SMALL = (
     "cluster.decode_cpus=1",
     "cluster.max_failures=-1",
     "cluster.resize_seconds=2",
-    "cluster.stall_seconds=60",
+    # Where others use the machine too, the first step of a worker has taken a minute.
+    "cluster.stall_seconds=90",
     "data.decode_seconds=8",
 )
 CLIPS_PER_SLOT = 2

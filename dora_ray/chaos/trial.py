@@ -131,13 +131,13 @@ class Laboratory:
         """A run on so many nodes, with what is inflicted on it and settings of its own; `counted`: its restarts are."""
         run = self.folder / name
         hits: list[Hit] = []
-        reference = self.begin_reference(steps)
         try:
             with LocalNodes(num_nodes) as nodes:
-                # By then it has filled the frame store, which both use.
-                reference.wait("its plan", (reference.run / CONFIG).exists, seconds=END_SECONDS)
                 training = Training(run, (*self.words(steps, f"[1, {MOST_WORKERS}]"), *settings), address=nodes.address)
                 try:
+                    # By then it has filled the frame store, which both use; the other would start a Ray of its own.
+                    training.wait("its plan", (run / CONFIG).exists, seconds=END_SECONDS)
+                    self.begin_reference(steps)
                     for hit in inflict(training, nodes):
                         hits.append(hit)  # one by one: those before a stall are told
                     _finish(training)
