@@ -1,4 +1,4 @@
-"""The command: what it prints, its exit status, and one real fault on a real cluster."""
+"""The command: what it prints, its exit status, and three real faults on a real cluster."""
 
 from __future__ import annotations
 
@@ -67,14 +67,18 @@ def test_a_run_without_faults_of_its_own_has_a_row(call):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_killed_worker_costs_nothing_but_time(tmp_path):
+def test_a_kill_a_drain_and_a_join_cost_nothing_but_time(tmp_path):
     path = tmp_path / "result.json"
-    words = ["chaos", "--faults", "worker_kill", "--quick", "--seed", "1", "--json", str(path)]
+    words = ["chaos", "--quick", "--seed", "1", "--json", str(path)]
     done = subprocess.run([sys.executable, "-m", "dora_ray", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (trial,) = json.loads(path.read_text())["trials"]
-    (row,) = trial["rows"]
     assert trial["max_difference"] == 0.0
-    assert row["world_sizes"] == [2, 2]
-    assert row["steps_lost"] > 0, "a kill that costs nothing was none"
-    assert row["recovered_seconds"] > 0
+    kill, drain, join = trial["rows"]
+    assert [row["fault"] for row in trial["rows"]] == ["worker_kill", "drain", "join"]
+    assert kill["world_sizes"] == [2, 2]
+    assert kill["steps_lost"] > 0, "a kill that costs nothing was none"
+    assert (drain["world_sizes"][0], drain["world_sizes"][-1]) == (2, 1)
+    assert (join["world_sizes"][0], join["world_sizes"][-1]) == (1, 2)
+    assert drain["steps_lost"] == join["steps_lost"] == 0
+    assert all(row["recovered_seconds"] > 0 for row in trial["rows"])
