@@ -328,7 +328,7 @@ def _add_chaos(commands: Commands[argparse.ArgumentParser]) -> None:
         "--quick", action="store_true", help="one run for all; not given which: worker_kill, drain and join"
     )
     parser.add_argument(
-        "--compare", action="store_true", help="each fault that strikes a living run also at Ray Train's own pace"
+        "--compare", action="store_true", help="each fault of a worker also at Ray Train's own pace of recovery"
     )
     _add_json(parser)
 

@@ -82,7 +82,7 @@ def run(*, quick: bool) -> dict[str, Any]:
             f"cropped to {config.crops.clip_size} px",
             "reference_cpu_seconds": {part: round(seconds, 3) for part, seconds in reference.items()},
             "direct_measured_on": f"{direct.pop('measured_seconds'):.0f} s of film, stated for {SEGMENT_SECONDS:g} s",
-            "plain_decoder": _plain_decoder()[0],
+            "ffmpeg": _plain_decoder()[0],
             **decoding,
             **_writing(frames, config),
             "idle_rss_mb": idle,
@@ -117,7 +117,7 @@ def _decoding(path: str, config: Config) -> tuple[list[DecodedFrame], dict[str, 
     through = np.searchsorted(index.pts, frames[-1].pts, side="right")
     return frames, {
         "ingest_frames_per_core_second": float(through) / ingest,
-        "plain_frames_per_core_second": len(index.pts) / plain,
+        "ffmpeg_frames_per_core_second": len(index.pts) / plain,
     }
 
 

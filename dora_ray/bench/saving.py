@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from dora_ray import files
 from dora_ray.bench.products import synchronize
@@ -17,16 +16,6 @@ from dora_ray.training.journal import Journal
 from dora_ray.training.step import TrainState
 
 INTERVAL_SECONDS = 30.0
-# A checkpoint names their versions; the step is measured without them too.
-PACKAGES = ("ray", "dora-ray")
-
-
-def can_save() -> bool:
-    """Whether all that a checkpoint names is installed."""
-    try:
-        return all(version(package) for package in PACKAGES)
-    except PackageNotFoundError:
-        return False
 
 
 @dataclass(frozen=True)

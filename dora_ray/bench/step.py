@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dora_ray.bench.products import Products, record, square_flops_per_second, synchronize
 from dora_ray.bench.ranks import all_reduce_seconds
-from dora_ray.bench.saving import Saving, can_save, cost
+from dora_ray.bench.saving import Saving, cost
 from dora_ray.config import Config, load_config
 from dora_ray.method.dora import slot_forward
 from dora_ray.method.parts import watched
@@ -65,8 +65,8 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
         other, over what the step of the same round takes, with several types of number also for each;
         square_matmul_share: what they would take at the rate of a large square product of their type.
 
-        Of checkpoints, see `saving.cost`; left out where Ray is not installed. all_reduce_exact_seconds and
-        all_reduce_float32_seconds, see `ranks.all_reduce_seconds`.
+        Of checkpoints, see `saving.cost`; all_reduce_exact_seconds and all_reduce_float32_seconds, see
+        `ranks.all_reduce_seconds`.
 
         The seconds of the step's parts, augment_share of them, peak memory, clips a second, and the setting.
     """
@@ -87,12 +87,10 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     paths["reference"] = functools.partial(timed.step, config, reference_slot_forward)
     with tempfile.TemporaryDirectory() as folder:
         saving = Saving(ours, timed.state, config, folder)
-        if can_save():
-            paths["saving"] = saving.seconds
+        paths["saving"] = saving.seconds
         counts = dict.fromkeys(paths, 2 if quick else 5)
         seconds, peak = timed.rounds(paths, counts | ({"reference": 1, "saving": 1} if quick else {}))
-    written = saving.written
-    checkpoints = cost(written, seconds["ours"][: len(written)]) if written else {}
+    checkpoints = cost(saving.written, seconds["ours"][: len(saving.written)])
     result = _speeds(config, device, seconds) | _memory(config, device, peak) | _shares(products, seconds, device)
     sums = {f"all_reduce_{kind}_seconds": found for kind, found in all_reduce_seconds(timed.sizes).items()}
     return result | checkpoints | sums | timed.parts(config)

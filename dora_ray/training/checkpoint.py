@@ -13,10 +13,11 @@ import io
 import itertools
 import json
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import safetensors.torch
@@ -70,9 +71,16 @@ def take_snapshot(state: TrainState, config: Config, plan: Plan, world_size: int
         "plan_digest": plan.digest,
         "world_size": world_size,
         "bad_clips": list(state.bad_clips),
-        "versions": {package: version(package) for package in ("torch", "timm", "ray", "dora-ray")},
+        "versions": dict(_versions("torch", "timm", "ray", "dora-ray")),
     }
     return Snapshot(checkpoint_name(state.step), model, tensors, meta, _now_on(state.center.device))
+
+
+def _versions(*packages: str) -> Iterator[tuple[str, str]]:
+    """Of those that are installed: a step needs no Ray, and a copied folder of this package has no version."""
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            yield package, version(package)
 
 
 def _now_on(device: torch.device) -> torch.cuda.Event | None:

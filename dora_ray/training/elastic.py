@@ -32,7 +32,8 @@ from dora_ray.training.spares import environment, start_spares
 logger = logging.getLogger(__name__)
 
 # Spares are started when the start of the workers, and the first time that of their decode tasks, is over; a resize
-# onto a new node waits, training on, for its spare.
+# onto a new node waits, training on, for its spare: for as long as the first workers took to start, and no longer than
+# SPARE_READY_SECONDS.
 SPARES_AFTER_SECONDS, SPARES_AFTER_RESTART_SECONDS = 15.0, 5.0
 SPARE_READY_SECONDS = 15.0
 LOST_NODE_SECONDS = 15.0
@@ -57,12 +58,14 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         self._told: set[int] = set()
         self._homes: set[str] = set()
         self._nodes: frozenset[str] = frozenset()
+        self._asked_at, self._start_seconds = -math.inf, SPARE_READY_SECONDS
         self._environment = ""
         self._spares_at = math.inf
         self._new_spares_at = -math.inf
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """A placement is about to be asked for."""
+        self._asked_at = time.monotonic()
         self._event("group", world_size=worker_group_context.num_workers)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
@@ -77,6 +80,8 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         if self._spares:
             with suppress(RayError):  # a worker that is dead already is found out by the next health check
                 wait = SPARES_AFTER_RESTART_SECONDS if self._environment else SPARES_AFTER_SECONDS
+                if not self._environment:
+                    self._start_seconds = min(SPARE_READY_SECONDS, time.monotonic() - self._asked_at)
                 self._environment = ray.get(worker_group.get_workers()[0].execute_async(environment))
                 self._spares_at = time.monotonic() + wait
 
@@ -129,7 +134,7 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         if new and self._environment:
             for node in new:
                 start_spares(alive[node], self._environment, 1)
-            self._new_spares_at = now + SPARE_READY_SECONDS
+            self._new_spares_at = now + self._start_seconds
         if new:
             _count_again(wait=False)
 

@@ -27,7 +27,7 @@ def test_reports_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, qui
         assert result[f"{path}_decode_cores_a_gpu"] == pytest.approx(300 / result[f"{path}_clips_per_core_second"])
     for codec in ("",) if quick else ("", "vp9_", "av1_"):
         assert result[f"{codec}ingest_frames_per_core_second"] > 0
-        assert result[f"{codec}plain_frames_per_core_second"] > 0
+        assert result[f"{codec}ffmpeg_frames_per_core_second"] > 0
     assert result["jpeg_ms_a_kept_frame"] > 0
     assert result["write_ms_a_kept_frame"] > 0
     assert result["peak_rss_mb"] >= result["idle_rss_mb"] > 0

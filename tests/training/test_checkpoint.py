@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,16 @@ def test_a_folder_that_nodes_do_not_share_is_named(tmp_path: Path) -> None:
     world = Alone(1, [None], threading.Barrier(1))
     with pytest.raises(ClusterError, match=r"cannot read .*elsewhere.*--out must be a folder that all nodes share"):
         _restore(Job(CONFIG, PLAN, str(tmp_path)), world, initial_state(CONFIG, torch.device("cpu")))
+
+
+def test_a_checkpoint_names_the_versions_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is measured where there is no Ray, its checkpoints with it."""
+
+    def version(package: str) -> str:
+        if package == "ray":
+            raise PackageNotFoundError
+        return "1.2"
+
+    monkeypatch.setattr(checkpoint, "version", version)
+    meta = take_snapshot(state_at(2), CONFIG, PLAN, 2).meta
+    assert meta["versions"] == {"torch": "1.2", "timm": "1.2", "dora-ray": "1.2"}
