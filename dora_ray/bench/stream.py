@@ -16,17 +16,16 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from dora_ray.bench.films import decode_frames, film, write_store
+from dora_ray.bench.shuffling import shuffling, streamed
 from dora_ray.config import Config, load_config
 from dora_ray.data.plan import Plan
 from dora_ray.data.ray_engine import plan_of
-from dora_ray.data.segments import StreamedVideo, streamed_videos
 from dora_ray.data.slots import SlotBatch, read_slot
 from dora_ray.data.stream import local_slots, ray_slots
 from dora_ray.data.video import VideoIndex, index_video
@@ -48,8 +47,6 @@ ROUNDS = 3
 # their first touch: what is measured within that time is the start.
 WARM_SECONDS = 12.0
 WARM_STEPS = 10
-# Shuffling is judged on a film of this length, whose pictures nobody needs.
-LONG_SECONDS = 7200
 # A rank asks for this share of what the stream could give, as a GPU would that is fed well.
 DEMAND = 0.6
 
@@ -83,7 +80,7 @@ def run(*, quick: bool) -> dict[str, Any]:
         **waits,
         **ranks,
         **memory,
-        **_shuffling(config, index),
+        **shuffling(config, index),
     }
 
 
@@ -243,14 +240,7 @@ def _cpu_of_all() -> float:
 
 def _direct_plan(config: Config, index: VideoIndex) -> Plan:
     settings = ("data.source=video", "data.stream_segment_seconds=4", "data.shuffle_segments=2", "optim.slots=1")
-    return make_plan(load_config(config, *settings), _streamed(config, index))
-
-
-def _streamed(config: Config, index: VideoIndex) -> list[StreamedVideo]:
-    data = config.data
-    return streamed_videos(
-        [index], decoder=data.decoder, frames_per_second=data.frames_per_second, short_side=data.short_side
-    )
+    return make_plan(load_config(config, *settings), streamed(config, index))
 
 
 def _waits(plan: Plan, steps: int) -> dict[str, float]:
@@ -323,7 +313,7 @@ def _stream_a_long_film() -> list[float]:
     index = index_video(film(**SMALL_FILM, loops=180))
     config = load_config("paper", "clip.avoid_cuts=false", "data.source=video", "data.short_side=180")
     config = load_config(config, "optim.slots=1", "crops.clip_size=64", "data.shuffle_segments=2")
-    plan = make_plan(config, _streamed(config, index))
+    plan = make_plan(config, streamed(config, index))
     steps = plan.clips_per_epoch // plan.clips_per_slot
     keys = iter([(step, 0) for step in range(steps)])
     stream = local_slots(plan, keys, prefetch=4, num_threads=CORES, decode_seconds=120.0)
@@ -333,35 +323,3 @@ def _stream_a_long_film() -> list[float]:
             pass
         peaks.append(peak_mb())
     return peaks
-
-
-def _shuffling(config: Config, index: VideoIndex) -> dict[str, float]:
-    """How alike the clips of a batch are, by their times in a two-hour film: from the store and streamed directly.
-
-    Two measures: the share of pairs of a batch that start within a minute of each other, and the correlation of the
-    starts of a batch's consecutive clips. Both are 0 at best; the store draws from the whole film.
-    """
-    long = _longer(index, LONG_SECONDS)
-    config = load_config(config, "optim.clips_per_slot=16")
-    found = {}
-    for source in ("store", "video"):
-        plan = make_plan(load_config(config, f"data.source={source}"), _streamed(config, long))
-        times = np.array([_starts(plan, step) for step in range(20)])
-        apart = np.abs(times[:, :, None] - times[:, None, :])[:, ~np.eye(times.shape[1], dtype=bool)]
-        name = "store" if source == "store" else "direct"
-        found[f"{name}_pairs_within_a_minute"] = float((apart < 60).mean())
-        found[f"{name}_neighbor_correlation"] = float(np.corrcoef(times[:, :-1].ravel(), times[:, 1:].ravel())[0, 1])
-    return found
-
-
-def _longer(index: VideoIndex, seconds: int) -> VideoIndex:
-    """The index of a film like this one, of another length."""
-    step, group = int(np.median(np.diff(index.pts))), int(np.median(np.diff(index.key_pts)))
-    pts = np.arange(0, round(seconds / index.tick), step)
-    return replace(index, pts=pts, key_pts=pts[:: group // step], real_seconds=float(seconds))
-
-
-def _starts(plan: Plan, step: int) -> list[float]:
-    """(S x M,) seconds at which a batch's clips start."""
-    clips = [clip for slot in range(plan.slots) for clip in plan.slot_clips(step, slot)]
-    return [float(plan.videos[clip.video].times[clip.frames[0]]) for clip in clips]

@@ -20,8 +20,9 @@ from dora_ray.chaos.training import CLIPS_PER_SLOT, SMALL, StalledError, Trainin
 from dora_ray.training.journal import CONFIG, METRICS, read_events, read_history, read_lines
 from dora_ray.weights import resolve_checkpoint
 
-# Steps are quicker than nodes: those after the last fault have to last until its answer.
-FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 15, 20, 60
+# Steps are quicker than nodes: those before the first fault have to last until the spare processes are there, which is
+# the state that a training is in for all but its first half minute, and those after the last one until its answer.
+FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 80, 15, 90
 CHECKPOINT_SECONDS = 4.0
 # Writing a checkpoint, and Ray's noting that it is there: until then, a kill falls back to the one before.
 COMMIT_SECONDS = 2.0

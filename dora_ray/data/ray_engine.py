@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ class RayEngine:
             decode_seconds: the longest that a clip or a frame may take before its process is ended.
         """
         import ray
+        from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
         # Inside a tuple, so that tasks get the reference itself and every process unpacks the plan once.
         self._plan = (ray.put(plan),)
@@ -67,20 +69,22 @@ class RayEngine:
             "max_retries": MAX_RETRIES,
             "scheduling_strategy": "DEFAULT",
         }
+        if os.environ.get(WORKER_PROCESS_SETUP_HOOK_ENV_VAR):
+            # A task's process inherits what a training worker's process imports before it begins: seconds of work.
+            options["runtime_env"] = {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: ""}}
         pinned: dict[str, Any] = {"label_selector": {"role": node_label}} if node_label else {}
-        self._options = options | pinned
-        self._elsewhere = options | (pinned or {"scheduling_strategy": "SPREAD"})
-        self._decode, self._read = ray.remote(_decode_task), ray.remote(_read_task)
+        anywhere, elsewhere = options | pinned, options | (pinned or {"scheduling_strategy": "SPREAD"})
+        # By whether the work is done again.
+        self._decode = [ray.remote(**how)(_decode_task) for how in (anywhere, elsewhere)]
+        self._read = [ray.remote(**how)(_read_task) for how in (anywhere, elsewhere)]
 
     def decode(self, segment: int, *, again: bool = False) -> Any:
         """See `pipeline.Engine`."""
-        options = self._elsewhere if again else self._options
-        return self._decode.options(**options).remote(self._plan, segment, self._seconds)
+        return self._decode[again].remote(self._plan, segment, self._seconds)
 
     def read(self, keys: Sequence[SlotKey], segments: Mapping[int, Any], *, again: bool = False) -> Any:
         """See `pipeline.Engine`."""
-        options = self._elsewhere if again else self._options
-        task = self._read.options(**options)
+        task = self._read[again]
         return task.remote(self._plan, tuple(keys), self._seconds, tuple(segments), *segments.values())
 
     def result(self, handle: Any) -> list[SlotBatch]:

@@ -11,10 +11,12 @@ import importlib
 import logging
 from typing import Any
 
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+
 logger = logging.getLogger(__name__)
 
-# Ray's name for the function that a worker's process calls first; `preload` in this module.
-ENVIRONMENT = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{__name__}.preload"}
+# What a worker's process calls first: `preload` in this module.
+ENVIRONMENT = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.preload"}
 KEPT_SECONDS = 3600
 ANSWER_SECONDS = 5.0
 

@@ -8,6 +8,7 @@ import pytest
 
 from dora_ray.bench import stream
 from dora_ray.bench.films import film
+from dora_ray.bench.shuffling import shuffling
 from dora_ray.config import load_config
 from dora_ray.data.video import index_video
 
@@ -31,7 +32,7 @@ def test_looped_film_is_as_long_as_its_loops() -> None:
 def test_more_segments_in_a_pool_are_shuffled_better() -> None:
     index = index_video(film(**SMALL))
     found = {
-        pool: stream._shuffling(load_config("paper", "clip.avoid_cuts=false", f"data.shuffle_segments={pool}"), index)
+        pool: shuffling(load_config("paper", "clip.avoid_cuts=false", f"data.shuffle_segments={pool}"), index)
         for pool in (1, 8)
     }
     assert found[1]["store_pairs_within_a_minute"] == found[8]["store_pairs_within_a_minute"] < 0.03
