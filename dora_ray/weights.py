@@ -108,9 +108,14 @@ def _newest_of(run: str, checkpoints: str) -> str:
     return newest
 
 
+def step_names(checkpoints: str) -> list[str]:
+    """Names of all checkpoints in a run's folder of checkpoints, complete or not, oldest first."""
+    return [name for name in files.list_names(checkpoints) if _STEP_NAME.fullmatch(name)]
+
+
 def complete_checkpoints(checkpoints: str) -> Iterator[str]:
     """Folders of the complete checkpoints in a run's folder of checkpoints, newest first."""
-    for name in reversed([name for name in files.list_names(checkpoints) if _STEP_NAME.fullmatch(name)]):
+    for name in reversed(step_names(checkpoints)):
         if files.exists(files.join(checkpoints, name, "meta.json")):
             yield files.join(checkpoints, name)
 

@@ -63,8 +63,8 @@ def run(*, quick: bool) -> dict[str, Any]:
     config = load_config("paper", "clip.avoid_cuts=false", "optim.clips_per_slot=4")
     with tempfile.TemporaryDirectory() as store:
         plan = make_plan(config, [write_store(index, decode_frames(index, config), config, store)])
-        with _cluster(), _bare_processes() as bare:
-            _warm(plan)
+        with _cluster(), ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn")) as bare:
+            _warm(bare, plan)
             rates = _in_turns(bare, plan, steps, ("stream", "ray_data_tasks"))
             waits = _waits(_direct_plan(config, index), wait_steps)
             ranks = _ranks((1, 4, 8) if quick else (1, 4, 8, 64), rank_slots)
@@ -107,20 +107,14 @@ def _cluster() -> Iterator[None]:
             ray.shutdown()
 
 
-@contextmanager
-def _bare_processes() -> Iterator[ProcessPoolExecutor]:
-    """As many processes as there are cores, with torch imported."""
-    with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
-
-
-def _warm(plan: Plan) -> None:
-    """Take slots until every process of the cluster has read some, and the object store has been filled."""
+def _warm(bare: ProcessPoolExecutor, plan: Plan) -> None:
+    """Take slots until every process has read some, and the object store has been filled."""
     until = time.perf_counter() + WARM_SECONDS
     stream = _open("stream", plan, 10**6)
     while time.perf_counter() < until:
         next(stream)
     stream.close()
+    _bare_rate(bare, plan, 4 * CORES)
 
 
 def _open(way: str, plan: Plan, steps: int) -> Any:

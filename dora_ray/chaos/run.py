@@ -29,7 +29,7 @@ def chaos(
     """Inject faults into small trainings on a Ray cluster of this machine, and compare with undisturbed ones.
 
     Args:
-        faults: names of FAULTS; none: all of them, or those of QUICK.
+        faults: names of FAULTS; none: all of them, or those of QUICK, and of these with `compare` those of workers.
         seed: of the steps and the victims.
         count: how often each fault that strikes a living run strikes it.
         quick: one run for all faults that strike a living run, instead of one each.
@@ -43,7 +43,7 @@ def chaos(
     Raises:
         ConfigError: a fault is not known or cannot be compared, or count is not positive.
     """
-    names = check(faults or (QUICK if quick else FAULTS), count=count, compare=compare)
+    names = check(faults, count=count, quick=quick, compare=compare)
     folder = Path(tempfile.mkdtemp(prefix="dora-ray-chaos-"))
     planned = plan_trials(names, count=count, quick=quick, compare=compare)
     trials: list[Trial] = []
@@ -66,8 +66,8 @@ def chaos(
     }
 
 
-def check(faults: Sequence[str], *, count: int, compare: bool = False) -> list[str]:
-    """The faults' names.
+def check(faults: Sequence[str], *, count: int, quick: bool = False, compare: bool = False) -> list[str]:
+    """The faults' names, the usual ones where none are given.
 
     Raises:
         ConfigError: one is not known or cannot be compared, or they are never to strike.
@@ -80,10 +80,11 @@ def check(faults: Sequence[str], *, count: int, compare: bool = False) -> list[s
     unfair = [name for name in faults if name not in OF_WORKERS]
     if compare and unfair:
         raise ConfigError(
-            f"--compare --faults {','.join(unfair)}: how soon a node is missed is a setting of the cluster, and the "
-            f"same at either pace; choose from {', '.join(OF_WORKERS)}"
+            f"--compare --faults {','.join(unfair)}: only the answer to a worker's fault has a pace of ours and one of "
+            f"Ray Train's; choose from {', '.join(OF_WORKERS)}"
         )
-    return list(faults)
+    usual = QUICK if quick else FAULTS
+    return list(faults) or [name for name in usual if name in OF_WORKERS or not compare]
 
 
 class Planned(NamedTuple):

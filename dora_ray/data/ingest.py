@@ -216,8 +216,12 @@ def _write_segment(
 
     fragments: list[str] = []
     remaining = rows()
-    while batch := list(islice(remaining, ROWS_A_FILE)):
-        fragments += frame_store.write_rows(part.uri, batch)
+    try:
+        while batch := list(islice(remaining, ROWS_A_FILE)):
+            fragments += frame_store.write_rows(part.uri, batch)
+    except BaseException:
+        frame_store.discard(part.uri, fragments)
+        raise
     return fragments, len(lost)
 
 

@@ -6,6 +6,7 @@ decoder that hangs and holds the interpreter's lock stops the process all the sa
 
 from __future__ import annotations
 
+import atexit
 import functools
 import queue
 import threading
@@ -41,6 +42,8 @@ class LocalEngine:
         self._seconds = decode_seconds
         self._readers = _Threads(num_threads, "slots")
         self._decoders = _Threads(num_threads, "segments") if isinstance(plan, SegmentPlan) else None
+        # An error that nobody caught keeps a stream alive until the process exits.
+        atexit.register(self.close)
 
     def decode(self, segment: int, *, again: bool = False) -> _Job:
         """See `pipeline.Engine`."""
@@ -77,9 +80,11 @@ class LocalEngine:
 
     def close(self) -> None:
         """See `pipeline.Engine`."""
-        self._readers.close()
+        atexit.unregister(self.close)
+        # First those that the readers may be waiting for.
         if self._decoders is not None:
             self._decoders.close()
+        self._readers.close()
 
 
 class _Threads:
@@ -113,7 +118,8 @@ class _Threads:
             self._work.put(lambda: None)
         until = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
+            if thread is not threading.current_thread():  # whose garbage collection may be what closes
+                thread.join(max(0.0, until - time.monotonic()))
 
     def closed(self) -> bool:
         """Whether what waits was dropped."""

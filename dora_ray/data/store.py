@@ -18,7 +18,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -219,6 +219,14 @@ def write_rows(uri: str, rows: Sequence[dict[str, object]]) -> list[str]:
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
     with _written(uri):
         return [json.dumps(fragment.to_json()) for fragment in write_fragments(table, uri, mode="append")]
+
+
+def discard(uri: str, fragments: Sequence[str]) -> None:
+    """Remove written rows that are never to be committed."""
+    for fragment in fragments:
+        for file in json.loads(fragment)["files"]:
+            with suppress(OSError):
+                files.remove(files.join(uri, "data", file["path"]))
 
 
 def commit(uri: str, fragments: Sequence[str]) -> None:

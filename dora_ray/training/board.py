@@ -19,7 +19,7 @@ from dora_ray import files
 
 
 class Board:
-    """Writes scalars of one attempt, the file being made with the first of them; safe to use from any thread.
+    """Writes scalars of one attempt, the file being made with the first of them.
 
     Where its file cannot be written it says so once and does no more: metrics.jsonl has the same values.
 

@@ -199,7 +199,7 @@ class CheckpointWriter:
         """Remove all but the newest few complete checkpoints, and what failed writers left."""
         complete = itertools.islice(weights.complete_checkpoints(self._checkpoints), self._keep)
         kept = {path.rsplit("/", 1)[-1] for path in complete}
-        for name in step_names(self._checkpoints):
+        for name in weights.step_names(self._checkpoints):
             if name not in kept:
                 files.remove(files.join(self._checkpoints, name))
 
@@ -221,11 +221,6 @@ class CheckpointWriter:
             )
 
 
-def step_names(checkpoints: str) -> list[str]:
-    """Names of all checkpoints, complete or not, oldest first."""
-    return [name for name in files.list_names(checkpoints) if name.startswith("step-")]
-
-
 def newest_meta(checkpoints: str) -> tuple[str, weights.Meta] | None:
     """The newest complete checkpoint that can say what it is, and what it says; None where there is none."""
     for folder in weights.complete_checkpoints(checkpoints):
@@ -244,10 +239,10 @@ def load_newest(checkpoints: str, state: TrainState, config: Config, plan: Plan)
         CheckpointError: all are damaged; or the newest undamaged one is of another architecture, plan or format.
     """
     refused, damaged = list[str](), False
-    for name in reversed(step_names(checkpoints)):
+    for name in reversed(weights.step_names(checkpoints)):
         folder = files.join(checkpoints, name)
         if not files.exists(files.join(folder, META)):
-            refused.append(f"{folder} is removed: it is incomplete, its writer was interrupted.")
+            refused.append(f"{folder} is incomplete: its writer was interrupted.")
             continue
         try:
             load_state(folder, state, config, plan)
@@ -267,7 +262,7 @@ def set_newest(checkpoints: str, kept: str | None) -> None:
     A killed writer may leave a folder half written, which is removed; a damaged one is only renamed.
     """
     name = kept.rstrip("/").rsplit("/", 1)[-1] if kept is not None else ""
-    newer = [other for other in step_names(checkpoints) if other > name]
+    newer = [other for other in weights.step_names(checkpoints) if other > name]
     for other in newer:
         folder = files.join(checkpoints, other)
         if files.exists(files.join(folder, META)):

@@ -276,7 +276,8 @@ class _Loop:
     def _knn(self, journal: Journal) -> dict[str, float]:
         """Accuracy of kNN with the teacher as it is now; the other ranks wait in their next reduction.
 
-        Images that cannot be read must not end one rank of a training: they are told as a warning.
+        Images that cannot be read, or are too many for the memory, must not end one rank of a training: they are told
+        as a warning.
         """
         backbone, evaluation = self.state.teacher.backbone, self.job.config.evaluation
         assert evaluation.images is not None
@@ -285,8 +286,9 @@ class _Loop:
         )
         try:
             result = evaluate_knn(backbone, evaluation.images, **options.model_dump(exclude={"random_init", "seed"}))
-        except (ConfigError, OSError) as error:
-            journal.event("warning", step=self.state.step, message=f"no kNN: {error}")
+        except (ConfigError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            message = str(error).partition("\n")[0] or "out of memory"
+            journal.event("warning", step=self.state.step, message=f"no kNN: {message}")
             return {}
         return {"knn": float(result["top1"])}
 

@@ -55,6 +55,13 @@ def test_a_comparison_repeats_what_strikes_a_living_run():
     ]
 
 
+def test_which_faults_there_are_without_names():
+    assert check((), count=1) == list(FAULTS)
+    assert check((), count=1, quick=True) == list(QUICK)
+    assert check((), count=1, compare=True) == list(OF_WORKERS)
+    assert check((), count=1, quick=True, compare=True) == ["worker_kill"]
+
+
 @pytest.mark.parametrize("fault", sorted({*FAULTS} - {*OF_WORKERS}))
 def test_a_comparison_that_the_clusters_own_settings_would_decide_is_refused(fault):
     assert check(OF_WORKERS, count=1, compare=True) == list(OF_WORKERS)

@@ -105,8 +105,9 @@ def test_damage_costs_the_frames_it_touches_and_is_not_tried_again(ray_cluster, 
     assert run(tmp_path / "store", *paths)[0][1].missing == 3
 
 
-def test_a_segment_without_end_is_written_in_parts(tmp_path):
-    """One key frame makes one segment of any length: what is held is a part's rows, and its commit is still one."""
+@pytest.fixture
+def endless(tmp_path):
+    """A store, its setting, and the one part of a film whose only key frame is its first."""
     path = make_video(
         tmp_path / "v.mp4", width=160, height=96, num_frames=600, frames_per_second=30, seed=1, group_size=600
     )
@@ -115,13 +116,34 @@ def test_a_segment_without_end_is_written_in_parts(tmp_path):
     uri = frame_store.dataset_uri(store, index.video_id, **setting)
     frame_store.create_dataset(uri)
     (part,) = job._pending(index, uri, 30.0, 0.2, 120.0)
+    return store, setting, index, part
+
+
+def test_a_segment_without_end_is_written_in_parts(endless):
+    """One key frame makes one segment of any length: what is held is a part's rows, and its commit is still one."""
+    store, setting, index, part = endless
     fragments, missing = job._write_segment(part, store, "pyav", 48, 90)
     assert [json.loads(fragment)["physical_rows"] for fragment in fragments] == [256, 256, 88]
-    frame_store.commit(uri, fragments)
+    frame_store.commit(part.uri, fragments)
     (video,) = open_videos([index], store=store, **setting)
     assert (missing, video.missing, video.version) == (0, 0, 2)
     frames = [0, 255, 256, 511, 512, 599]
     assert [read_counter(frame) for frame in read_frames(video, frames)] == frames
+
+
+def test_a_segment_that_fails_leaves_no_part_behind(endless, monkeypatch):
+    store, _, _, part = endless
+    frame_row = frame_store.frame_row
+
+    def fails_late(frame, **options):
+        if frame.pts > part.pts[300]:
+            raise VideoError("nothing more can be read")
+        return frame_row(frame, **options)
+
+    monkeypatch.setattr(frame_store, "frame_row", fails_late)
+    with pytest.raises(VideoError, match="nothing more"):
+        job._write_segment(part, store, "pyav", 48, 90)
+    assert not list(Path(part.uri, "data").glob("*"))
 
 
 def test_a_file_that_changed_since_it_was_indexed_is_not_decoded(tmp_path):

@@ -92,7 +92,7 @@ def test_incomplete_newest_is_told_and_removed(checkpoints: Path) -> None:
     (checkpoints / "step-00000006" / META).unlink()
     name, (refused,), _ = load(checkpoints)
     assert name == "step-00000004"
-    assert refused == f"{checkpoints / 'step-00000006'} is removed: it is incomplete, its writer was interrupted."
+    assert refused == f"{checkpoints / 'step-00000006'} is incomplete: its writer was interrupted."
     set_newest(str(checkpoints), str(checkpoints / "step-00000004"))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000002", "step-00000004"]
 
