@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-FORMAT = 2
+FORMAT = 3
 _STEP_NAME = re.compile(r"step-\d+")
 PathLike = str | os.PathLike[str]
 Module = TypeVar("Module", bound="nn.Module")

@@ -84,7 +84,7 @@ def test_the_meta_data_come_back(checkpoint):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "damaged"), ("[]", "damaged"), ('{"step": 1}', "damaged"), ('{"format": 3}', "format 3.*reads format 2")],
+    [("{", "damaged"), ("[]", "damaged"), ('{"step": 1}', "damaged"), ('{"format": 2}', "format 2.*reads format 3")],
 )
 def test_a_damaged_or_unknown_meta_is_refused(checkpoint, content, message):
     (checkpoint / "meta.json").write_text(content)

@@ -42,7 +42,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], *, step: int = 7, com
         tensors |= {f"{name}.{key}": value.contiguous() for key, value in network.state_dict().items()}
     save_file(tensors, folder / "model.safetensors")
     meta = {
-        "format": 2,
+        "format": 3,
         "step": step,
         "config": config,
         "plan": {},
