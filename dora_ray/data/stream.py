@@ -2,7 +2,7 @@
 
 There is no iterator state anywhere: a stream is told which steps are left, and begins there.
 
-Plain Ray tasks, and not Ray Data, although that reads no slower (`dora-ray bench stream` runs both): a rank's stream is
+Plain Ray tasks, and not Ray Data, which reads no quicker (`dora-ray bench stream` runs both): a rank's stream is
 ordered and endless, begins anew at every restart and resize, reads unreadable clips again elsewhere and lets many tasks
 share a decoded segment; Ray Data starts its executor for each window of rows, and its first slot comes a second later.
 """
