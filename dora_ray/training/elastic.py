@@ -79,8 +79,9 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         self._homes = {worker.metadata.node_id for worker in worker_group.get_workers()}
         if self._spares:
             with suppress(RayError):  # a worker that is dead already is found out by the next health check
-                wait = SPARES_AFTER_RESTART_SECONDS if self._environment else SPARES_AFTER_SECONDS
-                if not self._environment:
+                wait = SPARES_AFTER_RESTART_SECONDS
+                if not self._environment:  # the first start of all
+                    wait = SPARES_AFTER_SECONDS
                     self._start_seconds = min(SPARE_READY_SECONDS, time.monotonic() - self._asked_at)
                 self._environment = ray.get(worker_group.get_workers()[0].execute_async(environment))
                 self._spares_at = time.monotonic() + wait

@@ -1,10 +1,12 @@
-"""Trainings on a real Ray cluster: any number of workers, and a worker killed in the middle, give the same bits."""
+"""Trainings on a real Ray cluster: any number of workers, and a worker killed or told to end, give the same bits."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,28 @@ def test_three_workers_that_do_not_divide_the_slots(undisturbed: Path, tmp_path:
         assert same(weights_of(tmp_path / "run"), weights_of(undisturbed))
 
 
+@contextmanager
+def rank_0_gets(number: signal.Signals, run: Path, *, when: Callable[[], bool]) -> Iterator[list[int]]:
+    """A signal to the process of a run's first rank 0, once, while the block trains; the processes that got it."""
+    struck: list[int] = []
+
+    def strike() -> None:
+        while not struck and not stop.wait(0.05):
+            if when():
+                events = read_lines(str(run / "events.jsonl"))
+                struck.append(next(event["pid"] for event in events if event["event"] == "start"))
+                os.kill(struck[0], number)
+
+    stop = threading.Event()
+    striker = threading.Thread(target=strike)
+    striker.start()
+    try:
+        yield struck
+    finally:
+        stop.set()
+        striker.join()
+
+
 def test_killed_worker_costs_nothing_but_time(undisturbed: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
     run = tmp_path / "run"
     config = dora_ray.load_config(
@@ -49,27 +73,35 @@ def test_killed_worker_costs_nothing_but_time(undisturbed: Path, tmp_path: Path,
         "run.checkpoint_seconds=0.05",
         "data.slots_per_task=2",
     )
-    killed: list[int] = []
 
-    def kill_after_a_checkpoint() -> None:
-        while not killed and not stop.wait(0.05):
-            events = read_lines(str(run / "events.jsonl"))
-            if any(event["event"] == "checkpoint" for event in events):
-                killed.append(next(event["pid"] for event in events if event["event"] == "start"))
-                os.kill(killed[0], signal.SIGKILL)
+    def has_a_checkpoint() -> bool:
+        return any(event["event"] == "checkpoint" for event in read_lines(str(run / "events.jsonl")))
 
-    stop = threading.Event()
-    killer = threading.Thread(target=kill_after_a_checkpoint)
-    killer.start()
-    try:
+    with rank_0_gets(signal.SIGKILL, run, when=has_a_checkpoint) as killed:
         dora_ray.train(config, out=run)
-    finally:
-        stop.set()
-        killer.join()
     events = read_lines(str(run / "events.jsonl"))
     assert killed
     assert [event["event"] for event in events].count("start") >= 2
     assert any(event["event"] == "failure" for event in events)
+    assert same(weights_of(run), weights_of(undisturbed))
+    assert read_history(str(run)) == read_history(str(undisturbed))
+
+
+def test_sigterm_to_a_worker_loses_no_step(undisturbed: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
+    """As a preemption does: it saves first, the run goes on, and no step is done again."""
+    run = tmp_path / "run"
+    words = (*small, "optim.steps=30", "run.checkpoint_seconds=600", "cluster.num_workers=[1, 2]")
+    with rank_0_gets(signal.SIGTERM, run, when=lambda: len(read_lines(str(run / "metrics.jsonl"))) > 5) as told:
+        dora_ray.train(dora_ray.load_config("tiny", *words), out=run)
+    assert told
+    events = read_lines(str(run / "events.jsonl"))
+    starts = [event for event in events if event["event"] == "start"]
+    saved = [event for event in events if event["event"] == "checkpoint"]
+    assert [event["world_size"] for event in starts] == [2, 2]
+    assert [event["reason"] for event in saved] == ["SIGTERM", "end"]
+    assert starts[1]["step"] == saved[0]["step"] < 30
+    done = [line["step"] for line in read_lines(str(run / "ledger.jsonl")) if "step" in line]
+    assert done == list(range(30)), "a step was done twice"
     assert same(weights_of(run), weights_of(undisturbed))
     assert read_history(str(run)) == read_history(str(undisturbed))
 
