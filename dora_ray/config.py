@@ -24,6 +24,8 @@ Natural = Annotated[int, Field(ge=0)]
 Interval = tuple[float, float]
 # How often what cannot be decoded is begun before it is given up (data.supervision).
 DECODE_ATTEMPTS = 7
+# What products in fp8 want the lengths of rows to be a multiple of (method.fp8).
+FP8_MULTIPLE = 16
 ARCHITECTURES: dict[str, dict[str, int]] = {
     "vit_tiny_patch16_224": {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16},
     "vit_small_patch16_224": {"width": 384, "depth": 12, "num_heads": 6, "patch_size": 16},
@@ -247,8 +249,9 @@ class OptimConfig(Section):
     """How slot gradients are added: in fixed point, bit-identical for any number of workers, or in float32."""
     precision: Literal["bf16", "float32"] = "bf16"
     """Autocast type of the forward on a GPU; a CPU always computes in float32."""
-    teacher_precision: Literal["same", "bf16"] = "same"
-    """Autocast type of the teacher's networks, on any device: as the student's, or bf16."""
+    teacher_precision: Literal["same", "bf16", "fp8"] = "same"
+    """What the teacher's networks compute in, on any device: as the student's, in bf16, or in bf16 with the linear
+    layers of its blocks in fp8 (GPUs since Ada and Hopper; a CPU is slower with it)."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the student's blocks, compute the rest again in the backward: less memory, more time."""
     compile: bool = False
@@ -411,6 +414,11 @@ class Config(Section):
                 self.data.frames_per_second * self.clip.stride_seconds >= 1,
                 f"clip.stride_seconds={self.clip.stride_seconds} is shorter than the time between the "
                 f"{self.data.frames_per_second:g} frames a second that are kept: raise one of the two",
+            ),
+            (
+                optim.teacher_precision != "fp8" or model.width % FP8_MULTIPLE == 0,
+                f"optim.teacher_precision=fp8 with model.width={model.width}: products in fp8 want a multiple of "
+                f"{FP8_MULTIPLE}; use bf16, or another width",
             ),
             (
                 tracking.views != "packed" or tracking.threshold != "soft",

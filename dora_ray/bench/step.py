@@ -23,12 +23,13 @@ from torch import Tensor
 from dora_ray.bench.products import Products, record, square_flops_per_second, synchronize
 from dora_ray.bench.ranks import all_reduce_seconds
 from dora_ray.bench.saving import Saving, cost
+from dora_ray.bench.yardstick import Yardstick
 from dora_ray.config import Config, load_config
 from dora_ray.method.dora import slot_forward
 from dora_ray.method.parts import watched
 from dora_ray.method.reference import reference_slot_forward
 from dora_ray.training.memory import estimate_memory_mb, peak_mb
-from dora_ray.training.numerics import prepare_torch
+from dora_ray.training.numerics import has_fp8, prepare_torch
 from dora_ray.training.reduction import SlotSums, next_exponents
 from dora_ray.training.step import SlotForward, apply_step, initial_state, sum_slots
 
@@ -59,11 +60,12 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
 
         Of the options, how many steps they make in the time of one of ours: packed_ratio, at a keep share of 0.4;
         every_second_ratio, the mean of a step with objects and one without; bf16_teacher_ratio, where a GPU computes in
-        float32.
+        float32; fp8_teacher_ratio, where a GPU has fp8.
 
         tflop_per_step and matmul_share: what the products of networks and tracker take by themselves, one after the
         other, over what the step of the same round takes, with several types of number also for each;
-        square_matmul_share: what they would take at the rate of a large square product of their type.
+        square_matmul_share: what they would take at the rate of a large square product of their type;
+        timm_matmul_share: the same as matmul_share for timm's own ViT, see `yardstick`.
 
         Of checkpoints, see `saving.cost`; all_reduce_exact_seconds and all_reduce_float32_seconds, see
         `ranks.all_reduce_seconds`.
@@ -79,10 +81,14 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     paths: dict[str, Callable[[], float]] = {"ours": ours}
     for name, option in _options(config, device).items():
         forward = functools.partial(slot_forward, masks=timed.masks()) if name == "packed" else slot_forward
+        # The layers of a teacher in fp8 are of another kind.
+        of = _Timed(option, device) if name == "fp8_teacher" else timed
         # Of every second step, step 0 is as ours: what is timed is step 1, without objects.
-        paths[name] = functools.partial(timed.step, option, forward, number=int(name == "every_second"))
+        paths[name] = functools.partial(of.step, option, forward, number=int(name == "every_second"))
     for kind, some in products.by_type().items():
         paths[f"products_{_name(kind)}"] = functools.partial(some.seconds, device)
+    plain = Yardstick(config, device, half=_precision(config, device) != torch.float32)
+    paths["timm_matmul_share"] = plain.matmul_share
     # The reference, which takes more memory, after all else whose peak is told: on a CPU the process's never goes down.
     paths["reference"] = functools.partial(timed.step, config, reference_slot_forward)
     with tempfile.TemporaryDirectory() as folder:
@@ -113,6 +119,8 @@ def _options(config: Config, device: torch.device) -> dict[str, Config]:
         found["every_second"] = "tracking.every_steps=2"
     if device.type == "cuda" and config.optim.precision == "float32":
         found["bf16_teacher"] = "optim.teacher_precision=bf16"
+    if has_fp8(device):
+        found["fp8_teacher"] = "optim.teacher_precision=fp8"
     return {name: load_config(config, text) for name, text in found.items()}
 
 
@@ -231,8 +239,8 @@ def _speeds(config: Config, device: torch.device, seconds: dict[str, list[float]
     if "every_second" in median:
         mean = (ours + median["every_second"]) / 2
         result |= {"every_second_seconds_per_step": mean, "every_second_ratio": ours / mean}
-    if "bf16_teacher" in median:
-        result["bf16_teacher_ratio"] = ours / median["bf16_teacher"]
+    for name in {"bf16_teacher", "fp8_teacher"} & median.keys():
+        result[f"{name}_ratio"] = ours / median[name]
     return result
 
 
@@ -249,6 +257,7 @@ def _shares(products: Products, seconds: dict[str, list[float]], device: torch.d
         "tflop_per_step": products.flops / 1e12,
         "tflop_per_second": products.flops / 1e12 / statistics.median(ours),
         "matmul_share": statistics.median(map(sum, zip(*shares.values(), strict=True))),
+        "timm_matmul_share": statistics.median(seconds["timm_matmul_share"]),
         "square_matmul_share": square / statistics.median(ours),
     }
     if len(rates) > 1:

@@ -6,8 +6,11 @@ import os
 
 import torch
 
+from dora_ray.errors import ClusterError
 from dora_ray.training.memory import keep_freed_memory
 
+# Compute capability of the first GPUs with fp8: Ada; Hopper has 9.0.
+FP8_CAPABILITY = (8, 9)
 # What torch says of a kernel that adds in any order.
 NOT_DETERMINISTIC = "does not have a deterministic implementation"
 
@@ -28,3 +31,22 @@ def prepare_torch(device: torch.device, *, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
         # Made for debugging: every tensor that is allocated empty would be filled.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device's matrix units compute in fp8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
+def require_fp8(device: torch.device) -> None:
+    """Refuse a GPU without fp8. A CPU has none either, but gives the same numbers slowly.
+
+    Raises:
+        ClusterError: naming the GPU.
+    """
+    if device.type == "cuda" and not has_fp8(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ClusterError(
+            f"optim.teacher_precision=fp8 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))} or "
+            f"newer (Ada, Hopper); {torch.cuda.get_device_name(device)} has {major}.{minor}: use bf16"
+        )

@@ -22,8 +22,10 @@ from dora_ray.data.plan import Purpose, slot_generator, slot_seed
 from dora_ray.errors import DivergenceError
 from dora_ray.method.blocks import compile_blocks
 from dora_ray.method.dora import Network, SlotOutput, build_network, slot_forward
+from dora_ray.method.fp8 import use_fp8
 from dora_ray.method.parts import part
 from dora_ray.method.upload import upload
+from dora_ray.training.numerics import require_fp8
 from dora_ray.training.optim import Rates, clip_each, make_optimizer, rates, set_rates, update_teacher
 from dora_ray.training.reduction import AllReduce, SlotSums, SumResult, next_exponents, raised_exponents
 from dora_ray.weights import network_arguments
@@ -58,12 +60,19 @@ class TrainState:
 
 
 def initial_state(config: Config, device: torch.device) -> TrainState:
-    """Student and teacher start equal, from the seed alone."""
+    """Student and teacher start equal, from the seed alone.
+
+    Raises:
+        ClusterError: the device cannot compute what the configuration asks for.
+    """
     torch.manual_seed(slot_seed(config.run.seed, 0, 0, Purpose.INITIAL_WEIGHTS))
     student = build_network(**network_arguments(config.model_dump(mode="json")))
     student.backbone.set_grad_checkpointing(config.optim.activation_checkpointing)
     teacher = deepcopy(student).requires_grad_(False).eval()
     student, teacher = student.to(device).train(), teacher.to(device)
+    if config.optim.teacher_precision == "fp8":
+        require_fp8(device)
+        use_fp8(teacher.backbone)
     if config.optim.compile:
         compile_blocks(student.backbone)
         compile_blocks(teacher.backbone)
@@ -228,7 +237,7 @@ def forward_settings(config: Config) -> dict[str, Any]:
         "student_temperature": loss.student_temperature,
         "teacher_temperature": loss.teacher_temperature,
         "reduction": loss.reduction,
-        "teacher_dtype": torch.bfloat16 if config.optim.teacher_precision == "bf16" else None,
+        "teacher_dtype": None if config.optim.teacher_precision == "same" else torch.bfloat16,
     }
 
 

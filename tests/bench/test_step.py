@@ -59,8 +59,9 @@ def test_reports_all_paths() -> None:
 
 def test_the_baseline_has_no_options() -> None:
     baseline = load_config("paper", *SMALL, *step.ALONE, "tracking.kind=none")
-    assert step._options(baseline, torch.device("cpu")) == {}
     seconds, device = {"ours": [4.0], "reference": [8.0]}, torch.device("cpu")
+    assert step._options(baseline, device) == {}
+    assert "tracker" not in step._Timed(baseline, device).parts(baseline)["parts"]
     assert not any(name.startswith(("packed", "every")) for name in step._speeds(baseline, device, seconds))
 
 
@@ -69,11 +70,16 @@ def test_a_gpu_is_used_whatever_the_recipe_says(monkeypatch: pytest.MonkeyPatch)
     assert step._setting(load_config("paper", *SMALL))[1].type == "cuda"
 
 
-def test_options_where_they_can_be_set_and_change_anything() -> None:
+def test_options_where_they_can_be_set_and_change_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    chips = {"cuda"}
+    monkeypatch.setattr(step, "has_fp8", lambda device: device.type in chips)
+
     def names(device: str, *overrides: str) -> set[str]:
         return set(step._options(load_config("paper", *SMALL, *step.ALONE, *overrides), torch.device(device)))
 
-    assert names("cpu") == names("cuda") == {"packed", "every_second"}
+    assert names("cpu") == {"packed", "every_second"}
+    assert names("cuda") == {"packed", "every_second", "fp8_teacher"}
+    chips.clear()
     assert names("cuda", "optim.precision=float32") == {"packed", "every_second", "bf16_teacher"}
     assert names("cpu", "crops.num_locals=0", "tracking.threshold=soft") == set()
     assert names("cpu", "loss.reduction=released") == {"packed"}

@@ -14,10 +14,10 @@ from torch.nn.attention.varlen import varlen_attn
 from dora_ray.config import Config, load_config
 from dora_ray.data.plan import slots_of_rank
 from dora_ray.data.slots import SlotBatch
-from dora_ray.errors import DivergenceError
+from dora_ray.errors import ClusterError, DivergenceError
 from dora_ray.method import blocks
 from dora_ray.method.dora import slot_forward
-from dora_ray.training.numerics import prepare_torch
+from dora_ray.training.numerics import prepare_torch, require_fp8
 from dora_ray.training.step import (
     TrainState,
     apply_step,
@@ -253,3 +253,21 @@ def test_a_slot_on_a_gpu_repeats_bit_for_bit(strict_gpu, monkeypatch, views: str
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
     assert any(quantity.any() for quantity in first)
     assert (min(longest, default=0) > 128) == (views == "packed")
+
+
+def test_a_teacher_in_fp8_gives_the_same_training_for_any_number_of_workers() -> None:
+    config = small_config("optim.teacher_precision=fp8", "model.width=48", "model.num_heads=3")
+    exact = small_config("model.width=48", "model.num_heads=3")
+    one, two, plain = train(config, 1), train(config, 2), train(exact, 1)
+    for ours, theirs in zip(one.student.parameters(), two.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(one.center, plain.center), "fp8 was not used"
+    torch.testing.assert_close(one.center, plain.center, rtol=0.3, atol=0.05)
+
+
+def test_a_gpu_without_fp8_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    with pytest.raises(ClusterError, match=r"fp8 needs .* 8\.9 .*A100 has 8\.0: use bf16"):
+        require_fp8(torch.device("cuda"))
+    require_fp8(CPU)
