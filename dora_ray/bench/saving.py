@@ -36,6 +36,8 @@ class Written:
 class Saving:
     """Steps with a checkpoint, as a training's rank 0 makes it.
 
+    One that is not measured is written at once: a process writes its first into memory that it never had.
+
     Args:
         step: does a step and gives its seconds.
         state: what the step changes.
@@ -62,6 +64,8 @@ class Saving:
         )
         journal = Journal(folder, step=0, num_steps=1, world_size=1, entered=time.time())
         self._writer = CheckpointWriter(files.join(folder, "checkpoints"), keep=1, journal=journal)
+        self._begin()
+        self._writer.finish()
         self.written: list[Written] = []
 
     def seconds(self) -> float:
@@ -70,6 +74,16 @@ class Saving:
         Raises:
             CheckpointError: it could not be written.
         """
+        held = self._begin()
+        steps = [self._step()]
+        while self._writer.busy():
+            steps.append(self._step())
+        self._writer.finish()
+        self.written.append(Written(held, steps, self._writer.seconds))
+        return held + sum(steps)
+
+    def _begin(self) -> float:
+        """Seconds that the snapshot takes; it is being written from then on."""
         device = self._state.center.device
         synchronize(device)
         started = time.perf_counter()
@@ -77,12 +91,7 @@ class Saving:
         synchronize(device)
         held = time.perf_counter() - started
         self._writer.start(snapshot, reason="bench", copy_seconds=held)
-        steps = [self._step()]
-        while self._writer.busy():
-            steps.append(self._step())
-        self._writer.finish()
-        self.written.append(Written(held, steps, self._writer.seconds))
-        return held + sum(steps)
+        return held
 
 
 def cost(written: Sequence[Written], alone: Sequence[float]) -> dict[str, float]:
