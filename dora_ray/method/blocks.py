@@ -226,10 +226,13 @@ def _finish_block(block: Block, tokens: Tensor, mixed: Tensor, kept1: Tensor | N
     """Two residual branches (P, D): the attention's, and the MLP's; `kept` are factors of drop path, (P, 1)."""
     attention = cast(Attention, block.attn)
     branch = block.ls1(attention.proj(attention.norm(mixed)))
-    tokens = tokens + (branch if kept1 is None else branch * kept1)
+    tokens = _residual(tokens, branch, kept1)
     branch = block.ls2(block.mlp(block.norm2(tokens)))
-    output: Tensor = tokens + (branch if kept2 is None else branch * kept2)
-    return output
+    return _residual(tokens, branch, kept2)
+
+
+def _residual(tokens: Tensor, branch: Tensor, kept: Tensor | None) -> Tensor:
+    return tokens + branch if kept is None else torch.addcmul(tokens, branch, kept)
 
 
 def compile_blocks(vit: VisionTransformer) -> None:
