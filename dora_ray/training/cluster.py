@@ -21,12 +21,12 @@ from dora_ray.training.worlds import CHECKPOINTS, Job
 FAST_RECOVERY = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "4",
 }
-# An elastic group is only started on nodes that are there, so a placement that takes longer will not come at all.
-FAST_ELASTIC_RECOVERY = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
+# An elastic group is only started on nodes that are there, so a placement that takes longer will not come at all. It
+# leaves a drained node by itself (elastic.StayingNodes): once Ray Train has seen the drain, it waits for the deadline.
+FAST_ELASTIC_RECOVERY = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "5"}
 # A collective that hangs fails so much later than the stall watch ends the workers, which shows where all of them are.
 COLLECTIVE_MARGIN_SECONDS = 30
 OBJECT_STORE_BYTES = 2**30
@@ -121,13 +121,13 @@ def run_on_ray(job: Job) -> None:
     """Train with Ray Train until the last step, through failures and resizes.
 
     Raises:
-        DoRAError: more failures than cluster.max_failures.
+        DoRAError: what all ranks decided to stop for; or more failures than cluster.max_failures.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from dora_ray.training.elastic import Elastic, describe, most_telling
+    from dora_ray.training.elastic import Elastic, ElasticTrainer, describe, most_telling
     from dora_ray.training.spares import ENVIRONMENT
 
     cluster, workers = job.config.cluster, job.config.cluster.num_workers
@@ -138,7 +138,7 @@ def run_on_ray(job: Job) -> None:
         spares=isinstance(workers, tuple),
         patience=cluster.stall_seconds,
     )
-    trainer = TorchTrainer(
+    trainer = ElasticTrainer(
         ray_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(timeout_s=math.ceil(cluster.stall_seconds) + COLLECTIVE_MARGIN_SECONDS),
@@ -158,7 +158,7 @@ def run_on_ray(job: Job) -> None:
     )
     with _terminated_like_interrupted():
         try:
-            trainer.fit()
+            failed = trainer.fit().return_value
         except SystemExit as error:  # what Ray Train makes of Ctrl-C, after the workers have saved
             raise KeyboardInterrupt from error
         except TrainingFailedError as error:
@@ -168,6 +168,8 @@ def run_on_ray(job: Job) -> None:
                 f"training stopped {why}; the last failure: {describe(most_telling(failures or [error]))}. "
                 f"The last checkpoint is kept: fix the cause and go on with --resume --out {job.run}"
             ) from error
+    if failed is not None:
+        raise failed
 
 
 @contextmanager

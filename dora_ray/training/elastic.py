@@ -3,8 +3,9 @@
 Ray Train ends a worker group before it starts the next one, and tells nobody beforehand. The callback below lives in
 the controller's process. Before a resize or an abort it asks the workers to save and waits until they have; on the
 notice of a preemption it asks them to save at once, and again before the deadline; after a failure it waits until the
-lost node is known to be lost, and has the reservations counted again, which Ray does every 20 seconds only. It is
-built on Ray Train's developer interface and on one call of its autoscaling coordinator, hence the pinned version.
+lost node is known to be lost, and has the reservations counted again, which Ray does every 20 seconds only. The scaling
+policy below counts no drained node, so that a group moves off it when the notice comes. All is built on Ray Train's
+developer interface and on one call of its autoscaling coordinator, hence the pinned version.
 """
 
 from __future__ import annotations
@@ -20,9 +21,14 @@ from signal import SIGTERM
 from typing import Any
 
 import ray
+from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
 from ray.exceptions import OutOfMemoryError, RayError
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import DEFAULT_PREEMPTION_DEADLINE_S
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 
 from dora_ray.errors import DoRAError
 from dora_ray.training.journal import add_event
@@ -37,8 +43,44 @@ logger = logging.getLogger(__name__)
 SPARES_AFTER_SECONDS, SPARES_AFTER_RESTART_SECONDS = 15.0, 5.0
 SPARE_READY_SECONDS = 15.0
 LOST_NODE_SECONDS = 15.0
-DRAINED_NODE_SECONDS = 30.0
-COORDINATOR_SECONDS = 5.0
+# What Ray's coordinator, and a worker that is asked for a word, answer in.
+ANSWER_SECONDS = 5.0
+
+
+class StayingNodes(ElasticScalingPolicy):
+    """As many workers as fit on the nodes that stay, and off those that are drained as soon as that is known.
+
+    Ray Train's own policy counts drained nodes too, and lost ones for a while, on which Ray places nothing: the start
+    of a group times out. And on the notice it waits for the deadline, while nobody trains: that is left to it where too
+    few workers would stay.
+    """
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        """Every health check; Ray Train's own answer where no worker's node is drained."""
+        if not {worker.metadata.node_id for worker in worker_group_state.workers} & _draining().keys():
+            return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        count = self._count_possible_workers(self._get_reserved_resources() or {})
+        enough = count >= self.scaling_config.min_workers
+        return self._get_resize_decision(count) if enough else NoopDecision()
+
+    def _count_possible_workers(self, reserved_resources: ReservedResources) -> int:
+        # What is reserved is counted every 20 seconds only: a node may be gone since.
+        staying = _alive() - _draining().keys()
+        count: int = super()._count_possible_workers(
+            {node: resources for node, resources in reserved_resources.items() if node in staying}
+        )
+        return count
+
+
+class ElasticTrainer(TorchTrainer):
+    """A TorchTrainer that scales by `StayingNodes` where its number of workers is a range."""
+
+    def _initialize_and_run_controller(self, *, scaling_policy: Any, **rest: Any) -> Any:
+        if isinstance(scaling_policy, ElasticScalingPolicy):
+            scaling_policy = StayingNodes(self.scaling_config)
+        return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **rest)
 
 
 class Elastic(ControllerCallback, WorkerGroupCallback):
@@ -56,7 +98,6 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         self._group: Any = None
         self._noticed: float | None = None
         self._told: set[int] = set()
-        self._homes: set[str] = set()
         self._nodes: frozenset[str] = frozenset()
         self._asked_at, self._start_seconds = -math.inf, SPARE_READY_SECONDS
         self._environment = ""
@@ -76,15 +117,15 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         """From now on there is something to lose."""
         self._group, self._noticed, self._told = worker_group, None, set()
-        self._homes = {worker.metadata.node_id for worker in worker_group.get_workers()}
         if self._spares:
-            with suppress(RayError):  # a worker that is dead already is found out by the next health check
-                wait = SPARES_AFTER_RESTART_SECONDS
-                if not self._environment:  # the first start of all
-                    wait = SPARES_AFTER_SECONDS
-                    self._start_seconds = min(SPARE_READY_SECONDS, time.monotonic() - self._asked_at)
-                self._environment = ray.get(worker_group.get_workers()[0].execute_async(environment))
-                self._spares_at = time.monotonic() + wait
+            wait = SPARES_AFTER_RESTART_SECONDS
+            if not self._environment:  # the first start of all
+                wait = SPARES_AFTER_SECONDS
+                self._start_seconds = min(SPARE_READY_SECONDS, time.monotonic() - self._asked_at)
+                with suppress(RayError):  # a worker that is dead already is found out by the next health check
+                    asked = worker_group.get_workers()[0].execute_async(environment)
+                    self._environment = ray.get(asked, timeout=ANSWER_SECONDS)
+            self._spares_at = time.monotonic() + wait if self._environment else math.inf
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         """The group is gone."""
@@ -155,10 +196,8 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         if not self._fast:
             return
         started = time.monotonic()
-        draining = self._homes & _draining().keys()
-        lost = draining | _unreachable([node for node in ray.nodes() if node["Alive"]])
-        seconds = DRAINED_NODE_SECONDS if draining else LOST_NODE_SECONDS
-        while lost & _alive() and time.monotonic() - started < seconds:
+        lost = _unreachable([node for node in ray.nodes() if node["Alive"]])
+        while lost & _alive() and time.monotonic() - started < LOST_NODE_SECONDS:
             time.sleep(0.1)
         _count_again(wait=True)
         self._event("hold", seconds=round(time.monotonic() - started, 2), nodes=len(lost))
@@ -171,10 +210,12 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         # Somebody waits for an abort; a resize has time, since training goes on until it may begin.
         patience = self._patience if reason == "resize" else LEAVE_SECONDS
         asked = [worker.execute_async(ask_to_leave, reason, patience) for worker in self._group.get_workers()]
+        # All of them: where one is dead, another may still be saving.
+        ray.wait(asked, num_returns=len(asked), timeout=patience + 5)
         try:
-            left = all(ray.get(asked, timeout=patience + 5))
+            left = all(ray.get(asked, timeout=0))
         except RayError as error:
-            logger.warning("the workers could not be asked to save before the %s: %s", reason, error)
+            logger.warning("not all workers could be asked to save before the %s: %s", reason, error)
             left = False
         self._group = None
         self._event("leave", reason=reason, saved=left, seconds=round(time.monotonic() - started, 2))
@@ -229,6 +270,6 @@ def _count_again(*, wait: bool) -> None:
         coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
         counted = coordinator.get_reserved_resources.remote("", recompute=True)
         if wait:
-            ray.get(counted, timeout=COORDINATOR_SECONDS)
+            ray.get(counted, timeout=ANSWER_SECONDS)
     except (RayError, ValueError) as error:
         logger.warning("the cluster's resources are counted at the next tick: %s", error)

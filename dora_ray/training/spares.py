@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 # What a worker's process calls first: `preload` in this module.
 ENVIRONMENT = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.preload"}
-KEPT_SECONDS = 3600
+# Longer than any run: an idle process that is not to be kept is ended for another's sake, and all end with the job.
+KEPT_SECONDS = 90 * 24 * 3600
 ANSWER_SECONDS = 5.0
 
 

@@ -90,3 +90,45 @@ def test_memory_that_ran_out_names_the_slot_size() -> None:
 
     assert "lower optim.clips_per_slot" in elastic.describe(OutOfMemoryError("Task was killed due to memory pressure"))
     assert elastic.describe(ValueError("one\ntwo")) == "two"
+
+
+def test_no_worker_is_counted_onto_a_node_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train import ScalingConfig
+
+    policy = elastic.StayingNodes(ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 2}))
+    reserved = {"a": {"CPU": 4.0}, "b": {"CPU": 5.0}, "c": {"CPU": 1.0}}
+    alive = {"a", "b", "c"}
+    monkeypatch.setattr(elastic, "_alive", lambda: alive)
+    monkeypatch.setattr(elastic, "_draining", dict)
+    assert policy._count_possible_workers(reserved) == 4
+    monkeypatch.setattr(elastic, "_draining", lambda: {"b": time.time() + 3600})
+    assert policy._count_possible_workers(reserved) == 2
+    alive.remove("a")
+    assert policy._count_possible_workers(reserved) == 0
+
+
+def test_a_group_leaves_a_drained_node_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where enough workers stay; else Ray Train waits for the deadline. The interval between resizes does not count."""
+    from ray.train import ScalingConfig
+
+    def decide(fewest: int, draining: dict[str, float]) -> int | None:
+        scaling = ScalingConfig(
+            num_workers=(fewest, 2), resources_per_worker={"CPU": 2}, elastic_resize_monitor_interval_s=3600
+        )
+        policy = elastic.StayingNodes(scaling)
+        monkeypatch.setattr(policy, "_get_reserved_resources", lambda: reserved)
+        monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
+        monkeypatch.setattr(elastic, "_draining", lambda: draining)
+        decision = policy.make_decision_for_running_worker_group(group, None)
+        return getattr(decision, "num_workers", None)
+
+    monkeypatch.setattr(elastic, "_alive", lambda: set("abc"))
+    homes = [SimpleNamespace(metadata=SimpleNamespace(node_id=node)) for node in "ab"]
+    group = SimpleNamespace(workers=homes, num_workers=2, start_time=time.monotonic())
+    reserved = {"a": {"CPU": 2.0}, "b": {"CPU": 2.0}}
+    assert decide(1, {}) is None
+    assert decide(1, {"elsewhere": 0.0}) is None
+    assert decide(1, {"b": time.time() + 3600}) == 1
+    assert decide(2, {"b": time.time() + 3600}) is None
+    reserved["c"] = {"CPU": 2.0}
+    assert decide(2, {"b": time.time() + 3600}) == 2
