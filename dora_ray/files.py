@@ -195,10 +195,12 @@ class LineFile:
                     self._write()
 
     def flush(self) -> None:
-        """Make every line so far visible to readers. Raises OSError where they cannot be written."""
+        """Make every line so far durable and visible to readers. Raises OSError where they cannot be written."""
         if not self._remote:
             with self._lock:
                 self._write()
+            with Path(self.path).open("ab") as file:
+                os.fsync(file.fileno())
             return
         with self._one_put:  # or an older content could replace a newer one; `append` does not wait for the network
             with self._lock:

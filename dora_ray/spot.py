@@ -17,6 +17,7 @@ The notice, as each provider gives it:
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import logging
 import math
@@ -145,7 +146,7 @@ def wait_for_notice(look: Look, *, poll_seconds: float) -> Notice:
     while True:
         try:
             notice = look()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
             notice = None
             if not complained:
                 logger.warning("no answer that can be read, asking on: %s", error)

@@ -184,8 +184,8 @@ class CheckpointWriter:
         try:
             self._journal.flush()
             write_snapshot(snapshot, self._checkpoints)
-        except (OSError, DoRAError) as error:
-            self._failure = f"{folder} could not be written: {error}"
+        except (OSError, DoRAError, MemoryError) as error:
+            self._failure = f"{folder} could not be written: {str(error) or type(error).__name__}"
             self._journal.event("warning", step=step, message=f"{self._failure}. The checkpoints before it are kept.")
             with suppress(OSError, DoRAError):  # half of it takes room that is lacking, perhaps
                 files.remove(folder)
@@ -211,14 +211,18 @@ class CheckpointWriter:
         """Whether a snapshot is still being written."""
         return not self._pending.done()
 
+    def failed(self) -> bool:
+        """Whether the last snapshot could not be written, once it is no longer being written."""
+        self._pending.result()
+        return bool(self._failure)
+
     def finish(self) -> None:
         """Wait for what is being written.
 
         Raises:
             CheckpointError: the last snapshot could not be written.
         """
-        self._pending.result()
-        if self._failure:
+        if self.failed():
             raise CheckpointError(
                 f"{self._failure}. The checkpoints before it are kept: make room, or give write access, and go on "
                 "with --resume."
@@ -263,6 +267,8 @@ def load_newest(checkpoints: str, state: TrainState, config: Config, plan: Plan)
 def set_newest(checkpoints: str, kept: str | None) -> None:
     """Make `kept` (None: no checkpoint) the newest: point `latest` at it and take newer folders away.
 
+    A writer that is killed between a checkpoint and `latest` leaves it at the one before.
+
     A killed writer may leave a folder half written, which is removed; a damaged one is only renamed.
     """
     name = kept.rstrip("/").rsplit("/", 1)[-1] if kept is not None else ""
@@ -274,10 +280,11 @@ def set_newest(checkpoints: str, kept: str | None) -> None:
             files.move(folder, files.join(checkpoints, DAMAGED + other))
         else:
             files.remove(folder)
-    if newer and name:
-        files.write_text(files.join(checkpoints, LATEST), name + "\n")
-    elif newer:
-        files.remove(files.join(checkpoints, LATEST))
+    latest = files.join(checkpoints, LATEST)
+    if not name:
+        files.remove(latest)
+    elif not files.exists(latest) or files.read_text(latest).strip() != name:
+        files.write_text(latest, name + "\n")
 
 
 def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> None:

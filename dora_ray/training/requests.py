@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 
+# After so long a worker that has not left, whose checkpoint could not be written perhaps, is asked again.
+ASK_AGAIN_SECONDS = 30.0
 # How long a worker that has saved waits to be ended, counted from the deadline if there is one, before it goes on.
 LEAVE_SECONDS = 60.0
 
@@ -36,20 +39,19 @@ class Requests:
     """
 
     def __init__(self) -> None:
-        self._pending = Request.NONE
-        self._reason = ""
+        # One entry a kind, each set or taken in one operation: a signal may come between any two.
+        self._reasons: dict[Request, str] = {}
         self._left = threading.Event()
         self.deadline: float | None = None
         self.signal: int | None = None
 
     def make(self, request: Request, reason: str) -> None:
-        """Ask; a smaller request does not replace a larger one."""
-        if request >= self._pending:
-            self._pending, self._reason = request, reason
+        """Ask."""
+        self._reasons[request] = reason
 
     def pending(self) -> Request:
         """The largest request that was not taken yet."""
-        return self._pending
+        return max(tuple(self._reasons), default=Request.NONE)
 
     def take(self, request: Request) -> str:
         """Accept all requests up to this one, which all ranks agreed upon.
@@ -57,10 +59,8 @@ class Requests:
         Returns:
             Its reason; its name when it was made in another process.
         """
-        if self._pending > request:
-            return request.name.lower()
-        reason, self._pending, self._reason = self._reason, Request.NONE, ""
-        return reason or request.name.lower()
+        taken = {kind: self._reasons.pop(kind) for kind in Request if kind <= request and kind in self._reasons}
+        return taken.get(request) or request.name.lower()
 
     def left(self) -> None:
         """Say that this process has nothing left to lose."""
@@ -72,8 +72,12 @@ class Requests:
 
     def leave(self, reason: str, seconds: float) -> bool:
         """Ask to leave and wait for it; whether it happened in time."""
-        self.make(Request.LEAVE, reason)
-        return self._left.wait(seconds)
+        deadline = time.monotonic() + seconds
+        while True:
+            self.make(Request.LEAVE, reason)
+            left = self._left.wait(max(0.0, min(ASK_AGAIN_SECONDS, deadline - time.monotonic())))
+            if left or time.monotonic() >= deadline:
+                return left
 
 
 here = Requests()

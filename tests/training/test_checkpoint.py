@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ import torch
 import dora_ray
 from dora_ray.config import Config
 from dora_ray.data.plan import Plan
-from dora_ray.errors import CheckpointError, ClusterError, ConfigError
+from dora_ray.errors import CheckpointError, ClusterError, ConfigError, DoRAError
 from dora_ray.training import checkpoint
 from dora_ray.training.checkpoint import (
     LATEST,
@@ -34,8 +35,8 @@ from dora_ray.training.checkpoint import (
 )
 from dora_ray.training.journal import Journal, read_events
 from dora_ray.training.step import TrainState, initial_state
-from dora_ray.training.worker import _restore
-from dora_ray.training.worlds import Job
+from dora_ray.training.worker import _restore, train_loop
+from dora_ray.training.worlds import Job, LocalWorld
 from dora_ray.weights import complete_checkpoints
 from tests.conftest import SMALL
 
@@ -191,7 +192,7 @@ class Ranks:
 
     device, all_reduce, size = torch.device("cpu"), None, 2
 
-    def __init__(self, rank: int, said: list[str | None], barrier: threading.Barrier) -> None:
+    def __init__(self, rank: int, said: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self._said, self._barrier = rank, said, barrier
 
     def agree(self, choice: str | None) -> str | None:
@@ -202,11 +203,19 @@ class Ranks:
         self._barrier.wait(10)
         return said
 
+    def share(self, problem: DoRAError | None) -> None:
+        self._said[1 + self.rank] = problem
+        self._barrier.wait(10)
+        found = [one for one in self._said[1:] if one is not None]
+        self._barrier.wait(10)
+        if found:
+            raise found[0]
+
 
 def test_no_rank_waits_for_one_that_cannot_begin(tmp_path: Path) -> None:
     write_snapshot(take_snapshot(state_at(2), CONFIG, PLAN, 2), str(tmp_path / "checkpoints"))
     (tmp_path / "checkpoints" / "step-00000002" / STATE).write_bytes(b"")
-    job, said, barrier = Job(CONFIG, PLAN, str(tmp_path)), [None], threading.Barrier(2)
+    job, said, barrier = Job(CONFIG, PLAN, str(tmp_path)), [None] * 3, threading.Barrier(2)
 
     def begin(rank: int) -> str:
         with pytest.raises(CheckpointError) as caught:
@@ -219,15 +228,33 @@ def test_no_rank_waits_for_one_that_cannot_begin(tmp_path: Path) -> None:
     assert "No good checkpoint is left" in first
 
 
-def test_a_folder_that_nodes_do_not_share_is_named(tmp_path: Path) -> None:
-    class Alone(Ranks):
-        def agree(self, choice: str | None) -> str | None:
-            return next(answers)
+def test_a_folder_that_nodes_do_not_share_is_named_on_all_ranks(tmp_path: Path) -> None:
+    """Rank 1's node has another folder of the same name: rank 0 must not wait for it in the first step."""
+    written, said, barrier = tmp_path / "0" / "run", [None] * 3, threading.Barrier(2)
+    write_snapshot(take_snapshot(state_at(2), CONFIG, PLAN, 2), str(written / "checkpoints"))
 
-    answers = iter([None, str(tmp_path / "elsewhere" / "step-00000002")])
-    world = Alone(1, [None], threading.Barrier(1))
-    with pytest.raises(ClusterError, match=r"cannot read .*elsewhere.*--out must be a folder that all nodes share"):
-        _restore(Job(CONFIG, PLAN, str(tmp_path)), world, initial_state(CONFIG, torch.device("cpu")))
+    class OfItsNode(Ranks):
+        def agree(self, choice: str | None) -> str | None:
+            folder = super().agree(choice)
+            return folder and folder.replace("/0/run", f"/{self.rank}/run")
+
+    def begin(rank: int) -> str:
+        job = Job(CONFIG, PLAN, str(tmp_path / str(rank) / "run"))
+        with pytest.raises(ClusterError) as caught:
+            _restore(job, OfItsNode(rank, said, barrier), initial_state(CONFIG, torch.device("cpu")))
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(begin, range(2))
+    assert first == second
+    assert re.search(r"cannot read .*/1/run.*--out must be a folder that all nodes share", first)
+
+
+def test_a_worker_that_does_not_see_the_runs_folder_says_so(tmp_path: Path) -> None:
+    """Before anything is trained: else the run would end without a checkpoint, or begin anew after a failure."""
+    with pytest.raises(ClusterError, match=r"does not see .*nowhere: --out must be a folder that all nodes share"):
+        train_loop(Job(CONFIG, PLAN, str(tmp_path / "nowhere")), LocalWorld(Job(CONFIG, PLAN, str(tmp_path))))
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_checkpoint_names_the_versions_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,3 +268,23 @@ def test_a_checkpoint_names_the_versions_of_what_is_installed(monkeypatch: pytes
     monkeypatch.setattr(checkpoint, "version", version)
     meta = take_snapshot(state_at(2), CONFIG, PLAN, 2).meta
     assert meta["versions"] == {"torch": "1.2", "timm": "1.2", "dora-ray": "1.2"}
+
+
+def test_a_writer_killed_before_latest_is_made_up_for(checkpoints: Path) -> None:
+    """meta.json is there, so the checkpoint counts: evaluation and export must not take the one before."""
+    (checkpoints / LATEST).write_text("step-00000004\n")
+    set_newest(str(checkpoints), str(checkpoints / "step-00000006"))
+    assert (checkpoints / LATEST).read_text() == "step-00000006\n"
+
+
+def test_memory_that_a_writer_lacks_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*arguments: object) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "write_snapshot", write)
+    journal = Journal(str(tmp_path), step=0, num_steps=9, world_size=1, entered=time.time())
+    writer = CheckpointWriter(str(tmp_path / "checkpoints"), keep=1, journal=journal)
+    for step in (1, 2):
+        writer.start(take_snapshot(state_at(step), CONFIG, PLAN, 1), reason="interval", copy_seconds=0.0)
+    with pytest.raises(CheckpointError, match="could not be written: MemoryError"):
+        writer.finish()
