@@ -194,8 +194,11 @@ class Journal:
         self._board.copy()
 
     def close(self) -> None:
-        """Flush, and close TensorBoard's file."""
-        self.flush()
+        """Flush, and close TensorBoard's file. What cannot be written must not hide why a run ends."""
+        try:
+            self.flush()
+        except (OSError, DoRAError) as error:
+            logger.warning("the last lines of %s cannot be written: %s", self.run, error)
         self._board.close()
 
 

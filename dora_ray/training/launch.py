@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from dora_ray import errors, files
+from dora_ray import files
 from dora_ray.config import Config, load_config
 from dora_ray.config_source import flatten, parse_yaml
 from dora_ray.data.ingest import IngestProgress, ingest
@@ -25,7 +25,7 @@ from dora_ray.errors import CheckpointError, ConfigError, DoRAError, VideoError
 from dora_ray.evaluation.features import find_splits
 from dora_ray.training.checkpoint import newest_meta, require_plan
 from dora_ray.training.cluster import check_resources, connect, run_on_ray
-from dora_ray.training.journal import CONFIG, add_event, read_metrics, read_status, write_status
+from dora_ray.training.journal import CONFIG, add_event, read_metrics, write_status
 from dora_ray.training.memory import estimate_memory_mb
 from dora_ray.training.requests import caught_signals
 from dora_ray.training.tail import RunTail
@@ -314,7 +314,7 @@ def _execute(job: Job) -> None:
     """Run the workers to the end.
 
     Raises:
-        DoRAError: what all ranks decided to stop for.
+        DoRAError: what the run stopped for.
     """
     try:
         if job.config.cluster.num_workers == 0:
@@ -325,9 +325,6 @@ def _execute(job: Job) -> None:
     except DoRAError as error:
         record_failure(job.run, error)
         raise
-    status = read_status(job.run)
-    if status["state"] == "failed":
-        raise getattr(errors, status["error"])(status["message"])
 
 
 def _finished(run: str) -> Run:

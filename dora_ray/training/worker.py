@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dora_ray import errors, files
 from dora_ray.config import Config
 from dora_ray.data.plan import slots_of_rank
 from dora_ray.data.stream import SlotBatch
-from dora_ray.errors import CheckpointError, ClusterError, ConfigError, DivergenceError, DoRAError, VideoError
+from dora_ray.errors import CheckpointError, ClusterError, ConfigError, DoRAError, VideoError
 from dora_ray.evaluation.features import training_size
 from dora_ray.evaluation.knn import evaluate_knn
 from dora_ray.evaluation.options import KnnOptions
@@ -29,43 +31,82 @@ from dora_ray.training.checkpoint import (
     set_newest,
     take_snapshot,
 )
-from dora_ray.training.journal import Journal, MetricsWindow, collapse_warnings, read_status, write_status
+from dora_ray.training.journal import (
+    CONFIG,
+    STATUS,
+    Journal,
+    MetricsWindow,
+    collapse_warnings,
+    read_status,
+    write_status,
+)
 from dora_ray.training.numerics import NOT_DETERMINISTIC, prepare_torch
 from dora_ray.training.optim import Rates
 from dora_ray.training.requests import Request, here
 from dora_ray.training.step import TrainState, apply_step, initial_state, sum_slots
 from dora_ray.training.worlds import Job, RayWorld, World
 
+logger = logging.getLogger(__name__)
+
+# What torch and CUDA say of memory that there is not, in errors of no class of their own.
+OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory")
+# Writing one checkpoint may take so many times the time between two before it is said that none follows.
+OVERDUE_INTERVALS = 5
 # A preempted node is left so long before its deadline, and twice the time of the last step and checkpoint.
 LEAVE_MARGIN_SECONDS = 3.0
 
 
-def ray_worker(arguments: dict[str, Any]) -> None:
+def ray_worker(arguments: dict[str, Any]) -> DoRAError | None:
     """Entry point of a Ray Train worker: what all ranks raise alike ends the run, anything else restarts it.
 
-    Errors of ours are decided by all ranks together, so every rank returns; Ray would repeat the run after an
-    exception, which cannot help. The launcher reads the error from status.json. One rank alone can run out of its
-    device's memory: it says so there, and the ranks that Ray starts after its exception find it and return.
+    Errors of ours are decided by all ranks together, so every rank returns the error, which is how the launcher gets
+    it; Ray would repeat the run after an exception, which cannot help. One rank alone can run out of its device's
+    memory: it says so in status.json, and the ranks that Ray starts after its exception find it there and return.
     """
     job: Job = arguments["job"]
-    if read_status(job.run).get("state") == "failed":
-        return
+    if (failed := recorded_failure(job.run)) is not None:
+        return failed
+    # From here on, each step begins it anew: what loads a checkpoint may hang, too.
+    watch_for_stalls(job.config)
     world = RayWorld(job)
     try:
         train_loop(job, world)
-    except (DivergenceError, VideoError, CheckpointError) as error:
+    except OneRankError as error:
+        record_failure(job.run, ClusterError(str(error)))
+        raise
+    except DoRAError as error:
         if world.rank == 0:
             record_failure(job.run, error)
-    except ClusterError as error:
-        record_failure(job.run, error)
-        raise
+        return error
     finally:
         faulthandler.cancel_dump_traceback_later()
+    return None
+
+
+class OneRankError(ClusterError):
+    """What one rank has met and the others do not know of."""
+
+
+def watch_for_stalls(config: Config) -> None:
+    """End this process, with all its stacks on stderr, unless it is told in time that it goes on.
+
+    The watching thread is not Python's: it works when a library holds the interpreter's lock for ever.
+    """
+    faulthandler.dump_traceback_later(config.cluster.stall_seconds, exit=True)
 
 
 def record_failure(run: str, error: DoRAError) -> None:
-    """Say in status.json how the run ended."""
-    write_status(run, state="failed", error=type(error).__name__, message=str(error))
+    """Say in status.json how the run ended; a disk that takes no more must not hide it."""
+    try:
+        write_status(run, state="failed", error=type(error).__name__, message=str(error))
+    except (OSError, DoRAError) as problem:
+        logger.warning("%s cannot be written: %s", files.join(run, STATUS), problem)
+
+
+def recorded_failure(run: str) -> DoRAError | None:
+    """The error that ended the run, as status.json has it; None where it has not failed."""
+    status = read_status(run)
+    return getattr(errors, status["error"])(status["message"]) if status.get("state") == "failed" else None
 
 
 def train_loop(job: Job, world: World) -> None:
@@ -74,6 +115,7 @@ def train_loop(job: Job, world: World) -> None:
     config = job.config
     torch.set_num_threads(config.cluster.threads_per_worker)
     prepare_torch(world.device, deterministic=config.run.deterministic)
+    world.share(_unshared(job.run))
     state = initial_state(config, world.device)
     refused = _restore(job, world, state)
     journal = None
@@ -98,6 +140,16 @@ def train_loop(job: Job, world: World) -> None:
             journal.close()
 
 
+def _unshared(run: str) -> ClusterError | None:
+    """The error where this machine does not see what the launcher wrote."""
+    if files.exists(files.join(run, CONFIG)):
+        return None
+    return ClusterError(
+        f"{socket.gethostname()} does not see {run}: --out must be a folder that all nodes share, or a URI such as "
+        "s3://bucket/runs/walk"
+    )
+
+
 def _restore(job: Job, world: World, state: TrainState) -> list[str]:
     """Put the newest good checkpoint into the state, on all ranks the one that rank 0 finds good.
 
@@ -106,26 +158,27 @@ def _restore(job: Job, world: World, state: TrainState) -> list[str]:
 
     Raises:
         CheckpointError: rank 0's, on all ranks alike.
-        ClusterError: this rank does not see what rank 0 sees.
+        ClusterError: a rank does not see what rank 0 sees, on all ranks alike.
     """
-    folder, refused, problem = None, list[str](), None
+    folder, refused = None, list[str]()
+    problem: DoRAError | None = None
     if world.rank == 0:
         try:
             folder, refused = load_newest(job.checkpoints, state, job.config, job.plan)
             set_newest(job.checkpoints, folder)
         except CheckpointError as error:
             problem = error
-    if (said := world.agree(None if problem is None else str(problem))) is not None:
-        raise problem or CheckpointError(said)
+    world.share(problem)
     folder = world.agree(folder)
     if world.rank > 0 and folder is not None:
         try:
             load_state(folder, state, job.config, job.plan)
         except CheckpointError as error:
-            raise ClusterError(
+            problem = ClusterError(
                 f"{socket.gethostname()} cannot read {folder}, which another node wrote ({error}): --out must be a "
                 "folder that all nodes share, or a URI such as s3://bucket/runs/walk"
-            ) from error
+            )
+    world.share(problem)
     return refused
 
 
@@ -144,6 +197,7 @@ class _Loop:
     _window: MetricsWindow = field(default_factory=MetricsWindow)
     _writer: CheckpointWriter | None = None
     _warned: set[str] = field(default_factory=set)
+    _told_overdue: bool = False
 
     def __post_init__(self) -> None:
         if self.journal is not None:
@@ -155,19 +209,21 @@ class _Loop:
         """All steps that are left, and a last checkpoint."""
         steps, begun_at = self.job.config.optim.steps, self.state.step
         while self.state.step < steps:
-            self._watch_for_stalls()
+            if isinstance(self.world, RayWorld):
+                watch_for_stalls(self.job.config)
             request = self._step()
             if request is Request.NONE or self.state.step == steps:
                 continue
             reason = here.take(request)
             self._save(reason)
             if request is Request.LEAVE:
-                self._finish_saving()
+                # No rank ends before rank 0 has saved: the first end has Ray end the others. A resize can wait.
+                lost = self._writer is not None and self._writer.failed()
+                if self.world.agree("stay" if lost and reason == "resize" else None) is not None:
+                    continue
                 if self.journal is not None:
                     ends = here.signal is not None or reason == "abort"
                     self.journal.status("stopped" if ends else "waiting", self.state.step)
-                # No rank ends before rank 0 has saved: the first end has Ray end the others.
-                self.world.agree(None)
                 self.world.leave()
         if self.state.step > begun_at:
             self._save("end")
@@ -176,14 +232,6 @@ class _Loop:
             self.journal.event("end", step=self.state.step)
             self.journal.status("done", self.state.step)
         here.left()
-
-    def _watch_for_stalls(self) -> None:
-        """A Ray worker whose step does not end in time is ended, with all its stacks on stderr, and started again.
-
-        The watching thread is not Python's: it works when a library holds the interpreter's lock for ever.
-        """
-        if isinstance(self.world, RayWorld):
-            faulthandler.dump_traceback_later(self.job.config.cluster.stall_seconds, exit=True)
 
     def _step(self) -> Request:
         """One step; what is requested after it: each rank adds its own requests to the reduction."""
@@ -226,8 +274,22 @@ class _Loop:
             if time.time() > here.deadline - margin:
                 here.make(Request.LEAVE, "deadline")
                 return Request.LEAVE
-        due = time.monotonic() - self._saved_at >= self.job.config.run.checkpoint_seconds
-        return max(request, Request.INTERVAL if due and not self._writer.busy() else Request.NONE)
+        since, interval = time.monotonic() - self._saved_at, self.job.config.run.checkpoint_seconds
+        if since < interval or self._is_writing(overdue=since > OVERDUE_INTERVALS * interval):
+            return request
+        return max(request, Request.INTERVAL)
+
+    def _is_writing(self, *, overdue: bool) -> bool:
+        """Whether the last checkpoint is still being written; said once, in the events, when that is overdue."""
+        assert self._writer is not None
+        assert self.journal is not None
+        writing = self._writer.busy()
+        if writing and overdue and not self._told_overdue:
+            seconds = time.monotonic() - self._saved_at
+            message = f"the checkpoint begun {seconds:.0f} s ago is still being written: no other is made until then"
+            self.journal.event("warning", step=self.state.step, message=f"{self.job.checkpoints}: {message}")
+        self._told_overdue = writing and overdue
+        return writing
 
     def _count_bad(self, bad: list[int]) -> None:
         """Remember unreadable clips.
@@ -299,29 +361,23 @@ class _Loop:
             snapshot = take_snapshot(self.state, self.job.config, self.job.plan, self.world.size)
             self._writer.start(snapshot, reason=reason, copy_seconds=time.monotonic() - self._saved_at)
 
-    def _finish_saving(self) -> None:
-        """Wait for the checkpoint; where it cannot be written, leaving costs the steps since the last one."""
-        if self._writer is not None:
-            with suppress(CheckpointError):
-                self._writer.finish()
-
 
 @contextmanager
 def _named_limits(config: Config) -> Iterator[None]:
     """Name the setting to change where this process runs out of memory, or torch has no deterministic kernel.
 
     Raises:
-        ClusterError: in place of such an error.
+        OneRankError: in place of such an error.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if NOT_DETERMINISTIC in str(error):
-            raise ClusterError(f"{error}: set run.deterministic=false, at the price of equal runs") from error
+            raise OneRankError(f"{error}: set run.deterministic=false, at the price of equal runs") from error
         if not _is_out_of_memory(error):
             raise
         said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ClusterError(
+        raise OneRankError(
             f"a worker ran out of memory ({said}): lower optim.clips_per_slot="
             f"{config.optim.clips_per_slot}, the clips of one forward. Fewer clips a slot and more slots "
             "(optim.slots) are the same batch. Or lower clip.num_frames, crops.num_locals or head.num_outputs."
@@ -331,7 +387,7 @@ def _named_limits(config: Config) -> Iterator[None]:
 def _is_out_of_memory(error: Exception) -> bool:
     words = str(error).lower()
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "allocate memory" in words or "not enough memory" in words
+    return isinstance(error, kinds) or any(text in words for text in OUT_OF_MEMORY)
 
 
 def _divides(every: int, step: int) -> bool:

@@ -16,6 +16,7 @@ from dora_ray import files
 from dora_ray.config import Config
 from dora_ray.data.plan import Plan
 from dora_ray.data.stream import SlotBatch, local_slots, ray_slots
+from dora_ray.errors import DoRAError
 from dora_ray.training.reduction import AllReduce
 from dora_ray.training.requests import LEAVE_SECONDS, here
 
@@ -53,6 +54,9 @@ class World(Protocol):
     def agree(self, choice: str | None) -> str | None:
         """Rank 0's choice, on every rank."""
 
+    def share(self, problem: DoRAError | None) -> None:
+        """Raise the first problem that any rank has, on every rank: none waits for one that gave up."""
+
     def stream(self, steps: range, slots: Sequence[int]) -> Iterator[SlotBatch]:
         """This rank's slots, in order."""
 
@@ -73,6 +77,11 @@ class LocalWorld:
     def agree(self, choice: str | None) -> str | None:
         """Rank 0's choice, on every rank."""
         return choice
+
+    def share(self, problem: DoRAError | None) -> None:
+        """Raise the problem."""
+        if problem is not None:
+            raise problem
 
     def stream(self, steps: range, slots: Sequence[int]) -> Iterator[SlotBatch]:
         """This rank's slots, in order."""
@@ -115,6 +124,15 @@ class RayWorld:
         choices = [choice]
         torch.distributed.broadcast_object_list(choices, src=0)
         return choices[0]
+
+    def share(self, problem: DoRAError | None) -> None:
+        """Raise the first problem that any rank has, on every rank."""
+        problems: list[DoRAError | None] = [problem] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(problems, problem)
+        for found in problems:
+            if found is not None:
+                raise found
 
     def stream(self, steps: range, slots: Sequence[int]) -> Iterator[SlotBatch]:
         """This rank's slots, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import uuid
 from dataclasses import replace
@@ -15,7 +16,7 @@ import yaml
 import dora_ray
 from dora_ray import files
 from dora_ray.errors import CheckpointError, ConfigError, DivergenceError, VideoError
-from dora_ray.training.journal import read_history, read_lines, read_metrics
+from dora_ray.training.journal import Journal, read_history, read_lines, read_metrics
 from dora_ray.training.launch import dry_run
 from tests.training.test_journal import read_scalars
 
@@ -219,3 +220,15 @@ def test_run_behind_a_uri(small: tuple[str, ...]) -> None:
     assert result.checkpoint == f"{run}/checkpoints/step-00000002"
     assert {"tensorboard", "metrics.jsonl", "ledger.jsonl"} <= set(files.list_names(run))
     assert dora_ray.train(out=run, resume=True).metrics["step"] == 2
+
+
+def test_a_disk_that_takes_no_more_ends_a_run_with_what_could_not_be_written(
+    small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Journal, "flush", refuse)
+    config = dora_ray.load_config("tiny", *small, "optim.steps=2", "optim.warmup_steps=2")
+    with pytest.raises(CheckpointError, match=r"could not be written: .*No space left.*--resume"):
+        dora_ray.train(config, out=tmp_path / "run")
