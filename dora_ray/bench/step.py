@@ -60,7 +60,7 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
 
         Of the options, how many steps they make in the time of one of ours: packed_ratio, at a keep share of 0.4;
         every_second_ratio, the mean of a step with objects and one without; bf16_teacher_ratio, where a GPU computes in
-        float32; fp8_teacher_ratio, where a GPU has fp8.
+        float32; fp8_teacher_ratio, where it has fp8; compiled_ratio, on a GPU.
 
         tflop_per_step and matmul_share: what the products of networks and tracker take by themselves, one after the
         other, over what the step of the same round takes, with several types of number also for each;
@@ -78,11 +78,14 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     ours = functools.partial(timed.step, config, slot_forward)
     # The first step of ours is the one whose products are written down.
     products = record(ours)
+    reference = functools.partial(timed.step, config, reference_slot_forward)
+    # What a GPU's peaks are of has to be alone on it.
+    peak = timed.peaks({"ours": ours, "reference": reference}) if device.type == "cuda" else {}
     paths: dict[str, Callable[[], float]] = {"ours": ours}
     for name, option in _options(config, device).items():
         forward = functools.partial(slot_forward, masks=timed.masks()) if name == "packed" else slot_forward
-        # The layers of a teacher in fp8 are of another kind.
-        of = _Timed(option, device) if name == "fp8_teacher" else timed
+        # These change the networks themselves.
+        of = _Timed(option, device) if name in ("fp8_teacher", "compiled") else timed
         # Of every second step, step 0 is as ours: what is timed is step 1, without objects.
         paths[name] = functools.partial(of.step, option, forward, number=int(name == "every_second"))
     for kind, some in products.by_type().items():
@@ -90,14 +93,22 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     plain = Yardstick(config, device, half=_precision(config, device) != torch.float32)
     paths["timm_matmul_share"] = plain.matmul_share
     # The reference, which takes more memory, after all else whose peak is told: on a CPU the process's never goes down.
-    paths["reference"] = functools.partial(timed.step, config, reference_slot_forward)
+    paths["reference"] = reference
+    # The first call compiles, on a GPU it also chooses kernels and asks for memory.
+    first = list(paths.values()) if device.type == "cuda" else [ours] if config.optim.compile else []
+    for path in first:
+        path()
     with tempfile.TemporaryDirectory() as folder:
         saving = Saving(ours, timed.state, config, folder)
         paths["saving"] = saving.seconds
         counts = dict.fromkeys(paths, 2 if quick else 5)
-        seconds, peak = timed.rounds(paths, counts | ({"reference": 1, "saving": 1} if quick else {}))
+        seconds, of_process = timed.rounds(paths, counts | ({"reference": 1, "saving": 1} if quick else {}))
     checkpoints = cost(saving.written, seconds["ours"][: len(saving.written)])
-    result = _speeds(config, device, seconds) | _memory(config, device, peak) | _shares(products, seconds, device)
+    result = (
+        _speeds(config, device, seconds)
+        | _memory(config, device, of_process | peak)
+        | _shares(products, seconds, device)
+    )
     sums = {f"all_reduce_{kind}_seconds": found for kind, found in all_reduce_seconds(timed.sizes).items()}
     return result | checkpoints | sums | timed.parts(config)
 
@@ -112,16 +123,19 @@ def _setting(config: Config | None) -> tuple[Config, torch.device]:
 
 def _options(config: Config, device: torch.device) -> dict[str, Config]:
     """The configuration with each option that saves arithmetic, where it can be set and changes anything."""
-    objects, found = config.tracking.kind != "none", {}
+    objects = config.tracking.kind != "none"
+    found: dict[str, tuple[str, ...]] = {}
     if objects and config.tracking.threshold != "soft":
-        found["packed"] = "tracking.views=packed"
+        found["packed"] = ("tracking.views=packed",)
     if objects and config.crops.num_locals and config.loss.reduction == "mean":
-        found["every_second"] = "tracking.every_steps=2"
+        found["every_second"] = ("tracking.every_steps=2",)
     if device.type == "cuda" and config.optim.precision == "float32":
-        found["bf16_teacher"] = "optim.teacher_precision=bf16"
+        found["bf16_teacher"] = ("optim.teacher_precision=bf16",)
     if has_fp8(device):
-        found["fp8_teacher"] = "optim.teacher_precision=fp8"
-    return {name: load_config(config, text) for name, text in found.items()}
+        found["fp8_teacher"] = ("optim.teacher_precision=fp8",)
+    if device.type == "cuda" and not config.optim.compile:
+        found["compiled"] = ("optim.compile=true", "optim.reduction=float32")
+    return {name: load_config(config, *words) for name, words in found.items()}
 
 
 class _Timed:
@@ -155,18 +169,27 @@ class _Timed:
         synchronize(self.device)
         return time.perf_counter() - started
 
+    def peaks(self, paths: dict[str, Callable[[], float]]) -> dict[str, float]:
+        """Peak megabytes of each path on a GPU, one after the other."""
+        found = {}
+        for name, path in paths.items():
+            torch.cuda.reset_peak_memory_stats(self.device)
+            path()
+            found[name] = torch.cuda.max_memory_allocated(self.device) / 2**20
+            torch.cuda.empty_cache()
+        return found
+
     def rounds(
         self, paths: dict[str, Callable[[], float]], counts: dict[str, int]
     ) -> tuple[dict[str, list[float]], dict[str, float]]:
-        """Seconds in each round, and peak megabytes in the first round, of each path; the counts are of rounds."""
+        """Seconds of each path in each round, and the process's peak megabytes after its first; counts of rounds."""
         seconds: dict[str, list[float]] = defaultdict(list)
         peak: dict[str, float] = {}
         for number in range(max(counts.values())):
             for name, path in paths.items():
                 if number < counts[name]:
-                    _reset_peak(self.device)
                     seconds[name].append(path())
-                    peak.setdefault(name, _peak_memory_mb(self.device))
+                    peak.setdefault(name, peak_mb())
         return dict(seconds), peak
 
     def masks(self) -> Tensor:
@@ -239,7 +262,7 @@ def _speeds(config: Config, device: torch.device, seconds: dict[str, list[float]
     if "every_second" in median:
         mean = (ours + median["every_second"]) / 2
         result |= {"every_second_seconds_per_step": mean, "every_second_ratio": ours / mean}
-    for name in {"bf16_teacher", "fp8_teacher"} & median.keys():
+    for name in {"bf16_teacher", "fp8_teacher", "compiled"} & median.keys():
         result[f"{name}_ratio"] = ours / median[name]
     return result
 
@@ -282,14 +305,3 @@ def _precision(config: Config, device: torch.device) -> torch.dtype:
 
 def _name(kind: torch.dtype) -> str:
     return str(kind).removeprefix("torch.")
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return peak_mb()

@@ -8,6 +8,8 @@ Shapes: P tokens, I inputs, O outputs of a layer.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -27,33 +29,36 @@ class Fp8Linear(nn.Linear):
             return super().forward(input)
         tokens, token_scales = quantize(input.flatten(0, -2))
         weights, weight_scales = quantize(self.weight)
-        outputs = F.scaled_mm(
-            tokens,
-            weights.t(),
-            token_scales,
-            ScalingType.RowWise,
-            weight_scales.t(),
-            ScalingType.RowWise,
-            bias=None if self.bias is None else self.bias.bfloat16(),
-            output_dtype=torch.bfloat16,
-        )
+        # A CPU multiplies what it has converted back to float32, which autocast would round to bf16.
+        with torch.autocast(input.device.type, enabled=False):
+            outputs = F.scaled_mm(
+                tokens,
+                weights.t(),
+                token_scales,
+                ScalingType.RowWise,
+                weight_scales.t(),
+                ScalingType.RowWise,
+                bias=None if self.bias is None else self.bias.bfloat16(),
+                output_dtype=torch.bfloat16,
+            )
         return torch.unflatten(outputs, 0, input.shape[:-1])
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (P, I) in fp8, and the float32 scales (P, 1) to multiply them with."""
-    largest = rows.abs().amax(dim=1, keepdim=True).float()
+    largest = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=torch.float32)
     scales = torch.where(largest > 0, largest / LARGEST, 1.0)
-    return (rows / scales).to(FP8), scales
+    return (rows / scales).to(FP8).contiguous(), scales
 
 
 def use_fp8(vit: VisionTransformer) -> None:
-    """Make the linear layers of an encoder's blocks compute in fp8; its parameters and their names stay.
+    """Make the linear layers of all blocks but the last compute in fp8; parameters and their names stay.
 
-    Stay in bf16: the patch embedding; and what is taken from a layer's weights rather than from the layer (queries and
-    keys that objects are tracked with, and the last block's attention of CLS).
-    Their inputs and outputs have to be multiples of 16.
+    The patch embedding stays in bf16, and so do the queries and keys that objects are tracked with, which are taken
+    from a layer's weights rather than from the layer. The last block does so for every frame but the first, all frames
+    of which should be rounded alike. Widths have to be multiples of 16.
     """
-    for layer in vit.blocks.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = Fp8Linear
+    for block in vit.blocks[:-1]:
+        for layer in block.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = Fp8Linear

