@@ -13,6 +13,7 @@ Everything of a step travels in one flat all-reduce: integer records first, then
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -65,28 +66,30 @@ class SlotSums:
         body = self._flat[header:] if self._exact else torch.zeros(size, device=device)
         self._body = list(body.split(self.sizes))
         self._whole_body = body
+        # A GPU wants few large operations, a CPU wants each quantity to stay in its cache.
+        self._together = device.type == "cuda"
         self._scales = [2.0 ** (FRACTION_BITS - int(exponent)) for exponent in exponents]
         limit = torch.tensor([2.0**HEADROOM_BITS / num_slots / scale for scale in self._scales], dtype=torch.float64)
         self._limits = upload(limit, device)
 
     def add(self, quantities: Sequence[Tensor]) -> None:
         """Add one slot's quantities, given in the order of `sizes`."""
-        largest = torch.stack(
-            [
-                q.detach().abs().amax().double() if q.numel() else q.new_zeros((), dtype=torch.float64)
-                for q in quantities
-            ]
-        )
-        count = len(self.sizes)
+        quantities, count = [quantity.detach() for quantity in quantities], len(self.sizes)
+        largest = largest_of(quantities).double()
         self._records[:count] += ~torch.isfinite(largest)
         if not self._exact:
             for total, quantity in zip(self._body, quantities, strict=True):
-                total.add_(quantity.detach().reshape(-1))
+                total.add_(quantity.reshape(-1))
             return
         self._records[count : 2 * count] += largest >= self._limits
+        # Exact in float32: the scale is a power of two, and from 2^24 on float32 holds whole numbers alone.
+        if self._together:
+            scaled = torch._foreach_mul(quantities, self._scales)
+            torch._foreach_round_(scaled)
+            self._whole_body += torch.cat([quantity.reshape(-1) for quantity in scaled]).to(torch.int64)
+            return
         for total, quantity, scale in zip(self._body, quantities, self._scales, strict=True):
-            # Exact in float32: the scale is a power of two, and from 2^24 on float32 holds whole numbers alone.
-            total.add_((quantity.detach().reshape(-1) * scale).round_().to(torch.int64))
+            total.add_((quantity.reshape(-1) * scale).round_().to(torch.int64))
 
     def set_records(self, values: Tensor) -> None:
         """Set this rank's integers, (num_records,) int64."""
@@ -100,10 +103,12 @@ class SlotSums:
             all_reduce(self._records)
             all_reduce(self._whole_body)
         # Before the host waits for the records: a GPU has something to do meanwhile.
-        quantities = [
-            total.float().div_(scale) if self._exact else total
-            for total, scale in zip(self._body, self._scales, strict=True)
-        ]
+        quantities = self._body
+        if self._exact and self._together:
+            quantities = list(self._whole_body.float().split(self.sizes))
+            torch._foreach_div_(quantities, self._scales)
+        elif self._exact:
+            quantities = [total.float().div_(scale) for total, scale in zip(self._body, self._scales, strict=True)]
         records, count = self._records.cpu(), len(self.sizes)
         return SumResult(quantities, records[:count], records[count : 2 * count], records[2 * count :])
 
@@ -125,13 +130,18 @@ class SumResult:
         self.records = records
 
 
+def largest_of(quantities: Sequence[Tensor]) -> Tensor:
+    """(Q,) the largest absolute value of each, 0 where there is none; not a number where one is not."""
+    return torch.stack(torch._foreach_norm([q if q.numel() else q.new_zeros(1) for q in quantities], math.inf))
+
+
 def next_exponents(quantities: Sequence[Tensor], exponents: Tensor, *, first: bool) -> Tensor:
     """The (Q,) exponents for the next step, from this step's sums: a function of the history alone, equal on all ranks.
 
     They follow growth at once and shrink by one a step, so that one small gradient does not narrow the range; a
     quantity that is zero keeps its own.
     """
-    largest = torch.stack([q.abs().amax() if q.numel() else q.new_zeros(()) for q in quantities]).cpu()
+    largest = largest_of(quantities).cpu()
     seen = torch.frexp(largest).exponent.to(torch.int32)
     if not first:
         seen = torch.maximum(seen, exponents - 1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dora_ray.data.plan import slots_of_rank
-from dora_ray.training.reduction import RETRY_BITS, SlotSums, next_exponents, raised_exponents
+from dora_ray.training.reduction import RETRY_BITS, SlotSums, largest_of, next_exponents, raised_exponents
 from tests.training.ranks import run_ranks
 
 SIZES = [5, 1, 300]
@@ -59,6 +59,30 @@ def test_float_sums_do_depend_on_the_ranks() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(alone.quantities, shared.quantities, strict=True))
     for a, b in zip(alone.quantities, shared.quantities, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@given(seed=st.integers(0, 50), exponent=st.integers(-80, 40))
+def test_few_operations_give_the_bits_of_many(seed: int, exponent: int) -> None:
+    """A GPU adds all quantities together, a CPU one by one."""
+    values, results = slot_values(3, seed, 2.0 ** (exponent - 4)), []
+    for together in (False, True):
+        exponents = torch.full((len(SIZES),), exponent, dtype=torch.int32)
+        sums = SlotSums(
+            SIZES, num_records=0, num_slots=3, reduction="exact", exponents=exponents, device=torch.device("cpu")
+        )
+        sums._together = together
+        for quantities in values:
+            sums.add(quantities)
+        results.append(sums.all_reduce(None).quantities)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_the_largest_of_what_is_not_finite_is_not_finite(bad: float) -> None:
+    quantities = [torch.tensor([1.0, bad, 2.0]), torch.tensor([-3.0, 2.0]), torch.zeros(0)]
+    found = largest_of(quantities)
+    assert torch.isfinite(found).tolist() == [False, True, True]
+    assert found[1:].tolist() == [3.0, 0.0]
 
 
 @given(scale=st.sampled_from([1e-6, 1.0, 1e3]), seed=st.integers(0, 20))
