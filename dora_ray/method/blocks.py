@@ -17,6 +17,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -227,8 +228,25 @@ def _finish_block(block: Block, tokens: Tensor, mixed: Tensor, kept1: Tensor | N
     attention = cast(Attention, block.attn)
     branch = block.ls1(attention.proj(attention.norm(mixed)))
     tokens = _residual(tokens, branch, kept1)
-    branch = block.ls2(block.mlp(block.norm2(tokens)))
+    branch = block.ls2(_mlp(cast(Mlp, block.mlp), block.norm2(tokens)))
     return _residual(tokens, branch, kept2)
+
+
+def _mlp(mlp: Mlp, tokens: Tensor) -> Tensor:
+    """The MLP's output (P, D).
+
+    For the backward only what goes into GELU is kept: what comes out takes 4 D numbers a token, and little time to
+    compute again. With torch.compile that is found out by itself.
+    """
+    hidden = mlp.fc1(tokens)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _after_hidden(mlp, hidden)
+    output: Tensor = checkpoint(_after_hidden, mlp, hidden, use_reentrant=False, preserve_rng_state=False)
+    return output
+
+
+def _after_hidden(mlp: Mlp, hidden: Tensor) -> Tensor:
+    return cast(Tensor, mlp.fc2(mlp.act(hidden)))
 
 
 def _residual(tokens: Tensor, branch: Tensor, kept: Tensor | None) -> Tensor:

@@ -64,7 +64,7 @@ def _activation_bytes(config: Config, *, half: bool) -> int:
     """What the backward needs of every token.
 
     A block keeps, in multiples of the width D: its input and the sum after the attention (the residual stream, in
-    float32), both normalized, queries, keys, values, what attention mixed, and four widths each before and after GELU.
+    float32), both normalized, queries, keys, values, what attention mixed, and four widths before GELU.
     """
     model, crops = config.model, config.crops
     large = config.num_globals if config.tracking.kind == "none" else config.tracking.num_objects
@@ -72,12 +72,12 @@ def _activation_bytes(config: Config, *, half: bool) -> int:
     views = config.optim.clips_per_slot * config.clip.num_frames
     tokens = views * (large * of_large + crops.num_locals * of_small)
     size = 2 if half else 4
-    block = model.width * (2 * 4 + (2 + 3 + 1 + 8) * size)
+    block = model.width * (2 * 4 + (2 + 3 + 1 + 4) * size)
     recomputes = config.optim.activation_checkpointing
     kept = 4 * model.width if recomputes else block
     # Of the last block keys and values alone. In the backward one block's gradients, and its values computed again.
     last = model.width * (4 + 3 * size)
-    passing = block * (2 if recomputes else 1)
+    passing = block * (2 if recomputes else 1) + 4 * model.width * size
     patches = 3 * model.patch_size**2 * size
     return tokens * ((model.depth - 1) * kept + last + passing + patches)
 

@@ -14,7 +14,7 @@ from dora_ray.training.memory import estimate_memory_mb
 SMALL = (
     "model.name=vit_tiny_patch16_224",
     "model.depth=8",
-    "clip.num_frames=4",
+    "clip.num_frames=8",
     "optim.clips_per_slot=1",
     "head.num_outputs=4096",
 )
@@ -70,10 +70,10 @@ def test_large_recipes_fit_a_gpu_of_80_gb() -> None:
 @pytest.mark.parametrize(
     ("recipe", "checkpointing", "stated_gib"),
     [
-        ("paper-vit-b", "false", 39),
+        ("paper-vit-b", "false", 32),
         ("paper-vit-b", "true", 15),
-        ("paper-vit-l", "true", 33),
-        ("paper-vit-l", "false", 102),
+        ("paper-vit-l", "true", 32),
+        ("paper-vit-l", "false", 84),
     ],
 )
 def test_the_recipes_state_what_is_estimated(recipe: str, checkpointing: str, stated_gib: int) -> None:
