@@ -2,10 +2,11 @@
 
 Ray Train ends a worker group before it starts the next one, and tells nobody beforehand. The callback below lives in
 the controller's process. Before a resize or an abort it asks the workers to save and waits until they have; on the
-notice of a preemption it asks them to save at once, and again before the deadline; after a failure it waits until the
-lost node is known to be lost, and has the reservations counted again, which Ray does every 20 seconds only. The scaling
-policy below counts no drained node, so that a group moves off it when the notice comes. All is built on Ray Train's
-developer interface and on one call of its autoscaling coordinator, hence the pinned version.
+notice of a preemption it asks them to save at once, and again before the deadline; after a failure it waits until rank
+0, if it lives, has saved and the lost node is known to be lost, and has the reservations counted again, which Ray does
+every 20 seconds only. The scaling policy below counts no drained node, so that a group moves off it when the notice
+comes. All is built on Ray Train's developer interface and on one call of its autoscaling coordinator, hence the pinned
+version.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 
 from dora_ray.errors import DoRAError
 from dora_ray.training.journal import add_event
-from dora_ray.training.requests import LEAVE_SECONDS, Request, ask, ask_to_leave, catch_signals
+from dora_ray.training.requests import LEAVE_SECONDS, Request, ask, ask_to_leave, catch_signals, wait_for_end
 from dora_ray.training.spares import environment, start_spares
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 SPARES_AFTER_SECONDS, SPARES_AFTER_RESTART_SECONDS = 15.0, 5.0
 SPARE_READY_SECONDS = 15.0
 LOST_NODE_SECONDS = 15.0
+# After another rank's end rank 0's next sum fails, at once where the connection was closed; then it saves.
+NOTICE_PEER_SECONDS, SAVE_SECONDS = 2.0, 60.0
 # What Ray's coordinator, and a worker that is asked for a word, answer in.
 ANSWER_SECONDS = 5.0
 
@@ -191,8 +194,11 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         self._leave("abort")
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        """Wait for the nodes that are lost to be gone: a group that is placed on one of them fails again."""
-        self._group = None
+        """Wait for rank 0 to save, and for the nodes that are lost to be gone: a group placed on one fails again."""
+        group, self._group = self._group, None
+        if group is not None:
+            asked = group.get_workers()[0].execute_async(wait_for_end, NOTICE_PEER_SECONDS, SAVE_SECONDS)
+            ray.wait([asked], timeout=NOTICE_PEER_SECONDS + SAVE_SECONDS)
         if not self._fast:
             return
         started = time.monotonic()

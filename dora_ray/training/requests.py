@@ -1,4 +1,4 @@
-"""What the outside asks of a training between two steps: save now, or save and leave.
+"""What the outside asks of a training between two steps: save now, or save and leave; and what it hears of it.
 
 A request is made in any one process of the worker group: by Ray Train's controller before a resize and on the notice of
 a preemption (see `elastic`), or by a signal. The step's own reduction carries it to all ranks, so all act on it after
@@ -41,7 +41,7 @@ class Requests:
     def __init__(self) -> None:
         # One entry a kind, each set or taken in one operation: a signal may come between any two.
         self._reasons: dict[Request, str] = {}
-        self._left = threading.Event()
+        self._left, self._noticed, self._ended = threading.Event(), threading.Event(), threading.Event()
         self.deadline: float | None = None
         self.signal: int | None = None
 
@@ -79,6 +79,19 @@ class Requests:
             if left or time.monotonic() >= deadline:
                 return left
 
+    def noticed(self) -> None:
+        """Say that this process has missed another one, and saves what both had."""
+        self._noticed.set()
+
+    def ended(self) -> None:
+        """Say that the training in this process is over, with an error perhaps."""
+        self._noticed.set()
+        self._ended.set()
+
+    def wait_for_end(self, *, notice_seconds: float, seconds: float) -> bool:
+        """Wait until the training here is over, if it soon notices that it cannot go on; whether it is."""
+        return not self._left.is_set() and self._noticed.wait(notice_seconds) and self._ended.wait(seconds)
+
 
 here = Requests()
 
@@ -92,6 +105,11 @@ def ask(request: Request, reason: str, deadline: float | None) -> None:
 def ask_to_leave(reason: str, seconds: float) -> bool:
     """Make this process save and wait for its end: what the controller calls in a worker."""
     return here.leave(reason, seconds)
+
+
+def wait_for_end(notice_seconds: float, seconds: float) -> bool:
+    """See `Requests.wait_for_end`: what the controller calls in a worker."""
+    return here.wait_for_end(notice_seconds=notice_seconds, seconds=seconds)
 
 
 def catch_signals(*signals: signal.Signals) -> None:

@@ -44,7 +44,7 @@ from dora_ray.training.numerics import NOT_DETERMINISTIC, prepare_torch
 from dora_ray.training.optim import Rates
 from dora_ray.training.requests import Request, here
 from dora_ray.training.step import TrainState, apply_step, initial_state, sum_slots
-from dora_ray.training.worlds import Job, RayWorld, World
+from dora_ray.training.worlds import Job, LostPeerError, RayWorld, World
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ def ray_worker(arguments: dict[str, Any]) -> DoRAError | None:
             record_failure(job.run, error)
         return error
     finally:
+        here.ended()
         faulthandler.cancel_dump_traceback_later()
     return None
 
@@ -198,8 +199,10 @@ class _Loop:
     _writer: CheckpointWriter | None = None
     _warned: set[str] = field(default_factory=set)
     _told_overdue: bool = False
+    _saved_step: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self._saved_step = self.state.step
         if self.journal is not None:
             self._writer = CheckpointWriter(
                 self.job.checkpoints, keep=self.job.config.run.keep_checkpoints, journal=self.journal
@@ -211,7 +214,11 @@ class _Loop:
         while self.state.step < steps:
             if isinstance(self.world, RayWorld):
                 watch_for_stalls(self.job.config)
-            request = self._step()
+            try:
+                request = self._step()
+            except LostPeerError:
+                self._save_for_the_lost()
+                raise
             if request is Request.NONE or self.state.step == steps:
                 continue
             reason = here.take(request)
@@ -356,10 +363,20 @@ class _Loop:
 
     def _save(self, reason: str) -> None:
         """Begin to write a checkpoint; rank 0 alone has anything to do."""
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self.state.step
         if self._writer is not None:
             snapshot = take_snapshot(self.state, self.job.config, self.job.plan, self.world.size)
             self._writer.start(snapshot, reason=reason, copy_seconds=time.monotonic() - self._saved_at)
+
+    def _save_for_the_lost(self) -> None:
+        """Save the steps since the last checkpoint, which every rank had done: nobody has to do them again.
+
+        Rank 0 does it. Where it is the one that is gone, or waits in vain (NCCL does), they are done again.
+        """
+        here.noticed()
+        if self._writer is not None and self.state.step > self._saved_step:
+            self._save("lost worker")
+            self._writer.failed()  # which waits for it
 
 
 @contextmanager

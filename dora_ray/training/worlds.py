@@ -43,6 +43,10 @@ class Job:
         return files.join(self.run, CHECKPOINTS)
 
 
+class LostPeerError(RuntimeError):
+    """Another rank is gone, so this step's sum will not come; the training state is that after the step before."""
+
+
 class World(Protocol):
     """The ranks of one attempt, as one of them sees it."""
 
@@ -114,7 +118,7 @@ class RayWorld:
         device = get_device()
         assert isinstance(device, torch.device)
         self.device = device
-        self.all_reduce: AllReduce | None = torch.distributed.all_reduce if self.size > 1 else None
+        self.all_reduce: AllReduce | None = _all_reduce if self.size > 1 else None
         self._job = job
 
     def agree(self, choice: str | None) -> str | None:
@@ -159,3 +163,12 @@ class RayWorld:
         time.sleep(LEAVE_SECONDS + max(0.0, (here.deadline or 0.0) - time.time()))
         here.deadline = None
         here.stay()
+
+
+def _all_reduce(tensor: torch.Tensor) -> None:
+    try:
+        torch.distributed.all_reduce(tensor)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo has no class of its own for a closed connection
+        raise LostPeerError(str(error)) from error

@@ -147,12 +147,25 @@ def test_a_checkpoint_that_is_never_done_is_told_once(tmp_path: Path) -> None:
     assert loop._request() is Request.INTERVAL
 
 
+def test_who_waits_for_the_end_of_a_training_that_goes_on_does_not_wait_long() -> None:
+    requests = Requests()
+    assert not requests.wait_for_end(notice_seconds=0.01, seconds=60.0)
+    requests.noticed()
+    assert not requests.wait_for_end(notice_seconds=60.0, seconds=0.01)
+    requests.ended()
+    assert requests.wait_for_end(notice_seconds=60.0, seconds=60.0)
+    requests.left()
+    assert not requests.wait_for_end(notice_seconds=60.0, seconds=60.0), "all is saved, and it waits itself"
+
+
 def test_who_left_before_a_deadline_stays_until_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray Train ends the workers at the deadline: who trains on before it does steps that are lost."""
     monkeypatch.setattr(worlds, "LEAVE_SECONDS", 0.1)
     journal = Journal(str(tmp_path), step=0, num_steps=9, world_size=1, entered=time.time())
     job = worlds.Job(dora_ray.load_config("tiny", *SMALL), PLAN, str(tmp_path))
-    loop = _Loop(job, RayWorld.__new__(RayWorld), state=None, journal=journal, stream=iter(()), slots_a_step=1)
+    loop = _Loop(
+        job, RayWorld.__new__(RayWorld), state=SimpleNamespace(step=0), journal=journal, stream=iter(()), slots_a_step=1
+    )
     deadline = time.time() + 1.0  # within the margin
     monkeypatch.setattr(here, "deadline", deadline)
     assert loop._request() is Request.LEAVE

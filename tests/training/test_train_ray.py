@@ -41,16 +41,24 @@ def test_three_workers_that_do_not_divide_the_slots(undisturbed: Path, tmp_path:
         assert same(weights_of(tmp_path / "run"), weights_of(undisturbed))
 
 
+def train_workers() -> set[int]:
+    """The processes of Ray Train's workers that this process's cluster runs."""
+    import psutil  # Ray brings it along
+
+    return {child.pid for child in psutil.Process().children(recursive=True) if "RayTrainWorker" in child.name()}
+
+
 @contextmanager
-def rank_0_gets(number: signal.Signals, run: Path, *, when: Callable[[], bool]) -> Iterator[list[int]]:
-    """A signal to the process of a run's first rank 0, once, while the block trains; the processes that got it."""
+def rank_gets(number: signal.Signals, run: Path, *, rank: int, when: Callable[[], bool]) -> Iterator[list[int]]:
+    """A signal to the process of a run's first rank 0 or 1, once, while the block trains; the processes that got it."""
     struck: list[int] = []
 
     def strike() -> None:
         while not struck and not stop.wait(0.05):
             if when():
                 events = read_lines(str(run / "events.jsonl"))
-                struck.append(next(event["pid"] for event in events if event["event"] == "start"))
+                first = next(event["pid"] for event in events if event["event"] == "start")
+                struck.append(first if rank == 0 else next(iter(train_workers() - {first})))
                 os.kill(struck[0], number)
 
     stop = threading.Event()
@@ -77,7 +85,7 @@ def test_killed_worker_costs_nothing_but_time(undisturbed: Path, tmp_path: Path,
     def has_a_checkpoint() -> bool:
         return any(event["event"] == "checkpoint" for event in read_lines(str(run / "events.jsonl")))
 
-    with rank_0_gets(signal.SIGKILL, run, when=has_a_checkpoint) as killed:
+    with rank_gets(signal.SIGKILL, run, rank=0, when=has_a_checkpoint) as killed:
         dora_ray.train(config, out=run)
     events = read_lines(str(run / "events.jsonl"))
     assert killed
@@ -91,7 +99,7 @@ def test_sigterm_to_a_worker_loses_no_step(undisturbed: Path, tmp_path: Path, sm
     """As a preemption does: it saves first, the run goes on, and no step is done again."""
     run = tmp_path / "run"
     words = (*small, "optim.steps=30", "run.checkpoint_seconds=600", "cluster.num_workers=[1, 2]")
-    with rank_0_gets(signal.SIGTERM, run, when=lambda: len(read_lines(str(run / "metrics.jsonl"))) > 5) as told:
+    with rank_gets(signal.SIGTERM, run, rank=0, when=lambda: len(read_lines(str(run / "metrics.jsonl"))) > 5) as told:
         dora_ray.train(dora_ray.load_config("tiny", *words), out=run)
     assert told
     events = read_lines(str(run / "events.jsonl"))
@@ -100,6 +108,26 @@ def test_sigterm_to_a_worker_loses_no_step(undisturbed: Path, tmp_path: Path, sm
     assert [event["world_size"] for event in starts] == [2, 2]
     assert [event["reason"] for event in saved] == ["SIGTERM", "end"]
     assert starts[1]["step"] == saved[0]["step"] < 30
+    done = [line["step"] for line in read_lines(str(run / "ledger.jsonl")) if "step" in line]
+    assert done == list(range(30)), "a step was done twice"
+    assert same(weights_of(run), weights_of(undisturbed))
+    assert read_history(str(run)) == read_history(str(undisturbed))
+
+
+def test_a_worker_killed_beside_rank_0_costs_no_step(undisturbed: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
+    """Rank 0 misses it in the next sum, and saves what both had."""
+    run = tmp_path / "run"
+    words = (*small, "optim.steps=30", "run.checkpoint_seconds=600", "cluster.num_workers=[1, 2]")
+    done_5 = lambda: len(read_lines(str(run / "metrics.jsonl"))) > 5  # noqa: E731
+    with rank_gets(signal.SIGKILL, run, rank=1, when=done_5) as killed:
+        dora_ray.train(dora_ray.load_config("tiny", *words), out=run)
+    assert killed
+    events = read_lines(str(run / "events.jsonl"))
+    starts = [event for event in events if event["event"] == "start"]
+    saved = [event for event in events if event["event"] == "checkpoint"]
+    assert [event["reason"] for event in saved] == ["lost worker", "end"]
+    assert len(starts) == 2
+    assert 0 < starts[1]["step"] == saved[0]["step"] < 30
     done = [line["step"] for line in read_lines(str(run / "ledger.jsonl")) if "step" in line]
     assert done == list(range(30)), "a step was done twice"
     assert same(weights_of(run), weights_of(undisturbed))
