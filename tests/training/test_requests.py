@@ -18,10 +18,10 @@ import torch
 import dora_ray
 from dora_ray.errors import ClusterError
 from dora_ray.training import requests as module
-from dora_ray.training import worlds
+from dora_ray.training import worker, worlds
 from dora_ray.training.journal import Journal, read_lines
 from dora_ray.training.requests import Request, Requests, here
-from dora_ray.training.worker import _Loop, _named_limits
+from dora_ray.training.worker import OneRankError, _Loop, _named_limits
 from dora_ray.training.worlds import RayWorld
 from tests.conftest import BIKES, SMALL
 from tests.training.test_checkpoint import PLAN
@@ -189,6 +189,44 @@ def test_whatever_runs_out_of_memory_names_the_slot_size(error: Exception) -> No
         np.empty(2**50)
     with pytest.raises(RuntimeError, match="something else"), _named_limits(config):
         raise RuntimeError("something else")
+
+
+STALLED = """
+import ctypes
+from dora_ray.config import load_config
+from dora_ray.training.worker import watch_for_stalls
+
+def a_step_that_hangs():
+    ctypes.PyDLL(None).sleep(60)  # holding the interpreter's lock
+
+watch_for_stalls(load_config("tiny", "cluster.stall_seconds=1.5", "data.decode_seconds=0.1"))
+a_step_that_hangs()
+"""
+
+
+def test_a_step_that_hangs_ends_its_process_and_says_where() -> None:
+    done = subprocess.run([sys.executable, "-c", STALLED], capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 1
+    assert "Timeout (0:00:01.5" in done.stderr
+    assert "in a_step_that_hangs" in done.stderr
+
+
+def test_what_one_rank_alone_has_met_ends_the_run_after_the_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray starts the workers again after its exception: what they find in status.json they return to the launcher."""
+
+    def run_out(job: worlds.Job, world: object) -> None:
+        raise OneRankError("a worker ran out of memory: lower optim.clips_per_slot=2")
+
+    monkeypatch.setattr(worker, "RayWorld", lambda job: SimpleNamespace(rank=1))
+    monkeypatch.setattr(worker, "train_loop", run_out)
+    arguments = {"job": worlds.Job(dora_ray.load_config("tiny", *SMALL), PLAN, str(tmp_path))}
+    with pytest.raises(OneRankError):
+        worker.ray_worker(arguments)
+    error = worker.ray_worker(arguments)
+    assert type(error) is ClusterError
+    assert "lower optim.clips_per_slot=2" in str(error)
 
 
 @pytest.mark.slow
