@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from dora_ray.config import load_config
+from dora_ray.data import local_engine
+from dora_ray.data.direct import DecodedSegment, decode_segment
 from dora_ray.data.plan import Plan
 from dora_ray.data.segments import SegmentPlan, streamed_videos
 from dora_ray.data.stream import local_slots, ray_slots
+from dora_ray.data.supervision import Watch
 from dora_ray.data.synthetic import make_video
 from dora_ray.data.video import index_video
 from dora_ray.training.launch import ingest_videos, make_plan
@@ -55,6 +58,14 @@ def hanging(film: Path, tmp_path: Path, ray_cluster) -> Iterator[tuple[Plan, set
             return
 
 
+def streaming_plan(path: str, *overrides: str) -> SegmentPlan:
+    """A plan that reads the film itself."""
+    config = load_config("tiny", *ONE_CLIP, f"data.videos=[{path}]", "data.source=video", *overrides)
+    plan = make_plan(config, streamed_videos([index_video(path)], decoder="pyav", frames_per_second=6, short_side=48))
+    assert isinstance(plan, SegmentPlan)
+    return plan
+
+
 def first_steps(plan: Plan, lost: set[int]) -> int:
     """So many steps of slot 0 that a clip hangs and a later one does not."""
     hangs = [not lost.isdisjoint(plan.slot_clips(step, 0)[0].frames) for step in range(30)]
@@ -68,6 +79,40 @@ def test_thread_that_hangs_is_left_behind(hanging: tuple[Plan, set[int]]) -> Non
     readable = [lost.isdisjoint(plan.slot_clips(batch.step, 0)[0].frames) for batch in batches]
     assert [bool(batch.valid[0]) for batch in batches] == readable
     assert all(batch.final for batch in batches)
+
+
+@pytest.mark.timeout(60)
+def test_two_hung_slots_after_each_other_are_left_behind(hanging: tuple[Plan, set[int]]) -> None:
+    """One thread: the second one hangs before the first one is begun again."""
+    plan, lost = hanging
+    hangs = [step for step in range(60) if not lost.isdisjoint(plan.slot_clips(step, 0)[0].frames)]
+    good = next(step for step in range(hangs[1], 60) if step not in hangs)
+    keys = iter([(step, 0) for step in (hangs[0], hangs[1], good)])
+    batches = list(local_slots(plan, keys, prefetch=2, num_threads=1, decode_seconds=0.5))
+    assert [bool(batch.valid[0]) for batch in batches] == [False, False, True]
+
+
+@pytest.mark.timeout(60)
+def test_hung_segment_that_nobody_waits_for_delays_no_other(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slot 0's next segment hangs in the background, before slot 1's present one is begun."""
+    plan = streaming_plan(str(film), "optim.slots=2", "data.shuffle_segments=1", "data.stream_segment_seconds=1")
+    ahead, needed = plan.live_segments(0, 0)[1][0], plan.live_segments(0, 1)[0][0]
+    assert ahead not in {needed, plan.live_segments(0, 0)[0][0]}
+    released = threading.Event()
+
+    def hanging_decode(plan: SegmentPlan, segment: int, watch: Watch) -> DecodedSegment:
+        first = int(plan.segment_frames(segment)[1][0])
+        if segment == ahead and first not in watch.given_up:
+            watch.begin(first)
+            released.wait()
+        return decode_segment(plan, segment, watch)
+
+    monkeypatch.setattr(local_engine, "decode_segment", hanging_decode)
+    try:
+        batches = list(local_slots(plan, iter([(0, 0), (0, 1)]), prefetch=1, num_threads=1, decode_seconds=0.5))
+    finally:
+        released.set()
+    assert all(batch.valid.all() for batch in batches)
 
 
 @pytest.mark.ray
@@ -131,13 +176,7 @@ def server(film: Path) -> Iterator[tuple[str, threading.Event]]:
 
 def test_server_that_stops_answering_costs_its_segments(server: tuple[str, threading.Event]) -> None:
     url, stalled = server
-    index = index_video(url)
-    config = load_config(
-        "tiny", *ONE_CLIP, f"data.videos=[{url}]", "data.source=video", "optim.slots=1", "data.shuffle_segments=1"
-    )
-    found = streamed_videos([index], decoder="pyav", frames_per_second=6, short_side=48)
-    plan = make_plan(config, found)
-    assert isinstance(plan, SegmentPlan)
+    plan = streaming_plan(url, "optim.slots=1", "data.shuffle_segments=1")
     (good,) = local_slots(plan, iter([(0, 0)]), prefetch=1, num_threads=1, decode_seconds=60.0)
     assert good.valid.all()
     stalled.set()
