@@ -20,7 +20,7 @@ from dora_ray.config import DECODE_ATTEMPTS
 from dora_ray.data.direct import decode_segment
 from dora_ray.data.plan import Plan
 from dora_ray.data.segments import SegmentPlan
-from dora_ray.data.slots import SlotBatch, SlotKey, read_slot
+from dora_ray.data.slots import SlotBatch, SlotKey, read_slots
 from dora_ray.data.supervision import EVERYTHING, Watch
 
 LOOK_SECONDS = 1.0
@@ -58,11 +58,7 @@ class LocalEngine:
 
         def work(watch: Watch) -> list[SlotBatch]:
             decoded = {number: job.result() for number, job in segments.items()}
-            size = self._plan.clips_per_slot
-            return [
-                read_slot(self._plan, *key, decoded, watch=watch, first_item=number * size)
-                for number, key in enumerate(keys)
-            ]
+            return read_slots(self._plan, keys, decoded, watch)
 
         return _Job(work, self._readers)
 

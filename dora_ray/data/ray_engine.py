@@ -16,7 +16,7 @@ from typing import Any
 
 from dora_ray.data.direct import DecodedSegment, decode_segment
 from dora_ray.data.plan import Plan
-from dora_ray.data.slots import SlotBatch, SlotKey, read_slot
+from dora_ray.data.slots import SlotBatch, SlotKey, read_slots
 from dora_ray.data.supervision import TaskWatch
 
 logger = logging.getLogger(__name__)
@@ -160,9 +160,5 @@ def _decode_task(plan: tuple[Any], segment: int, seconds: float) -> DecodedSegme
 def _read_task(
     plan: tuple[Any], keys: tuple[SlotKey, ...], seconds: float, numbers: tuple[int, ...], *segments: DecodedSegment
 ) -> list[SlotBatch]:
-    decoded, size = dict(zip(numbers, segments, strict=True)), plan_of(*plan).clips_per_slot
     with TaskWatch(seconds) as watch:
-        return [
-            read_slot(plan_of(*plan), step, slot, decoded, watch=watch, first_item=number * size)
-            for number, (step, slot) in enumerate(keys)
-        ]
+        return read_slots(plan_of(*plan), keys, dict(zip(numbers, segments, strict=True)), watch)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from dora_ray import files
 from dora_ray.config import load_config
-from dora_ray.data import local_engine
+from dora_ray.data import local_engine, ray_engine
 from dora_ray.data.direct import DecodedSegment, decode_segment
 from dora_ray.data.plan import Plan
 from dora_ray.data.segments import SegmentPlan, streamed_videos
-from dora_ray.data.stream import local_slots, ray_slots
+from dora_ray.data.stream import SlotBatch, local_slots, ray_slots
 from dora_ray.data.supervision import Watch
 from dora_ray.data.synthetic import make_video
 from dora_ray.data.video import index_video
@@ -25,6 +28,8 @@ from dora_ray.training.launch import ingest_videos, make_plan
 from tests.conftest import SMALL
 
 ONE_CLIP = (*SMALL, "optim.clips_per_slot=1", "clip.stride_seconds=0.5", "clip.avoid_cuts=false")
+ONE_TASK = {"prefetch": 1, "slots_per_task": 1, "cpus_per_task": 0.5, "num_streams": 1, "node_label": None}
+COPY_FOLDER, READ_TASK = files.copy_folder, ray_engine._read_task
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +120,46 @@ def test_hung_segment_that_nobody_waits_for_delays_no_other(film: Path, monkeypa
     assert all(batch.valid.all() for batch in batches)
 
 
+def slow_copy(source: str, target: str) -> None:
+    time.sleep(1.5)
+    COPY_FOLDER(source, target)
+
+
+def test_copying_a_dataset_takes_no_time_of_its_clips(film: Path, tmp_path: Path, ray_cluster, monkeypatch) -> None:
+    """A copy for data.cache may take as long as it takes."""
+    words = (*ONE_CLIP, f"data.videos=[{film}]", f"data.cache={tmp_path / 'disk'}")
+    config = load_config("tiny", *words)
+    plan = make_plan(config, ingest_videos(config, str(tmp_path / "store")))
+    monkeypatch.setattr(files, "copy_folder", slow_copy)
+    batches = list(local_slots(plan, iter([(0, 0), (1, 0)]), prefetch=1, num_threads=1, decode_seconds=0.5))
+    assert all(batch.valid.all() for batch in batches)
+    assert list((tmp_path / "disk").glob("*.lance"))
+
+
+def copying_task(plan: tuple[Any], keys: tuple[tuple[int, int], ...], *rest: Any) -> list[SlotBatch]:
+    """The real task, in a process where copying a dataset takes its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "copy_folder", slow_copy)
+        return READ_TASK(plan, keys, *rest)
+
+
+@pytest.mark.ray
+def test_copying_a_dataset_ends_no_process(film: Path, tmp_path: Path, ray_cluster, monkeypatch) -> None:
+    words = (*ONE_CLIP, f"data.videos=[{film}]", f"data.cache={tmp_path / 'disk'}")
+    config = load_config("tiny", *words)
+    plan = make_plan(config, ingest_videos(config, str(tmp_path / "store")))
+    monkeypatch.setattr(ray_engine, "_read_task", copying_task)
+    batches = list(ray_slots(plan, range(2), [0], **ONE_TASK, decode_seconds=1.0))
+    assert all(batch.valid.all() for batch in batches)
+    assert list((tmp_path / "disk").glob("*.lance"))
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_process_that_hangs_is_ended(hanging: tuple[Plan, set[int]]) -> None:
     plan, lost = hanging
     steps = range(first_steps(plan, lost))
-    options = {"prefetch": 1, "slots_per_task": 1, "cpus_per_task": 0.5, "num_streams": 1, "node_label": None}
-    batches = list(ray_slots(plan, steps, [0], **options, decode_seconds=2.0))
+    batches = list(ray_slots(plan, steps, [0], **ONE_TASK, decode_seconds=2.0))
     readable = [lost.isdisjoint(plan.slot_clips(batch.step, 0)[0].frames) for batch in batches]
     assert [bool(batch.valid[0]) for batch in batches] == readable
     from ray.experimental import internal_kv
