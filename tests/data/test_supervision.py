@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -16,14 +17,15 @@ import pytest
 
 from dora_ray import files
 from dora_ray.config import load_config
-from dora_ray.data import local_engine, ray_engine
+from dora_ray.data import local_engine, ray_engine, slots
 from dora_ray.data.direct import DecodedSegment, decode_segment
 from dora_ray.data.plan import Plan
 from dora_ray.data.segments import SegmentPlan, streamed_videos
 from dora_ray.data.stream import SlotBatch, local_slots, ray_slots
-from dora_ray.data.supervision import Watch
+from dora_ray.data.supervision import EVERYTHING, Watch, given_up
 from dora_ray.data.synthetic import make_video
 from dora_ray.data.video import index_video
+from dora_ray.data.watchdog import NAMESPACE, Ended
 from dora_ray.training.launch import ingest_videos, make_plan
 from tests.conftest import SMALL
 
@@ -164,7 +166,48 @@ def test_process_that_hangs_is_ended(hanging: tuple[Plan, set[int]]) -> None:
     assert [bool(batch.valid[0]) for batch in batches] == readable
     from ray.experimental import internal_kv
 
-    assert not internal_kv._internal_kv_list("dora_ray/begun/")
+    assert not internal_kv._internal_kv_list("", namespace=NAMESPACE)
+
+
+HUNG, DIED = True, False
+
+
+@pytest.mark.parametrize(
+    ("ended", "expected"),
+    [
+        ([(3, HUNG)], {3}),
+        ([(3, DIED), (3, HUNG)], set()),
+        ([(3, DIED)] * 3, set()),
+        ([(3, DIED)] * 4, {3}),
+        ([(3, HUNG), (5, HUNG)], {3}),
+        ([(3, HUNG), (5, HUNG), (5, HUNG)], EVERYTHING),
+        ([(item, DIED) for item in range(9)], EVERYTHING),
+    ],
+)
+def test_an_item_is_given_up_when_it_has_hung_twice(ended, expected) -> None:
+    """An attempt before the first of these noted nothing, and ended as that one did."""
+    assert given_up([Ended(*fields) for fields in ended]) == expected
+
+
+def dying_task(plan: tuple[Any], keys: tuple[tuple[int, int], ...], *rest: Any) -> list[SlotBatch]:
+    """The real task, in a process that is killed while it reads, three times."""
+    from ray._private.worker import global_worker
+
+    with pytest.MonkeyPatch.context() as patch:
+        if global_worker.core_worker.get_current_task_attempt_number() < 3:
+            patch.setattr(slots, "crop_clip", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        return READ_TASK(plan, keys, *rest)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_process_that_is_killed_costs_no_clip(film: Path, tmp_path: Path, ray_cluster, monkeypatch) -> None:
+    """As by Ray, when a node's memory is full: the clip at hand can be read."""
+    config = load_config("tiny", *ONE_CLIP, f"data.videos=[{film}]")
+    plan = make_plan(config, ingest_videos(config, str(tmp_path / "store")))
+    monkeypatch.setattr(ray_engine, "_read_task", dying_task)
+    (batch,) = ray_slots(plan, range(1), [0], **ONE_TASK, decode_seconds=60.0)
+    assert batch.valid.all()
 
 
 @pytest.fixture
