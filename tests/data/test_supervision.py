@@ -264,3 +264,43 @@ def test_server_that_stops_answering_costs_its_segments(server: tuple[str, threa
     (bad,) = local_slots(replace(plan), iter([(0, 0)]), prefetch=1, num_threads=1, decode_seconds=0.5)
     assert not bad.valid.any()
     assert not np.any(bad.clips)
+
+
+def hanging_task(plan: tuple[Any], keys: tuple[tuple[int, int], ...], *rest: Any) -> list[SlotBatch]:
+    """The real task, in a process where no clip is ever read; what is begun is noted."""
+    with Path(ray_engine.plan_of(*plan).videos[0].uri, "begun").open("a") as file:
+        file.write(f"{keys[0][0]} ")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots, "crop_clip", lambda *_: threading.Event().wait())
+        return READ_TASK(plan, keys, *rest)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_task_that_hung_waits_for_no_other(film: Path, tmp_path: Path, ray_cluster, monkeypatch) -> None:
+    """Nor do those that wait for it: where all hang, the first slot is done after its own attempts."""
+    config = load_config("tiny", *ONE_CLIP, f"data.videos=[{film}]")
+    plan = make_plan(config, ingest_videos(config, str(tmp_path / "store")))
+    monkeypatch.setattr(ray_engine, "_read_task", hanging_task)
+    options = ONE_TASK | {"prefetch": 3, "cpus_per_task": 3.0}
+    batches = list(ray_slots(plan, range(2), [0], **options, decode_seconds=1.0))
+    assert not any(batch.valid.any() for batch in batches)
+    assert Path(plan.videos[0].uri, "begun").read_text().split() == ["0"] * 3 + ["1"] * 3
+
+
+@pytest.mark.ray
+def test_no_more_tasks_are_begun_than_cpus_are_not_reserved(film: Path, tmp_path: Path, ray_cluster) -> None:
+    """Of the cluster's 4 CPUs, 2.5 are a training worker's; two streams share the rest."""
+    from ray.util import placement_group, remove_placement_group
+
+    config = load_config("tiny", *ONE_CLIP, f"data.videos=[{film}]")
+    plan = make_plan(config, ingest_videos(config, str(tmp_path / "store")))
+    reserved = placement_group([{"CPU": 2.5}])
+    assert reserved.wait(30)
+    options = {"slots_per_task": 1, "cpus_per_task": 0.25, "node_label": None, "decode_seconds": 60.0}
+    engine = ray_engine.RayEngine(plan, num_streams=2, **options)
+    try:
+        assert engine.capacity() == 3
+    finally:
+        engine.close()
+        remove_placement_group(reserved)
