@@ -84,7 +84,7 @@ def read_slot(
     shape = (len(clips), plan.num_frames, plan.clip_size, plan.clip_size, 3)
     pixels, valid, final = np.zeros(shape, np.uint8), np.zeros(len(clips), np.bool_), True
     for i, (clip, box) in enumerate(zip(clips, boxes, strict=True)):
-        if first_item + i in watch.given_up:
+        if first_item + i in watch.given_up or _hangs(clip, segments):
             _warn(plan, clip, "reading it hangs or ends its process")
             continue
         watch.begin(first_item + i)
@@ -95,6 +95,13 @@ def read_slot(
             _warn(plan, clip, str(error))
             final = False
     return SlotBatch(step, slot, pixels, valid, _digest(clips, pixels), final)
+
+
+def _hangs(clip: Clip, segments: Mapping[int, DecodedSegment] | None) -> bool:
+    """Whether decoding one of its frames was given up, elsewhere too."""
+    if clip.segment is None or segments is None:
+        return False
+    return bool(np.isin(clip.frames, segments[clip.segment].given_up).any())
 
 
 def _frames(plan: Plan, clip: Clip, segments: Mapping[int, DecodedSegment] | None) -> list[NDArray[np.uint8]]:
