@@ -68,7 +68,8 @@ class RayEngine:
         self._cpus, self._streams = cpus_per_task, num_streams
         self._bytes = num_streams * slots_per_task * plan.clips_per_slot * plan.num_frames * plan.clip_size**2 * 3
         self._looked_at = -math.inf
-        self._capacity = 1
+        # Of this stream: tasks that CPUs are there for, and tasks whose slots the object store has room for.
+        self._room, self._most_ready = 1.0, 1.0
         self._has_room = node_label is not None or _has_room(cpus_per_task)
         self._lane = _Lane(self._can_run)
         # "DEFAULT" and not the training worker's own placement group.
@@ -113,20 +114,24 @@ class RayEngine:
         running = set(_unfinished([handle.result() for handle in handles if handle.done()]))
         return [handle for handle in handles if not handle.done() or handle.result() in running]
 
+    def capacity(self) -> int:
+        """See `pipeline.Engine`."""
+        self._look()
+        return max(1, int(min(self._room, self._most_ready / 2)))  # twice as many tasks are in flight
+
     def _can_run(self) -> float:
         """Tasks that can run at a time: any number of those that ask for no CPU."""
-        return self.capacity() if self._has_room else math.inf
+        self._look()
+        return max(1.0, self._room) if self._has_room else math.inf
 
-    def capacity(self) -> int:
-        """See `pipeline.Engine`. Nodes come and go, so the cluster is asked again and again."""
+    def _look(self) -> None:
+        """Nodes come and go, so the cluster is asked again and again."""
         if self._has_room and time.monotonic() - self._looked_at > LOOK_SECONDS:
             nodes = _nodes(self._label)
-            room = sum(max(0.0, free // self._cpus) for free in _free_cpus(nodes).values()) // self._streams
+            self._room = sum(max(0.0, free // self._cpus) for free in _free_cpus(nodes).values()) // self._streams
             memory = sum(node["Resources"].get("object_store_memory", 0.0) for node in nodes)
-            # Twice as many tasks are in flight as run, each with its slots in the object store.
-            self._capacity = max(1, int(min(room, READY_SHARE * memory / self._bytes / 2)))
+            self._most_ready = READY_SHARE * memory / self._bytes
             self._looked_at = time.monotonic()
-        return self._capacity
 
     def close(self) -> None:
         """See `pipeline.Engine`: what nobody refers to any more is freed by Ray."""
