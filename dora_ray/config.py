@@ -22,8 +22,8 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Interval = tuple[float, float]
-# How often what cannot be decoded is begun before it is given up (data.supervision).
-DECODE_ATTEMPTS = 7
+# How often a task that hangs is begun before it is given up: twice for each of two clips (data.supervision).
+DECODE_ATTEMPTS = 4
 # What products in fp8 want the lengths of rows to be a multiple of (method.fp8).
 FP8_MULTIPLE = 16
 ARCHITECTURES: dict[str, dict[str, int]] = {
@@ -279,8 +279,8 @@ class ClusterConfig(Section):
     """Worker failures that the run survives, -1 for any number; drained nodes are never counted."""
     stall_seconds: Positive = 900.0
     """Time after which workers whose step does not end are ended and started again, be it that one of them hangs and
-    the others wait; more than an evaluation takes, and than 7 x data.decode_seconds, which a step may have to wait for
-    clips that cannot be read."""
+    the others wait; more than an evaluation takes, and than 4 x data.decode_seconds, which a step may have to wait for
+    clips whose reading hangs."""
     fast_recovery: bool = True
     """Look for failures twice a second, count a changed cluster at once, and keep a spare process for each worker of an
     elastic run (its memory: that of a worker before its first step). False: Ray Train's own pace."""
@@ -403,8 +403,8 @@ class Config(Section):
             (
                 self.cluster.stall_seconds > DECODE_ATTEMPTS * self.data.decode_seconds,
                 f"cluster.stall_seconds={self.cluster.stall_seconds:g} with data.decode_seconds="
-                f"{self.data.decode_seconds:g}: a step may wait for {DECODE_ATTEMPTS} attempts at decoding before "
-                f"clips are given up; set more than {DECODE_ATTEMPTS * self.data.decode_seconds:g}, or lower "
+                f"{self.data.decode_seconds:g}: a step may wait for {DECODE_ATTEMPTS} attempts that hang before "
+                f"its clips are given up; set more than {DECODE_ATTEMPTS * self.data.decode_seconds:g}, or lower "
                 "data.decode_seconds",
             ),
             (

@@ -138,7 +138,7 @@ def test_every_field_is_documented() -> None:
         (("clip.num_frames=1",), ["clip.num_frames=1", "greater than or equal to 2"]),
         (("clip.stride_seconds=0.01",), ["clip.stride_seconds=0.01", "12 frames a second"]),
         (("optim.warmup_steps=9999",), ["optim.warmup_steps=9999"]),
-        (("data.decode_seconds=200",), ["cluster.stall_seconds=900", "set more than 1400"]),
+        (("data.decode_seconds=225",), ["cluster.stall_seconds=900", "4 attempts", "set more than 900"]),
     ],
 )
 def test_bad_values_are_answered(overrides: tuple[str, ...], words: list[str]) -> None:

@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
+import lance
 import numpy as np
 
 from dora_ray import files
 from dora_ray.chaos.training import StalledError, Training
-from dora_ray.errors import CheckpointError, VideoError
+from dora_ray.config import Config
+from dora_ray.data.store import StoredVideo
+from dora_ray.errors import VideoError
 from dora_ray.training.checkpoint import META, MODEL, STATE
-from dora_ray.training.journal import CONFIG, METRICS, read_lines
+from dora_ray.training.journal import CONFIG, METRICS, read_events, read_lines
+from dora_ray.training.launch import ingest_videos, make_plan, saved_config
 from dora_ray.training.worlds import CHECKPOINTS
 
 CHECKPOINT_SECONDS, NUM_CHECKPOINTS = 0.5, 2
-# A clip that hangs takes three attempts, each in a new process; the second such clip ends the run.
-DECODE_SECONDS, BAD_FRACTION = 2.0, 0.005
+# A data file for each second of the film; two clips of an epoch may hang, the third one ends the run, steps later.
+SEGMENT_SECONDS, DECODE_SECONDS, BAD_FRACTION = 1.0, 2.0, 0.011
+STEPS_BETWEEN = 4
 LAUNCH_SECONDS, END_SECONDS = 120.0, 300.0
 
 
@@ -31,7 +37,7 @@ def cut_newest_checkpoint(run: Path, words: tuple[str, ...], *, seed: int) -> st
         what became of the resume.
 
     Raises:
-        StalledError: it neither used the last good checkpoint nor named it, or lost it.
+        StalledError: it did not go on from the checkpoint before.
     """
     training = Training(run, (*words, f"run.checkpoint_seconds={CHECKPOINT_SECONDS:g}"), address=None)
     try:
@@ -45,15 +51,13 @@ def cut_newest_checkpoint(run: Path, words: tuple[str, ...], *, seed: int) -> st
     for name in np.random.default_rng(np.random.SeedSequence(seed)).permutation([MODEL, STATE, META])[:2]:
         os.truncate(newest / name, (newest / name).stat().st_size // 2)
     status, said = launch(run, (), resume=True)
-    if status == 0:
-        return f"{newest.name} was cut: the run went on from the one before"
-    if status != CheckpointError.exit_status or str(good) not in said or not (good / META).exists():
-        raise StalledError(f"the resume ended with status {status}, and did not name {good} or lost it: {said}")
-    shutil.rmtree(newest)
-    status, said = launch(run, (), resume=True)
-    if status != 0:
-        raise StalledError(f"the resume from {good} ended with status {status}: {said}")
-    return f"{newest.name} was cut: it was refused, naming {good.name}, and the run went on from there"
+    begins = [line["step"] for line in read_events(str(run)) if line["event"] == "start"]
+    if status != 0 or begins[-1] != int(good.name.removeprefix("step-")):
+        raise StalledError(
+            f"{newest.name} was cut: the resume ended with status {status}, and the starts were at the steps {begins}, "
+            f"not the last one at {good.name}: {said}"
+        )
+    return f"{newest.name} was cut: the run went on from {good.name}"
 
 
 def damage_store(run: Path, words: tuple[str, ...], *, store: Path, seed: int) -> str:
@@ -82,36 +86,89 @@ def damage_store(run: Path, words: tuple[str, ...], *, store: Path, seed: int) -
     raise StalledError(f"the run on a damaged store ended with status {status}: {said}")
 
 
-def hang_decoder(run: Path, words: tuple[str, ...], *, address: str, store: Path) -> str:
-    """Train on a copy of the store where reading one data file never ends: it becomes a pipe that nobody writes to.
+def hang_decoder(run: Path, words: tuple[str, ...], *, address: str) -> str:
+    """Train on a store where reading one second of the film never ends: its file is a pipe that nobody writes to.
 
     Returns:
         how the run ended.
 
     Raises:
-        StalledError: not with an error that names the video.
+        StalledError: clips that hang were not counted first, or it did not end with an error that names film and time.
     """
-    copy = run.with_name(f"{run.name}-store")
-    shutil.copytree(store, copy)
     limits = (
+        f"data.store={run.with_name(f'{run.name}-store')}",
+        f"data.segment_seconds={SEGMENT_SECONDS:g}",
         f"data.decode_seconds={DECODE_SECONDS:g}",
         f"data.max_bad_fraction={BAD_FRACTION:g}",
         "data.slots_per_task=1",
         f"cluster.stall_seconds={END_SECONDS:g}",
     )
-    training = Training(run, (*words, f"data.store={copy}", *limits), address=address)
+    training = Training(run, (*words, *limits), address=address)
     try:
         # The launching process has read the store's times by then, and no worker has read a picture.
         training.wait("the plan", (run / CONFIG).exists, seconds=LAUNCH_SECONDS)
-        segment = largest_segment(copy)
-        segment.unlink()
-        os.mkfifo(segment)
+        hang = choose_hang(saved_config(str(run)), str(run.with_name(f"{run.name}-store")))
+        hang.file.unlink()
+        os.mkfifo(hang.file)
         status = training.finish(seconds=END_SECONDS)
     finally:
         training.kill()
-    if status != VideoError.exit_status or "video.mp4" not in training.tail():
+    counted = [int(line["bad_clips"]) for line in training.steps()]
+    said = " ".join(training.tail().split())
+    if status != VideoError.exit_status or not any(place in said for place in hang.places):
         raise StalledError(f"the run with a hung decoder ended with status {status}: {training.tail()}")
-    return f"stopped: {training.tail().strip().splitlines()[-1]}"
+    if max(counted, default=0) != hang.counted:
+        raise StalledError(
+            f"{hang.counted} clips that hang were to be counted before the last one, and were: {counted}"
+        )
+    return f"{hang.counted} clips were counted while training went on, then: {training.tail().strip().splitlines()[-1]}"
+
+
+@dataclass(frozen=True)
+class Hang:
+    """What becomes of a run when one data file hangs.
+
+    Attributes:
+        file: the data file.
+        stop: the step that exceeds data.max_bad_fraction, in the first epoch.
+        counted: clips that hang in the steps before.
+        places: how an error names the clips that hang.
+    """
+
+    file: Path
+    stop: int
+    counted: int
+    places: frozenset[str]
+
+
+def choose_hang(config: Config, store: str) -> Hang:
+    """The data file of a filled store whose hanging ends the run soonest, steps after a clip that is only counted."""
+    (video,) = ingest_videos(config, store)
+    plan = make_plan(config, [video])
+    allowed = config.data.max_bad_fraction * plan.clips_per_epoch
+    clips_a_step = config.optim.slots * config.optim.clips_per_slot
+    clips = [plan.clip(number) for number in range(plan.clips_per_epoch // clips_a_step * clips_a_step)]
+    found = []
+    for file, frames in _files(video):
+        hanging = [clip for clip in clips if not frames.isdisjoint(clip.frames)]
+        steps = [clip.number // clips_a_step for clip in hanging]
+        stop = next((step for number, step in enumerate(steps, 1) if number > allowed), 0)
+        if steps and stop - steps[0] >= STEPS_BETWEEN:
+            counted = sum(step < stop for step in steps)
+            places = frozenset(f"{video.path} at {video.times[clip.frames[0]]:.2f} s" for clip in hanging)
+            found.append(Hang(file, stop, counted, places))
+    return min(found, key=lambda hang: hang.stop)
+
+
+def _files(video: StoredVideo) -> list[tuple[Path, set[int]]]:
+    """The data files of a video's dataset, with the frames that are in them."""
+    fragments = lance.dataset(video.uri, version=video.version).get_fragments()
+    ends = np.cumsum([fragment.count_rows() for fragment in fragments])
+    places = np.searchsorted(ends, video.rows, side="right")
+    return [
+        (Path(video.uri, "data", fragment.data_files()[0].path), set(np.flatnonzero(places == number).tolist()))
+        for number, fragment in enumerate(fragments)
+    ]
 
 
 def largest_segment(store: Path) -> Path:

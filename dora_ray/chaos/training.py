@@ -55,9 +55,16 @@ class StalledError(DoRAError):
 
 
 def make_training_video(folder: Path) -> Path:
-    """Forty seconds of video with a shot cut: a few segments of ingest."""
+    """Forty seconds of video with a shot cut, and a key frame each second: segments of ingest may be as short."""
     return make_video(
-        folder / "video.mp4", width=128, height=96, num_frames=480, frames_per_second=12.0, seed=0, cuts=(200,)
+        folder / "video.mp4",
+        width=128,
+        height=96,
+        num_frames=480,
+        frames_per_second=12.0,
+        seed=0,
+        cuts=(200,),
+        group_size=12,
     )
 
 

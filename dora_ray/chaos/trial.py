@@ -17,7 +17,10 @@ from dora_ray.chaos.nodes import LocalNodes
 from dora_ray.chaos.schedule import Strike, draw_schedule
 from dora_ray.chaos.strikes import strike, walk_path
 from dora_ray.chaos.training import CLIPS_PER_SLOT, SMALL, StalledError, Training
+from dora_ray.config import load_config
+from dora_ray.errors import DoRAError
 from dora_ray.training.journal import CONFIG, METRICS, read_events, read_history, read_lines
+from dora_ray.training.launch import ingest_videos
 from dora_ray.weights import resolve_checkpoint
 
 # Steps are quicker than nodes: those before the first fault have to last until the spare processes are there, which is
@@ -132,6 +135,7 @@ class Laboratory:
         """A run on so many nodes, with what is inflicted on it and settings of its own; `counted`: its restarts are."""
         run = self.folder / name
         hits: list[Hit] = []
+        problems: list[str] = []
         try:
             with LocalNodes(num_nodes) as nodes:
                 training = Training(run, (*self.words(steps, f"[1, {MOST_WORKERS}]"), *settings), address=nodes.address)
@@ -145,29 +149,38 @@ class Laboratory:
                 finally:
                     training.kill()
         except StalledError as error:
-            return Trial(name, _rows(run, self.reference(steps), hits), problems=[str(error)])
-        trial = compare(name, run, self.reference(steps), hits)
+            problems.append(str(error))
+        try:
+            if problems:
+                return Trial(name, _rows(run, self.reference(steps), hits), problems=problems)
+            trial = compare(name, run, self.reference(steps), hits)
+        except DoRAError as error:
+            return Trial(name, problems=[*problems, str(error)])
         return replace(trial, problems=[*trial.problems, *unprovoked(hits, run)]) if counted else trial
 
     def run_alone(self, name: str, *, seed: int) -> Trial:
         """A run of its own kind, one of schedule.ALONE."""
         if name == "resize_path":
             return self.run_path(name)
-        steps = num_steps(0)
-        reference, run = self.reference(steps), self.folder / name
-        store = self.folder / "store"
+        steps, run = num_steps(0), self.folder / name
         try:
-            if name == "truncate":
-                note = cut_newest_checkpoint(run, self.words(steps, "0"), seed=seed)
-                trial = compare(name, run, reference, ())
-                return replace(trial, notes=[note])
+            if name == "hung_decoder":
+                with LocalNodes(NODES) as nodes:
+                    words = self.words(steps, str(NODES))
+                    return Trial(name, notes=[hang_decoder(run, words, address=nodes.address)])
+            words = self.words(steps, "0")
+            self._fill_store(words)
             if name == "corrupt_segment":
-                return Trial(name, notes=[damage_store(run, self.words(steps, "0"), store=store, seed=seed)])
-            with LocalNodes(1) as nodes:
-                words = self.words(steps, "1")
-                return Trial(name, notes=[hang_decoder(run, words, address=nodes.address, store=store)])
-        except StalledError as error:
+                return Trial(name, notes=[damage_store(run, words, store=self.folder / "store", seed=seed)])
+            self.begin_reference(steps)
+            note = cut_newest_checkpoint(run, words, seed=seed)
+            return replace(compare(name, run, self.reference(steps), ()), notes=[note])
+        except DoRAError as error:
             return Trial(name, problems=[str(error)])
+
+    def _fill_store(self, words: tuple[str, ...]) -> None:
+        config = load_config(*words)
+        ingest_videos(config, str(config.data.store))
 
 
 def _strike_all(schedule: Sequence[Strike], training: Training, nodes: LocalNodes) -> Iterator[Hit]:

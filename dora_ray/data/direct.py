@@ -34,12 +34,14 @@ class DecodedSegment:
         frames: (n,) int64 numbers of the kept frames that could be decoded, ascending.
         ends: (n,) int64 end of each picture in `jpegs`.
         jpegs: (bytes,) uint8, one JPEG after the other.
+        given_up: (g,) int64 numbers of frames that were not tried, since decoding them hangs.
     """
 
     path: str
     frames: NDArray[np.int64]
     ends: NDArray[np.int64]
     jpegs: NDArray[np.uint8]
+    given_up: NDArray[np.int64]
 
     def read(self, frames: Sequence[int]) -> list[NDArray[np.uint8]]:
         """The kept frames of those numbers, in that order: (H, W, 3) uint8 RGB each.
@@ -65,29 +67,36 @@ def decode_segment(plan: SegmentPlan, segment: int, watch: Watch = UNWATCHED) ->
         watch: told each kept frame before it is decoded; groups of pictures that hold given-up frames are left out.
     """
     video, frames = plan.segment_frames(segment)
+    given_up = _given_up(video, frames, watch)
     coded: list[bytes] = []
     numbers: list[int] = []
     try:
-        for number, frame in _decode(plan, video, frames, watch):
+        for number, frame in _decode(plan, video, frames, given_up, watch):
             coded.append(simplejpeg.encode_jpeg_yuv_planes(frame.y, frame.u, frame.v, plan.jpeg_quality))
             numbers.append(number)
     except (VideoError, OSError) as error:
         logger.warning("%s: decoding stops after %d of %d frames: %s", video.path, len(numbers), len(frames), error)
     sizes = np.array([len(picture) for picture in coded], np.int64)
     joined = np.frombuffer(b"".join(coded), np.uint8)
-    return DecodedSegment(video.path, np.array(numbers, np.int64), sizes.cumsum(), joined)
+    return DecodedSegment(video.path, np.array(numbers, np.int64), sizes.cumsum(), joined, frames[given_up])
+
+
+def _given_up(video: StreamedVideo, frames: NDArray[np.int64], watch: Watch) -> NDArray[np.bool_]:
+    """Which of the frames are in the group of pictures of one that is given up."""
+    keys = [video.index.key_before(pts) for pts in video.pts[frames].tolist()]
+    bad = {key for key, frame in zip(keys, frames.tolist(), strict=True) if frame in watch.given_up}
+    return np.array([key in bad for key in keys], np.bool_)
 
 
 def _decode(
-    plan: SegmentPlan, video: StreamedVideo, frames: NDArray[np.int64], watch: Watch
+    plan: SegmentPlan, video: StreamedVideo, frames: NDArray[np.int64], given_up: NDArray[np.bool_], watch: Watch
 ) -> Iterator[tuple[int, DecodedFrame]]:
     """Kept-frame numbers and pictures, from every run of frames between two given-up groups of pictures."""
     number_of = {int(video.pts[frame]): int(frame) for frame in frames.tolist()}
-    bad_keys = {video.index.key_before(pts) for pts, frame in number_of.items() if frame in watch.given_up}
-    runs = groupby(number_of, key=lambda pts: video.index.key_before(pts) in bad_keys)
+    left_out = dict(zip(number_of, given_up.tolist(), strict=True))
     decoder = get_decoder(plan.decoder)
-    for given_up, run in runs:
-        if given_up:
+    for skipped, run in groupby(number_of, key=lambda pts: left_out[pts]):
+        if skipped:
             continue
         wanted = list(run)
         watch.begin(number_of[wanted[0]])

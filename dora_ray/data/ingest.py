@@ -28,7 +28,7 @@ from dora_ray.data.ray_tasks import ray_cluster, run_tasks
 from dora_ray.data.sources import check_unchanged, find_videos
 from dora_ray.data.store import StoredVideo
 from dora_ray.data.video import VideoIndex
-from dora_ray.data.watchdog import begin_attempt, end_attempt, time_limit
+from dora_ray.data.watchdog import Attempts, time_limit
 from dora_ray.errors import DoRAError, VideoError
 
 logger = logging.getLogger(__name__)
@@ -143,23 +143,26 @@ def ingest_segment(
     """The task: decode one segment's frames and write them; returns what the driver needs to commit them."""
     part = _Work(**json.loads(item))
     key = f"{job} {part.uri} {part.pts[0]}"
-    before = begin_attempt(key, limit_seconds=part.limit_seconds)
+    attempt = Attempts(key, limit_seconds=part.limit_seconds)
+    hangs = sum(ended.hung for ended in attempt.ended)
+    deaths = len(attempt.ended) - hangs
+    attempt.note()
     result = {"uri": part.uri, "fragments": "[]", "frames": 0, "missing": 0, "error": "", "hung": ""}
     try:
-        if before.died >= MAX_DEATHS:
+        if deaths >= MAX_DEATHS:
             raise VideoError(
-                f"{part.name}: the decoding process died {before.died} times; look for its reason in"
+                f"{part.name}: the decoding process died {deaths} times; look for its reason in"
                 " Ray's logs (memory?), or leave the file out"
             )
         with time_limit(part.limit_seconds):
-            unread = before.hung >= MAX_HANGS
+            unread = hangs >= MAX_HANGS
             fragments, missing = _write_segment(part, store, None if unread else decoder, short_side, jpeg_quality)
     except DoRAError as error:
         result["error"] = str(error)
     else:
         result |= {"fragments": json.dumps(fragments), "frames": len(part.pts), "missing": missing}
         result["hung"] = f"{part.name}: decoding did not end in {part.limit_seconds:.0f} s" if unread else ""
-    end_attempt(key)
+    attempt.forget()
     return result
 
 

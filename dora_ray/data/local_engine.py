@@ -1,7 +1,8 @@
 """Slots read and segments decoded by threads of this process.
 
-The threads are daemons: one that hangs is left behind, another takes its place, and what it was at is given up. A
-decoder that hangs and holds the interpreter's lock stops the process all the same; only Ray's tasks survive that.
+The threads are daemons: one that hangs is left behind, another takes over its job at once, and what it was at is given
+up. Whoever waits for a job looks at all that run, since a hung one may be in its way. A decoder that hangs and holds
+the interpreter's lock stops the process all the same; only Ray's tasks survive that.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any
 
+from dora_ray.config import DECODE_ATTEMPTS
 from dora_ray.data.direct import decode_segment
 from dora_ray.data.plan import Plan
 from dora_ray.data.segments import SegmentPlan
-from dora_ray.data.slots import SlotBatch, SlotKey, read_slot
-from dora_ray.data.supervision import EVERYTHING, MOST_DEATHS, Watch
+from dora_ray.data.slots import SlotBatch, SlotKey, read_slots
+from dora_ray.data.supervision import EVERYTHING, Watch
 
 LOOK_SECONDS = 1.0
 # How long closing waits for threads to end what they are at, a frame or a clip; one that hangs takes longer.
@@ -39,9 +41,8 @@ class LocalEngine:
         """
         self._plan = plan
         self._num_threads = num_threads
-        self._seconds = decode_seconds
-        self._readers = _Threads(num_threads, "slots")
-        self._decoders = _Threads(num_threads, "segments") if isinstance(plan, SegmentPlan) else None
+        self._readers = _Threads(num_threads, "slots", decode_seconds)
+        self._decoders = _Threads(num_threads, "segments", decode_seconds) if isinstance(plan, SegmentPlan) else None
         # An error that nobody caught keeps a stream alive until the process exits.
         atexit.register(self.close)
 
@@ -50,20 +51,16 @@ class LocalEngine:
         plan = self._plan
         assert isinstance(plan, SegmentPlan)
         assert self._decoders is not None
-        return _Job(lambda watch: decode_segment(plan, segment, watch), self._decoders, self._seconds)
+        return _Job(lambda watch: decode_segment(plan, segment, watch), self._decoders)
 
     def read(self, keys: Sequence[SlotKey], segments: Mapping[int, _Job], *, again: bool = False) -> _Job:
         """See `pipeline.Engine`."""
 
         def work(watch: Watch) -> list[SlotBatch]:
             decoded = {number: job.result() for number, job in segments.items()}
-            size = self._plan.clips_per_slot
-            return [
-                read_slot(self._plan, *key, decoded, watch=watch, first_item=number * size)
-                for number, key in enumerate(keys)
-            ]
+            return read_slots(self._plan, keys, decoded, watch)
 
-        return _Job(work, self._readers, self._seconds)
+        return _Job(work, self._readers)
 
     def result(self, handle: _Job) -> list[SlotBatch]:
         """See `pipeline.Engine`."""
@@ -88,25 +85,31 @@ class LocalEngine:
 
 
 class _Threads:
-    """Daemon threads that do what is put before them, first come, first served."""
+    """Daemon threads that do jobs, first come, first served; a job that hangs goes on without the item it hangs at."""
 
-    def __init__(self, count: int, name: str) -> None:
+    def __init__(self, count: int, name: str, seconds: float) -> None:
         self._name = name
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._seconds = seconds
+        self._waiting: queue.SimpleQueue[_Attempt | None] = queue.SimpleQueue()
         self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._running: set[_Attempt] = set()
         self._threads: list[threading.Thread] = []
         for _ in range(count):
-            self.add()
+            self._add(None)
 
-    def add(self) -> None:
-        """Begin another thread."""
-        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+    def put(self, attempt: _Attempt) -> None:
+        """Have an attempt made by the next free thread."""
+        self._waiting.put(attempt)
 
-    def put(self, work: Callable[[], None]) -> None:
-        """Have something done."""
-        self._work.put(work)
+    def wait(self, future: Future[Any]) -> Any:
+        """What a job gives; raises what it raises."""
+        while not future.done():
+            if self.closed():
+                raise CancelledError
+            self._replace_hung()
+            wait([future], timeout=min(LOOK_SECONDS, self._seconds))
+        return future.result()
 
     def close(self) -> None:
         """End the threads; what waits is dropped.
@@ -115,7 +118,7 @@ class _Threads:
         """
         self._closed.set()
         for _ in self._threads:
-            self._work.put(lambda: None)
+            self._waiting.put(None)
         until = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
             if thread is not threading.current_thread():  # whose garbage collection may be what closes
@@ -125,75 +128,95 @@ class _Threads:
         """Whether what waits was dropped."""
         return self._closed.is_set()
 
-    def _run(self) -> None:
+    def _add(self, first: _Attempt | None) -> None:
+        """Begin another thread, with that attempt."""
+        thread = threading.Thread(target=self._run, args=(first,), name=self._name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _run(self, attempt: _Attempt | None) -> None:
         while not self._closed.is_set():
-            self._work.get()()
+            attempt = attempt or self._waiting.get()
+            if attempt is not None and not self._finish(attempt):
+                return
+            attempt = None
+
+    def _finish(self, attempt: _Attempt) -> bool:
+        """Make an attempt; whether its thread was not left behind meanwhile."""
+        with self._lock:
+            self._running.add(attempt)
+        settle = attempt.run()
+        with self._lock:
+            if attempt.left_behind:
+                return False
+            self._running.remove(attempt)
+            settle()
+            return True
+
+    def _replace_hung(self) -> None:
+        """Leave threads behind that are at an item for too long: a new one each takes over their job."""
+        with self._lock:
+            for attempt in [attempt for attempt in self._running if attempt.seconds_at_item() > self._seconds]:
+                attempt.left_behind = True
+                self._running.remove(attempt)
+                self._add(attempt.next())
 
 
 class _Job:
-    """Work on one of the threads; begun again without the item that it hangs at."""
+    """Work on one of the threads."""
 
-    def __init__(self, work: Callable[[Watch], Any], threads: _Threads, seconds: float) -> None:
-        self._hung: set[int] = set()
-        self._work = work
+    def __init__(self, work: Callable[[Watch], Any], threads: _Threads) -> None:
         self._threads = threads
-        self._seconds = seconds
-        self._lock = threading.Lock()
-        self._start()
-
-    def _start(self) -> None:
-        given_up = EVERYTHING if len(self._hung) >= MOST_DEATHS else frozenset(self._hung)
-        self._attempt = _Attempt(given_up, self._threads.closed)
-        self._threads.put(functools.partial(self._attempt.run, self._work))
+        self._future: Future[Any] = Future()
+        threads.put(_Attempt(work, self._future, threads.closed))
 
     def done(self) -> bool:
         """Whether the work is done."""
-        return self._attempt.future.done()
+        return self._future.done()
 
     def result(self) -> Any:
         """What the work gives, waiting for it; raises what it raises."""
-        while True:
-            attempt = self._attempt
-            wait([attempt.future], timeout=min(LOOK_SECONDS, self._seconds))
-            if attempt.future.done():
-                return attempt.future.result()
-            if self._threads.closed():
-                raise CancelledError
-            self._give_up(attempt)
-
-    def _give_up(self, attempt: _Attempt) -> None:
-        """If the attempt hangs at an item, begin another one without it, on a new thread."""
-        with self._lock:
-            if attempt is self._attempt and attempt.seconds_at_item() > self._seconds:
-                assert attempt.item is not None
-                self._hung.add(attempt.item)
-                self._threads.add()
-                self._start()
+        return self._threads.wait(self._future)
 
 
 class _Attempt:
     """One attempt at a job; its own `supervision.Watch`."""
 
-    def __init__(self, given_up: Container[int], closed: Callable[[], bool]) -> None:
-        self.given_up = given_up
+    def __init__(
+        self,
+        work: Callable[[Watch], Any],
+        future: Future[Any],
+        closed: Callable[[], bool],
+        hung: frozenset[int] = frozenset(),
+    ) -> None:
+        self.given_up: Container[int] = EVERYTHING if len(hung) >= DECODE_ATTEMPTS else hung
+        self.left_behind = False
+        self._work = work
+        self._future = future
         self._closed = closed
-        self.future: Future[Any] = Future()
-        self.item: int | None = None
-        self._begun_at = 0.0
+        self._hung = hung
+        # In one piece, since another thread reads it.
+        self._begun: tuple[int, float] | None = None
 
-    def run(self, work: Callable[[Watch], Any]) -> None:
-        """Do the work."""
+    def run(self) -> Callable[[], None]:
+        """Do the work; returns what tells its outcome to whoever waits."""
         try:
-            self.future.set_result(work(self))
+            result = self._work(self)
         except BaseException as error:  # noqa: BLE001  it is raised again by the thread that waits for the result
-            self.future.set_exception(error)
+            return functools.partial(self._future.set_exception, error)
+        return functools.partial(self._future.set_result, result)
+
+    def next(self) -> _Attempt:
+        """The attempt without what this one hangs at."""
+        assert self._begun is not None
+        return _Attempt(self._work, self._future, self._closed, self._hung | {self._begun[0]})
 
     def begin(self, item: int) -> None:
         """See `Watch`. Raises CancelledError where nobody wants the work any more."""
-        if self._closed():
+        if self.left_behind or self._closed():
             raise CancelledError
-        self.item, self._begun_at = item, time.monotonic()
+        self._begun = (item, time.monotonic())
 
     def seconds_at_item(self) -> float:
         """How long the item at hand has taken."""
-        return time.monotonic() - self._begun_at if self.item is not None else 0.0
+        return time.monotonic() - self._begun[1] if self._begun is not None else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dora_ray.data.augment import crop_clip
 from dora_ray.data.direct import DecodedSegment
 from dora_ray.data.plan import Clip, Plan
-from dora_ray.data.store import StoredVideo, read_frames
+from dora_ray.data.store import StoredVideo, fetch, read_frames
 from dora_ray.data.supervision import UNWATCHED, Watch
 from dora_ray.errors import VideoError
 
@@ -43,6 +43,23 @@ class SlotBatch:
     final: bool
 
 
+def read_slots(
+    plan: Plan, keys: Sequence[SlotKey], segments: Mapping[int, DecodedSegment], watch: Watch
+) -> list[SlotBatch]:
+    """Read several slots, as `read_slot` does; the watch knows clip i of the k-th by k M + i.
+
+    Copies of datasets are made first: that takes long, is no clip's fault, and must not be ended and begun anew.
+    """
+    for number in {clip.video for key in keys for clip in plan.slot_clips(*key)}:
+        video = plan.videos[number]
+        if isinstance(video, StoredVideo):
+            fetch(video)
+    return [
+        read_slot(plan, *key, segments, watch=watch, first_item=number * plan.clips_per_slot)
+        for number, key in enumerate(keys)
+    ]
+
+
 def read_slot(
     plan: Plan,
     step: int,
@@ -67,7 +84,7 @@ def read_slot(
     shape = (len(clips), plan.num_frames, plan.clip_size, plan.clip_size, 3)
     pixels, valid, final = np.zeros(shape, np.uint8), np.zeros(len(clips), np.bool_), True
     for i, (clip, box) in enumerate(zip(clips, boxes, strict=True)):
-        if first_item + i in watch.given_up:
+        if first_item + i in watch.given_up or _hangs(clip, segments):
             _warn(plan, clip, "reading it hangs or ends its process")
             continue
         watch.begin(first_item + i)
@@ -78,6 +95,13 @@ def read_slot(
             _warn(plan, clip, str(error))
             final = False
     return SlotBatch(step, slot, pixels, valid, _digest(clips, pixels), final)
+
+
+def _hangs(clip: Clip, segments: Mapping[int, DecodedSegment] | None) -> bool:
+    """Whether decoding one of its frames was given up, elsewhere too."""
+    if clip.segment is None or segments is None:
+        return False
+    return bool(np.isin(clip.frames, segments[clip.segment].given_up).any())
 
 
 def _frames(plan: Plan, clip: Clip, segments: Mapping[int, DecodedSegment] | None) -> list[NDArray[np.uint8]]:

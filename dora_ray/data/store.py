@@ -152,6 +152,13 @@ def has_frames(uri: str) -> bool:
     return dataset is not None and dataset.count_rows("signature IS NOT NULL") > 0
 
 
+def fetch(video: StoredVideo) -> None:
+    """Make this node's copy of the video's dataset, if it is to have one and has none: as long as that takes."""
+    if video.cache:
+        with suppress(OSError, ValueError):  # reading says what is wrong
+            _local_copy(video.uri, video.identity, video.cache)
+
+
 def read_signatures(video: StoredVideo) -> np.ndarray:
     """(F, cuts.SIGNATURE_BYTES) uint8: what is kept of every stored frame for finding cuts and measuring light.
 
@@ -327,9 +334,13 @@ def _identity(dataset: lance.LanceDataset) -> str:
     return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
 
 
+# Where no copy can be made, a process tries it once.
+_local_copy = functools.lru_cache(maxsize=OPEN_DATASETS)(local_copy)
+
+
 @functools.lru_cache(maxsize=OPEN_DATASETS)
 def _pinned(uri: str, version: int, identity: str, cache: str | None) -> lance.LanceDataset:
-    return lance.dataset(local_copy(uri, identity, cache) if cache else uri, version=version)
+    return lance.dataset(_local_copy(uri, identity, cache) if cache else uri, version=version)
 
 
 def _take(video: StoredVideo, frames: Sequence[int]) -> list[pa.Buffer]:

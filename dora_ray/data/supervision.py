@@ -1,25 +1,25 @@
 """Watching a stream's work that may hang or die: a file server that stops answering, a decoder that never returns.
 
-A hanging C library cannot be interrupted from Python, and may hold the interpreter's lock, so in a Ray task the whole
-process is ended, by a thread that needs no interpreter; Ray then runs the task again. From the second attempt on, what
-is begun is noted in the cluster's key-value store, and what ended DEATHS attempts is given up; after MOST_DEATHS so is
-the rest, so that a file server that is down for good stops a run in minutes. A task that is not repeated pays nothing.
+A hanging C library cannot be interrupted from Python, so in a Ray task the whole process is ended (watchdog); Ray then
+runs the task again. An item is given up when it has hung twice, or has been at hand when the process died several
+times; when a second item hangs twice so is the rest, so that a file server that is down for good stops a run in
+minutes. Only a task that is repeated notes what it is at: the others pay nothing.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import json
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from dora_ray.config import DECODE_ATTEMPTS
+from dora_ray.data.watchdog import Attempts, Ended
 
-DEATHS = 2
-# With the first attempt, which notes nothing, one less than config.DECODE_ATTEMPTS.
-MOST_DEATHS = DECODE_ATTEMPTS - 1
+HANGS = 2
+# A process may be ended for a node's memory or with its node, again and again, and no item is to blame.
+DEATHS, MOST_DEATHS = 5, 10
 EVERYTHING = range(2**62)
 
 
@@ -49,7 +49,7 @@ class TaskWatch(Unwatched):
     """Ends this process when an item of a Ray task takes too long; a context manager around the task's work."""
 
     def __init__(self, seconds: float) -> None:
-        """Look up what earlier attempts of this task were at when they ended.
+        """Look up how earlier attempts of this task ended.
 
         Args:
             seconds: the longest that an item may take.
@@ -58,13 +58,11 @@ class TaskWatch(Unwatched):
         from ray._private.worker import global_worker
 
         self._seconds = seconds
-        repeated = global_worker.core_worker.get_current_task_attempt_number() > 0
-        # A task keeps its id when it is run again.
-        self._key = f"dora_ray/begun/{ray.get_runtime_context().get_task_id()}" if repeated else ""
-        self._begun: list[int] = json.loads(_store()._internal_kv_get(self._key) or "[]") if repeated else []
-        deaths = Counter(self._begun)
-        hopeless = deaths.total() >= MOST_DEATHS
-        super().__init__(EVERYTHING if hopeless else {item for item, count in deaths.items() if count >= DEATHS})
+        self._attempts: Attempts | None = None
+        if global_worker.core_worker.get_current_task_attempt_number() > 0:
+            # A task keeps its id when it is run again.
+            self._attempts = Attempts(f"task {ray.get_runtime_context().get_task_id()}", limit_seconds=seconds)
+        super().__init__(given_up(self._attempts.ended) if self._attempts else ())
 
     def __enter__(self) -> TaskWatch:
         return self
@@ -72,19 +70,25 @@ class TaskWatch(Unwatched):
     def begin(self, item: int) -> None:
         """See `Watch`."""
         faulthandler.dump_traceback_later(self._seconds, exit=True)
-        if self._key:
-            _store()._internal_kv_put(self._key, json.dumps([*self._begun, item]))
+        if self._attempts:
+            self._attempts.note(item)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         faulthandler.cancel_dump_traceback_later()
-        if self._key:
-            _store()._internal_kv_del(self._key)
+        if self._attempts:
+            self._attempts.forget()
 
 
-def _store() -> Any:
-    """The head node's key-value store, which outlives every worker."""
-    from ray.experimental import internal_kv
+def given_up(ended: Sequence[Ended]) -> Container[int]:
+    """The items that are not tried again after attempts at a task that ended so, the second one and those after it.
 
-    return internal_kv
+    The first attempt, which noted nothing, is taken to have ended as the second did.
+    """
+    attempts = [*ended[:1], *ended]
+    hung = Counter(item for item, hangs in attempts if hangs)
+    died = Counter(item for item, hangs in attempts if not hangs)
+    if hung.total() >= DECODE_ATTEMPTS or died.total() >= MOST_DEATHS:
+        return EVERYTHING
+    return {item for item in hung | died if hung[item] >= HANGS or died[item] >= DEATHS}

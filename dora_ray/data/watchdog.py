@@ -1,8 +1,8 @@
 """Ends a process that decodes for too long, and remembers how the earlier attempts at the same work ended.
 
 A decoder that hangs may hold the interpreter's lock, so that no Python thread can end it: faulthandler's own thread
-needs no lock. Ray then runs the task again in another process, and has no count of it that could be asked; the count is
-kept in the cluster's own key-value store, which needs no process of ours.
+needs no lock. Ray then runs the task again in another process, and tells it nothing of how the last one ended; what an
+attempt is at is noted in the cluster's own key-value store, which needs no process of ours.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 NAMESPACE = "dora-ray-attempts"
 # A task that is ended at its limit begins again this soon. One that begins later was lost with its node, perhaps, and
@@ -30,31 +30,53 @@ def time_limit(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-@dataclass(frozen=True)
+class Ended(NamedTuple):
+    """How an attempt ended: what it was at, and whether that had taken as long as it may."""
+
+    item: int
+    hung: bool
+
+
 class Attempts:
-    """How the attempts before this one ended: `hung` at their limit, or `died` before it; `began`: Unix time."""
+    """One more attempt at some work, and how those before it ended; none of this needs to be told by who was ended.
 
-    hung: int = 0
-    died: int = 0
-    began: float = 0.0
+    Attributes:
+        ended: the earlier ones, in order, that had noted what they were at.
+    """
+
+    def __init__(self, work: str, *, limit_seconds: float) -> None:
+        """Look up the earlier attempts.
+
+        Args:
+            work: its name, unique in the cluster.
+            limit_seconds: the longest that an item may take.
+        """
+        self._work = work
+        stored = _store()._internal_kv_get(work, namespace=NAMESPACE)
+        known, last = json.loads(stored) if stored is not None else ([], None)
+        self.ended = [Ended(*fields) for fields in known]
+        if last is not None:
+            item, begun = last
+            # The last one ended before this one began.
+            hung = limit_seconds <= time.time() - begun < limit_seconds + RESTART_SECONDS
+            self.ended.append(Ended(item, hung))
+            self._put(None)
+
+    def note(self, item: int = 0) -> None:
+        """This attempt is at that item from now on."""
+        self._put((item, time.time()))
+
+    def forget(self) -> None:
+        """The work is done."""
+        _store()._internal_kv_del(self._work, namespace=NAMESPACE)
+
+    def _put(self, last: tuple[int, float] | None) -> None:
+        content = json.dumps((self.ended, last))
+        _store()._internal_kv_put(self._work, content, overwrite=True, namespace=NAMESPACE)
 
 
-def begin_attempt(work: str, *, limit_seconds: float) -> Attempts:
-    """Note that an attempt at the work of that name begins in this Ray task, and tell how the earlier ones ended."""
-    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+def _store() -> Any:
+    """The head node's key-value store, which outlives every worker."""
+    from ray.experimental import internal_kv
 
-    stored, now = _internal_kv_get(work, namespace=NAMESPACE), time.time()
-    attempts = Attempts(began=now)
-    if stored is not None:
-        last = Attempts(**json.loads(stored))
-        hung = limit_seconds <= now - last.began < limit_seconds + RESTART_SECONDS
-        attempts = Attempts(last.hung + hung, last.died + (not hung), now)
-    _internal_kv_put(work, json.dumps(asdict(attempts)), overwrite=True, namespace=NAMESPACE)
-    return attempts
-
-
-def end_attempt(work: str) -> None:
-    """The attempt came to its end."""
-    from ray.experimental.internal_kv import _internal_kv_del
-
-    _internal_kv_del(work, namespace=NAMESPACE)
+    return internal_kv

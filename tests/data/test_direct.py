@@ -287,3 +287,16 @@ def test_given_up_frames_cost_their_group_of_pictures(plan: SegmentPlan) -> None
     assert all(np.array_equal(a, b) for a, b in zip(part.read(kept), whole.read(kept), strict=True))
     with pytest.raises(VideoError, match=r"1 of 2 frames could not be decoded"):
         part.read([lost[0], kept[0]])
+
+
+def test_clips_of_given_up_frames_are_not_read_again(plan: SegmentPlan) -> None:
+    """That decoding hangs was found out in more than one process; other clips of the segment are read."""
+    clip = plan.slot_clips(0, 0)[0]
+    assert clip.segment is not None
+    numbers = {other.segment for other in plan.slot_clips(0, 0)}
+    decoded = {number: decode_segment(plan, number, Unwatched(frozenset(clip.frames[:1]))) for number in numbers}
+    batch = read_slot(plan, 0, 0, decoded)
+    lost = set(decoded[clip.segment].given_up.tolist())
+    assert batch.valid.tolist() == [lost.isdisjoint(other.frames) for other in plan.slot_clips(0, 0)]
+    assert not batch.valid[0]
+    assert batch.final

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dora_ray.data import watchdog
-from dora_ray.data.watchdog import begin_attempt, end_attempt, time_limit
+from dora_ray.data.watchdog import Attempts, time_limit
 
 # PyDLL, unlike CDLL, keeps the interpreter's lock during the call, as decord does.
 HANG = """
@@ -34,22 +34,30 @@ def test_what_ends_in_time_is_left_alone():
 
 @pytest.mark.ray
 def test_attempts_are_told_apart_by_how_long_they_lasted(ray_cluster):
-    first = begin_attempt("a", limit_seconds=100.0)
-    second = begin_attempt("a", limit_seconds=100.0)
-    third = begin_attempt("a", limit_seconds=0.0)
-    assert [(a.hung, a.died) for a in (first, second, third)] == [(0, 0), (0, 1), (1, 1)]
-    assert begin_attempt("b", limit_seconds=0.0).hung == 0
-    end_attempt("a")
-    assert begin_attempt("a", limit_seconds=0.0).hung == 0
-    end_attempt("a")
-    end_attempt("b")
+    for limit in (100.0, 100.0, 0.0):
+        Attempts("a", limit_seconds=limit).note(7)
+    attempt = Attempts("a", limit_seconds=100.0)
+    assert attempt.ended == [(7, False), (7, True), (7, False)]
+    assert Attempts("b", limit_seconds=0.0).ended == []
+    attempt.forget()
+    assert Attempts("a", limit_seconds=0.0).ended == []
+
+
+@pytest.mark.ray
+def test_an_attempt_that_ends_before_its_first_item_is_no_end_of_the_last_ones(ray_cluster):
+    """The item of the attempt before it would look as if it had taken that much longer."""
+    Attempts("d", limit_seconds=100.0).note(7)
+    Attempts("d", limit_seconds=100.0)
+    attempt = Attempts("d", limit_seconds=0.0)
+    assert attempt.ended == [(7, False)]
+    attempt.forget()
 
 
 @pytest.mark.ray
 def test_a_late_restart_is_no_hang(ray_cluster, monkeypatch):
     """A node was lost and another had to be waited for: it may have hung or not."""
     monkeypatch.setattr(watchdog, "RESTART_SECONDS", 0.0)
-    begin_attempt("c", limit_seconds=0.0)
-    again = begin_attempt("c", limit_seconds=0.0)
-    assert (again.hung, again.died) == (0, 1)
-    end_attempt("c")
+    Attempts("c", limit_seconds=0.0).note()
+    attempt = Attempts("c", limit_seconds=0.0)
+    assert attempt.ended == [(0, False)]
+    attempt.forget()
