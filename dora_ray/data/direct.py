@@ -75,6 +75,7 @@ def decode_segment(plan: SegmentPlan, segment: int, watch: Watch = UNWATCHED) ->
             coded.append(simplejpeg.encode_jpeg_yuv_planes(frame.y, frame.u, frame.v, plan.jpeg_quality))
             numbers.append(number)
     except (VideoError, OSError) as error:
+        watch.begin(int(frames[min(len(numbers), len(frames) - 1)]))  # which ends this where nobody waits any more
         logger.warning("%s: decoding stops after %d of %d frames: %s", video.path, len(numbers), len(frames), error)
     sizes = np.array([len(picture) for picture in coded], np.int64)
     joined = np.frombuffer(b"".join(coded), np.uint8)
