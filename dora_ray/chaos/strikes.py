@@ -18,7 +18,7 @@ from dora_ray.training.checkpoint import META
 from dora_ray.training.worlds import CHECKPOINTS
 
 STEP_SECONDS = 180.0
-DRAIN_SECONDS = 10.0
+DRAIN_SECONDS = 5.0
 WRITE_POLL_SECONDS = 0.0005
 # The writer is stopped to see whether it is caught in the middle; that many checkpoints may go by uncaught.
 WRITES_TRIED = 20

@@ -54,6 +54,10 @@ class StalledError(DoRAError):
     """The training did not do what was waited for."""
 
 
+class EndedError(StalledError):
+    """The training did all its steps before what was waited for."""
+
+
 def make_training_video(folder: Path) -> Path:
     """Forty seconds of video with a shot cut, and a key frame each second: segments of ingest may be as short."""
     return make_video(
@@ -117,12 +121,12 @@ class Training:
         """Wait until a condition holds.
 
         Raises:
-            StalledError: it did not within the time, or the training ended before.
+            StalledError: it did not within the time, or the training ended before; EndedError where it was done.
         """
         deadline = time.monotonic() + seconds
         while not condition():
             if self._process.poll() is not None:
-                raise StalledError(
+                raise (EndedError if self._process.returncode == 0 else StalledError)(
                     f"the training ended with status {self._process.returncode} before {what}: {self.tail()}"
                 )
             if time.monotonic() > deadline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +17,7 @@ from dora_ray.chaos.judge import Hit, Row, attempts, judge, weights_difference
 from dora_ray.chaos.nodes import LocalNodes
 from dora_ray.chaos.schedule import Strike, draw_schedule
 from dora_ray.chaos.strikes import strike, walk_path
-from dora_ray.chaos.training import CLIPS_PER_SLOT, SMALL, StalledError, Training
+from dora_ray.chaos.training import CLIPS_PER_SLOT, SMALL, EndedError, StalledError, Training
 from dora_ray.config import load_config
 from dora_ray.errors import DoRAError
 from dora_ray.training.journal import CONFIG, METRICS, read_events, read_history, read_lines
@@ -25,7 +26,9 @@ from dora_ray.weights import resolve_checkpoint
 
 # Steps are quicker than nodes: those before the first fault have to last until the spare processes are there, which is
 # the state that a training is in for all but its first half minute, and those after the last one until its answer.
-FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 80, 15, 90
+FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 80, 15, 240
+# Where a run has done all its steps before that, it is done once more with so many times the steps.
+MORE_STEPS = 4
 CHECKPOINT_SECONDS = 4.0
 # Writing a checkpoint, and Ray's noting that it is there: until then, a kill falls back to the one before.
 COMMIT_SECONDS = 2.0
@@ -137,17 +140,13 @@ class Laboratory:
         hits: list[Hit] = []
         problems: list[str] = []
         try:
-            with LocalNodes(num_nodes) as nodes:
-                training = Training(run, (*self.words(steps, f"[1, {MOST_WORKERS}]"), *settings), address=nodes.address)
-                try:
-                    # By then it has filled the frame store, which both use; the other would start a Ray of its own.
-                    training.wait("its plan", (run / CONFIG).exists, seconds=END_SECONDS)
-                    self.begin_reference(steps)
-                    for hit in inflict(training, nodes):
-                        hits.append(hit)  # one by one: those before a stall are told
-                    _finish(training)
-                finally:
-                    training.kill()
+            try:
+                self._strike(run, steps, num_nodes, inflict, settings, hits)
+            except EndedError:
+                steps *= MORE_STEPS
+                hits.clear()
+                shutil.rmtree(run)
+                self._strike(run, steps, num_nodes, inflict, settings, hits)
         except StalledError as error:
             problems.append(str(error))
         try:
@@ -157,6 +156,21 @@ class Laboratory:
         except DoRAError as error:
             return Trial(name, problems=[*problems, str(error)])
         return replace(trial, problems=[*trial.problems, *unprovoked(hits, run)]) if counted else trial
+
+    def _strike(
+        self, run: Path, steps: int, num_nodes: int, inflict: Inflict, settings: Sequence[str], hits: list[Hit]
+    ) -> None:
+        """Train in the folder to the end, and inflict; the hits are added one by one: those before a stall are told."""
+        with LocalNodes(num_nodes) as nodes:
+            training = Training(run, (*self.words(steps, f"[1, {MOST_WORKERS}]"), *settings), address=nodes.address)
+            try:
+                # By then it has filled the frame store, which both use; the other would start a Ray of its own.
+                training.wait("its plan", (run / CONFIG).exists, seconds=END_SECONDS)
+                self.begin_reference(steps)
+                hits.extend(inflict(training, nodes))
+                _finish(training)
+            finally:
+                training.kill()
 
     def run_alone(self, name: str, *, seed: int) -> Trial:
         """A run of its own kind, one of schedule.ALONE."""
