@@ -52,7 +52,7 @@ def chaos(
             if on_trial is not None:
                 on_trial(run.name, number, len(planned))
             if run.faults:
-                trials.append(lab.run_live(run.name, run.faults, seed=seed, plain=run.plain))
+                trials.append(lab.run_live(run.name, run.faults, seed=seed, quick=quick, plain=run.plain))
             else:
                 trials.append(lab.run_alone(run.name, seed=seed))
     holds = not any(trial.problems for trial in trials)

@@ -26,7 +26,9 @@ from dora_ray.weights import resolve_checkpoint
 
 # Steps are quicker than nodes: those before the first fault have to last until the spare processes are there, which is
 # the state that a training is in for all but its first half minute, and those after the last one until its answer.
-FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 80, 15, 240
+FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 240, 15, 240
+# What is to be quick does not wait for the spare processes.
+QUICK_FIRST_STEP = 80
 # Where a run has done all its steps before that, it is done once more with so many times the steps.
 MORE_STEPS = 4
 CHECKPOINT_SECONDS = 4.0
@@ -62,9 +64,9 @@ class Trial:
     notes: list[str] = field(default_factory=list)
 
 
-def num_steps(num_faults: int) -> int:
-    """Steps of a run with so many faults."""
-    return FIRST_STEP + STEPS_A_FAULT * num_faults + STEPS_AFTER
+def num_steps(num_faults: int, *, first: int = FIRST_STEP) -> int:
+    """Steps of a run with so many faults, none before the first step."""
+    return first + STEPS_A_FAULT * num_faults + STEPS_AFTER
 
 
 class Laboratory:
@@ -113,16 +115,19 @@ class Laboratory:
         _finish(training)
         return training.run
 
-    def run_live(self, name: str, faults: Sequence[str], *, seed: int, plain: bool = False) -> Trial:
+    def run_live(
+        self, name: str, faults: Sequence[str], *, seed: int, quick: bool = False, plain: bool = False
+    ) -> Trial:
         """A run that the faults strike one after the other; `plain`: with Ray Train's own pace of recovery."""
-        steps = num_steps(len(faults))
-        schedule = draw_schedule(faults, seed=seed, first=FIRST_STEP, last=steps - STEPS_AFTER)
+        first = QUICK_FIRST_STEP if quick else FIRST_STEP
+        steps = num_steps(len(faults), first=first)
+        schedule = draw_schedule(faults, seed=seed, first=first, last=steps - STEPS_AFTER)
         inflict = partial(_strike_all, schedule)
         return self._run(name, steps, NODES, inflict, settings=PLAIN if plain else (), counted=True)
 
     def run_path(self, name: str) -> Trial:
         """A run whose number of workers goes down and up again."""
-        walk = partial(walk_path, PATH, first=FIRST_STEP, apart=STEPS_A_FAULT)
+        walk = partial(walk_path, PATH, first=QUICK_FIRST_STEP, apart=STEPS_A_FAULT)
         return self._run(name, num_steps(3 * len(PATH)), PATH[0], walk)
 
     def _run(
@@ -176,7 +181,7 @@ class Laboratory:
         """A run of its own kind, one of schedule.ALONE."""
         if name == "resize_path":
             return self.run_path(name)
-        steps, run = num_steps(0), self.folder / name
+        steps, run = num_steps(0, first=QUICK_FIRST_STEP), self.folder / name
         try:
             if name == "hung_decoder":
                 with LocalNodes(NODES) as nodes:

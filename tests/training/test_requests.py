@@ -20,8 +20,9 @@ from dora_ray.errors import ClusterError
 from dora_ray.training import requests as module
 from dora_ray.training import worker, worlds
 from dora_ray.training.journal import Journal, read_lines
+from dora_ray.training.loop import Loop
 from dora_ray.training.requests import Request, Requests, here
-from dora_ray.training.worker import OneRankError, _Loop, _named_limits
+from dora_ray.training.worker import OneRankError, _named_limits
 from dora_ray.training.worlds import RayWorld
 from tests.conftest import BIKES, SMALL
 from tests.training.test_checkpoint import PLAN
@@ -80,7 +81,7 @@ def test_who_could_not_leave_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == ["resize", "resize"]
 
 
-class Steps(_Loop):
+class Steps(Loop):
     """A training of requests instead of steps."""
 
     requests: list[Request]
@@ -130,7 +131,7 @@ def test_a_checkpoint_that_is_never_done_is_told_once(tmp_path: Path) -> None:
     job = worlds.Job(dora_ray.load_config("tiny", *SMALL, "run.checkpoint_seconds=10"), PLAN, str(tmp_path))
     journal = Journal(str(tmp_path), step=0, num_steps=4, world_size=1, entered=time.time())
     state = SimpleNamespace(step=3)
-    loop = _Loop(job, worlds.LocalWorld(job), state, journal, stream=iter(()), slots_a_step=1)
+    loop = Loop(job, worlds.LocalWorld(job), state, journal, stream=iter(()), slots_a_step=1)
     loop._writer = SimpleNamespace(busy=lambda: True)
 
     def warnings() -> list[str]:
@@ -163,7 +164,7 @@ def test_who_left_before_a_deadline_stays_until_it_is_over(tmp_path: Path, monke
     monkeypatch.setattr(worlds, "LEAVE_SECONDS", 0.1)
     journal = Journal(str(tmp_path), step=0, num_steps=9, world_size=1, entered=time.time())
     job = worlds.Job(dora_ray.load_config("tiny", *SMALL), PLAN, str(tmp_path))
-    loop = _Loop(
+    loop = Loop(
         job, RayWorld.__new__(RayWorld), state=SimpleNamespace(step=0), journal=journal, stream=iter(()), slots_a_step=1
     )
     deadline = time.time() + 1.0  # within the margin
@@ -194,7 +195,7 @@ def test_whatever_runs_out_of_memory_names_the_slot_size(error: Exception) -> No
 STALLED = """
 import ctypes
 from dora_ray.config import load_config
-from dora_ray.training.worker import watch_for_stalls
+from dora_ray.training.loop import watch_for_stalls
 
 def a_step_that_hangs():
     ctypes.PyDLL(None).sleep(60)  # holding the interpreter's lock
@@ -256,9 +257,9 @@ def test_signal_saves_first(number: signal.Signals, status: int, tmp_path: Path,
 OUT_OF_MEMORY = """
 import resource, sys
 import dora_ray
-from dora_ray.training import worker
+from dora_ray.training import loop
 
-plain = worker.sum_slots
+plain = loop.sum_slots
 
 def with_little_memory(*arguments):
     pages = int(open("/proc/self/statm").read().split()[0])
@@ -266,7 +267,7 @@ def with_little_memory(*arguments):
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     return plain(*arguments)
 
-worker.sum_slots = with_little_memory
+loop.sum_slots = with_little_memory
 dora_ray.train(dora_ray.load_config("tiny", *sys.argv[2:]), out=sys.argv[1])
 """
 

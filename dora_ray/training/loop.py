@@ -1,0 +1,245 @@
+"""The steps of one attempt on one rank: what is asked for between them, what is noted, and when it is saved."""
+
+from __future__ import annotations
+
+import faulthandler
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dora_ray.config import Config
+from dora_ray.data.stream import SlotBatch
+from dora_ray.errors import ConfigError, VideoError
+from dora_ray.evaluation.features import training_size
+from dora_ray.evaluation.knn import evaluate_knn
+from dora_ray.evaluation.options import KnnOptions
+from dora_ray.training.checkpoint import CheckpointWriter, take_snapshot
+from dora_ray.training.journal import Journal, MetricsWindow, collapse_warnings
+from dora_ray.training.optim import Rates
+from dora_ray.training.requests import Request, here
+from dora_ray.training.step import TrainState, apply_step, sum_slots
+from dora_ray.training.worlds import Job, LostPeerError, RayWorld, World
+
+# Writing one checkpoint may take so many times the time between two before it is said that none follows.
+OVERDUE_INTERVALS = 5
+# A preempted node is left so long before its deadline, and twice the time of the last step and checkpoint.
+LEAVE_MARGIN_SECONDS = 3.0
+
+
+def watch_for_stalls(config: Config) -> None:
+    """End this process, with all its stacks on stderr, unless it is told in time that it goes on.
+
+    The watching thread is not Python's: it works when a library holds the interpreter's lock for ever.
+    """
+    faulthandler.dump_traceback_later(config.cluster.stall_seconds, exit=True)
+
+
+@dataclass
+class Loop:
+    """The steps of one attempt on one rank."""
+
+    job: Job
+    world: World
+    state: TrainState
+    journal: Journal | None
+    stream: Iterator[SlotBatch]
+    slots_a_step: int
+    _saved_at: float = field(default_factory=time.monotonic)
+    _step_seconds: float = 0.0
+    _window: MetricsWindow = field(default_factory=MetricsWindow)
+    _writer: CheckpointWriter | None = None
+    _warned: set[str] = field(default_factory=set)
+    _told_overdue: bool = False
+    _saved_step: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._saved_step = self.state.step
+        if self.journal is not None:
+            self._writer = CheckpointWriter(
+                self.job.checkpoints, keep=self.job.config.run.keep_checkpoints, journal=self.journal
+            )
+
+    def run(self) -> None:
+        """All steps that are left, and a last checkpoint."""
+        steps, begun_at = self.job.config.optim.steps, self.state.step
+        while self.state.step < steps:
+            if isinstance(self.world, RayWorld):
+                watch_for_stalls(self.job.config)
+            try:
+                request = self._step()
+            except LostPeerError:
+                self._save_for_the_lost()
+                raise
+            if request is Request.NONE or self.state.step == steps:
+                continue
+            reason = here.take(request)
+            self._save(reason)
+            if request is Request.LEAVE:
+                # No rank ends before rank 0 has saved: the first end has Ray end the others. A resize can wait.
+                lost = self._writer is not None and self._writer.failed()
+                if self.world.agree("stay" if lost and reason == "resize" else None) is not None:
+                    continue
+                if self.journal is not None:
+                    ends = here.signal is not None or reason == "abort"
+                    self.journal.status("stopped" if ends else "waiting", self.state.step)
+                self.world.leave()
+        if self.state.step > begun_at:
+            self._save("end")
+        if self._writer is not None and self.journal is not None:
+            self._writer.finish()
+            self.journal.event("end", step=self.state.step)
+            self.journal.status("done", self.state.step)
+        here.left()
+
+    def _step(self) -> Request:
+        """One step; what is requested after it: each rank adds its own requests to the reduction."""
+        config, state = self.job.config, self.state
+        started = time.monotonic()
+        batches = [next(self.stream) for _ in range(self.slots_a_step)]
+        waited = time.monotonic() - started
+        assert all(batch.step == state.step for batch in batches), "the clip stream left the plan's order"
+        result = sum_slots(state, batches, self._records(batches), config, self.world.all_reduce)
+        slots, bad, request = _split_records(result.records, config)
+        self._count_bad(bad)
+        measures, rates = apply_step(state, result, config)
+        if self.journal is not None:
+            self.journal.ledger(state.step - 1, slots)
+            self.journal.stepped(state.step, waited)
+            measures["center_norm"] = float(state.center.norm())
+            self._window.add(measures, waited, time.monotonic() - started)
+            self._log(self.journal, rates)
+        self._step_seconds = time.monotonic() - started
+        return request
+
+    def _records(self, batches: Sequence[SlotBatch]) -> Tensor:
+        """This rank's integers: its slots' hashes, its unreadable clips, and its requests."""
+        optim = self.job.config.optim
+        records = np.zeros(optim.slots * (1 + optim.clips_per_slot) + len(Request), np.int64)
+        for batch in batches:
+            records[batch.slot] = batch.digest
+            first = optim.slots + batch.slot * optim.clips_per_slot
+            records[first : first + optim.clips_per_slot] = ~batch.valid
+        records[-len(Request) + self._request()] = 1
+        return torch.from_numpy(records)
+
+    def _request(self) -> Request:
+        """What this rank asks for: what it was asked itself, and on rank 0 what the clock says."""
+        request = here.pending()
+        if self._writer is None:
+            return request
+        if here.deadline is not None:
+            margin = LEAVE_MARGIN_SECONDS + 2 * (self._step_seconds + self._writer.seconds)
+            if time.time() > here.deadline - margin:
+                here.make(Request.LEAVE, "deadline")
+                return Request.LEAVE
+        since, interval = time.monotonic() - self._saved_at, self.job.config.run.checkpoint_seconds
+        if since < interval or self._is_writing(overdue=since > OVERDUE_INTERVALS * interval):
+            return request
+        return max(request, Request.INTERVAL)
+
+    def _is_writing(self, *, overdue: bool) -> bool:
+        """Whether the last checkpoint is still being written; said once, in the events, when that is overdue."""
+        assert self._writer is not None
+        assert self.journal is not None
+        writing = self._writer.busy()
+        if writing and overdue and not self._told_overdue:
+            seconds = time.monotonic() - self._saved_at
+            message = f"the checkpoint begun {seconds:.0f} s ago is still being written: no other is made until then"
+            self.journal.event("warning", step=self.state.step, message=f"{self.job.checkpoints}: {message}")
+        self._told_overdue = writing and overdue
+        return writing
+
+    def _count_bad(self, bad: list[int]) -> None:
+        """Remember unreadable clips.
+
+        Raises:
+            VideoError: on all ranks alike, when they are too many.
+        """
+        config, state = self.job.config, self.state
+        clips_a_step = config.optim.slots * config.optim.clips_per_slot
+        state.bad_clips += [state.step * clips_a_step + position for position in bad]
+        allowed = config.data.max_bad_fraction * max((state.step + 1) * clips_a_step, self.job.plan.clips_per_epoch)
+        if len(bad) == clips_a_step or len(state.bad_clips) > allowed:
+            clip = self.job.plan.clip(state.bad_clips[-1])
+            video = self.job.plan.videos[clip.video]
+            raise VideoError(
+                f"step {state.step}: {len(state.bad_clips)} clips could not be read, more than data.max_bad_fraction="
+                f"{config.data.max_bad_fraction:g} allows; the last is of {video.path} at "
+                f"{video.times[clip.frames[0]]:.2f} s. Check "
+                "that the frame store is complete and reachable from every node, or ingest the video again."
+            )
+
+    def _log(self, journal: Journal, rates: Rates) -> None:
+        config, step = self.job.config, self.state.step
+        last = step == config.optim.steps
+        evaluation = config.evaluation
+        evaluate = bool(evaluation.images) and (last or _divides(evaluation.every_steps, step))
+        if not (last or evaluate or _divides(config.run.log_every_steps, step)):
+            return
+        clips = config.optim.slots * config.optim.clips_per_slot
+        values = self._window.means(clips) | {
+            "lr": rates.lr,
+            "weight_decay": rates.weight_decay,
+            "teacher_momentum": rates.teacher_momentum,
+            "bad_clips": float(len(self.state.bad_clips)),
+        }
+        if evaluate:
+            values |= self._knn(journal)
+        journal.metrics(step, values)
+        views = config.optim.clips_per_slot * config.clip.num_frames * config.num_globals
+        if step > config.optim.warmup_steps:
+            warnings = collapse_warnings(values, num_outputs=config.head.num_outputs, num_images=views)
+            for warning in set(warnings) - self._warned:  # each once, until it no longer holds
+                journal.event("warning", step=step, message=warning)
+            self._warned = set(warnings)
+
+    def _knn(self, journal: Journal) -> dict[str, float]:
+        """Accuracy of kNN with the teacher as it is now; the other ranks wait in their next reduction.
+
+        Images that cannot be read, or are too many for the memory, must not end one rank of a training: they are told
+        as a warning.
+        """
+        backbone, evaluation = self.state.teacher.backbone, self.job.config.evaluation
+        assert evaluation.images is not None
+        options = KnnOptions(
+            image_size=training_size(backbone), max_images=evaluation.max_images, device=str(self.world.device)
+        )
+        try:
+            result = evaluate_knn(backbone, evaluation.images, **options.model_dump(exclude={"random_init", "seed"}))
+        except (ConfigError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            message = str(error).partition("\n")[0] or "out of memory"
+            journal.event("warning", step=self.state.step, message=f"no kNN: {message}")
+            return {}
+        return {"knn": float(result["top1"])}
+
+    def _save(self, reason: str) -> None:
+        """Begin to write a checkpoint; rank 0 alone has anything to do."""
+        self._saved_at, self._saved_step = time.monotonic(), self.state.step
+        if self._writer is not None:
+            snapshot = take_snapshot(self.state, self.job.config, self.job.plan, self.world.size)
+            self._writer.start(snapshot, reason=reason, copy_seconds=time.monotonic() - self._saved_at)
+
+    def _save_for_the_lost(self) -> None:
+        """Save the steps since the last checkpoint, which every rank had done: nobody has to do them again.
+
+        Rank 0 does it. Where it is the one that is gone, or waits in vain (NCCL does), they are done again.
+        """
+        here.noticed()
+        if self._writer is not None and self.state.step > self._saved_step:
+            self._save("lost worker")
+            self._writer.failed()  # which waits for it
+
+
+def _divides(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _split_records(records: Tensor, config: Config) -> tuple[list[int], list[int], Request]:
+    """Slot hashes, positions of unreadable clips in the batch, the largest request of all ranks."""
+    slots, requests = config.optim.slots, len(Request)
+    hashes, bad, asked = records.split([slots, records.numel() - slots - requests, requests])
+    return hashes.tolist(), bad.nonzero().flatten().tolist(), Request(int(asked.nonzero().max()))
