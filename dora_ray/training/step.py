@@ -25,7 +25,6 @@ from dora_ray.method.dora import Network, SlotOutput, build_network, slot_forwar
 from dora_ray.method.fp8 import use_fp8
 from dora_ray.method.parts import part
 from dora_ray.method.upload import upload
-from dora_ray.training.numerics import require_fp8
 from dora_ray.training.optim import Rates, clip_each, make_optimizer, rates, set_rates, update_teacher
 from dora_ray.training.reduction import AllReduce, SlotSums, SumResult, next_exponents, raised_exponents
 from dora_ray.weights import network_arguments
@@ -60,18 +59,13 @@ class TrainState:
 
 
 def initial_state(config: Config, device: torch.device) -> TrainState:
-    """Student and teacher start equal, from the seed alone.
-
-    Raises:
-        ClusterError: the device cannot compute what the configuration asks for.
-    """
+    """Student and teacher start equal, from the seed alone."""
     torch.manual_seed(slot_seed(config.run.seed, 0, 0, Purpose.INITIAL_WEIGHTS))
     student = build_network(**network_arguments(config.model_dump(mode="json")))
     student.backbone.set_grad_checkpointing(config.optim.activation_checkpointing)
     teacher = deepcopy(student).requires_grad_(False).eval()
     student, teacher = student.to(device).train(), teacher.to(device)
     if config.optim.teacher_precision == "fp8":
-        require_fp8(device)
         use_fp8(teacher.backbone)
     if config.optim.compile:
         compile_blocks(student.backbone)

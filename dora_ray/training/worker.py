@@ -30,7 +30,7 @@ from dora_ray.training.journal import (
     write_status,
 )
 from dora_ray.training.loop import Loop, watch_for_stalls
-from dora_ray.training.numerics import NOT_DETERMINISTIC, prepare_torch
+from dora_ray.training.numerics import NOT_DETERMINISTIC, prepare_torch, require_fp8
 from dora_ray.training.requests import here
 from dora_ray.training.step import TrainState, initial_state
 from dora_ray.training.worlds import Job, RayWorld, World
@@ -93,7 +93,7 @@ def train_loop(job: Job, world: World) -> None:
     config = job.config
     torch.set_num_threads(config.cluster.threads_per_worker)
     prepare_torch(world.device, deterministic=config.run.deterministic)
-    world.share(_unshared(job.run))
+    world.share(_problem_here(job, world.device))
     state = initial_state(config, world.device)
     refused = _restore(job, world, state)
     journal = None
@@ -118,14 +118,19 @@ def train_loop(job: Job, world: World) -> None:
             journal.close()
 
 
-def _unshared(run: str) -> ClusterError | None:
-    """The error where this machine does not see what the launcher wrote."""
-    if files.exists(files.join(run, CONFIG)):
-        return None
-    return ClusterError(
-        f"{socket.gethostname()} does not see {run}: --out must be a folder that all nodes share, or a URI such as "
-        "s3://bucket/runs/walk"
-    )
+def _problem_here(job: Job, device: torch.device) -> ClusterError | None:
+    """What keeps a worker from beginning on this machine, and need not on others."""
+    if not files.exists(files.join(job.run, CONFIG)):
+        return ClusterError(
+            f"{socket.gethostname()} does not see {job.run}: --out must be a folder that all nodes share, or a URI "
+            "such as s3://bucket/runs/walk"
+        )
+    if job.config.optim.teacher_precision == "fp8":
+        try:
+            require_fp8(device)
+        except ClusterError as error:
+            return error
+    return None
 
 
 def _restore(job: Job, world: World, state: TrainState) -> list[str]:
