@@ -73,7 +73,7 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
         The seconds of the step's parts, augment_share of them, peak memory, clips a second, and the setting.
     """
     config, device = _setting(config)
-    prepare_torch(device, deterministic=config.run.deterministic)
+    prepare_torch(device, config.optim, deterministic=config.run.deterministic)
     timed = _Timed(config, device)
     ours = functools.partial(timed.step, config, slot_forward)
     # The first step of ours is the one whose products are written down.

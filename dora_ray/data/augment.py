@@ -201,7 +201,8 @@ def render(clips: Tensor, parameters: ViewParameters, *, size: int) -> Tensor:
     """Renders the views of clips: crop, antialiased resize, flip, color, blur, clamp, ImageNet normalization.
 
     On the CPU the crops go one by one through torch's uint8 kernel, which reads only the box and rounds to whole
-    levels; on other devices all go through two batched matrix products. They differ by at most about one level of 255.
+    levels; on other devices all go through two batched matrix products in float16. They differ by at most about one
+    level of 255.
     Blur and color commute (one is linear across pixels and keeps constants, the other acts within a pixel) up to the
     clamp.
 
@@ -229,7 +230,7 @@ def render(clips: Tensor, parameters: ViewParameters, *, size: int) -> Tensor:
         pixels = resample(clips, parameters.boxes, parameters.flip, size=size).flatten(0, 2)
         color = _normalized_color(pixels, parameters.color.flatten(0, 2))
         _blur(pixels, parameters.sigma.flatten())
-        return _paint(pixels, *color).view(*lead, 3, size, size)
+        return _paint(pixels.float(), *color).view(*lead, 3, size, size)
 
 
 def _largest_box(*, height: int, width: int, ratio: Range) -> tuple[int, int]:
@@ -265,7 +266,7 @@ def _normalized_color(pixels: Tensor, color: Tensor) -> tuple[Tensor, Tensor]:
     """Matrices (n, 3, 3) and offsets (n, 3, 1) from pixels (n, 3, S, S) in [0, 255] to normalized colors."""
     color = upload(color, pixels.device)
     mean, std, luma = _constants(pixels.device)
-    mean_luma = pixels.mean((2, 3)) @ luma / 255
+    mean_luma = pixels.mean((2, 3), dtype=torch.float32) @ luma / 255
     offset = (color[..., 3:] * mean_luma[:, None, None] - mean) / std
     return color[..., :3] / (255 * std), offset
 
@@ -276,7 +277,7 @@ def _blur(pixels: Tensor, sigma: Tensor) -> None:
     if not len(chosen):
         return
     size = pixels.shape[-1]
-    matrix = blur_matrix(upload(sigma[chosen], pixels.device), size=size)
+    matrix = blur_matrix(upload(sigma[chosen], pixels.device), size=size).to(pixels.dtype)
     chosen = upload(chosen, pixels.device)
     across = pixels.index_select(0, chosen).view(-1, 3 * size, size) @ matrix.mT
     # Channel by channel: a broadcast product would copy the matrices.

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
@@ -250,7 +251,33 @@ def _after_hidden(mlp: Mlp, hidden: Tensor) -> Tensor:
 
 
 def _residual(tokens: Tensor, branch: Tensor, kept: Tensor | None) -> Tensor:
-    return tokens + branch if kept is None else torch.addcmul(tokens, branch, kept)
+    if kept is None:
+        return tokens + branch
+    if torch.compiler.is_compiling():
+        return torch.addcmul(tokens, branch, kept)
+    output: Tensor = _DroppedResidual.apply(tokens, branch, kept)
+    return output
+
+
+class _DroppedResidual(torch.autograd.Function):
+    """tokens + kept x branch, (P, D) from (P, D) twice and (P, 1).
+
+    The branch's gradient is rounded to its half precision as it is computed: autograd would write it down in the
+    float32 of the tokens first, and read it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, branch: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.dtype = branch.dtype
+        return torch.addcmul(tokens, branch, kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        of_branch = torch.empty_like(gradient, dtype=ctx.dtype)
+        return gradient, torch.mul(gradient, kept, out=of_branch), None
 
 
 def compile_blocks(vit: VisionTransformer) -> None:

@@ -9,11 +9,11 @@ bottleneck.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from dora_ray.method.precision import full_precision
 
@@ -47,15 +47,45 @@ def log_sums(students: Tensor, rows: Tensor | None, *, temperature: float) -> Te
         rows: (O, P) that layer. Its outputs are written down a chunk at a time, and again in the backward.
         temperature: the student's.
     """
+    scaled = students / temperature
     if rows is None:
-        return torch.logsumexp(students / temperature, dim=-1)
-    chunks = torch.split(students.flatten(0, -2), max(1, CHUNK_OUTPUTS // len(rows)))
-    sums = [checkpoint(_log_sums, chunk, rows, temperature, use_reentrant=False) for chunk in chunks]
-    return torch.cat(sums).view(students.shape[:-1])
+        return torch.logsumexp(scaled, dim=-1)
+    sums: Tensor = _LogSums.apply(scaled.flatten(0, -2), rows)
+    return sums.view(students.shape[:-1])
 
 
-def _log_sums(features: Tensor, rows: Tensor, temperature: float) -> Tensor:
-    return torch.logsumexp(features @ rows.mT / temperature, dim=-1)
+class _LogSums(torch.autograd.Function):
+    """Logsumexp (n,) of the outputs features @ rows.T, of features (n, P) and rows (O, P).
+
+    Its gradient with respect to the outputs is their softmax, for which the backward computes them again.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, features: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(features, rows)
+        return torch.cat([torch.logsumexp(chunk @ rows.mT, dim=-1) for chunk in _chunks(features, rows)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        features, rows = ctx.saved_tensors
+        return _log_sum_gradients(features, rows, gradient)
+
+
+@full_precision
+def _log_sum_gradients(features: Tensor, rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Of features (n, P) and rows (O, P), from that of the sums (n,)."""
+    means, of_rows = torch.empty_like(features), torch.zeros_like(rows)
+    weighted = features * gradient.unsqueeze(1)
+    for chunk, of_chunk, mean in zip(*(_chunks(each, rows) for each in (features, weighted, means)), strict=True):
+        probabilities = torch.softmax(chunk @ rows.mT, dim=-1)
+        torch.mm(probabilities, rows, out=mean)
+        of_rows.addmm_(probabilities.mT, of_chunk)
+    return means * gradient.unsqueeze(1), of_rows
+
+
+def _chunks(features: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(features, max(1, CHUNK_OUTPUTS // len(rows)))
 
 
 def _cross_entropy(students: Tensor, rows: Tensor | None, probabilities: Tensor, temperature: float) -> Tensor:

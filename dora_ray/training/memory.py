@@ -47,8 +47,8 @@ def estimate_memory_mb(config: Config, *, half: bool) -> dict[str, float]:
         "sums": (4 + 4 + (8 if config.optim.reduction == "exact" else 4)) * count,
         "activations": _activation_bytes(config, half=half),
         "views": clips * frames * 3 * (4 * pixels + config.crops.clip_size**2),
-        # The layer's direction of unit length, its rows and their gradients; outputs, scaled, and their gradient.
-        "loss": 4 * (4 * outputs * width + 3 * min(CHUNK_OUTPUTS, outputs * _num_views(config)))
+        # The layer's direction of unit length, its rows and their gradients; outputs and their softmax.
+        "loss": 4 * (4 * outputs * width + 2 * min(CHUNK_OUTPUTS, outputs * _num_views(config)))
         + 3 * 4 * clips * frames * config.num_globals * outputs,
     }
     return {name: size / MB for name, size in sizes.items()} | {"total": sum(sizes.values()) / MB}

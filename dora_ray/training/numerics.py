@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from dora_ray.config import OptimConfig
 from dora_ray.errors import ClusterError
 from dora_ray.training.memory import keep_freed_memory
 
@@ -15,17 +16,19 @@ FP8_CAPABILITY = (8, 9)
 NOT_DETERMINISTIC = "does not have a deterministic implementation"
 
 
-def prepare_torch(device: torch.device, *, deterministic: bool) -> None:
+def prepare_torch(device: torch.device, config: OptimConfig, *, deterministic: bool) -> None:
     """Set torch up for the training on a device.
 
-    On a GPU, products in float32 are computed in float32 (torch's default; TF32 would round them like half precision).
+    On a GPU whose networks compute in bf16, what stays in float32 (the tracker, the loss over all outputs) is given
+    numbers of bf16's eight bits: its products round them to TF32's eleven and add in float32, at several times
+    float32's rate. With optim.precision=float32 products are float32's.
     `deterministic` has to be strict: as long as torch only warns, attention's backward stays with its faster kernels,
     which add in any order.
     """
     if device.type != "cuda":
         keep_freed_memory()
         return
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = config.precision == "bf16"
     # Packed views have another number of tokens in each slot: blocks of fixed sizes would leave holes in the memory.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if deterministic:

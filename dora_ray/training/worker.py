@@ -92,7 +92,7 @@ def train_loop(job: Job, world: World) -> None:
     entered = time.time()
     config = job.config
     torch.set_num_threads(config.cluster.threads_per_worker)
-    prepare_torch(world.device, deterministic=config.run.deterministic)
+    prepare_torch(world.device, config.optim, deterministic=config.run.deterministic)
     world.share(_problem_here(job, world.device))
     state = initial_state(config, world.device)
     refused = _restore(job, world, state)

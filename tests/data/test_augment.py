@@ -282,6 +282,17 @@ def test_render_without_color_and_blur_is_torchvisions_normalized_crop():
     torch.testing.assert_close(views[1, 2, 3], normalized(expected / 255), atol=1e-5, rtol=0)
 
 
+def test_render_with_matrices_in_float16_as_on_a_gpu_is_within_a_level_of_the_cpus(monkeypatch):
+    clips, parameters = (100 + random_clips(2, 4, 40, 40) // 5).contiguous(), draw(7)
+    assert (parameters.sigma > 0).any()
+    on_cpu = augment.render(clips, parameters, size=16)
+    monkeypatch.setattr(augment, "resample_by_crop", augment.resample_by_matrix)
+    as_on_gpu = augment.render(clips, parameters, size=16)
+    assert as_on_gpu.dtype == torch.float32
+    # A level after the normalization, and up to 1.4 x 1.4 times that by brightness and contrast.
+    assert ((as_on_gpu - on_cpu).abs() * 255 * min(augment.IMAGENET_STD)).max() < 2.5
+
+
 def test_render_clamps_to_black_and_white():
     parameters = plain(draw())
     bright = dataclasses.replace(parameters, color=parameters.color * 9.0)

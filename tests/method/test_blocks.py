@@ -109,6 +109,16 @@ def test_drop_path_drops_whole_sequences():
     assert 0 < unchanged[:, 0].sum() < 10
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_dropped_branchs_gradient_is_what_autograd_gives(kind):
+    tokens, branch = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4).to(kind).requires_grad_()
+    kept, weights = torch.rand(6, 1).round() * 2, torch.randn(6, 4)
+    ours, theirs = blocks._residual(tokens, branch, kept), torch.addcmul(tokens, branch, kept)
+    assert torch.equal(ours, theirs)
+    gradients = [torch.autograd.grad((output * weights).sum(), [tokens, branch]) for output in (ours, theirs)]
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at all tensors' attributes
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")

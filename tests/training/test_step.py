@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from dora_ray.config import Config, load_config
+from dora_ray.config import Config, OptimConfig, load_config
 from dora_ray.data.plan import slots_of_rank
 from dora_ray.data.slots import SlotBatch
 from dora_ray.errors import ClusterError, DivergenceError
@@ -208,12 +208,22 @@ def test_activation_checkpointing_trains_the_same_weights() -> None:
         assert torch.equal(tensor, saving.student.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_products_in_float32_round_to_tf32_only_beside_bf16(precision, monkeypatch):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, "")
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, precision != "bf16"
+    prepare_torch(torch.device("cuda"), OptimConfig(precision=precision), deterministic=False)
+    after, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, before
+    assert after == (precision == "bf16")
+
+
 @pytest.fixture
 def strict_gpu():
     """A GPU set up as in a worker; afterwards torch is as it was."""
     before = torch.backends.cuda.matmul.allow_tf32
     device = torch.device("cuda")
-    prepare_torch(device, deterministic=True)
+    prepare_torch(device, small_config(*ON_GPU).optim, deterministic=True)
     yield device
     torch.use_deterministic_algorithms(False)
     torch.backends.cuda.matmul.allow_tf32 = before
