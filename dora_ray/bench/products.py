@@ -89,7 +89,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._resamples:
-            self._look(func.overloadpacket.__name__, args)
+            self._look(func.overloadpacket.__name__.removesuffix("_"), args)
         return func(*args, **(kwargs or {}))
 
     def _look(self, name: str, args: Any) -> None:

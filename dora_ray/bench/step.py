@@ -65,7 +65,8 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
         tflop_per_step and matmul_share: what the products of networks and tracker take by themselves, one after the
         other, over what the step of the same round takes, with several types of number also for each;
         square_matmul_share: what they would take at the rate of a large square product of their type;
-        timm_matmul_share: the same as matmul_share for timm's own ViT, see `yardstick`.
+        timm_matmul_share: the same as matmul_share for timm's own ViT, see `yardstick`; compiled_matmul_share: for our
+        step compiled, on a GPU.
 
         Of checkpoints, see `saving.cost`; all_reduce_exact_seconds and all_reduce_float32_seconds, see
         `ranks.all_reduce_seconds`.
@@ -136,7 +137,7 @@ def _options(config: Config, device: torch.device) -> dict[str, Config]:
     if has_fp8(device):
         found["fp8_teacher"] = ("optim.teacher_precision=fp8",)
     if device.type == "cuda" and not config.optim.compile:
-        found["compiled"] = ("optim.compile=true", "optim.reduction=float32")
+        found["compiled"] = ("optim.compile=true",)
     return {name: load_config(config, *words) for name, words in found.items()}
 
 
@@ -274,20 +275,25 @@ def _shares(products: Products, seconds: dict[str, list[float]], device: torch.d
     ours, by_type = seconds["ours"], products.by_type()
     size = 8192 if device.type == "cuda" else 1536
     rates = {_name(kind): square_flops_per_second(size, kind, device) for kind in by_type}
-    shares = {
-        name: [alone / step for alone, step in zip(seconds[f"products_{name}"], ours, strict=True)] for name in rates
-    }
+    alone = list(map(sum, zip(*(seconds[f"products_{name}"] for name in rates), strict=True)))
     square = sum(some.flops / rates[_name(kind)] for kind, some in by_type.items())
     result = {
         "tflop_per_step": products.flops / 1e12,
         "tflop_per_second": products.flops / 1e12 / statistics.median(ours),
-        "matmul_share": statistics.median(map(sum, zip(*shares.values(), strict=True))),
+        "matmul_share": _median_share(alone, ours),
         "timm_matmul_share": statistics.median(seconds["timm_matmul_share"]),
         "square_matmul_share": square / statistics.median(ours),
     }
+    if "compiled" in seconds:
+        result["compiled_matmul_share"] = _median_share(alone, seconds["compiled"])
     if len(rates) > 1:
-        result |= {f"matmul_share_{name}": statistics.median(values) for name, values in shares.items()}
+        result |= {f"matmul_share_{name}": _median_share(seconds[f"products_{name}"], ours) for name in rates}
     return result | {f"square_matmul_tflop_per_second_{name}": rate / 1e12 for name, rate in rates.items()}
+
+
+def _median_share(alone: list[float], steps: list[float]) -> float:
+    """Median over rounds of what products take alone, over what a step takes."""
+    return statistics.median(one / step for one, step in zip(alone, steps, strict=True))
 
 
 def _memory(config: Config, device: torch.device, peak: dict[str, float]) -> dict[str, float]:

@@ -29,8 +29,9 @@ from dora_ray.method.upload import upload
 HALF = (torch.float16, torch.bfloat16)
 # From so many runs on, one kernel for all lengths beats a call for each.
 RUNS_FOR_KERNEL = 5
-# Attribute of a block that holds the compiled form of `_finish_block`.
-COMPILED = "compiled_finish"
+# Attribute of a block that holds its compiled forms, a `_Compiled`.
+COMPILED = "compiled"
+MOST_VARIANTS = 32
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class Layout:
 
 def run_block(block: Block, tokens: Tensor, layout: Layout) -> Tensor:
     """A block's output (P, D) from its input (P, D)."""
-    attention = cast(Attention, block.attn)
-    mixed = _self_attention(attention, attention.qkv(block.norm1(tokens)), layout)
+    begin: Callable[..., Tensor] = getattr(block, COMPILED, PLAIN).begin
+    mixed = _self_attention(cast(Attention, block.attn), begin(block, tokens), layout)
     return _add_branches(block, tokens, mixed, layout)
 
 
@@ -218,10 +219,15 @@ def _join(runs: list[Tensor]) -> Tensor:
 
 def _add_branches(block: Block, tokens: Tensor, mixed: Tensor, layout: Layout) -> Tensor:
     """The rest of a block after its attention has mixed the values, (P, D); what it draws is drawn here."""
-    finish = getattr(block, COMPILED, _finish_block)
+    finish: Callable[..., Tensor] = getattr(block, COMPILED, PLAIN).finish
     kept = [_kept(drop, tokens, layout) for drop in (block.drop_path1, block.drop_path2)]
-    output: Tensor = finish(block, tokens, mixed, *kept)
-    return output
+    return finish(block, tokens, mixed, *kept)
+
+
+def _begin_block(block: Block, tokens: Tensor) -> Tensor:
+    """Queries, keys and values (P, 3 D) of tokens (P, D)."""
+    projected: Tensor = cast(Attention, block.attn).qkv(block.norm1(tokens))
+    return projected
 
 
 def _finish_block(block: Block, tokens: Tensor, mixed: Tensor, kept1: Tensor | None, kept2: Tensor | None) -> Tensor:
@@ -280,20 +286,54 @@ class _DroppedResidual(torch.autograd.Function):
         return gradient, torch.mul(gradient, kept, out=of_branch), None
 
 
-def compile_blocks(vit: VisionTransformer) -> None:
-    """Let torch.compile make one kernel chain of what a block does to single tokens: norms, GELU, drop path, sums.
+@dataclass(frozen=True)
+class _Forms:
+    """What a block does to single tokens, before and after its attention: `_begin_block`, `_finish_block`."""
+
+    begin: Callable[..., Tensor]
+    finish: Callable[..., Tensor]
+
+
+PLAIN = _Forms(_begin_block, _finish_block)
+
+
+def compile_blocks(vit: VisionTransformer, num_tokens: int) -> None:
+    """Let torch.compile make few kernels of what blocks do to single tokens: norms, casts, GELU, drop path, sums.
 
     One compilation serves every block and every number of tokens, so no other slot compiles again. Torch keeps what it
     compiled for the next process of the node, in TORCHINDUCTOR_CACHE_DIR or else in the node's temporary folder; a node
     that joins an elastic run compiles anew, unless the variable names a folder that the nodes share.
+
+    Equal slots have to give equal bits in every process, whatever it has met before. A sum over tokens is split for a
+    GPU by the number of tokens that is expected, which therefore is stated, and kernels are chosen by rule and not by
+    their time. For a CPU it is not split by that number.
+
+    Args:
+        vit: the encoder whose blocks are compiled.
+        num_tokens: P that is expected.
     """
+    forms = _Forms(*(_for_tokens(_compiled(function), num_tokens) for function in (_begin_block, _finish_block)))
     for block in vit.blocks:
-        setattr(block, COMPILED, _compiled_finish())
+        setattr(block, COMPILED, forms)
 
 
 @functools.cache
-def _compiled_finish() -> Callable[..., Tensor]:
-    return torch.compile(_finish_block, dynamic=True)
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # Once each: with and without gradient, dropped paths, fp8, autocast; for a CPU also for few and many tokens.
+    return torch.compile(function, dynamic=True, options={"deterministic": True}, recompile_limit=MOST_VARIANTS)
+
+
+def _for_tokens(compiled: Callable[..., Tensor], num_tokens: int) -> Callable[..., Tensor]:
+    """A compiled function of a block and tensors (P, ...), told of the expected P."""
+
+    def call(block: Block, *tensors: Tensor | None) -> Tensor:
+        for tensor in tensors:
+            # A single row is compiled for by itself.
+            if tensor is not None and tensor.is_cuda and len(tensor) > 1:
+                torch._dynamo.mark_dynamic(tensor, 0, hint_override=num_tokens)
+        return compiled(block, *tensors)
+
+    return call
 
 
 def _kept(drop: nn.Module, tokens: Tensor, layout: Layout) -> Tensor | None:

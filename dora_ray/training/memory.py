@@ -60,17 +60,21 @@ def _num_views(config: Config) -> int:
     return config.optim.clips_per_slot * config.clip.num_frames * (large + config.crops.num_locals)
 
 
+def tokens_of_slot(config: Config) -> tuple[int, int]:
+    """Tokens of all sequences of a slot, of the teacher and, with masked views, of the student."""
+    crops, frames = config.crops, config.optim.clips_per_slot * config.clip.num_frames
+    large = config.num_globals if config.tracking.kind == "none" else config.tracking.num_objects
+    of_large, of_small = (1 + (size // config.model.patch_size) ** 2 for size in (crops.global_size, crops.local_size))
+    return frames * config.num_globals * of_large, frames * (large * of_large + crops.num_locals * of_small)
+
+
 def _activation_bytes(config: Config, *, half: bool) -> int:
     """What the backward needs of every token.
 
     A block keeps, in multiples of the width D: its input and the sum after the attention (the residual stream, in
     float32), both normalized, queries, keys, values, what attention mixed, and four widths before GELU.
     """
-    model, crops = config.model, config.crops
-    large = config.num_globals if config.tracking.kind == "none" else config.tracking.num_objects
-    of_large, of_small = (1 + (size // model.patch_size) ** 2 for size in (crops.global_size, crops.local_size))
-    views = config.optim.clips_per_slot * config.clip.num_frames
-    tokens = views * (large * of_large + crops.num_locals * of_small)
+    model, (_, tokens) = config.model, tokens_of_slot(config)
     size = 2 if half else 4
     block = model.width * (2 * 4 + (2 + 3 + 1 + 4) * size)
     recomputes = config.optim.activation_checkpointing

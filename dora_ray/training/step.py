@@ -25,6 +25,7 @@ from dora_ray.method.dora import Network, SlotOutput, build_network, slot_forwar
 from dora_ray.method.fp8 import use_fp8
 from dora_ray.method.parts import part
 from dora_ray.method.upload import upload
+from dora_ray.training.memory import tokens_of_slot
 from dora_ray.training.optim import Rates, clip_each, make_optimizer, rates, set_rates, update_teacher
 from dora_ray.training.reduction import AllReduce, SlotSums, SumResult, next_exponents, raised_exponents
 from dora_ray.weights import network_arguments
@@ -68,8 +69,8 @@ def initial_state(config: Config, device: torch.device) -> TrainState:
     if config.optim.teacher_precision == "fp8":
         use_fp8(teacher.backbone)
     if config.optim.compile:
-        compile_blocks(student.backbone)
-        compile_blocks(teacher.backbone)
+        for network, num_tokens in zip((teacher, student), tokens_of_slot(config), strict=True):
+            compile_blocks(network.backbone, num_tokens)
     optimizer = make_optimizer(student, config.optim.lr, config.optim.weight_decay)
     num_quantities = len(list(student.parameters())) + 2
     return TrainState(

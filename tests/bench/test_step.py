@@ -15,6 +15,7 @@ from dora_ray.bench.products import record
 from dora_ray.bench.saving import Written, cost
 from dora_ray.config import load_config
 from dora_ray.method.dora import slot_forward
+from dora_ray.method.losses import log_sums
 from dora_ray.method.parts import part, watched
 from dora_ray.training.memory import estimate_memory_mb
 
@@ -63,6 +64,15 @@ def test_the_baseline_has_no_options() -> None:
     assert step._options(baseline, device) == {}
     assert "tracker" not in step._Timed(baseline, device).parts(baseline)["parts"]
     assert not any(name.startswith(("packed", "every")) for name in step._speeds(baseline, device, seconds))
+
+
+def test_the_share_of_a_compiled_step_is_told_beside_that_of_ours() -> None:
+    config, device = load_config("paper", *SMALL, *step.ALONE), torch.device("cpu")
+    products = record(lambda: torch.ones(8, 8) @ torch.ones(8, 8))
+    seconds = {"ours": [4.0], "compiled": [2.0], "products_float32": [1.0], "timm_matmul_share": [0.5]}
+    found = step._shares(products, seconds, device)
+    assert (found["matmul_share"], found["compiled_matmul_share"]) == (0.25, 0.5)
+    assert step._speeds(config, device, seconds | {"reference": [8.0]})["compiled_ratio"] == 2
 
 
 def test_a_gpu_is_used_whatever_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +133,9 @@ def test_every_product_of_a_step_is_counted() -> None:
     """Forward and backward of a linear layer and of attention, by hand."""
     layer, tokens = torch.nn.Linear(4, 6), torch.randn(5, 4, requires_grad=True)
     assert record(lambda: layer(tokens).sum().backward()).flops == 3 * 2 * 5 * 4 * 6
+    students, rows = torch.randn(5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    # The outputs, again in the backward, and the gradients of both factors.
+    assert record(lambda: log_sums(students, rows, temperature=0.1).sum().backward()).flops == 4 * 2 * 5 * 4 * 6
     query, key, value = (torch.randn(2, 3, 7, 8, requires_grad=True) for _ in range(3))
 
     def attend() -> None:

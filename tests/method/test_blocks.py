@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,7 +129,7 @@ def test_one_compilation_serves_all_blocks_and_lengths():
 
     plain = build_small(0, drop_path=0.5, dtype=torch.float32).backbone.train()
     compiled = build_small(0, drop_path=0.5, dtype=torch.float32).backbone.train()
-    compile_blocks(compiled)
+    compile_blocks(compiled, 20)
     graphs = []
     for lengths in ([5, 5, 9], [3, 4, 4, 17], [8] * 6):
         tokens, layout = torch.randn(sum(lengths), 24), Layout.of_lengths(lengths, CPU)
@@ -141,35 +143,45 @@ def test_one_compilation_serves_all_blocks_and_lengths():
     assert graphs[0] == graphs[-1]
 
 
-# Prints how many graphs inductor compiled and how many it found compiled.
+# Meets slots of some lengths one after the other. Prints how many graphs inductor compiled, how many it found compiled,
+# and the last slot's gradients, hashed.
 COMPILE = """
+import hashlib, json, sys
 import torch
 from torch._dynamo.utils import counters
 from dora_ray.method.blocks import Layout, cls_of_blocks, compile_blocks
 from tests.method.networks import build_small
 
-vit = build_small(0, drop_path=0.5, dtype=torch.float32).backbone.train()
-compile_blocks(vit)
-for lengths in ([5, 5, 9], [3, 4, 4, 17]):
-    cls = cls_of_blocks(vit, torch.randn(sum(lengths), 24), Layout.of_lengths(lengths, torch.device("cpu")))
-    cls.square().sum().backward()
-print(*(counters["inductor"][f"fxgraph_cache_{name}"] for name in ("miss", "hit")))
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+vit = build_small(0, drop_path=0.5, dtype=torch.float32).backbone.train().to(device)
+compile_blocks(vit, 40)
+for lengths in json.loads(sys.argv[1]):
+    torch.manual_seed(1)
+    tokens = torch.randn(sum(lengths), 24).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        cls = cls_of_blocks(vit, tokens, Layout.of_lengths(lengths, device))
+    gradients = torch.autograd.grad(cls.square().sum(), list(vit.blocks.parameters()))
+content = b"".join(gradient.cpu().numpy().tobytes() for gradient in gradients)
+print(*(counters["inductor"][f"fxgraph_cache_{name}"] for name in ("miss", "hit")), hashlib.sha256(content).hexdigest())
 """
+
+
+def compiled_run(cache: Path, slots: list[list[int]]) -> tuple[int, int, str]:
+    """Graphs compiled, graphs found in a cache, and the hash of the last slot's gradients, of a process of its own."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", COMPILE, json.dumps(slots)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    missed, found, digest = done.stdout.split()
+    return int(missed), int(found), digest
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_the_next_process_of_a_node_compiles_nothing(tmp_path):
-    environment = os.environ | {
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    counts = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True
-        )
-        counts.append([int(count) for count in done.stdout.split()])
-    (compiled, _), again = counts
+def test_equal_slots_give_equal_bits_whatever_a_process_compiled_for_and_the_next_compiles_nothing(tmp_path):
+    slot = [3, 4, 4, 17]
+    compiled, found, digest = compiled_run(tmp_path / "one", [[5, 5, 9], slot])
     assert compiled > 0
-    assert again == [0, compiled]
+    assert found == 0
+    *_, of_other = compiled_run(tmp_path / "other", [[2000] * 3, slot])
+    assert of_other == digest
+    assert compiled_run(tmp_path / "one", [[5, 5, 9], slot]) == (0, compiled, digest)
