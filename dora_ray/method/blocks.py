@@ -320,7 +320,10 @@ def compile_blocks(vit: VisionTransformer, num_tokens: int) -> None:
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # Once each: with and without gradient, dropped paths, fp8, autocast; for a CPU also for few and many tokens.
-    return torch.compile(function, dynamic=True, options={"deterministic": True}, recompile_limit=MOST_VARIANTS)
+    compiled: Callable[..., Tensor] = torch.compile(  # type: ignore[call-overload] # which leaves out the last keyword
+        function, dynamic=True, options={"deterministic": True}, recompile_limit=MOST_VARIANTS
+    )
+    return compiled
 
 
 def _for_tokens(compiled: Callable[..., Tensor], num_tokens: int) -> Callable[..., Tensor]:
