@@ -95,8 +95,8 @@ class Layout:
 def run_block(block: Block, tokens: Tensor, layout: Layout) -> Tensor:
     """A block's output (P, D) from its input (P, D)."""
     begin: Callable[..., Tensor] = getattr(block, COMPILED, PLAIN).begin
-    mixed = _self_attention(cast(Attention, block.attn), begin(block, tokens), layout)
-    return _add_branches(block, tokens, mixed, layout)
+    branch = _self_attention(cast(Attention, block.attn), begin(block, tokens), layout)
+    return _add_branches(block, tokens, branch, layout)
 
 
 def cls_of_block(block: Block, tokens: Tensor, layout: Layout) -> Tensor:
@@ -108,9 +108,9 @@ def cls_of_block(block: Block, tokens: Tensor, layout: Layout) -> Tensor:
     key_value = torch.unflatten(
         _linear_rows(attention, normalized, slice(attention.attn_dim, None)), -1, (2, *_heads(attention))
     )
-    mixed = _cls_attention(attention, query, key_value, layout)
+    branch = _cls_attention(attention, query, key_value, layout)
     alone = Layout(((layout.num_sequences, 1),), layout.device)
-    return _add_branches(block, F.embedding(layout.firsts, tokens), mixed, alone)
+    return _add_branches(block, F.embedding(layout.firsts, tokens), branch, alone)
 
 
 def cls_of_blocks(vit: VisionTransformer, tokens: Tensor, layout: Layout) -> Tensor:
@@ -152,32 +152,44 @@ def _linear_rows(attention: Attention, tokens: Tensor, rows: slice) -> Tensor:
 
 
 def _self_attention(attention: Attention, qkv: Tensor, layout: Layout) -> Tensor:
-    """(P, D) from the projections (P, 3 D)."""
+    """The attention's branch (P, D) from the projections (P, 3 D)."""
     parts = torch.unflatten(qkv, -1, (3, *_heads(attention)))
     if _has_kernel(qkv, layout):
         query, key, value = parts.unbind(1)
         query, key = attention.q_norm(query), attention.k_norm(key)
-        return _attend_unlike(query, key, value, layout, layout.bounds, layout.longest)
+        return _project_mixed(attention, [_attend_unlike(query, key, value, layout, layout.bounds, layout.longest)])
     mixed = []
     for run, shape in zip(_split(parts, layout), layout.runs, strict=True):
         # Unbound where the projections lie: the backward then stacks them in one pass, in this very order.
         query, key, value = (part.transpose(1, 2) for part in torch.unflatten(run, 0, shape).unbind(2))
         mixed.append(_attend(attention.q_norm(query), attention.k_norm(key), value))
-    return _join(mixed)
+    return _project_mixed(attention, mixed)
 
 
 def _cls_attention(attention: Attention, query: Tensor, key_value: Tensor, layout: Layout) -> Tensor:
-    """(S, D) from one query of each sequence (S, H, d) and the keys and values of all tokens (P, 2, H, d)."""
+    """The branch (S, D) from a query of each sequence (S, H, d) and the keys and values of all tokens (P, 2, H, d)."""
     if _has_kernel(key_value, layout):
         key, value = key_value.unbind(1)
         singles = torch.arange(layout.num_sequences + 1, dtype=torch.int32, device=layout.device)
-        return _attend_unlike(query, attention.k_norm(key), value, layout, singles, 1)
+        return _project_mixed(attention, [_attend_unlike(query, attention.k_norm(key), value, layout, singles, 1)])
     mixed = []
     queries = torch.split(query, [count for count, _ in layout.runs])
     for one, run, shape in zip(queries, _split(key_value, layout), layout.runs, strict=True):
         key, value = (part.transpose(1, 2) for part in torch.unflatten(run, 0, shape).unbind(2))
         mixed.append(_attend(one.unsqueeze(2), attention.k_norm(key), value))
-    return _join(mixed)
+    return _project_mixed(attention, mixed)
+
+
+def _project_mixed(attention: Attention, runs: list[Tensor]) -> Tensor:
+    """The attention's branch (P, D), from the values that it has mixed for each run.
+
+    Attention keeps its results for the backward and the projection what it is given. While they are the same tensors,
+    they are kept once; where runs are many and short, one product is quicker.
+    """
+    if len(runs) >= RUNS_FOR_KERNEL:
+        runs = [torch.cat(runs)]
+    projected = [cast(Tensor, attention.proj(attention.norm(run))) for run in runs]
+    return projected[0] if len(projected) == 1 else torch.cat(projected)
 
 
 def _has_kernel(tokens: Tensor, layout: Layout) -> bool:
@@ -213,15 +225,11 @@ def _split(tokens: Tensor, layout: Layout) -> Sequence[Tensor]:
     return [tokens] if len(layout.runs) == 1 else torch.split(tokens, layout.tokens_of_runs)
 
 
-def _join(runs: list[Tensor]) -> Tensor:
-    return runs[0] if len(runs) == 1 else torch.cat(runs)
-
-
-def _add_branches(block: Block, tokens: Tensor, mixed: Tensor, layout: Layout) -> Tensor:
-    """The rest of a block after its attention has mixed the values, (P, D); what it draws is drawn here."""
+def _add_branches(block: Block, tokens: Tensor, branch: Tensor, layout: Layout) -> Tensor:
+    """The rest of a block after its attention's branch, (P, D); what it draws is drawn here."""
     finish: Callable[..., Tensor] = getattr(block, COMPILED, PLAIN).finish
     kept = [_kept(drop, tokens, layout) for drop in (block.drop_path1, block.drop_path2)]
-    return finish(block, tokens, mixed, *kept)
+    return finish(block, tokens, branch, *kept)
 
 
 def _begin_block(block: Block, tokens: Tensor) -> Tensor:
@@ -230,11 +238,9 @@ def _begin_block(block: Block, tokens: Tensor) -> Tensor:
     return projected
 
 
-def _finish_block(block: Block, tokens: Tensor, mixed: Tensor, kept1: Tensor | None, kept2: Tensor | None) -> Tensor:
-    """Two residual branches (P, D): the attention's, and the MLP's; `kept` are factors of drop path, (P, 1)."""
-    attention = cast(Attention, block.attn)
-    branch = block.ls1(attention.proj(attention.norm(mixed)))
-    tokens = _residual(tokens, branch, kept1)
+def _finish_block(block: Block, tokens: Tensor, branch: Tensor, kept1: Tensor | None, kept2: Tensor | None) -> Tensor:
+    """Tokens (P, D) with the attention's branch and the MLP's added; `kept` are factors of drop path, (P, 1)."""
+    tokens = _residual(tokens, block.ls1(branch), kept1)
     branch = block.ls2(_mlp(cast(Mlp, block.mlp), block.norm2(tokens)))
     return _residual(tokens, branch, kept2)
 

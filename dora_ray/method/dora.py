@@ -6,6 +6,8 @@ H heads, P the head's bottleneck.
 
 from __future__ import annotations
 
+import functools
+import operator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dora_ray.method.blocks import cls_of_blocks
+from dora_ray.method.blocks import Layout, cls_of_blocks
 from dora_ray.method.head import DINOHead
 from dora_ray.method.losses import Reduction, dino_loss, dora_loss
 from dora_ray.method.measures import Measures, agreement, mask_measures, teacher_measures
@@ -242,21 +244,10 @@ def student_bottlenecks(
     """
     if views not in ("masked", "packed"):
         raise ValueError(f"views={views!r}: use 'masked' or 'packed'")
-    vit, (num_clips, _, num_frames) = student.backbone, globals_.shape[:3]
-    parts, places, num_large = [], None, 0
-    if kind == "none":
-        parts, num_large = [whole_images(vit, globals_.flatten(0, 2))], globals_.shape[1]
-    elif masks is not None:
-        num_large = masks.shape[1]
-        if views == "packed":
-            tokens, layout, places = kept_patches(vit, globals_[:, 0], masks)
-            parts = [(tokens, layout)]
-        else:
-            parts = [masked_images(vit, globals_[:, 0], masks)]
-    if locals_.shape[1] > 0:
-        parts.append(whole_images(vit, locals_.flatten(0, 2)))
-    layout = parts[0][1] if len(parts) == 1 else parts[0][1] + parts[1][1]
-    cls = cls_of_blocks(vit, torch.cat([tokens for tokens, _ in parts]), layout)
+    num_clips, num_globals, num_frames = globals_.shape[:3]
+    num_large = num_globals if kind == "none" else 0 if masks is None else masks.shape[1]
+    tokens, layout, places = _sequences(student.backbone, globals_, locals_, masks, kind=kind, views=views)
+    cls = cls_of_blocks(student.backbone, tokens, layout)
     features = widen(student.head.bottleneck(cls))
     count = num_clips * num_large * num_frames
     large, small = torch.split(features, [count, len(features) - count])
@@ -264,6 +255,24 @@ def student_bottlenecks(
         large = F.embedding(places, large)
     shape = (num_frames, features.shape[1])
     return large.view(num_clips, num_large, *shape), small.view(num_clips, locals_.shape[1], *shape)
+
+
+def _sequences(
+    vit: VisionTransformer, globals_: Tensor, locals_: Tensor, masks: Tensor | None, *, kind: Kind, views: Views
+) -> tuple[Tensor, Layout, Tensor | None]:
+    """The tokens (P, D) of all views, their layout, and the places of packed objects, see `kept_patches`."""
+    parts, places = [], None
+    if kind == "none":
+        parts.append(whole_images(vit, globals_.flatten(0, 2)))
+    elif masks is not None and views == "packed":
+        kept, layout, places = kept_patches(vit, globals_[:, 0], masks)
+        parts.append((kept, layout))
+    elif masks is not None:
+        parts.append(masked_images(vit, globals_[:, 0], masks))
+    if locals_.shape[1] > 0:
+        parts.append(whole_images(vit, locals_.flatten(0, 2)))
+    tokens, layouts = zip(*parts, strict=True)
+    return torch.cat(tokens), functools.reduce(operator.add, layouts), places
 
 
 def slot_forward(

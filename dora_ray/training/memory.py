@@ -79,11 +79,11 @@ def _activation_bytes(config: Config, *, half: bool) -> int:
     block = model.width * (2 * 4 + (2 + 3 + 1 + 4) * size)
     recomputes = config.optim.activation_checkpointing
     kept = 4 * model.width if recomputes else block
-    # Of the last block keys and values alone. In the backward one block's gradients, and its values computed again.
-    last = model.width * (4 + 3 * size)
-    passing = block * (2 if recomputes else 1) + 4 * model.width * size
+    # In the backward of one block: the MLP's inner values and gradient, the tokens' gradient, perhaps all of it again.
+    passing = model.width * (4 + 8 * size) + (block if recomputes else 0)
     patches = 3 * model.patch_size**2 * size
-    return tokens * ((model.depth - 1) * kept + last + passing + patches)
+    # Of the last block only CLS goes on.
+    return tokens * ((model.depth - 1) * kept + passing + patches)
 
 
 def peak_mb() -> float:

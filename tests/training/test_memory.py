@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from importlib import resources
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dora_ray.config import load_config
+from dora_ray.config import Config, load_config
+from dora_ray.method import reference, vit
+from dora_ray.method.dora import slot_forward
 from dora_ray.training.memory import estimate_memory_mb
+from dora_ray.training.step import SlotForward, forward_settings, initial_state
 
 SMALL = (
     "model.name=vit_tiny_patch16_224",
@@ -60,6 +71,102 @@ def test_the_estimate_is_near_what_a_step_takes(checkpointing: str, precision: s
     assert estimate == pytest.approx(float(done.stdout), rel=0.2)
 
 
+class Live(TorchDispatchMode):
+    """The most bytes that the tensors made in here took together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self._now, self._storages = 0, 0, dict[int, weakref.ref[Any]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                self._watch(result.untyped_storage())
+        return results
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+
+        def gone(_: object) -> None:
+            del self._storages[key]
+            self._now -= size
+
+        self._storages[key] = weakref.ref(storage, gone)
+        self._now += size
+        self.most = max(self.most, self._now)
+
+
+@pytest.fixture
+def no_kept_matrices() -> Iterator[None]:
+    """What is kept from one forward to the next has no numbers here either."""
+    vit._interpolation.cache_clear()
+    yield
+    vit._interpolation.cache_clear()
+
+
+def counted_mb(config: Config, forward: SlotForward) -> float:
+    """Most megabytes that forward and backward of a slot take in bf16 at full size: tensors without their numbers."""
+    state = initial_state(config, torch.device("cpu"))
+    clips, frames, crops = config.optim.clips_per_slot, config.clip.num_frames, config.crops
+    with FakeTensorMode():
+        for module in (*state.student.modules(), *state.teacher.modules()):
+            for name, parameter in module.named_parameters(recurse=False):
+                shadow = torch.nn.Parameter(torch.empty(parameter.shape), requires_grad=parameter.requires_grad)
+                setattr(module, name, shadow)
+        center, live = torch.empty(config.head.num_outputs), Live()
+        patches = (crops.global_size // config.model.patch_size) ** 2
+        masks = torch.empty(clips, config.tracking.num_objects, frames, patches)
+        with live:
+            views = {
+                "globals_": torch.empty(clips, 1, frames, 3, crops.global_size, crops.global_size),
+                "locals_": torch.empty(clips, crops.num_locals, frames, 3, crops.local_size, crops.local_size),
+            }
+            heads = torch.zeros(clips, config.tracking.num_objects, dtype=torch.int64)
+            settings = forward_settings(config) | {"object_weight": 1.0, "masks": masks, "heads": heads, "noise": None}
+            with torch.autocast("cpu", torch.bfloat16):
+                output = forward(state.student, state.teacher, center, **views, **settings)
+            views.clear()
+            torch.autograd.grad(output.loss, list(state.student.parameters()), materialize_grads=True)
+    return live.most / 2**20
+
+
+@pytest.mark.usefixtures("no_kept_matrices")
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("recipe", ["paper", "paper-vit-b", "paper-vit-l"])
+def test_the_estimate_is_near_what_a_recipes_tensors_take(recipe: str, checkpointing: str) -> None:
+    config = load_config(recipe, f"optim.activation_checkpointing={checkpointing}")
+    estimate = estimate_memory_mb(config, half=True)
+    of_slot = sum(estimate[name] for name in ("activations", "views", "loss"))
+    counted = counted_mb(config, slot_forward)
+    assert 0.97 * counted < of_slot < 1.25 * counted
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_kept_matrices")
+def test_a_slot_takes_half_of_the_references_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, their averages and moments, which both have, included."""
+    config = load_config("paper")
+    clips, objects = config.optim.clips_per_slot, config.tracking.num_objects
+    patches = (config.crops.global_size // config.model.patch_size) ** 2
+
+    def maps(*_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Both are given their masks; to look for them, the reference would need numbers."""
+        return torch.empty(clips, objects, config.clip.num_frames, patches), torch.empty(clips, patches, objects)
+
+    monkeypatch.setattr(reference, "naive_maps", maps)
+    monkeypatch.setattr(reference, "naive_masks", lambda maps, _: torch.empty_like(maps))
+    ours = counted_mb(config, slot_forward)
+    vit._interpolation.cache_clear()
+    theirs = counted_mb(config, reference.reference_slot_forward)
+    estimate = estimate_memory_mb(config, half=True)
+    of_both = estimate["weights"] + estimate["optimizer"] + estimate["sums"]
+    print(f"{ours:.0f} MB against {theirs:.0f} MB, and {of_both:.0f} MB of both")  # noqa: T201  what README states
+    assert ours + of_both < 0.5 * (theirs + of_both)
+
+
 def test_large_recipes_fit_a_gpu_of_80_gb() -> None:
     for recipe in ("paper", "paper-vit-b", "paper-vit-l"):
         assert estimate_memory_mb(load_config(recipe), half=True)["total"] < 60_000
@@ -70,10 +177,10 @@ def test_large_recipes_fit_a_gpu_of_80_gb() -> None:
 @pytest.mark.parametrize(
     ("recipe", "checkpointing", "stated_gib"),
     [
-        ("paper-vit-b", "false", 32),
-        ("paper-vit-b", "true", 14),
-        ("paper-vit-l", "true", 32),
-        ("paper-vit-l", "false", 84),
+        ("paper-vit-b", "false", 30),
+        ("paper-vit-b", "true", 13),
+        ("paper-vit-l", "true", 29),
+        ("paper-vit-l", "false", 81),
     ],
 )
 def test_the_recipes_state_what_is_estimated(recipe: str, checkpointing: str, stated_gib: int) -> None:
