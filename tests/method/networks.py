@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_ray.method.dora import Network, build_network
 
@@ -70,3 +70,11 @@ PAPER: dict[str, Any] = {
     "teacher_dtype": None,
 }
 RELEASED = PAPER | {"block": -1, "threshold": "batch", "reduction": "released"}
+
+
+def without_numbers(network: Network) -> Network:
+    """The network itself, its parameters made anew: in `FakeTensorMode` without numbers, on torch's default device."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape), requires_grad=parameter.requires_grad))
+    return network

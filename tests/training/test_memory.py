@@ -21,6 +21,7 @@ from dora_ray.method import reference, vit
 from dora_ray.method.dora import slot_forward
 from dora_ray.training.memory import estimate_memory_mb
 from dora_ray.training.step import SlotForward, forward_settings, initial_state
+from tests.method.networks import without_numbers
 
 SMALL = (
     "model.name=vit_tiny_patch16_224",
@@ -112,10 +113,7 @@ def counted_mb(config: Config, forward: SlotForward) -> float:
     state = initial_state(config, torch.device("cpu"))
     clips, frames, crops = config.optim.clips_per_slot, config.clip.num_frames, config.crops
     with FakeTensorMode():
-        for module in (*state.student.modules(), *state.teacher.modules()):
-            for name, parameter in module.named_parameters(recurse=False):
-                shadow = torch.nn.Parameter(torch.empty(parameter.shape), requires_grad=parameter.requires_grad)
-                setattr(module, name, shadow)
+        student, teacher = without_numbers(state.student), without_numbers(state.teacher)
         center, live = torch.empty(config.head.num_outputs), Live()
         patches = (crops.global_size // config.model.patch_size) ** 2
         masks = torch.empty(clips, config.tracking.num_objects, frames, patches)
@@ -127,9 +125,9 @@ def counted_mb(config: Config, forward: SlotForward) -> float:
             heads = torch.zeros(clips, config.tracking.num_objects, dtype=torch.int64)
             settings = forward_settings(config) | {"object_weight": 1.0, "masks": masks, "heads": heads, "noise": None}
             with torch.autocast("cpu", torch.bfloat16):
-                output = forward(state.student, state.teacher, center, **views, **settings)
+                output = forward(student, teacher, center, **views, **settings)
             views.clear()
-            torch.autograd.grad(output.loss, list(state.student.parameters()), materialize_grads=True)
+            torch.autograd.grad(output.loss, list(student.parameters()), materialize_grads=True)
     return live.most / 2**20
 
 

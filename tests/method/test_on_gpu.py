@@ -1,0 +1,93 @@
+"""The forward as it is on a GPU, on tensors without numbers: operators, types and devices agree, no host waits.
+
+A tensor without numbers raises where the host asks for one, which on a GPU would make it wait for all that is queued.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dora_ray.config import load_config
+from dora_ray.method import blocks, vit
+from dora_ray.method.dora import SlotOutput, slot_forward
+from dora_ray.training.step import forward_settings, initial_state
+from tests.method.networks import without_numbers
+
+DEPTH = 3
+
+
+class Operators(TorchDispatchMode):
+    """How often each operator was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if there were one, which autocast asks; and no pinned memory, of which there is none."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr(blocks, "upload", lambda tensor, device: tensor.to(device))
+    vit._interpolation.cache_clear()
+    yield
+    vit._interpolation.cache_clear()
+
+
+def forward(*overrides: str) -> tuple[SlotOutput, Counter[str]]:
+    """Of the recipe `paper`, with fewer clips and blocks."""
+    config = load_config("paper", f"model.depth={DEPTH}", "optim.clips_per_slot=2", *overrides)
+    state = initial_state(config, torch.device("cpu"))
+    shape, crops = (2, config.clip.num_frames, 3), config.crops
+    clips, *of_frames = shape
+    with FakeTensorMode(), torch.device("cuda"), Operators() as operators, torch.autocast("cuda", torch.bfloat16):
+        output = slot_forward(
+            without_numbers(state.student),
+            without_numbers(state.teacher),
+            torch.empty(config.head.num_outputs),
+            globals_=torch.empty(clips, 1, *of_frames, crops.global_size, crops.global_size),
+            locals_=torch.empty(clips, crops.num_locals, *of_frames, crops.local_size, crops.local_size),
+            heads=torch.zeros(clips, config.tracking.num_objects, dtype=torch.int64),
+            noise=None,
+            object_weight=1.0,
+            **forward_settings(config),
+        )
+    return output, operators.counts
+
+
+def test_masked_views_keep_nobody_waiting():
+    output, _ = forward()
+    assert output.loss.device.type == "cuda"
+    assert {measure.dtype for measure in output.measures.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("teacher", ["same", "fp8"])
+def test_packed_views_wait_for_their_lengths_alone(monkeypatch, teacher):
+    options = ("tracking.views=packed", f"optim.teacher_precision={teacher}")
+    with pytest.raises(DataDependentOutputException):
+        forward(*options)
+
+    def lengths(tensor: Tensor) -> list[int]:
+        """Of 2 clips of 8 frames and 3 objects, with CLS."""
+        assert tensor.shape == (2 * 8 * 3,)
+        return sorted(1 + number * 37 % 180 for number in range(len(tensor)))
+
+    monkeypatch.setattr(FakeTensor, "tolist", lengths)
+    output, counts = forward(*options)
+    assert output.loss.device.type == "cuda"
+    assert counts["_varlen_attn"] == DEPTH
+    # The four layers of each block of the teacher but the last.
+    assert counts["_scaled_mm_v2"] == (4 * (DEPTH - 1) if teacher == "fp8" else 0)
