@@ -13,9 +13,10 @@ import math
 import os
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
 from dora_ray import files
 from dora_ray.errors import DoRAError
@@ -310,10 +311,13 @@ class MetricsWindow:
 
     def _clear(self) -> None:
         self._count, self._waited, self._seconds = 0, 0.0, 0.0
-        self._values: dict[str, list[float]] = {}
+        self._values: dict[str, list[SupportsFloat]] = {}
 
-    def add(self, measures: dict[str, float], waited: float, seconds: float) -> None:
-        """Count one step: its measures, the seconds it waited for data, the seconds it took."""
+    def add(self, measures: Mapping[str, SupportsFloat], waited: float, seconds: float) -> None:
+        """Count one step: its measures, the seconds it waited for data, the seconds it took.
+
+        The measures are read when their means are asked for: a GPU may not have come so far yet.
+        """
         self._count += 1
         self._waited += waited
         self._seconds += seconds
@@ -323,7 +327,7 @@ class MetricsWindow:
     def means(self, clips_a_step: int) -> dict[str, float]:
         """The means since the last call, with the rates, and begin again."""
         # A measure of objects is not there in every step.
-        values = {name: sum(found) / len(found) for name, found in self._values.items()}
+        values = {name: sum(map(float, found)) / len(found) for name, found in self._values.items()}
         values["step_seconds"] = self._seconds / self._count
         values["data_wait_seconds"] = self._waited / self._count
         values["clips_per_second"] = clips_a_step * self._count / self._seconds

@@ -109,7 +109,7 @@ class Loop:
         if self.journal is not None:
             self.journal.ledger(state.step - 1, slots)
             self.journal.stepped(state.step, waited)
-            measures["center_norm"] = float(state.center.norm())
+            measures["center_norm"] = state.center.norm()
             self._window.add(measures, waited, time.monotonic() - started)
             self._log(self.journal, rates)
         self._step_seconds = time.monotonic() - started

@@ -319,11 +319,11 @@ def _require_finite(state: TrainState, result: SumResult) -> None:
 
 
 @torch.no_grad()
-def apply_step(state: TrainState, result: SumResult, config: Config) -> tuple[dict[str, float], Rates]:
+def apply_step(state: TrainState, result: SumResult, config: Config) -> tuple[dict[str, Tensor], Rates]:
     """Update student, center and teacher from the sums of one step, and count it.
 
     Returns:
-        The measures' means over all clips, and the rates used.
+        The measures' means over all clips, for which nobody has waited yet, and the rates used.
     """
     num_slots, names = config.optim.slots, measure_names(config, state.step)
     with part("reduction"):
@@ -336,7 +336,7 @@ def apply_step(state: TrainState, result: SumResult, config: Config) -> tuple[di
         _update_center(state, teacher_sum, config)
         update_teacher(state.teacher, state.student, values.teacher_momentum)
     state.step += 1
-    return dict(zip(names, (measures / num_slots).tolist(), strict=True)), values
+    return dict(zip(names, (measures / num_slots).unbind(), strict=True)), values
 
 
 def _update_student(state: TrainState, gradients: Sequence[Tensor], values: Rates, config: Config) -> None:
