@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +71,8 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
         Of checkpoints, see `saving.cost`; all_reduce_exact_seconds and all_reduce_float32_seconds, see
         `ranks.all_reduce_seconds`.
 
+        Of an option that this GPU or this torch cannot run, NAME_failed with the reason in place of its figures.
+
         The seconds of the step's parts, augment_share of them, peak memory, clips a second, and the setting.
     """
     config, device = _setting(config)
@@ -83,7 +85,8 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     # What a GPU's peaks are of has to be alone on it.
     peak = timed.peaks({"ours": ours, "reference": reference}) if device.type == "cuda" else {}
     paths: dict[str, Callable[[], float]] = {"ours": ours}
-    for name, option in _options(config, device).items():
+    options = _options(config, device)
+    for name, option in options.items():
         forward = functools.partial(slot_forward, masks=timed.masks()) if name == "packed" else slot_forward
         # These change the networks themselves.
         of = _Timed(option, device) if name in ("fp8_teacher", "compiled") else timed
@@ -96,9 +99,8 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     # The reference, which takes more memory, after all else whose peak is told: on a CPU the process's never goes down.
     paths["reference"] = reference
     # The first call compiles, on a GPU it also chooses kernels and asks for memory.
-    first = list(paths.values()) if device.type == "cuda" else [ours] if config.optim.compile else []
-    for path in first:
-        path()
+    first = list(paths) if device.type == "cuda" else ["ours"] if config.optim.compile else []
+    failed = _call_once(paths, first, options)
     with tempfile.TemporaryDirectory() as folder:
         saving = Saving(ours, timed.state, config, folder)
         paths["saving"] = saving.seconds
@@ -113,7 +115,24 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
         | _shares(products, seconds, device)
     )
     sums = {f"all_reduce_{kind}_seconds": found for kind, found in all_reduce_seconds(timed.sizes).items()}
-    return result | checkpoints | sums | timed.parts(config)
+    return result | checkpoints | sums | failed | timed.parts(config)
+
+
+def _call_once(
+    paths: dict[str, Callable[[], float]], names: Iterable[str], options: Collection[str]
+) -> dict[str, str]:
+    """Call some of the paths; of the options those that raise are taken out, and named with what they said."""
+    failed = {}
+    for name in names:
+        try:
+            paths[name]()
+        except RuntimeError as error:
+            if name not in options:
+                raise
+            del paths[name]
+            said, *_ = [*str(error).splitlines(), ""]
+            failed[f"{name}_failed"] = f"{type(error).__name__}: {said}"
+    return failed
 
 
 def _setting(config: Config | None) -> tuple[Config, torch.device]:

@@ -75,6 +75,17 @@ def test_the_share_of_a_compiled_step_is_told_beside_that_of_ours() -> None:
     assert step._speeds(config, device, seconds | {"reference": [8.0]})["compiled_ratio"] == 2
 
 
+def test_an_option_that_cannot_run_is_named_and_what_must_run_is_not_hidden() -> None:
+    def fail() -> float:
+        raise RuntimeError("no kernel image\nfor this device")
+
+    paths = {"ours": lambda: 1.0, "packed": fail}
+    assert step._call_once(paths, list(paths), {"packed"}) == {"packed_failed": "RuntimeError: no kernel image"}
+    assert set(paths) == {"ours"}
+    with pytest.raises(RuntimeError, match="no kernel"):
+        step._call_once({"ours": fail}, ["ours"], {"packed"})
+
+
 def test_a_gpu_is_used_whatever_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert step._setting(load_config("paper", *SMALL))[1].type == "cuda"
