@@ -118,9 +118,7 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
     return result | checkpoints | sums | failed | timed.parts(config)
 
 
-def _call_once(
-    paths: dict[str, Callable[[], float]], names: Iterable[str], options: Collection[str]
-) -> dict[str, str]:
+def _call_once(paths: dict[str, Callable[[], float]], names: Iterable[str], options: Collection[str]) -> dict[str, str]:
     """Call some of the paths; of the options those that raise are taken out, and named with what they said."""
     failed = {}
     for name in names:
