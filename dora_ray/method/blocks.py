@@ -158,11 +158,9 @@ def _self_attention(attention: Attention, qkv: Tensor, layout: Layout) -> Tensor
         query, key, value = parts.unbind(1)
         query, key = attention.q_norm(query), attention.k_norm(key)
         return _project_mixed(attention, [_attend_unlike(query, key, value, layout, layout.bounds, layout.longest)])
-    mixed = []
-    for run, shape in zip(_split(parts, layout), layout.runs, strict=True):
-        # Unbound where the projections lie: the backward then stacks them in one pass, in this very order.
-        query, key, value = (part.transpose(1, 2) for part in torch.unflatten(run, 0, shape).unbind(2))
-        mixed.append(_attend(attention.q_norm(query), attention.k_norm(key), value))
+    mixed = [
+        _attend(attention.q_norm(query), attention.k_norm(key), value) for query, key, value in _runs(parts, layout)
+    ]
     return _project_mixed(attention, mixed)
 
 
@@ -172,11 +170,11 @@ def _cls_attention(attention: Attention, query: Tensor, key_value: Tensor, layou
         key, value = key_value.unbind(1)
         singles = torch.arange(layout.num_sequences + 1, dtype=torch.int32, device=layout.device)
         return _project_mixed(attention, [_attend_unlike(query, attention.k_norm(key), value, layout, singles, 1)])
-    mixed = []
     queries = torch.split(query, [count for count, _ in layout.runs])
-    for one, run, shape in zip(queries, _split(key_value, layout), layout.runs, strict=True):
-        key, value = (part.transpose(1, 2) for part in torch.unflatten(run, 0, shape).unbind(2))
-        mixed.append(_attend(one.unsqueeze(2), attention.k_norm(key), value))
+    mixed = [
+        _attend(one.unsqueeze(2), attention.k_norm(key), value)
+        for one, (key, value) in zip(queries, _runs(key_value, layout), strict=True)
+    ]
     return _project_mixed(attention, mixed)
 
 
@@ -221,8 +219,37 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
-def _split(tokens: Tensor, layout: Layout) -> Sequence[Tensor]:
-    return [tokens] if len(layout.runs) == 1 else torch.split(tokens, layout.tokens_of_runs)
+def _runs(projections: Tensor, layout: Layout) -> list[tuple[Tensor, ...]]:
+    """Of each run its queries, keys and values, or some of them: (sequences, H, tokens, d) of (P, parts, H, d)."""
+    views: tuple[Tensor, ...] = _Views.apply(projections, layout)
+    count = projections.shape[1]
+    return [views[first : first + count] for first in range(0, len(views), count)]
+
+
+class _Views(torch.autograd.Function):
+    """The parts of each run, one after the other, where the projections lie.
+
+    Their gradients are written to where those of the projections lie, once; autograd would stack the parts of a run,
+    and then copy the runs together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, projections: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+        ctx.layout, ctx.shape = layout, projections.shape
+        return _views(projections, layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        joined = gradients[0].new_empty(ctx.shape)
+        for place, gradient in zip(_views(joined, ctx.layout), gradients, strict=True):
+            place.copy_(gradient)
+        return joined, None
+
+
+def _views(projections: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    runs = zip(torch.split(projections, layout.tokens_of_runs), layout.runs, strict=True)
+    return tuple(part.transpose(1, 2) for run, shape in runs for part in torch.unflatten(run, 0, shape).unbind(2))
 
 
 def _add_branches(block: Block, tokens: Tensor, branch: Tensor, layout: Layout) -> Tensor:
