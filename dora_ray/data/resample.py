@@ -11,6 +11,7 @@ Legend: B clips, V views, T frames, S the result's side in pixels.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -109,15 +110,18 @@ def resize_matrix(start: Tensor, length: Tensor, *, in_size: int, out_size: int)
     Returns:
         (..., out_size, in_size) float32; each row sums to 1 and is 0 outside the box.
     """
+    start, length = start[..., None], length[..., None]
     step = length / out_size
+    reach = step.clamp_min(1.0)
     outputs = torch.arange(out_size, device=start.device)
     inputs = torch.arange(in_size, device=start.device)
-    centers = start[..., None] + (outputs + 0.5) * step[..., None]
-    distances = (inputs + 0.5 - centers[..., None]).abs()
-    weights = (1.0 - distances / step.clamp_min(1.0)[..., None, None]).clamp_min(0.0)
-    inside = (inputs >= start[..., None]) & (inputs < (start + length)[..., None])
-    weights = weights * inside[..., None, :]
-    return weights / weights.sum(-1, keepdim=True)
+    centers = (start + (outputs + 0.5) * step) / reach
+    inside = (inputs >= start) & (inputs < start + length)
+    pixels = ((inputs + 0.5) / reach).masked_fill(~inside, math.inf)
+    # The weights are 1 less the distances, of which there are many: they are passed over as seldom as can be.
+    distances = (pixels[..., None, :] - centers[..., None]).abs_().clamp_(max=1.0)
+    normalized = 1.0 / (in_size - distances.sum(-1, keepdim=True))
+    return torch.addcmul(normalized, distances, normalized, value=-1.0)
 
 
 def blur_matrix(sigma: Tensor, *, size: int) -> Tensor:

@@ -198,8 +198,9 @@ def slot_output(
     """
     device = state.center.device
     rows = torch.from_numpy(np.flatnonzero(valid))
-    with part("augment"):
+    with part("upload"):
         pixels = upload_clips(clips, rows.numpy(), device)
+    with part("augment"):
         globals_ = render(pixels, _take(draws.global_views, rows), size=config.crops.global_size)
         locals_ = render(pixels, _take(draws.local_views, rows), size=config.crops.local_size)
     torch.manual_seed(draws.network_seed)

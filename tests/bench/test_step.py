@@ -32,7 +32,18 @@ SMALL = (
     "head.num_outputs=32",
     "optim.clips_per_slot=1",
 )
-PARTS = {"augment", "teacher", "tracker", "student_forward", "loss", "measures", "backward", "optimizer", "ema"}
+PARTS = {
+    "upload",
+    "augment",
+    "teacher",
+    "tracker",
+    "student_forward",
+    "loss",
+    "measures",
+    "backward",
+    "optimizer",
+    "ema",
+}
 
 
 def test_reports_all_paths() -> None:
