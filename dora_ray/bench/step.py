@@ -25,6 +25,7 @@ from dora_ray.bench.ranks import all_reduce_seconds
 from dora_ray.bench.saving import Saving, cost
 from dora_ray.bench.yardstick import Yardstick
 from dora_ray.config import Config, load_config
+from dora_ray.errors import ConfigError
 from dora_ray.method.dora import slot_forward
 from dora_ray.method.parts import watched
 from dora_ray.method.reference import reference_slot_forward
@@ -46,14 +47,15 @@ ON_CPU = ("model.name=vit_tiny_patch16_224", "head.num_outputs=4096", "optim.cli
 KEEP_SHARE = 0.4
 
 
-def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
+def run(*, quick: bool, config: Config | None = None, device: str | None = None) -> dict[str, Any]:
     """Seconds of a step: ours, with the options that save arithmetic, and the reference's; medians over rounds.
 
-    The paths take turns within a round. A GPU is used where there is one, whatever the recipe says of the cluster.
+    The paths take turns within a round. Whatever the recipe says of the cluster, a GPU is used where there is one.
 
     Args:
         quick: two rounds, with one checkpoint, instead of five of each.
         config: what to train; not given: the recipe `paper` on a GPU, ViT-Ti/16 with 4096 outputs and 2 clips on a CPU.
+        device: "cpu" or "cuda", to use that.
 
     Returns:
         seconds_per_step, reference_seconds_per_step and ratio (ours / reference).
@@ -74,8 +76,16 @@ def run(*, quick: bool, config: Config | None = None) -> dict[str, Any]:
         Of an option that this GPU or this torch cannot run, NAME_failed with the reason in place of its figures.
 
         The seconds of the step's parts, augment_share of them, peak memory, clips a second, and the setting.
+
+    Raises:
+        ConfigError: for device "cuda" without a GPU.
     """
-    config, device = _setting(config)
+    config, chip = _setting(config, device)
+    return _measure(config, chip, quick=quick)
+
+
+def _measure(config: Config, device: torch.device, *, quick: bool) -> dict[str, Any]:
+    """What `run` returns."""
     prepare_torch(device, config.optim, deterministic=config.run.deterministic)
     timed = _Timed(config, device)
     ours = functools.partial(timed.step, config, slot_forward)
@@ -133,9 +143,11 @@ def _call_once(paths: dict[str, Callable[[], float]], names: Iterable[str], opti
     return failed
 
 
-def _setting(config: Config | None) -> tuple[Config, torch.device]:
+def _setting(config: Config | None, device_name: str | None = None) -> tuple[Config, torch.device]:
     """What is trained, one slot a step, and where."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device_name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device=cuda, but torch finds no GPU here: leave it out, or look at nvidia-smi")
+    device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if config is None:
         config = load_config("paper", *(() if device.type == "cuda" else ON_CPU))
     return load_config(config, *ALONE), device

@@ -14,6 +14,7 @@ from dora_ray.bench import step
 from dora_ray.bench.products import record
 from dora_ray.bench.saving import Written, cost
 from dora_ray.config import load_config
+from dora_ray.errors import ConfigError
 from dora_ray.method.dora import slot_forward
 from dora_ray.method.losses import log_sums
 from dora_ray.method.parts import part, watched
@@ -100,6 +101,11 @@ def test_an_option_that_cannot_run_is_named_and_what_must_run_is_not_hidden() ->
 def test_a_gpu_is_used_whatever_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert step._setting(load_config("paper", *SMALL))[1].type == "cuda"
+    config, device = step._setting(None, "cpu")
+    assert (config.model.name, device.type) == ("vit_tiny_patch16_224", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="finds no GPU"):
+        step.run(quick=True, device="cuda")
 
 
 def test_options_where_they_can_be_set_and_change_anything(monkeypatch: pytest.MonkeyPatch) -> None:
