@@ -65,7 +65,8 @@ def run(*, quick: bool, config: Config | None = None, device: str | None = None)
         float32; fp8_teacher_ratio, where it has fp8; compiled_ratio, on a GPU.
 
         tflop_per_step and matmul_share: what the products of networks and tracker take by themselves, one after the
-        other, over what the step of the same round takes, with several types of number also for each;
+        other, over what the step of the same round takes, with several types of number also for each (on a GPU float32
+        beside bf16 is TF32);
         square_matmul_share: what they would take at the rate of a large square product of their type;
         timm_matmul_share: the same as matmul_share for timm's own ViT, see `yardstick`; compiled_matmul_share: for our
         step compiled, on a GPU.
@@ -75,7 +76,8 @@ def run(*, quick: bool, config: Config | None = None, device: str | None = None)
 
         Of an option that this GPU or this torch cannot run, NAME_failed with the reason in place of its figures.
 
-        The seconds of the step's parts, augment_share of them, peak memory, clips a second, and the setting.
+        The seconds of the step's parts, augment_share of them (without the clips' upload), peak memory, clips a
+        second, and the setting.
 
     Raises:
         ConfigError: for device "cuda" without a GPU.
@@ -134,11 +136,11 @@ def _call_once(paths: dict[str, Callable[[], float]], names: Iterable[str], opti
     for name in names:
         try:
             paths[name]()
-        except RuntimeError as error:
+        except Exception as error:  # torch.compile raises many kinds
             if name not in options:
                 raise
             del paths[name]
-            said, *_ = [*str(error).splitlines(), ""]
+            said = str(error).partition("\n")[0]
             failed[f"{name}_failed"] = f"{type(error).__name__}: {said}"
     return failed
 

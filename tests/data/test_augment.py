@@ -289,8 +289,15 @@ def test_render_with_matrices_in_float16_as_on_a_gpu_is_within_a_level_of_the_cp
     monkeypatch.setattr(augment, "resample_by_crop", augment.resample_by_matrix)
     as_on_gpu = augment.render(clips, parameters, size=16)
     assert as_on_gpu.dtype == torch.float32
+    monkeypatch.setattr(torch.Tensor, "half", torch.Tensor.float)
+    in_float32 = augment.render(clips, parameters, size=16)
+
+    def levels(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float(((one - other).abs() * 255 * min(augment.IMAGENET_STD)).max())
+
     # A level after the normalization, and up to 1.4 x 1.4 times that by brightness and contrast.
-    assert ((as_on_gpu - on_cpu).abs() * 255 * min(augment.IMAGENET_STD)).max() < 2.5
+    assert levels(as_on_gpu, on_cpu) < 2.5
+    assert 0 < levels(as_on_gpu, in_float32) < 0.5
 
 
 def test_render_clamps_to_black_and_white():

@@ -182,6 +182,6 @@ def test_equal_slots_give_equal_bits_whatever_a_process_compiled_for_and_the_nex
     compiled, found, digest = compiled_run(tmp_path / "one", [[5, 5, 9], slot])
     assert compiled > 0
     assert found == 0
-    *_, of_other = compiled_run(tmp_path / "other", [[2000] * 3, slot])
+    *_, of_other = compiled_run(tmp_path / "other", [[1000] * 4, slot])
     assert of_other == digest
     assert compiled_run(tmp_path / "one", [[5, 5, 9], slot]) == (0, compiled, digest)

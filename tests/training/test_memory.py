@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import weakref
@@ -64,12 +65,18 @@ print(status("VmHWM") - before)
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("precision", ["whole", "half"])
 def test_the_estimate_is_near_what_a_step_takes(checkpointing: str, precision: str) -> None:
+    """Not less, and not much more: it adds up parts that are not all there at the same time.
+
+    Malloc gives what is freed back at once here; by default it keeps a part, another one in each process.
+    """
     overrides = [*SMALL, f"optim.activation_checkpointing={checkpointing}"]
     command = [sys.executable, "-c", MEASURE, precision, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     sizes = estimate_memory_mb(load_config("paper", *overrides), half=precision == "half")
     estimate = sizes["total"] - sizes["snapshot"]  # a step alone makes no checkpoint
-    assert estimate == pytest.approx(float(done.stdout), rel=0.2)
+    measured = float(done.stdout)
+    assert measured < estimate < 1.6 * measured
 
 
 class Live(TorchDispatchMode):
