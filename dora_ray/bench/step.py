@@ -47,7 +47,7 @@ ON_CPU = ("model.name=vit_tiny_patch16_224", "head.num_outputs=4096", "optim.cli
 KEEP_SHARE = 0.4
 
 
-def run(*, quick: bool, config: Config | None = None, device: str | None = None) -> dict[str, Any]:
+def run(*, quick: bool, config: Config | None = None, device_name: str | None = None) -> dict[str, Any]:
     """Seconds of a step: ours, with the options that save arithmetic, and the reference's; medians over rounds.
 
     The paths take turns within a round. Whatever the recipe says of the cluster, a GPU is used where there is one.
@@ -55,7 +55,7 @@ def run(*, quick: bool, config: Config | None = None, device: str | None = None)
     Args:
         quick: two rounds, with one checkpoint, instead of five of each.
         config: what to train; not given: the recipe `paper` on a GPU, ViT-Ti/16 with 4096 outputs and 2 clips on a CPU.
-        device: "cpu" or "cuda", to use that.
+        device_name: "cpu" or "cuda", to use that.
 
     Returns:
         seconds_per_step, reference_seconds_per_step and ratio (ours / reference).
@@ -80,14 +80,9 @@ def run(*, quick: bool, config: Config | None = None, device: str | None = None)
         second, and the setting.
 
     Raises:
-        ConfigError: for device "cuda" without a GPU.
+        ConfigError: for "cuda" without a GPU.
     """
-    config, chip = _setting(config, device)
-    return _measure(config, chip, quick=quick)
-
-
-def _measure(config: Config, device: torch.device, *, quick: bool) -> dict[str, Any]:
-    """What `run` returns."""
+    config, device = _setting(config, device_name)
     prepare_torch(device, config.optim, deterministic=config.run.deterministic)
     timed = _Timed(config, device)
     ours = functools.partial(timed.step, config, slot_forward)

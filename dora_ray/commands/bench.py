@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     bench: Any = import_module(f"dora_ray.bench.{options.what}")
     if options.what == "step":
-        return dict(bench.run(quick=options.quick, config=words.load(options.words), device=options.device))
+        return dict(bench.run(quick=options.quick, config=words.load(options.words), device_name=options.device))
     if options.words:
         raise ConfigError(f"bench {options.what} takes no configuration ({' '.join(options.words)}); bench step does")
     if options.device:

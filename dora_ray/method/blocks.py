@@ -1,17 +1,15 @@
 """timm's transformer blocks over sequences of unlike lengths, laid one after the other without padding.
 
 Everything in a block but the attention works on single tokens, so all views of a slot (whole frames, objects of any
-size, small crops) share each matrix product. In the attention every sequence sees itself alone.
-Shapes: S sequences, P tokens of all sequences together, D width, H heads, d = D / H.
+size, small crops) share each matrix product.
+Shapes: S sequences, P tokens of all sequences together, D width.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -21,96 +19,27 @@ from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from dora_ray.method.upload import upload
+from dora_ray.method.attention import Layout, cls_attention, self_attention
 
-HALF = (torch.float16, torch.bfloat16)
-# From so many runs on, one kernel for all lengths beats a call for each.
-RUNS_FOR_KERNEL = 5
-# Attribute of a block that holds its compiled forms, a `_Compiled`.
+# Attribute of a block that holds its compiled forms, `_Forms`.
 COMPILED = "compiled"
 MOST_VARIANTS = 32
 # Kernels by rule and not by their time; none by the number of rows, of which the last block has one a sequence.
 SAME_KERNELS = {"deterministic": True, "triton.mix_order_reduction_non_strict_mode": True}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where sequences lie among the tokens.
-
-    Attributes:
-        runs: (count, length): so many sequences in a row have so many tokens each. Neighbors may have equal lengths.
-        device: of the tokens.
-    """
-
-    runs: tuple[tuple[int, int], ...]
-    device: torch.device
-
-    @classmethod
-    def of_lengths(cls, lengths: Iterable[int], device: torch.device) -> Layout:
-        """Sequences of these lengths; best in order, since equal neighbors share one attention call."""
-        runs = tuple((sum(1 for _ in group), length) for length, group in itertools.groupby(lengths))
-        return cls(runs, device)
-
-    def __add__(self, other: Layout) -> Layout:
-        return Layout(self.runs + other.runs, self.device)
-
-    @property
-    def num_sequences(self) -> int:
-        """S."""
-        return sum(count for count, _ in self.runs)
-
-    @property
-    def num_tokens(self) -> int:
-        """P."""
-        return sum(self.tokens_of_runs)
-
-    @property
-    def tokens_of_runs(self) -> list[int]:
-        """Tokens of each run."""
-        return [count * length for count, length in self.runs]
-
-    @property
-    def longest(self) -> int:
-        """Most tokens of a sequence."""
-        return max(length for _, length in self.runs)
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """(S,) int64 on the device, made from the runs: the host waits for nothing."""
-        counts, lengths = upload(torch.tensor(self.runs), self.device).T
-        return torch.repeat_interleave(lengths, counts, output_size=self.num_sequences)
-
-    @cached_property
-    def bounds(self) -> Tensor:
-        """(S + 1,) int32: sequence s is tokens bounds[s] to bounds[s + 1]."""
-        return F.pad(self.lengths.cumsum(0), (1, 0)).int()
-
-    @cached_property
-    def firsts(self) -> Tensor:
-        """(S,) int64: the place of each sequence's first token, which is CLS."""
-        return self.bounds[:-1].long()
-
-
 def run_block(block: Block, tokens: Tensor, layout: Layout) -> Tensor:
     """A block's output (P, D) from its input (P, D)."""
     begin: Callable[..., Tensor] = getattr(block, COMPILED, PLAIN).begin
-    branch = _self_attention(cast(Attention, block.attn), begin(block, tokens), layout)
+    branch = self_attention(cast(Attention, block.attn), begin(block, tokens), layout)
     return _add_branches(block, tokens, branch, layout)
 
 
 def cls_of_block(block: Block, tokens: Tensor, layout: Layout) -> Tensor:
     """A block's output at the first token of each sequence, (S, D): one query, keys and values of all tokens."""
-    attention = cast(Attention, block.attn)
-    normalized = block.norm1(tokens)
-    # The backward of indexing adds in any order on a GPU; that of an embedding does not.
-    query = project(attention, F.embedding(layout.firsts, normalized), 0)
-    key_value = torch.unflatten(
-        _linear_rows(attention, normalized, slice(attention.attn_dim, None)), -1, (2, *_heads(attention))
-    )
-    branch = _cls_attention(attention, query, key_value, layout)
+    branch = cls_attention(cast(Attention, block.attn), block.norm1(tokens), layout)
     alone = Layout(((layout.num_sequences, 1),), layout.device)
     return _add_branches(block, F.embedding(layout.firsts, tokens), branch, alone)
 
@@ -131,127 +60,6 @@ def cls_of_blocks(vit: VisionTransformer, tokens: Tensor, layout: Layout) -> Ten
         )
     normalized: Tensor = vit.norm(cls_of_block(blocks[-1], tokens, layout))
     return normalized
-
-
-def project(attention: Attention, tokens: Tensor, part: int) -> Tensor:
-    """Queries (part 0), keys (1) or values (2) of tokens (..., D), as (..., H, d)."""
-    width = attention.attn_dim
-    heads = torch.unflatten(
-        _linear_rows(attention, tokens, slice(part * width, (part + 1) * width)), -1, _heads(attention)
-    )
-    normalized: Tensor = (attention.q_norm, attention.k_norm, nn.Identity())[part](heads)
-    return normalized
-
-
-def _heads(attention: Attention) -> tuple[int, int]:
-    return attention.num_heads, attention.head_dim
-
-
-def _linear_rows(attention: Attention, tokens: Tensor, rows: slice) -> Tensor:
-    """Some of the outputs of the layer that makes queries, keys and values."""
-    bias = None if attention.qkv.bias is None else attention.qkv.bias[rows]
-    return F.linear(tokens, attention.qkv.weight[rows], bias)
-
-
-def _self_attention(attention: Attention, qkv: Tensor, layout: Layout) -> Tensor:
-    """The attention's branch (P, D) from the projections (P, 3 D)."""
-    parts = torch.unflatten(qkv, -1, (3, *_heads(attention)))
-    if _has_kernel(qkv, layout):
-        query, key, value = parts.unbind(1)
-        query, key = attention.q_norm(query), attention.k_norm(key)
-        return _project_mixed(attention, [_attend_unlike(query, key, value, layout, layout.bounds, layout.longest)])
-    mixed = [
-        _attend(attention.q_norm(query), attention.k_norm(key), value) for query, key, value in _runs(parts, layout)
-    ]
-    return _project_mixed(attention, mixed)
-
-
-def _cls_attention(attention: Attention, query: Tensor, key_value: Tensor, layout: Layout) -> Tensor:
-    """The branch (S, D) from a query of each sequence (S, H, d) and the keys and values of all tokens (P, 2, H, d)."""
-    if _has_kernel(key_value, layout):
-        key, value = key_value.unbind(1)
-        singles = torch.arange(layout.num_sequences + 1, dtype=torch.int32, device=layout.device)
-        return _project_mixed(attention, [_attend_unlike(query, attention.k_norm(key), value, layout, singles, 1)])
-    queries = torch.split(query, [count for count, _ in layout.runs])
-    mixed = [
-        _attend(one.unsqueeze(2), attention.k_norm(key), value)
-        for one, (key, value) in zip(queries, _runs(key_value, layout), strict=True)
-    ]
-    return _project_mixed(attention, mixed)
-
-
-def _project_mixed(attention: Attention, runs: list[Tensor]) -> Tensor:
-    """The attention's branch (P, D), from the values that it has mixed for each run.
-
-    Attention keeps its results for the backward and the projection what it is given. While they are the same tensors,
-    they are kept once; where runs are many and short, one product is quicker.
-    """
-    if len(runs) >= RUNS_FOR_KERNEL:
-        runs = [torch.cat(runs)]
-    projected = [cast(Tensor, attention.proj(attention.norm(run))) for run in runs]
-    return projected[0] if len(projected) == 1 else torch.cat(projected)
-
-
-def _has_kernel(tokens: Tensor, layout: Layout) -> bool:
-    """Whether to use torch's attention over unlike lengths, which there is in half precision on a GPU."""
-    return tokens.is_cuda and tokens.dtype in HALF and len(layout.runs) >= RUNS_FOR_KERNEL
-
-
-def _attend_unlike(query: Tensor, key: Tensor, value: Tensor, layout: Layout, queries: Tensor, most: int) -> Tensor:
-    """(queries, D) from (queries, H, d), and (P, H, d) twice; sequence s asks queries[s] to queries[s + 1]."""
-    longest = layout.longest
-    mixed = varlen_attn(
-        # The norms of queries and keys give float32 under autocast.
-        query.to(value.dtype),
-        key.to(value.dtype),
-        value,
-        queries,
-        layout.bounds,
-        most,
-        longest,
-        # Wide enough to hide nothing. Without a window torch takes cuDNN where it can (on an H100, sequences of over
-        # 128 tokens): its backward heeds no use_deterministic_algorithms, and each number of tokens is planned anew.
-        window_size=(longest, longest),
-    )
-    return cast(Tensor, mixed).flatten(1)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(sequences x queries, D) from (sequences, H, queries, d), and (sequences, H, tokens, d) twice."""
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-def _runs(projections: Tensor, layout: Layout) -> list[tuple[Tensor, ...]]:
-    """Of each run its queries, keys and values, or some of them: (sequences, H, tokens, d) of (P, parts, H, d)."""
-    views: tuple[Tensor, ...] = _Views.apply(projections, layout)
-    count = projections.shape[1]
-    return [views[first : first + count] for first in range(0, len(views), count)]
-
-
-class _Views(torch.autograd.Function):
-    """The parts of each run, one after the other, where the projections lie.
-
-    Their gradients are written to where those of the projections lie, once; autograd would stack the parts of a run,
-    and then copy the runs together.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, projections: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-        ctx.layout, ctx.shape = layout, projections.shape
-        return _views(projections, layout)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        joined = gradients[0].new_empty(ctx.shape)
-        for place, gradient in zip(_views(joined, ctx.layout), gradients, strict=True):
-            place.copy_(gradient)
-        return joined, None
-
-
-def _views(projections: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-    runs = zip(torch.split(projections, layout.tokens_of_runs), layout.runs, strict=True)
-    return tuple(part.transpose(1, 2) for run, shape in runs for part in torch.unflatten(run, 0, shape).unbind(2))
 
 
 def _add_branches(block: Block, tokens: Tensor, branch: Tensor, layout: Layout) -> Tensor:

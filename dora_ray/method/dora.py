@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dora_ray.method.blocks import Layout, cls_of_blocks
+from dora_ray.method.attention import Layout
+from dora_ray.method.blocks import cls_of_blocks
 from dora_ray.method.head import DINOHead
 from dora_ray.method.losses import Reduction, dino_loss, dora_loss
 from dora_ray.method.measures import Measures, agreement, mask_measures, teacher_measures

@@ -20,7 +20,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from dora_ray.errors import ConfigError
-from dora_ray.method.blocks import Layout, cls_of_block, cls_of_blocks, project, run_block
+from dora_ray.method.attention import Layout, project
+from dora_ray.method.blocks import cls_of_block, cls_of_blocks, run_block
 from dora_ray.method.precision import full_precision
 
 Grid = tuple[int, int]

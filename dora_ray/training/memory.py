@@ -56,16 +56,21 @@ def estimate_memory_mb(config: Config, *, half: bool) -> dict[str, float]:
 
 def _num_views(config: Config) -> int:
     """Images that the student sees in a slot."""
-    large = config.num_globals if config.tracking.kind == "none" else config.tracking.num_objects
-    return config.optim.clips_per_slot * config.clip.num_frames * (large + config.crops.num_locals)
+    return config.optim.clips_per_slot * config.clip.num_frames * (_num_large(config) + config.crops.num_locals)
+
+
+def _num_large(config: Config) -> int:
+    """Large views of a frame that the student sees."""
+    return config.num_globals if config.tracking.kind == "none" else config.tracking.num_objects
 
 
 def tokens_of_slot(config: Config) -> tuple[int, int]:
     """Tokens of all sequences of a slot, of the teacher and, with masked views, of the student."""
     crops, frames = config.crops, config.optim.clips_per_slot * config.clip.num_frames
-    large = config.num_globals if config.tracking.kind == "none" else config.tracking.num_objects
     of_large, of_small = (1 + (size // config.model.patch_size) ** 2 for size in (crops.global_size, crops.local_size))
-    return frames * config.num_globals * of_large, frames * (large * of_large + crops.num_locals * of_small)
+    return frames * config.num_globals * of_large, frames * (
+        _num_large(config) * of_large + crops.num_locals * of_small
+    )
 
 
 def _activation_bytes(config: Config, *, half: bool) -> int:

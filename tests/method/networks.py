@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dora_ray.method import vit
 from dora_ray.method.dora import Network, build_network
 
 NUM_HEADS, NUM_PATCHES, NUM_OUTPUTS = 6, 16, 12
@@ -72,8 +76,18 @@ PAPER: dict[str, Any] = {
 RELEASED = PAPER | {"block": -1, "threshold": "batch", "reduction": "released"}
 
 
+@contextmanager
+def no_numbers() -> Iterator[None]:
+    """Tensors made in here have a shape, a type and a device, and no numbers."""
+    # Of what is kept from one forward to the next, these have none either, and those from outside do not belong here.
+    vit._interpolation.cache_clear()
+    with FakeTensorMode():
+        yield
+    vit._interpolation.cache_clear()
+
+
 def without_numbers(network: Network) -> Network:
-    """The network itself, its parameters made anew: in `FakeTensorMode` without numbers, on torch's default device."""
+    """The network itself, its parameters made anew: in `no_numbers` without them, on torch's default device."""
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape), requires_grad=parameter.requires_grad))

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_ray.method import blocks
-from dora_ray.method.blocks import Layout, cls_of_blocks, compile_blocks, run_block
+from dora_ray.method import attention, blocks
+from dora_ray.method.attention import Layout
+from dora_ray.method.blocks import cls_of_blocks, compile_blocks, run_block
 from tests.method.networks import build_small
 
 CPU = torch.device("cpu")
@@ -92,8 +93,8 @@ def test_the_kernel_for_unlike_lengths_gets_one_type_and_a_window_that_hides_not
         block.attn.q_norm, block.attn.k_norm = InFloat32(), InFloat32()
     layout = Layout.of_lengths([2, 3, 1, 7, 5], CPU)
     tokens = torch.randn(layout.num_tokens, 24, dtype=torch.bfloat16)
-    monkeypatch.setattr(blocks, "varlen_attn", kernel)
-    monkeypatch.setattr(blocks, "_has_kernel", lambda *_: True)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
     together = cls_of_blocks(vit, tokens, layout)
     for block in vit.blocks:
         block.attn.q_norm, block.attn.k_norm = nn.Identity(), nn.Identity()
@@ -149,7 +150,8 @@ COMPILE = """
 import hashlib, json, sys
 import torch
 from torch._dynamo.utils import counters
-from dora_ray.method.blocks import Layout, cls_of_blocks, compile_blocks
+from dora_ray.method.attention import Layout
+from dora_ray.method.blocks import cls_of_blocks, compile_blocks
 from tests.method.networks import build_small
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

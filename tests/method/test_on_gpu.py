@@ -6,20 +6,19 @@ A tensor without numbers raises where the host asks for one, which on a GPU woul
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_ray.config import load_config
-from dora_ray.method import blocks, vit
+from dora_ray.method import attention
 from dora_ray.method.dora import SlotOutput, slot_forward
 from dora_ray.training.step import forward_settings, initial_state
-from tests.method.networks import without_numbers
+from tests.method.networks import no_numbers, without_numbers
 
 DEPTH = 3
 
@@ -37,14 +36,11 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were one, which autocast asks; and no pinned memory, of which there is none."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
-    monkeypatch.setattr(blocks, "upload", lambda tensor, device: tensor.to(device))
-    vit._interpolation.cache_clear()
-    yield
-    vit._interpolation.cache_clear()
+    monkeypatch.setattr(attention, "upload", lambda tensor, device: tensor.to(device))
 
 
 def forward(*overrides: str) -> tuple[SlotOutput, Counter[str]]:
@@ -53,7 +49,7 @@ def forward(*overrides: str) -> tuple[SlotOutput, Counter[str]]:
     state = initial_state(config, torch.device("cpu"))
     shape, crops = (2, config.clip.num_frames, 3), config.crops
     clips, *of_frames = shape
-    with FakeTensorMode(), torch.device("cuda"), Operators() as operators, torch.autocast("cuda", torch.bfloat16):
+    with no_numbers(), torch.device("cuda"), Operators() as operators, torch.autocast("cuda", torch.bfloat16):
         output = slot_forward(
             without_numbers(state.student),
             without_numbers(state.teacher),

@@ -6,23 +6,21 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from importlib import resources
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dora_ray.config import Config, load_config
-from dora_ray.method import reference, vit
+from dora_ray.method import reference
 from dora_ray.method.dora import slot_forward
 from dora_ray.training.memory import estimate_memory_mb
 from dora_ray.training.step import SlotForward, forward_settings, initial_state
-from tests.method.networks import without_numbers
+from tests.method.networks import no_numbers, without_numbers
 
 SMALL = (
     "model.name=vit_tiny_patch16_224",
@@ -107,19 +105,11 @@ class Live(TorchDispatchMode):
         self.most = max(self.most, self._now)
 
 
-@pytest.fixture
-def no_kept_matrices() -> Iterator[None]:
-    """What is kept from one forward to the next has no numbers here either."""
-    vit._interpolation.cache_clear()
-    yield
-    vit._interpolation.cache_clear()
-
-
 def counted_mb(config: Config, forward: SlotForward) -> float:
     """Most megabytes that forward and backward of a slot take in bf16 at full size: tensors without their numbers."""
     state = initial_state(config, torch.device("cpu"))
     clips, frames, crops = config.optim.clips_per_slot, config.clip.num_frames, config.crops
-    with FakeTensorMode():
+    with no_numbers():
         student, teacher = without_numbers(state.student), without_numbers(state.teacher)
         center, live = torch.empty(config.head.num_outputs), Live()
         patches = (crops.global_size // config.model.patch_size) ** 2
@@ -138,7 +128,6 @@ def counted_mb(config: Config, forward: SlotForward) -> float:
     return live.most / 2**20
 
 
-@pytest.mark.usefixtures("no_kept_matrices")
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("recipe", ["paper", "paper-vit-b", "paper-vit-l"])
 def test_the_estimate_is_near_what_a_recipes_tensors_take(recipe: str, checkpointing: str) -> None:
@@ -150,7 +139,6 @@ def test_the_estimate_is_near_what_a_recipes_tensors_take(recipe: str, checkpoin
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_kept_matrices")
 def test_a_slot_takes_half_of_the_references_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, their averages and moments, which both have, included."""
     config = load_config("paper")
@@ -164,7 +152,6 @@ def test_a_slot_takes_half_of_the_references_memory(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(reference, "naive_maps", maps)
     monkeypatch.setattr(reference, "naive_masks", lambda maps, _: torch.empty_like(maps))
     ours = counted_mb(config, slot_forward)
-    vit._interpolation.cache_clear()
     theirs = counted_mb(config, reference.reference_slot_forward)
     estimate = estimate_memory_mb(config, half=True)
     of_both = estimate["weights"] + estimate["optimizer"] + estimate["sums"]

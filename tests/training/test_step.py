@@ -15,7 +15,7 @@ from dora_ray.config import Config, OptimConfig, load_config
 from dora_ray.data.plan import slots_of_rank
 from dora_ray.data.slots import SlotBatch
 from dora_ray.errors import ClusterError, DivergenceError
-from dora_ray.method import blocks
+from dora_ray.method import attention
 from dora_ray.method.dora import slot_forward
 from dora_ray.training.numerics import prepare_torch, require_fp8
 from dora_ray.training.step import (
@@ -258,7 +258,7 @@ def test_a_slot_on_a_gpu_repeats_bit_for_bit(strict_gpu, monkeypatch, views: str
         longest.append(arguments[6])
         return varlen_attn(*arguments, **options)
 
-    monkeypatch.setattr(blocks, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
     first, again = (slot_quantities(state, one, config, forward) for _ in range(2))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
     assert any(quantity.any() for quantity in first)
