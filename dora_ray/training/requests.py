@@ -42,6 +42,8 @@ class Requests:
         # One entry a kind, each set or taken in one operation: a signal may come between any two.
         self._reasons: dict[Request, str] = {}
         self._left, self._noticed, self._ended = threading.Event(), threading.Event(), threading.Event()
+        # Set with either of left and ended: nobody takes a request any more.
+        self._over = threading.Event()
         self.deadline: float | None = None
         self.signal: int | None = None
 
@@ -65,19 +67,21 @@ class Requests:
     def left(self) -> None:
         """Say that this process has nothing left to lose."""
         self._left.set()
+        self._over.set()
 
     def stay(self) -> None:
         """Say that this process goes on, and has something to lose again."""
         self._left.clear()
+        self._over.clear()
 
     def leave(self, reason: str, seconds: float) -> bool:
-        """Ask to leave and wait for it; whether it happened in time."""
+        """Ask to leave and wait for it; whether it happened in time, and not an error instead."""
         deadline = time.monotonic() + seconds
         while True:
             self.make(Request.LEAVE, reason)
-            left = self._left.wait(max(0.0, min(ASK_AGAIN_SECONDS, deadline - time.monotonic())))
-            if left or time.monotonic() >= deadline:
-                return left
+            over = self._over.wait(max(0.0, min(ASK_AGAIN_SECONDS, deadline - time.monotonic())))
+            if over or time.monotonic() >= deadline:
+                return self._left.is_set()
 
     def noticed(self) -> None:
         """Say that this process has missed another one, and saves what both had."""
@@ -87,6 +91,7 @@ class Requests:
         """Say that the training in this process is over, with an error perhaps."""
         self._noticed.set()
         self._ended.set()
+        self._over.set()
 
     def wait_for_end(self, *, notice_seconds: float, seconds: float) -> bool:
         """Wait until the training here is over, if it soon notices that it cannot go on; whether it is."""

@@ -63,6 +63,15 @@ def test_who_asks_to_leave_hears_of_it() -> None:
     assert not requests.leave("resize", 0.05)
 
 
+def test_nobody_waits_for_a_training_that_ended_with_an_error() -> None:
+    """Another rank was killed after this one had begun to leave: the controller waits here, and nobody will answer."""
+    requests = Requests()
+    threading.Timer(0.05, requests.ended).start()
+    started = time.monotonic()
+    assert not requests.leave("resize", 20.0)
+    assert time.monotonic() - started < 5
+
+
 def test_who_could_not_leave_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ASK_AGAIN_SECONDS", 0.05)
     requests, asked = Requests(), []
