@@ -47,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_demo(out: Path, overrides: Sequence[str]) -> None:
     """Everything, into the folder `out`."""
     import dora_ray
-    from dora_ray.data.synthetic import make_photo_classes
-    from dora_ray.data.video import find_videos
     from dora_ray.evaluation.pictures import show
-    from dora_ray.tuning.report import report
+    from dora_ray.reporting.pages import report
+    from dora_ray.video.index import find_videos
+    from dora_ray.video.synthetic import make_photo_classes
 
     started = time.monotonic()
     run, photos = out / "run", out / "photos"
@@ -110,7 +110,7 @@ def _knn(run: Path, photos: Path) -> dict[str, Any]:
 
 
 def _measured(run: Path, knn: dict[str, Any]) -> dict[str, str]:
-    from dora_ray.training.journal import read_metrics
+    from dora_ray.training.records.journal import read_metrics
 
     lines = read_metrics(str(run))
     first, last, steady = lines[0], lines[-1], lines[1:] or lines

@@ -13,7 +13,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from dora_ray import spot
-from dora_ray.training.requests import LEAVE_SECONDS
+from dora_ray.training.elastic.requests import LEAVE_SECONDS
 
 PATH = Path(__file__).parents[1] / "cluster.yaml"
 

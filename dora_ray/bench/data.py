@@ -30,17 +30,17 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dora_ray.bench.films import decode_frames, film, write_store
+from dora_ray.clips.crop import crop_clip, random_boxes
+from dora_ray.clips.direct import DecodedSegment, decode_segment
+from dora_ray.clips.segments import SegmentPlan, streamed_videos
+from dora_ray.clips.slot import read_slot
 from dora_ray.config import Config, load_config
-from dora_ray.data import store as frame_store
-from dora_ray.data.augment import crop_clip, random_boxes
-from dora_ray.data.decoders import DecodedFrame
-from dora_ray.data.direct import DecodedSegment, decode_segment
-from dora_ray.data.segments import SegmentPlan, streamed_videos
-from dora_ray.data.slots import read_slot
-from dora_ray.data.store import StoredVideo, read_jpegs
-from dora_ray.data.video import VideoIndex, index_video
+from dora_ray.store import frames as frame_store
+from dora_ray.store.frames import StoredVideo, read_jpegs
 from dora_ray.training.launch import make_plan
 from dora_ray.training.memory import peak_mb
+from dora_ray.video.decoders import DecodedFrame
+from dora_ray.video.index import VideoIndex, index_video
 
 WIDTH, HEIGHT, RATE, GROUP_SIZE = 3840, 2160, 60, 250
 SECONDS, LOOPS = 10, 7

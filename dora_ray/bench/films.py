@@ -13,11 +13,11 @@ import av
 
 from dora_ray import files
 from dora_ray.config import Config
-from dora_ray.data import store as frame_store
-from dora_ray.data.decoders import DecodedFrame, get_decoder
-from dora_ray.data.store import StoredVideo
-from dora_ray.data.synthetic import make_video
-from dora_ray.data.video import VideoIndex
+from dora_ray.store import frames as frame_store
+from dora_ray.store.frames import StoredVideo
+from dora_ray.video.decoders import DecodedFrame, get_decoder
+from dora_ray.video.index import VideoIndex
+from dora_ray.video.synthetic import make_video
 
 # Encoders and their options, quick ones; None: those of `make_video`.
 ENCODERS: dict[str, tuple[str, dict[str, str] | None]] = {

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from dora_ray import files
 from dora_ray.bench.products import synchronize
+from dora_ray.clips.plan import Plan
 from dora_ray.config import Config
-from dora_ray.data.plan import Plan
-from dora_ray.training.checkpoint import CheckpointWriter, take_snapshot
-from dora_ray.training.journal import Journal
+from dora_ray.training.records.checkpoint import CheckpointWriter, take_snapshot
+from dora_ray.training.records.journal import Journal
 from dora_ray.training.step import TrainState
 
 INTERVAL_SECONDS = 30.0

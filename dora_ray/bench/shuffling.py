@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from dora_ray.clips.plan import Plan
+from dora_ray.clips.segments import StreamedVideo, streamed_videos
 from dora_ray.config import Config, load_config
-from dora_ray.data.plan import Plan
-from dora_ray.data.segments import StreamedVideo, streamed_videos
-from dora_ray.data.video import VideoIndex
 from dora_ray.training.launch import make_plan
+from dora_ray.video.index import VideoIndex
 
 LONG_SECONDS = 7200
 

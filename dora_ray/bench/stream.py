@@ -23,14 +23,14 @@ import torch
 
 from dora_ray.bench.films import decode_frames, film, write_store
 from dora_ray.bench.shuffling import shuffling, streamed
+from dora_ray.clips.plan import Plan
+from dora_ray.clips.ray_engine import plan_of
+from dora_ray.clips.slot import SlotBatch, read_slot
+from dora_ray.clips.stream import local_slots, ray_slots
 from dora_ray.config import Config, load_config
-from dora_ray.data.plan import Plan
-from dora_ray.data.ray_engine import plan_of
-from dora_ray.data.slots import SlotBatch, read_slot
-from dora_ray.data.stream import local_slots, ray_slots
-from dora_ray.data.video import VideoIndex, index_video
 from dora_ray.training.launch import make_plan
 from dora_ray.training.memory import peak_mb
+from dora_ray.video.index import VideoIndex, index_video
 
 FILM = {"width": 1280, "height": 720, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 SMALL_FILM = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 10, "group_size": 48}

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dora_ray.spot import drain
-from dora_ray.training.cluster import KEPT_WORKERS
+from dora_ray.training.trainer import KEPT_WORKERS
 
 OBJECT_STORE_BYTES = 150_000_000
 # Of which a training worker takes two (chaos.training), so that two of them never share a node.

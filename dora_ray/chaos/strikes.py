@@ -14,7 +14,7 @@ from dora_ray.chaos.judge import Hit
 from dora_ray.chaos.nodes import LocalNodes
 from dora_ray.chaos.schedule import Strike
 from dora_ray.chaos.training import StalledError, Training
-from dora_ray.training.checkpoint import META
+from dora_ray.training.records.checkpoint import META
 from dora_ray.training.worlds import CHECKPOINTS
 
 STEP_SECONDS = 180.0

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_ray import files
-from dora_ray.data.synthetic import make_video
 from dora_ray.errors import DoRAError
-from dora_ray.training.journal import METRICS, read_events, read_lines
+from dora_ray.training.records.journal import METRICS, read_events, read_lines
+from dora_ray.video.synthetic import make_video
 
 # The recipe tiny, narrower: what is tested does not depend on the size of the networks.
 SMALL = (

@@ -14,8 +14,8 @@ from dora_ray.errors import ConfigError
 
 def run_index(options: argparse.Namespace) -> None:
     """Print what one pass over each video tells."""
-    from dora_ray.data.store import load_index
-    from dora_ray.data.video import find_videos, index_video
+    from dora_ray.store.frames import load_index
+    from dora_ray.video.index import find_videos, index_video
 
     rows: list[dict[str, Any]] = []
     for path in find_videos(options.videos):
@@ -43,8 +43,8 @@ def run_index(options: argparse.Namespace) -> None:
 def run_ingest(options: argparse.Namespace) -> None:
     """Bring videos into a frame store."""
     from dora_ray.config import load_config
-    from dora_ray.training.cluster import connect
     from dora_ray.training.launch import ingest_videos
+    from dora_ray.training.trainer import connect
 
     videos, overrides = split(options.words)
     if not videos:
@@ -60,10 +60,10 @@ def run_ingest(options: argparse.Namespace) -> None:
 
 def run_analyze(options: argparse.Namespace) -> None:
     """Print the statistics of ingested videos."""
-    from dora_ray.analysis.videos import analyze
     from dora_ray.config import load_config
-    from dora_ray.data.store import open_videos
-    from dora_ray.data.video import find_videos
+    from dora_ray.store.frames import open_videos
+    from dora_ray.store.statistics import analyze
+    from dora_ray.video.index import find_videos
 
     videos, overrides = split(options.words)
     if not videos or options.interval <= 0:
@@ -89,7 +89,7 @@ def run_analyze(options: argparse.Namespace) -> None:
 
 def run_fetch(options: argparse.Namespace) -> None:
     """Download videos of a data set, or name them."""
-    from dora_ray.data.walking_tours import LICENSE, fetch_tours, find_tours
+    from dora_ray.video.walking_tours import LICENSE, fetch_tours, find_tours
 
     tours = find_tours(options.names)
     if options.list:
@@ -106,7 +106,7 @@ def run_fetch(options: argparse.Namespace) -> None:
 
 def run_synth_video(options: argparse.Namespace) -> None:
     """Make a video."""
-    from dora_ray.data.synthetic import make_video
+    from dora_ray.video.synthetic import make_video
 
     width, height = options.size
     if width % 2 or height % 2 or width < 80 or height < 2:
@@ -132,7 +132,7 @@ def run_synth_video(options: argparse.Namespace) -> None:
 
 def run_synth_photos(options: argparse.Namespace) -> None:
     """Make labeled images."""
-    from dora_ray.data.synthetic import make_photo_classes
+    from dora_ray.video.synthetic import make_photo_classes
 
     _refuse_existing(options.out)
     names = make_photo_classes(options.out, seed=options.seed)

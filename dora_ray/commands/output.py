@@ -12,8 +12,8 @@ from dora_ray import files
 from dora_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dora_ray.data.ingest import IngestProgress
     from dora_ray.progress import Progress
+    from dora_ray.store.ingest import IngestProgress
 
 
 def write(text: str) -> None:

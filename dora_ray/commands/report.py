@@ -9,6 +9,6 @@ from dora_ray.commands.output import write
 
 def run(options: argparse.Namespace) -> None:
     """Write a report."""
-    from dora_ray.tuning.report import report
+    from dora_ray.reporting.pages import report
 
     write(str(report(options.path)))

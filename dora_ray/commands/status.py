@@ -9,7 +9,7 @@ from dora_ray.commands.output import write, write_facts, write_json
 
 def run(options: argparse.Namespace) -> None:
     """Print how a run is doing, and what to do when it has most likely been killed."""
-    from dora_ray.training.status import summarize
+    from dora_ray.training.records.status import summarize
 
     facts = summarize(options.run)
     write_json(options.json, facts)

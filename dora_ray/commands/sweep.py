@@ -10,7 +10,7 @@ from dora_ray.commands.output import Stages, write, write_facts
 
 def run(options: argparse.Namespace) -> None:
     """Run a sweep and print its best point."""
-    from dora_ray.tuning.report import answer
+    from dora_ray.reporting.pages import answer
     from dora_ray.tuning.space import expand, load_sweep
     from dora_ray.tuning.sweep import sweep
 

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from dora_ray import files
-from dora_ray.data.video import VideoIndex, index_video
 from dora_ray.errors import ConfigError
 from dora_ray.evaluation import drawing
 from dora_ray.evaluation.features import normalize, whole_size
@@ -25,6 +24,7 @@ from dora_ray.method.objects import track_objects
 from dora_ray.method.tracking import Threshold
 from dora_ray.method.vit import tracked_features
 from dora_ray.timm_folder import IMAGENET_MEAN
+from dora_ray.video.index import VideoIndex, index_video
 from dora_ray.weights import Meta, load_backbone, read_meta, resolve_checkpoint
 
 if TYPE_CHECKING:

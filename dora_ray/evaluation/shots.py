@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from dora_ray.data.cuts import find_cuts, signature
-from dora_ray.data.decoders import DecodedFrame, PyAVDecoder
-from dora_ray.data.video import VideoIndex
 from dora_ray.errors import VideoError
+from dora_ray.store.cuts import find_cuts, signature
+from dora_ray.video.decoders import DecodedFrame, PyAVDecoder
+from dora_ray.video.index import VideoIndex
 
 FRAMES_PER_SECOND = 10.0
 SHORT_SIDE = 360

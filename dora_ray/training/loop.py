@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dora_ray.clips.stream import SlotBatch
 from dora_ray.config import Config
-from dora_ray.data.stream import SlotBatch
 from dora_ray.errors import ConfigError, VideoError
 from dora_ray.evaluation.features import training_size
 from dora_ray.evaluation.knn import evaluate_knn
 from dora_ray.evaluation.options import KnnOptions
-from dora_ray.training.checkpoint import CheckpointWriter, take_snapshot
-from dora_ray.training.journal import Journal, MetricsWindow, collapse_warnings
+from dora_ray.training.elastic.requests import Request, here
 from dora_ray.training.optim import Rates
-from dora_ray.training.requests import Request, here
+from dora_ray.training.records.checkpoint import CheckpointWriter, take_snapshot
+from dora_ray.training.records.journal import Journal, MetricsWindow, collapse_warnings
 from dora_ray.training.step import TrainState, apply_step, sum_slots
 from dora_ray.training.worlds import Job, LostPeerError, RayWorld, World
 

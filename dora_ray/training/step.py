@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dora_ray.clips.plan import Purpose, slot_generator, slot_seed
 from dora_ray.config import Config
-from dora_ray.data.augment import ViewParameters, draw_views, render, upload_clips
-from dora_ray.data.plan import Purpose, slot_generator, slot_seed
 from dora_ray.errors import DivergenceError
 from dora_ray.method.blocks import compile_blocks
 from dora_ray.method.dora import Network, SlotOutput, build_network, slot_forward
@@ -28,10 +27,11 @@ from dora_ray.method.upload import upload
 from dora_ray.training.memory import tokens_of_slot
 from dora_ray.training.optim import Rates, clip_each, make_optimizer, rates, set_rates, update_teacher
 from dora_ray.training.reduction import AllReduce, SlotSums, SumResult, next_exponents, raised_exponents
+from dora_ray.views.augment import ViewParameters, draw_views, render, upload_clips
 from dora_ray.weights import network_arguments
 
 if TYPE_CHECKING:
-    from dora_ray.data.slots import SlotBatch
+    from dora_ray.clips.slot import SlotBatch
 
 SlotForward = Callable[..., SlotOutput]
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from dora_ray import files
-from dora_ray.training.journal import STATUS, read_metrics
+from dora_ray.training.records.journal import STATUS, read_metrics
 from dora_ray.tuning.space import SEED_KEY, SweepSpec, Trial
 
 Line = dict[str, Any]

@@ -30,11 +30,10 @@ import yaml
 
 from dora_ray import files
 from dora_ray.config import Config, load_config
-from dora_ray.data.synthetic import make_photo_classes
 from dora_ray.errors import ConfigError
-from dora_ray.training.cluster import check_resources, connect
+from dora_ray.reporting.pages import report
 from dora_ray.training.launch import check_videos, ingest_videos, train
-from dora_ray.tuning.report import report
+from dora_ray.training.trainer import check_resources, connect
 from dora_ray.tuning.results import (
     Row,
     best_point,
@@ -47,6 +46,7 @@ from dora_ray.tuning.results import (
     write_spec,
 )
 from dora_ray.tuning.space import SweepSpec, Trial, expand, load_sweep
+from dora_ray.video.synthetic import make_photo_classes
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import pytest
 
 from dora_ray.bench import data
 from dora_ray.bench.films import ENCODERS, film
-from dora_ray.data.synthetic import make_video
-from dora_ray.data.video import index_video
+from dora_ray.video.index import index_video
+from dora_ray.video.synthetic import make_video
 
 
 @pytest.mark.slow

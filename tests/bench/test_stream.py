@@ -10,7 +10,7 @@ from dora_ray.bench import stream
 from dora_ray.bench.films import film
 from dora_ray.bench.shuffling import shuffling
 from dora_ray.config import load_config
-from dora_ray.data.video import index_video
+from dora_ray.video.index import index_video
 
 SMALL = {"width": 160, "height": 96, "frames_per_second": 24, "seconds": 5, "group_size": 48}
 

@@ -14,8 +14,8 @@ from dora_ray.chaos.damage import Hang, choose_hang, cut_newest_checkpoint
 from dora_ray.chaos.training import SMALL, StalledError, make_training_video
 from dora_ray.chaos.trial import Laboratory, Trial
 from dora_ray.config import Config, load_config
-from dora_ray.training.checkpoint import META, MODEL, STATE
 from dora_ray.training.launch import ingest_videos, make_plan
+from dora_ray.training.records.checkpoint import META, MODEL, STATE
 
 
 class Ended:

@@ -13,7 +13,7 @@ import torch
 import dora_ray
 from dora_ray.chaos.judge import Hit, Row, attempts, judge, weights_difference
 from dora_ray.chaos.trial import compare, limits
-from dora_ray.training.journal import read_history, read_lines
+from dora_ray.training.records.journal import read_history, read_lines
 
 
 def journal(*tries: tuple[int, int, range, float]) -> tuple[list, list]:

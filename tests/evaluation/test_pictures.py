@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_ray.data.video import index_video
 from dora_ray.errors import CheckpointError, ConfigError, VideoError
 from dora_ray.evaluation.pictures import figure, movie_frames, show, track
 from dora_ray.evaluation.shots import Shot, draw_shot, read_window
 from dora_ray.method.dora import track_objects
 from dora_ray.method.vit import build_vit, tracked_features
+from dora_ray.video.index import index_video
 from tests.evaluation.checkpoints import small_config, write_checkpoint
 
 TRACKING = {"block": -2, "normalize_patches": True, "num_iterations": 5, "epsilon": 0.05, "threshold": "clip"}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_ray.data.plan import slots_of_rank
+from dora_ray.clips.plan import slots_of_rank
 from dora_ray.training.reduction import RETRY_BITS, SlotSums, largest_of, next_exponents, raised_exponents
 from tests.training.ranks import run_ranks
 

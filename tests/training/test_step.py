@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from dora_ray.clips.plan import slots_of_rank
+from dora_ray.clips.slot import SlotBatch
 from dora_ray.config import Config, OptimConfig, load_config
-from dora_ray.data.plan import slots_of_rank
-from dora_ray.data.slots import SlotBatch
 from dora_ray.errors import ClusterError, DivergenceError
 from dora_ray.method import attention
 from dora_ray.method.dora import slot_forward

@@ -16,9 +16,9 @@ import yaml
 import dora_ray
 from dora_ray import files
 from dora_ray.errors import CheckpointError, ConfigError, DivergenceError, VideoError
-from dora_ray.training.journal import Journal, read_history, read_lines, read_metrics
 from dora_ray.training.launch import dry_run
-from tests.training.test_journal import read_scalars
+from dora_ray.training.records.journal import Journal, read_history, read_lines, read_metrics
+from tests.training.records.test_journal import read_scalars
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")  # the ingest runs on it
 
@@ -157,7 +157,7 @@ def test_no_videos(tmp_path: Path, small: tuple[str, ...]) -> None:
 
 
 def test_online_knn(tmp_path: Path, small: tuple[str, ...]) -> None:
-    from dora_ray.data.synthetic import make_photo_classes
+    from dora_ray.video.synthetic import make_photo_classes
 
     make_photo_classes(tmp_path / "photos", seed=0)
     config = dora_ray.load_config(

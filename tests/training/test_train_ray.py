@@ -13,7 +13,7 @@ import pytest
 
 import dora_ray
 from dora_ray.errors import ClusterError, DivergenceError
-from dora_ray.training.journal import read_history, read_lines
+from dora_ray.training.records.journal import read_history, read_lines
 from tests.training.test_train_local import same, weights_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import dora_ray
-from dora_ray.data.synthetic import make_video
 from dora_ray.errors import CheckpointError
-from dora_ray.training.journal import read_history
+from dora_ray.training.records.journal import read_history
+from dora_ray.video.synthetic import make_video
 from tests.conftest import SMALL
 from tests.training.test_train_local import same, weights_of
 

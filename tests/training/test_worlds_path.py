@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import dora_ray
+from dora_ray.clips.plan import Plan, slots_of_rank
+from dora_ray.clips.slot import SlotBatch, read_slot
 from dora_ray.config import Config
-from dora_ray.data.plan import Plan, slots_of_rank
-from dora_ray.data.slots import SlotBatch, read_slot
 from dora_ray.method.dora import track_objects
 from dora_ray.method.vit import tracked_features
-from dora_ray.training.checkpoint import load_newest, take_snapshot, write_snapshot
 from dora_ray.training.launch import ingest_videos, make_plan
+from dora_ray.training.records.checkpoint import load_newest, take_snapshot, write_snapshot
 from dora_ray.training.step import TrainState, apply_step, initial_state, sum_slots
 from tests.conftest import BIKES, SMALL
 from tests.training.ranks import run_ranks

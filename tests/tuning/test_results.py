@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from dora_ray.training.journal import read_metrics
+from dora_ray.training.records.journal import read_metrics
 from dora_ray.tuning.results import (
     Row,
     best_point,

@@ -1,0 +1,1 @@
+"""Which clips a slot is made of, and how they are read."""

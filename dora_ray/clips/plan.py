@@ -1,0 +1,239 @@
+"""The plan: which clips and random numbers every slot of every step is made of. Pure, the same on every machine.
+
+Clip number n = (step * S + slot) * M + i, with S slots a step and M clips a slot. Its epoch is n // E and its place in
+that epoch's permutation n % E, where E is the number of places at which a clip may start, over all videos: so videos
+weigh by length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_ray.clips.crop import random_boxes
+from dora_ray.errors import VideoError
+
+
+class Purpose(IntEnum):
+    """What a stream of random numbers is for. The values are part of the plan: never renumber them."""
+
+    EPOCH = 0
+    CLIP_CROP = 1
+    GLOBAL_VIEWS = 2
+    LOCAL_VIEWS = 3
+    HEADS = 4
+    NETWORK = 5
+    RANDOM_MASKS = 6
+    INITIAL_WEIGHTS = 7
+    SEGMENTS = 8
+    POOL = 9
+
+
+def seed_sequence(seed: int, step: int, slot: int, purpose: Purpose) -> np.random.SeedSequence:
+    """The root of all random numbers of one purpose in one slot."""
+    return np.random.SeedSequence((seed, step, slot, int(purpose)))
+
+
+def slot_generator(seed: int, step: int, slot: int, purpose: Purpose) -> np.random.Generator:
+    """A fresh generator of one purpose in one slot."""
+    return np.random.Generator(np.random.PCG64(seed_sequence(seed, step, slot, purpose)))
+
+
+def slot_seed(seed: int, step: int, slot: int, purpose: Purpose) -> int:
+    """A 63-bit seed for a device's own generator."""
+    return int(seed_sequence(seed, step, slot, purpose).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@lru_cache(maxsize=64)
+def epoch_order(seed: int, epoch: int, count: int, purpose: Purpose) -> NDArray[np.int64]:
+    """(count,) the permutation of one epoch: of its clips, or of its segments."""
+    return slot_generator(seed, epoch, 0, purpose).permutation(count)
+
+
+def slots_of_rank(rank: int, world_size: int, num_slots: int) -> range:
+    """The slots that one rank computes in every step; world_size need not divide num_slots."""
+    return range(rank, num_slots, world_size)
+
+
+class Video(Protocol):
+    """What a plan needs to know of a video: a `store.StoredVideo`, or a `segments.StreamedVideo`."""
+
+    @property
+    def video_id(self) -> str:
+        """Its name by content."""
+
+    @property
+    def path(self) -> str:
+        """Its file."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of its content."""
+
+    @property
+    def times(self) -> NDArray[np.float64]:
+        """(F,) seconds of its kept frames, ascending."""
+
+    @property
+    def cuts(self) -> NDArray[np.bool_]:
+        """(F,) True where a frame starts a new shot."""
+
+    @property
+    def width(self) -> int:
+        """Of every kept frame, pixels."""
+
+    @property
+    def height(self) -> int:
+        """Of every kept frame, pixels."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """T frames of one video: kept frames `frames` of `plan.videos[video]`; `number` is the clip number n.
+
+    `segment` is the plan's segment that it is decoded with; None: it is read from the frame store.
+    """
+
+    number: int
+    video: int
+    frames: tuple[int, ...]
+    segment: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the content of a slot depends on.
+
+    Attributes:
+        videos: the videos.
+        num_frames: T.
+        stride_seconds: time between a clip's frames.
+        avoid_cuts: whether clips that a shot cut runs through are left out.
+        seed: seed of the run.
+        slots: S.
+        clips_per_slot: M.
+        clip_size: side of the first crop, pixels.
+        clip_scale: range of its area, share of the frame.
+        aspect_ratio: range of its width / height.
+        settings: the flat configuration that shapes a slot, for the digest.
+    """
+
+    videos: tuple[Video, ...]
+    num_frames: int
+    stride_seconds: float
+    avoid_cuts: bool
+    seed: int
+    slots: int
+    clips_per_slot: int
+    clip_size: int
+    clip_scale: tuple[float, float]
+    aspect_ratio: tuple[float, float]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def starts(self) -> NDArray[np.int32]:
+        """(E, 1 + T): the video and the kept frames of every clip that may be drawn."""
+        tables = [
+            clip_table(video.times, video.cuts, self.num_frames, self.stride_seconds, avoid_cuts=self.avoid_cuts)
+            for video in self.videos
+        ]
+        return np.concatenate(
+            [np.column_stack([np.full(len(table), i, np.int32), table]) for i, table in enumerate(tables)]
+        ).astype(np.int32)
+
+    @property
+    def clips_per_epoch(self) -> int:
+        """E."""
+        return len(self.starts)
+
+    def check(self) -> None:
+        """VideoError when no clip can be drawn."""
+        if self.clips_per_epoch:
+            return
+        needed = (self.num_frames - 1) * self.stride_seconds
+        longest = max((video.times[-1] - video.times[0] for video in self.videos if len(video.times)), default=0.0)
+        uncut = " without a shot cut in it (clip.avoid_cuts=true)" if self.avoid_cuts and longest >= needed else ""
+        raise VideoError(
+            f"no clip fits: a clip spans {needed:g} s ({self.num_frames} frames, {self.stride_seconds:g} s "
+            f"apart){uncut}, and the "
+            f"longest of the {len(self.videos)} videos has {longest:.2f} s. Lower clip.num_frames or "
+            "clip.stride_seconds, or add "
+            "longer videos."
+        )
+
+    def clip(self, number: int) -> Clip:
+        """Clip number n of the run."""
+        epoch, position = divmod(number, self.clips_per_epoch)
+        order = epoch_order(self.seed, epoch, self.clips_per_epoch, Purpose.EPOCH)
+        video, *frames = self.starts[order[position]].tolist()
+        return Clip(number, video, tuple(frames))
+
+    def slot_clips(self, step: int, slot: int) -> list[Clip]:
+        """The M clips of a slot."""
+        first = (step * self.slots + slot) * self.clips_per_slot
+        return [self.clip(number) for number in range(first, first + self.clips_per_slot)]
+
+    def slot_boxes(self, step: int, slot: int, clips: Sequence[Clip]) -> list[NDArray[np.float64]]:
+        """(4,) [top, left, height, width] of the first crop of each clip of a slot, pixels of its stored frames."""
+        rng = slot_generator(self.seed, step, slot, Purpose.CLIP_CROP)
+        videos = [self.videos[clip.video] for clip in clips]
+        return [
+            random_boxes(
+                rng, count=1, height=video.height, width=video.width, scale=self.clip_scale, ratio=self.aspect_ratio
+            )[0]
+            for video in videos
+        ]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the plan is, key by key: compared when a run is resumed."""
+        videos = [[video.video_id, _video_digest(video)] for video in self.videos]
+        return {"seed": self.seed, "videos": videos, **{key: self.settings[key] for key in sorted(self.settings)}}
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the fingerprint."""
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _video_digest(video: Video) -> str:
+    parts = (video.digest.encode(), np.asarray(video.times).tobytes(), np.packbits(video.cuts).tobytes())
+    return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
+
+
+def clip_table(
+    times: NDArray[np.float64], cuts: NDArray[np.bool_], num_frames: int, stride_seconds: float, *, avoid_cuts: bool
+) -> NDArray[np.int64]:
+    """(E_v, T): the stored frames of every clip of one video.
+
+    A clip may start at every stored frame. Its frame i is the stored frame nearest to start + i * stride; a start is
+    left out when one of them is further away than three quarters of the usual spacing (a hole, or the video's end),
+    when two of them are the same (a video with fewer frames than the stride asks for), or when a shot starts between
+    its first and last frame.
+
+    Args:
+        times: (F,) seconds of the stored frames, ascending.
+        cuts: (F,) True where a frame starts a new shot.
+        num_frames: T.
+        stride_seconds: time between frames.
+        avoid_cuts: leave out clips that a cut runs through.
+    """
+    if len(times) < num_frames:
+        return np.empty((0, num_frames), np.int64)
+    wanted = times[:, None] + np.arange(num_frames) * stride_seconds
+    right = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
+    frames = np.where(wanted - times[right - 1] <= times[right] - wanted, right - 1, right)
+    tolerance = 0.75 * float(np.median(np.diff(times)))
+    kept = (np.abs(times[frames] - wanted) <= tolerance).all(axis=1) & (np.diff(frames, axis=1) > 0).all(axis=1)
+    if avoid_cuts:
+        shot = np.cumsum(cuts)
+        kept &= shot[frames[:, -1]] == shot[frames[:, 0]]
+    return frames[kept]

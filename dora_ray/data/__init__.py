@@ -1,1 +1,0 @@
-"""Videos, the frame store, the clip plan and the clip stream."""

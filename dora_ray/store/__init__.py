@@ -1,0 +1,1 @@
+"""Frames decoded once: ingest, the frame store, its statistics."""

@@ -1,0 +1,362 @@
+"""The frame store: every kept frame of a video, downscaled and JPEG-coded, found by (video, presentation time).
+
+    <store>/<name>-<digest>/index.npz                  the video's index (video.VideoIndex)
+    <store>/<name>-<digest>/f6-s512-q85.lance          one Lance dataset for each video and setting
+
+The digest is of the video's content, so a changed file gets another folder. A row is a frame:
+    segment int32, pts int64 (ticks), jpeg large_binary, width int16, height int16, signature (cuts.SIGNATURE_BYTES)
+A frame that cannot be decoded has its row too, with null in jpeg and signature: what was tried is never tried again.
+Whole segments are appended by atomic commits, and readers pin a version, so a store can grow while it is read.
+
+F stored frames of a video that can be read, H and W their height and width.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import lance
+import numpy as np
+import pyarrow as pa
+import simplejpeg
+from lance.fragment import FragmentMetadata, write_fragments
+
+from dora_ray import files
+from dora_ray.errors import VideoError
+from dora_ray.remote import refusal
+from dora_ray.store import cuts
+from dora_ray.store.cache import local_copy
+from dora_ray.video.decoders import DecodedFrame, scaled_size
+from dora_ray.video.index import VideoIndex, index_video
+from dora_ray.video.sources import file_stamp
+
+# Ray forks only to exec its daemons at once, which is safe; lance warns at every fork of a process that imported it.
+warnings.filterwarnings("ignore", message="lance is not fork-safe")
+
+INDEX_NAME = "index.npz"
+OPEN_DATASETS = 64
+# How Lance says that there is none; whatever else keeps it from opening one is a ValueError too.
+NO_DATASET = "Dataset at path"
+SCHEMA = pa.schema(
+    [
+        ("segment", pa.int32()),
+        ("pts", pa.int64()),
+        ("jpeg", pa.large_binary()),
+        ("width", pa.int16()),
+        ("height", pa.int16()),
+        ("signature", pa.binary(cuts.SIGNATURE_BYTES)),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredVideo:
+    """One video's readable frames in a store, at one pinned version of its dataset.
+
+    Attributes:
+        path: the video file; uri, version: its Lance dataset, and the version that `rows` belong to.
+        identity: of that version's files: a dataset that was removed and made again counts its versions from 1 again.
+        times: (F,) float64 seconds from the video's first frame, ascending: the true times of the frames.
+        rows: (F,) int64 their rows.
+        cuts: (F,) bool, True where a frame starts a new shot (the first frame does not count).
+        width, height: of every stored frame, pixels.
+        missing: kept frames that could not be decoded; they leave holes in `times`.
+        digest: of the video's content.
+        cache: folder on every node that the dataset is copied into before it is read; None: it is read where it is.
+    """
+
+    video_id: str
+    path: str
+    uri: str
+    version: int
+    identity: str
+    times: np.ndarray
+    rows: np.ndarray
+    cuts: np.ndarray
+    width: int
+    height: int
+    missing: int
+    digest: str
+    cache: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+
+def dataset_uri(store: str, video_id: str, *, frames_per_second: float, short_side: int, jpeg_quality: int) -> str:
+    """Where the frames of a video at one setting are."""
+    return files.join(store, video_id, f"f{frames_per_second:g}-s{short_side}-q{jpeg_quality}.lance")
+
+
+def load_index(path: str, *, store: str) -> VideoIndex:
+    """The index of a video file, from the store when the file is the one that was indexed, else made and stored.
+
+    Raises:
+        VideoError: the file cannot be read.
+    """
+    path = files.absolute(path)
+    for name in files.list_names(store):
+        known = stored_index(store, name) if name[:-8] == VideoIndex.name_of(path) + "-" else None
+        if known and known.path == path and _same_file(known):
+            return known
+    index = index_video(path)
+    files.write_bytes(files.join(store, index.video_id, INDEX_NAME), index.to_bytes())
+    return index
+
+
+def stored_index(store: str, video_id: str) -> VideoIndex | None:
+    """The index in a store, None where there is none that can be read."""
+    try:
+        return VideoIndex.from_bytes(files.read_bytes(files.join(store, video_id, INDEX_NAME)))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def open_videos(
+    videos: Sequence[str | VideoIndex],
+    *,
+    store: str,
+    frames_per_second: float,
+    short_side: int,
+    jpeg_quality: int,
+    cache: str | None = None,
+) -> list[StoredVideo]:
+    """The stored frames of each video, in the order given; `cache` is as in StoredVideo.
+
+    Raises:
+        VideoError: a video is not, or not wholly, in the store at this setting, or none of its frames could be decoded.
+    """
+    indexes = [v if isinstance(v, VideoIndex) else load_index(v, store=store) for v in videos]
+    setting = {"frames_per_second": frames_per_second, "short_side": short_side, "jpeg_quality": jpeg_quality}
+    return [replace(_open_video(index, store, setting), cache=cache) for index in indexes]
+
+
+def unstored_frames(index: VideoIndex, uri: str, *, frames_per_second: float) -> np.ndarray:
+    """Ticks of the kept frames that the dataset at `uri` has no row for, ascending."""
+    wanted = index.pts[index.kept_frames(frames_per_second)]
+    dataset = _latest(uri)
+    stored = _columns(dataset, ["pts"])["pts"].to_numpy() if dataset else np.empty(0, np.int64)
+    return np.setdiff1d(wanted, stored)
+
+
+def has_frames(uri: str) -> bool:
+    """Whether the dataset holds a frame that could be decoded."""
+    dataset = _latest(uri)
+    return dataset is not None and dataset.count_rows("signature IS NOT NULL") > 0
+
+
+def fetch(video: StoredVideo) -> None:
+    """Make this node's copy of the video's dataset, if it is to have one and has none: as long as that takes."""
+    if video.cache:
+        with suppress(OSError, ValueError):  # reading says what is wrong
+            _local_copy(video.uri, video.identity, video.cache)
+
+
+def read_signatures(video: StoredVideo) -> np.ndarray:
+    """(F, cuts.SIGNATURE_BYTES) uint8: what is kept of every stored frame for finding cuts and measuring light.
+
+    Raises:
+        VideoError: the store was changed or removed.
+    """
+    column = _take_column(video, np.arange(len(video)), "signature")
+    return np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(len(video), cuts.SIGNATURE_BYTES)
+
+
+def read_jpegs(video: StoredVideo, frames: Sequence[int]) -> list[bytes]:
+    """The JPEG files of the stored frames numbered `frames` (0 <= n < F), in that order.
+
+    Raises:
+        VideoError: the store was changed or removed.
+    """
+    return [buffer.to_pybytes() for buffer in _take(video, frames)]
+
+
+def read_frames(video: StoredVideo, frames: Sequence[int]) -> list[np.ndarray]:
+    """The stored frames numbered `frames` (0 <= n < F), in that order: (H, W, 3) uint8 RGB each.
+
+    Raises:
+        VideoError: the store was changed or removed, or a picture is damaged.
+    """
+    try:
+        return [simplejpeg.decode_jpeg(np.frombuffer(buffer, np.uint8), "RGB") for buffer in _take(video, frames)]
+    except ValueError as error:
+        raise VideoError(
+            f"{video.uri}: holds a damaged picture ({error}); remove that folder and ingest again"
+        ) from error
+
+
+def create_dataset(uri: str) -> None:
+    """Make an empty dataset, unless there is one."""
+    if _latest(uri) is None:
+        try:
+            lance.write_dataset(SCHEMA.empty_table(), uri, mode="create")
+        except OSError as error:
+            # Another ingest may have made it between the look and the writing.
+            if _latest(uri) is None:
+                reason = f"cannot be written ({_reason(error)}); check space and rights, or give another data.store"
+                raise _failure(uri, error, reason) from error
+
+
+def frame_row(frame: DecodedFrame, *, segment: int, jpeg_quality: int) -> dict[str, object]:
+    """A row of the dataset."""
+    return {
+        "segment": segment,
+        "pts": frame.pts,
+        "jpeg": simplejpeg.encode_jpeg_yuv_planes(frame.y, frame.u, frame.v, jpeg_quality),
+        "width": frame.width,
+        "height": frame.height,
+        "signature": cuts.signature(frame.y, frame.u, frame.v),
+    }
+
+
+def missing_row(pts: int, *, segment: int, width: int, height: int) -> dict[str, object]:
+    """A row that says: this frame cannot be decoded."""
+    return {"segment": segment, "pts": pts, "jpeg": None, "width": width, "height": height, "signature": None}
+
+
+def write_rows(uri: str, rows: Sequence[dict[str, object]]) -> list[str]:
+    """Write rows as data files that no reader sees before `commit`; returns their descriptions."""
+    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    with _written(uri):
+        return [json.dumps(fragment.to_json()) for fragment in write_fragments(table, uri, mode="append")]
+
+
+def discard(uri: str, fragments: Sequence[str]) -> None:
+    """Remove written rows that are never to be committed."""
+    for fragment in fragments:
+        for file in json.loads(fragment)["files"]:
+            with suppress(OSError):
+                files.remove(files.join(uri, "data", file["path"]))
+
+
+def commit(uri: str, fragments: Sequence[str]) -> None:
+    """Make written rows part of the dataset, all in one version."""
+    added = [FragmentMetadata.from_json(fragment) for fragment in fragments]
+    with _written(uri):
+        version = lance.dataset(uri).version
+        lance.LanceDataset.commit(uri, lance.LanceOperation.Append(added), read_version=version)
+
+
+def _same_file(index: VideoIndex) -> bool:
+    try:
+        return file_stamp(index.path) == (index.size_bytes, index.mtime_ns)
+    except VideoError:
+        return False
+
+
+@contextmanager
+def _written(uri: str) -> Iterator[None]:
+    """Lance's errors (a full disk, no rights, no network) as VideoError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = f"cannot be written ({_reason(error)}); check space, rights and network, and start again"
+        raise _failure(uri, error, reason) from error
+
+
+def _latest(uri: str) -> lance.LanceDataset | None:
+    try:
+        return lance.dataset(uri)
+    except (OSError, ValueError) as error:
+        if str(error).startswith(NO_DATASET):
+            return None
+        reason = f"the store cannot be read ({_reason(error)}); check its address and rights"
+        raise _failure(uri, error, reason) from error
+
+
+def _columns(dataset: lance.LanceDataset, names: list[str]) -> pa.Table:
+    try:
+        return dataset.to_table(columns=names)
+    except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
+        reason = f"the store is damaged ({_reason(error)}); remove that folder and ingest again"
+        raise _failure(dataset.uri, error, reason) from error
+
+
+def _failure(uri: str, error: Exception, reason: str) -> VideoError:
+    """Lance's error as ours: what the place refuses, where that is it, else the reason given."""
+    return VideoError(f"{uri}: {refusal(uri, error) or reason}")
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what Lance says, without the place in its source."""
+    return " ".join(str(error).partition(", /")[0].split())[:200]
+
+
+def _open_video(index: VideoIndex, store: str, setting: dict[str, float]) -> StoredVideo:
+    uri = dataset_uri(store, index.video_id, **setting)
+    dataset = _latest(uri)
+    wanted = index.pts[index.kept_frames(setting["frames_per_second"])]
+    table = _columns(dataset, ["pts", "signature"]) if dataset else SCHEMA.empty_table()
+    # Of two ingests side by side one may have stored a frame and the other given it up: the first picture counts.
+    readable = table["signature"].is_valid().to_numpy()
+    order = np.argsort(~readable, kind="stable")
+    pts, places = np.unique(table["pts"].to_numpy()[order], return_index=True)
+    rows = order[places]
+    lacking = len(np.setdiff1d(wanted, pts))
+    if lacking or dataset is None:
+        raise VideoError(
+            f"{index.path}: {lacking} of {len(wanted)} frames are not in the store {store} at {Path(uri).stem};"
+            " run: dora-ray data ingest, with the same data.* settings"
+        )
+    chosen = np.isin(pts, wanted) & readable[rows]
+    if not chosen.any():
+        raise VideoError(
+            f"{index.path}: none of its {len(wanted)} frames could be decoded; get the file again or leave it out"
+        )
+    pts, rows = pts[chosen], rows[chosen]
+    signatures = np.frombuffer(b"".join(table["signature"].take(rows).to_pylist()), np.uint8)
+    width, height = scaled_size(index.width, index.height, int(setting["short_side"]))
+    return StoredVideo(
+        video_id=index.video_id,
+        path=index.path,
+        uri=uri,
+        version=dataset.version,
+        identity=_identity(dataset),
+        times=index.seconds(pts),
+        rows=rows.astype(np.int64),
+        cuts=cuts.find_cuts(signatures.reshape(len(pts), cuts.SIGNATURE_BYTES)),
+        width=width,
+        height=height,
+        missing=len(wanted) - len(pts),
+        digest=index.digest,
+    )
+
+
+def _identity(dataset: lance.LanceDataset) -> str:
+    names = [file.path for fragment in dataset.get_fragments() for file in fragment.data_files()]
+    return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+
+
+# Where no copy can be made, a process tries it once.
+_local_copy = functools.lru_cache(maxsize=OPEN_DATASETS)(local_copy)
+
+
+@functools.lru_cache(maxsize=OPEN_DATASETS)
+def _pinned(uri: str, version: int, identity: str, cache: str | None) -> lance.LanceDataset:
+    return lance.dataset(_local_copy(uri, identity, cache) if cache else uri, version=version)
+
+
+def _take(video: StoredVideo, frames: Sequence[int]) -> list[pa.Buffer]:
+    return [value.as_buffer() for value in _take_column(video, np.asarray(frames, np.int64), "jpeg")]
+
+
+def _take_column(video: StoredVideo, frames: np.ndarray, name: str) -> pa.ChunkedArray:
+    rows = video.rows[frames]
+    try:
+        dataset = _pinned(video.uri, video.version, video.identity, video.cache)
+        column = dataset.take(rows.tolist(), columns=[name])[name]
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read ({_reason(error)}); ingest {video.path} again"
+        raise _failure(video.uri, error, reason) from error
+    if len(column) != len(rows):  # Lance leaves out rows that do not exist
+        raise VideoError(
+            f"{video.uri}: {len(rows) - len(column)} of {len(rows)} rows are gone; ingest {video.path} again"
+        )
+    return column

@@ -1,0 +1,306 @@
+"""Ingest: a Ray Data job that decodes every video once, by key-frame-aligned segments, into the frame store.
+
+A task decodes the frames that one segment still lacks and writes them as data files; the driver commits those files
+to the datasets as results come in, every COMMIT_SECONDS. A killed ingest therefore repeats the segments in flight and
+those few seconds, and one with nothing to do starts no Ray. A task that hangs is ended with its process; where that
+happens twice, the segment's frames count as unreadable, unless none of the video can be read.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from dora_ray import files
+from dora_ray.errors import DoRAError, VideoError
+from dora_ray.store import frames as frame_store
+from dora_ray.store.frames import StoredVideo
+from dora_ray.store.ray_tasks import ray_cluster, run_tasks
+from dora_ray.store.watchdog import Attempts, time_limit
+from dora_ray.video.decoders import DecodedFrame, get_decoder, scaled_size
+from dora_ray.video.index import VideoIndex
+from dora_ray.video.sources import check_unchanged, find_videos
+
+logger = logging.getLogger(__name__)
+
+COMMIT_SECONDS = 10.0
+# What a task holds of a segment: a file whose only key frame is its first is one segment, however long.
+ROWS_A_FILE = 256
+MAX_HANGS = 2
+MAX_DEATHS = 4
+# The limit of a task is for this much video; a short segment gets it whole.
+LIMIT_VIDEO_SECONDS = 10.0
+# All attempts at a segment and the starts of their processes take less: when nothing ends, nothing runs.
+STALL_LIMITS = 5
+
+
+@dataclass(frozen=True)
+class IngestProgress:
+    """How far an ingest is; frames are kept frames, `missing` those among the done ones that cannot be decoded."""
+
+    videos: int
+    segments: int
+    done_segments: int
+    frames: int
+    done_frames: int
+    missing: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The frames of one segment that are not stored yet."""
+
+    path: str
+    video_id: str
+    uri: str
+    segment: int
+    pts: list[int]
+    size_bytes: int
+    seconds: float
+    limit_seconds: float
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.path}, {self.seconds:.1f} s from its start"
+
+
+def ingest(
+    videos: Sequence[str],
+    *,
+    store: str,
+    decoder: str,
+    frames_per_second: float,
+    short_side: int,
+    jpeg_quality: int,
+    segment_seconds: float,
+    decode_seconds: float,
+    node_label: str | None = None,
+    cache: str | None = None,
+    progress: Callable[[IngestProgress], None] | None = None,
+) -> list[StoredVideo]:
+    """Bring the videos into the store and open them, sorted by path; does nothing where everything is stored.
+
+    Args:
+        videos: patterns of `video.find_videos`.
+        store: folder or URI that every node can write.
+        decoder: "pyav", "decord" or "torchcodec".
+        frames_per_second: kept frames for each second of video.
+        short_side: of a stored frame, pixels.
+        jpeg_quality: 1 to 100.
+        segment_seconds: least length of a task's part of a video, rounded up to a key frame.
+        decode_seconds: the longest that ten seconds of video may take before a task's process is ended.
+        node_label: value of the node label `role` that tasks are pinned to; None: any node.
+        cache: folder on every node that a dataset is copied into before it is read; None: none.
+        progress: told at the start and after every segment.
+
+    Raises:
+        VideoError: a video cannot be found, read or decoded at all, or the decoder would be wrong on it.
+        ConfigError: the decoder is not installed.
+    """
+    store = files.absolute(store)
+    indexes = _indexes(videos, store=store, decoder=decoder)
+    setting = {"frames_per_second": frames_per_second, "short_side": short_side, "jpeg_quality": jpeg_quality}
+    uris = {i.video_id: frame_store.dataset_uri(store, i.video_id, **setting) for i in indexes}
+    work = [
+        part
+        for index in indexes
+        for part in _pending(index, uris[index.video_id], frames_per_second, segment_seconds, decode_seconds)
+    ]
+    if work:
+        for uri in sorted({part.uri for part in work}):
+            frame_store.create_dataset(uri)
+        with ray_cluster():
+            task = functools.partial(
+                ingest_segment,
+                store=store,
+                decoder=decoder,
+                short_side=short_side,
+                jpeg_quality=jpeg_quality,
+                job=uuid.uuid4().hex,
+            )
+            items = [json.dumps(vars(part)) for part in work]
+            patience = STALL_LIMITS * max(part.limit_seconds for part in work)
+            results = run_tasks(items, task, node_label=node_label, patience_seconds=patience)
+            _commit_results(work, results, num_videos=len(indexes), progress=progress)
+    return frame_store.open_videos(indexes, store=store, cache=cache, **setting)
+
+
+def ingest_segment(
+    item: str, *, store: str, decoder: str, short_side: int, jpeg_quality: int, job: str
+) -> dict[str, Any]:
+    """The task: decode one segment's frames and write them; returns what the driver needs to commit them."""
+    part = _Work(**json.loads(item))
+    key = f"{job} {part.uri} {part.pts[0]}"
+    attempt = Attempts(key, limit_seconds=part.limit_seconds)
+    hangs = sum(ended.hung for ended in attempt.ended)
+    deaths = len(attempt.ended) - hangs
+    attempt.note()
+    result = {"uri": part.uri, "fragments": "[]", "frames": 0, "missing": 0, "error": "", "hung": ""}
+    try:
+        if deaths >= MAX_DEATHS:
+            raise VideoError(
+                f"{part.name}: the decoding process died {deaths} times; look for its reason in"
+                " Ray's logs (memory?), or leave the file out"
+            )
+        with time_limit(part.limit_seconds):
+            unread = hangs >= MAX_HANGS
+            fragments, missing = _write_segment(part, store, None if unread else decoder, short_side, jpeg_quality)
+    except DoRAError as error:
+        result["error"] = str(error)
+    else:
+        result |= {"fragments": json.dumps(fragments), "frames": len(part.pts), "missing": missing}
+        result["hung"] = f"{part.name}: decoding did not end in {part.limit_seconds:.0f} s" if unread else ""
+    attempt.forget()
+    return result
+
+
+def _indexes(videos: Sequence[str], *, store: str, decoder: str) -> list[VideoIndex]:
+    """The videos' indexes, copies of one file counted once."""
+    library = get_decoder(decoder)
+    indexes = {}
+    for path in find_videos(videos):
+        index = frame_store.load_index(path, store=store)
+        reason = library.refusal(index)
+        if reason:
+            raise VideoError(f"{path}: decoder {decoder} is refused: {reason}; use data.decoder=pyav")
+        for warning in index.warnings:
+            logger.warning("%s", warning)
+        indexes.setdefault(index.video_id, index)
+    return list(indexes.values())
+
+
+def _pending(
+    index: VideoIndex, uri: str, frames_per_second: float, segment_seconds: float, decode_seconds: float
+) -> list[_Work]:
+    lacking = frame_store.unstored_frames(index, uri, frames_per_second=frames_per_second)
+    parts = []
+    for segment in index.segments(segment_seconds) if len(lacking) else ():
+        first, last = np.searchsorted(lacking, [segment.start_pts, segment.stop_pts])
+        pts = lacking[first:last].tolist()
+        if pts:
+            length = (pts[-1] - index.key_before(pts[0])) * index.tick
+            limit = decode_seconds * max(1.0, length / LIMIT_VIDEO_SECONDS)
+            start = float(index.seconds(np.array(pts[0])))
+            size = index.size_bytes
+            parts.append(_Work(index.path, index.video_id, uri, segment.number, pts, size, start, limit))
+    return parts
+
+
+def _write_segment(
+    part: _Work, store: str, decoder: str | None, short_side: int, jpeg_quality: int
+) -> tuple[list[str], int]:
+    """The written data files and the number of frames that are missing: all of them where there is no decoder."""
+    index = replace(_worker_index(store, part.video_id), path=part.path)
+    frames: Iterable[DecodedFrame] = ()
+    if decoder:
+        check_unchanged(part.path, part.size_bytes)
+        frames = get_decoder(decoder).decode(index, part.pts, short_side=short_side)
+    width, height = scaled_size(index.width, index.height, short_side)
+    lost = set(part.pts)
+
+    def rows() -> Iterator[dict[str, object]]:
+        for frame in frames:
+            lost.discard(frame.pts)
+            yield frame_store.frame_row(frame, segment=part.segment, jpeg_quality=jpeg_quality)
+        for pts in sorted(lost):
+            yield frame_store.missing_row(pts, segment=part.segment, width=width, height=height)
+
+    fragments: list[str] = []
+    remaining = rows()
+    try:
+        while batch := list(islice(remaining, ROWS_A_FILE)):
+            fragments += frame_store.write_rows(part.uri, batch)
+    except BaseException:
+        frame_store.discard(part.uri, fragments)
+        raise
+    return fragments, len(lost)
+
+
+@functools.lru_cache(maxsize=8)
+def _worker_index(store: str, video_id: str) -> VideoIndex:
+    index = frame_store.stored_index(store, video_id)
+    if index is None:
+        raise VideoError(
+            f"{files.join(store, video_id)}: has no index here; the store must be reachable from every node"
+        )
+    return index
+
+
+def _commit_results(
+    work: Sequence[_Work],
+    results: Iterator[dict[str, Any]],
+    *,
+    num_videos: int,
+    progress: Callable[[IngestProgress], None] | None,
+) -> None:
+    """Commit what the tasks wrote as it comes, and what has come when something fails."""
+    start = time.monotonic()
+    total = sum(len(part.pts) for part in work)
+    state = IngestProgress(num_videos, len(work), 0, total, 0, 0, 0.0)
+    written: dict[str, list[str]] = defaultdict(list)
+    hung: dict[str, list[str]] = defaultdict(list)
+    errors: list[str] = []
+    committed = start
+    _tell(progress, state)
+    try:
+        for result in results:
+            (hung if result["hung"] else written)[result["uri"]] += json.loads(result["fragments"])
+            errors += [result["error"]] if result["error"] else []
+            if result["hung"]:
+                logger.warning("%s, %d times: its frames count as unreadable", result["hung"], MAX_HANGS)
+            now = time.monotonic()
+            state = replace(
+                state,
+                done_segments=state.done_segments + 1,
+                done_frames=state.done_frames + int(result["frames"]),
+                missing=state.missing + int(result["missing"]),
+                seconds=now - start,
+            )
+            if now - committed > COMMIT_SECONDS:
+                _commit_all(written)
+                committed = time.monotonic()
+            _tell(progress, state)
+    finally:
+        _commit_all(written)
+    errors += _commit_hung(hung)
+    if errors:
+        raise VideoError(errors[0] + (f" (and {len(errors) - 1} more segments)" if len(errors) > 1 else ""))
+
+
+def _commit_hung(hung: dict[str, list[str]]) -> list[str]:
+    """Record as unreadable what hung in videos that can be read elsewhere; the others are errors, and not recorded.
+
+    A whole video that hangs is a server that does not answer more often than a damaged file.
+    """
+    readable = {uri: fragments for uri, fragments in hung.items() if frame_store.has_frames(uri)}
+    _commit_all(dict(readable))
+    return [
+        f"{uri}: decoding hung wherever it was tried, and nothing of it was recorded; check that the file can be read"
+        " on every node, raise data.decode_seconds, or leave the file out"
+        for uri in hung
+        if uri not in readable
+    ]
+
+
+def _commit_all(written: dict[str, list[str]]) -> None:
+    for uri in list(written):
+        fragments = written.pop(uri)
+        if fragments:
+            frame_store.commit(uri, fragments)
+
+
+def _tell(progress: Callable[[IngestProgress], None] | None, state: IngestProgress) -> None:
+    if progress is not None:
+        progress(state)

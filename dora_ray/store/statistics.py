@@ -1,0 +1,52 @@
+"""What the frame store tells about a video without decoding it again: a few bytes were kept of every frame.
+
+F stored frames of a video.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dora_ray.store import cuts
+from dora_ray.store.frames import StoredVideo, read_signatures
+
+
+def analyze(video: StoredVideo, *, interval_seconds: float) -> dict[str, Any]:
+    """Lightness over time and shot changes of one video.
+
+    Lightness is the mean of the luma plane, 0 black to 1 white (the paper: of HSL over time); shot changes are found by
+    `cuts.find_cuts` (the paper: by PySceneDetect), so the numbers compare between videos, not with the paper's.
+
+    Args:
+        video: as the store holds it.
+        interval_seconds: length of the parts that lightness is averaged over.
+
+    Returns:
+        Plain values: video, seconds, frames, missing, lightness {mean, standard_deviation, change, by_interval} where
+        `change` is the mean absolute difference between neighboring intervals, and shots {changes, times, per_minute}.
+    """
+    light = cuts.lightness(read_signatures(video))
+    part = np.floor(video.times / interval_seconds).astype(int)
+    by_interval = np.bincount(part, light) / np.maximum(np.bincount(part), 1)
+    by_interval = by_interval[np.bincount(part) > 0]
+    seconds = float(video.times[-1])
+    times = video.times[video.cuts]
+    return {
+        "video": video.path,
+        "seconds": seconds,
+        "frames": len(video),
+        "missing": video.missing,
+        "lightness": {
+            "mean": float(light.mean()),
+            "standard_deviation": float(light.std()),
+            "change": float(np.abs(np.diff(by_interval)).mean()) if len(by_interval) > 1 else 0.0,
+            "by_interval": [round(float(value), 4) for value in by_interval],
+        },
+        "shots": {
+            "changes": len(times),
+            "times": [round(float(time), 3) for time in times],
+            "per_minute": len(times) / max(seconds / 60, 1e-9),
+        },
+    }

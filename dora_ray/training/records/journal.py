@@ -1,0 +1,335 @@
+"""What a run writes beside its checkpoints: metrics.jsonl, ledger.jsonl, events.jsonl, status.json, tensorboard/.
+
+Rank 0 writes; Ray Train's controller adds failures to the events. Every line carries its attempt (1, 2, ...: each start
+of the worker group is one). An attempt that begins at step s takes back the steps from s on of the attempts before it;
+`read_history` and `read_metrics` apply that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, SupportsFloat
+
+from dora_ray import files
+from dora_ray.errors import DoRAError
+from dora_ray.training.records.tensorboard import Board
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
+METRICS, EVENTS, STATUS, LEDGER, TENSORBOARD = (
+    "metrics.jsonl",
+    "events.jsonl",
+    "status.json",
+    "ledger.jsonl",
+    "tensorboard",
+)
+# What others than rank 0 note of a run in an object store, where a file has one writer.
+OTHER_EVENTS = "events-controller.jsonl"
+LEDGER_END_BYTES = 1 << 16
+
+
+def read_lines(path: str) -> list[dict[str, Any]]:
+    """The JSON lines of a file; none when it is missing. A last line that a kill cut short is left out."""
+    if not files.exists(path):
+        return []
+    lines = []
+    for text in files.read_text(path).splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def read_events(run: str) -> list[dict[str, Any]]:
+    """All events of a run, by time."""
+    lines = read_lines(files.join(run, EVENTS)) + read_lines(files.join(run, OTHER_EVENTS))
+    return sorted(lines, key=lambda line: float(line["time"]))
+
+
+def add_event(run: str, event: str, **fields: Any) -> None:
+    """Note an event from another process than that of rank 0: Ray Train's controller, the launcher."""
+    lines = files.LineFile(files.join(run, OTHER_EVENTS if files.is_remote(run) else EVENTS))
+    lines.append(json.dumps({"time": time.time(), "event": event, **fields}))
+    lines.flush()
+
+
+def read_history(run: str) -> dict[int, list[int]]:
+    """For each step that the weights have seen, the hashes of its slots' content: what was decoded, in slot order."""
+    return {step: line["slots"] for step, line in _survivors(read_lines(files.join(run, LEDGER))).items()}
+
+
+def read_metrics(run: str) -> list[dict[str, Any]]:
+    """The metrics lines that survived, by step."""
+    return list(_survivors(read_lines(files.join(run, METRICS))).values())
+
+
+def _survivors(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The lines of each step that no later attempt has taken back."""
+    kept: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if "begin" in line:
+            kept = {step: old for step, old in kept.items() if step < line["begin"]}
+        else:
+            kept[line["step"]] = line
+    return kept
+
+
+class Journal:
+    """The writer of one attempt.
+
+    Args:
+        run: the run's folder.
+        step: step that the attempt begins at.
+        num_steps: steps of the whole run.
+        world_size: workers of the attempt.
+        entered: seconds since the epoch at which the worker's training function was called.
+        last_checkpoint: name of the checkpoint that the attempt begins from.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        *,
+        step: int,
+        num_steps: int,
+        world_size: int,
+        entered: float,
+        last_checkpoint: str | None = None,
+    ) -> None:
+        self.run = run
+        self._metrics = files.LineFile(files.join(run, METRICS))
+        self._events = files.LineFile(files.join(run, EVENTS))
+        self._ledger = files.LineFile(files.join(run, LEDGER))
+        events = read_events(run)
+        starts = [index for index, line in enumerate(events) if line["event"] == "start"]
+        self._failures = sum(line["event"] == "failure" for line in events)
+        self.attempt = len(starts) + 1
+        self._num_steps, self._world_size = num_steps, world_size
+        self._last_checkpoint = last_checkpoint
+        self._board = Board(files.join(run, TENSORBOARD), self._warn)
+        self._recovery = _Recovery.of(events[starts[-1] :], entered) if starts else None
+        if self._recovery is not None:
+            self._recovery.steps_lost = max(0, _steps_done(run) - step)
+        # The ledger counts steps from 0; a line of metrics carries the number of steps done.
+        self._ledger.append(json.dumps({"attempt": self.attempt, "begin": step}))
+        self._metrics.append(json.dumps({"attempt": self.attempt, "begin": step + 1}))
+        self.event("start", step=step, world_size=world_size, host=socket.gethostname(), pid=os.getpid())
+        if starts and events[starts[-1]]["world_size"] != world_size:
+            self.event("resize", step=step, before=events[starts[-1]]["world_size"], after=world_size)
+        self.status("running", step)
+
+    def stepped(self, step: int, waited: float) -> None:
+        """The attempt did a step: if it is the first one after an interruption, say what that cost."""
+        if self._recovery is None:
+            return
+        recovery, self._recovery = self._recovery, None
+        values = recovery.ended(waited)
+        self.event("recovered", step=step, **values)
+        self._board.add(step, {"recovery_seconds": values["seconds"], "steps_lost": values["steps_lost"]})
+
+    def event(self, event: str, **fields: Any) -> None:
+        """One line of events.jsonl, visible at once."""
+        self._events.append(json.dumps({"time": time.time(), "event": event, "attempt": self.attempt, **fields}))
+        with suppress(OSError, DoRAError):  # it is kept, and made visible with the next one
+            self._events.flush()
+
+    def _warn(self, step: int, message: str) -> None:
+        self.event("warning", step=step, message=message)
+
+    def ledger(self, step: int, slots: list[int]) -> None:
+        """What every slot of a step was made of."""
+        self._ledger.append(json.dumps({"attempt": self.attempt, "step": step, "slots": slots}))
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl, the same to TensorBoard, and a fresh status.json."""
+        line = {"step": step, "time": time.time(), "attempt": self.attempt, "world_size": self._world_size, **values}
+        self._metrics.append(json.dumps(line))
+        self._board.add(step, {**values, "world_size": self._world_size})
+        self.status("running", step, clips_per_second=values.get("clips_per_second"))
+
+    def status(self, state: str, step: int, **fields: Any) -> None:
+        """Write status.json; where that is not possible just now, training goes on."""
+        facts = {
+            "state": state,
+            "step": step,
+            "steps": self._num_steps,
+            "world_size": self._world_size,
+            "attempt": self.attempt,
+            "last_checkpoint": self._last_checkpoint,
+            "failures": self._failures,
+        }
+        try:
+            write_status(self.run, **facts, **fields)
+        except (OSError, DoRAError) as error:
+            logger.warning("%s cannot be written just now: %s", files.join(self.run, STATUS), error)
+
+    def checkpoint(self, name: str, step: int, *, reason: str, seconds: float, copy_seconds: float) -> None:
+        """A checkpoint is complete.
+
+        Args:
+            name: its folder's name.
+            step: steps done.
+            reason: what it was made for.
+            seconds: what writing took beside the training.
+            copy_seconds: what copying the state took out of the training.
+        """
+        self._last_checkpoint = name
+        times = {"seconds": round(seconds, 4), "copy_seconds": round(copy_seconds, 4)}
+        self.event("checkpoint", step=step, name=name, reason=reason, **times)
+        self.flush()
+
+    def flush(self) -> None:
+        """Make all lines visible."""
+        for lines in (self._metrics, self._ledger, self._events):
+            lines.flush()
+        self._board.copy()
+
+    def close(self) -> None:
+        """Flush, and close TensorBoard's file. What cannot be written must not hide why a run ends."""
+        try:
+            self.flush()
+        except (OSError, DoRAError) as error:
+            logger.warning("the last lines of %s cannot be written: %s", self.run, error)
+        self._board.close()
+
+
+@dataclass
+class _Recovery:
+    """From an interruption to the first step after it. All times are seconds since the epoch.
+
+    Attributes:
+        noticed: when Ray Train's controller saw the failure, or had the workers leave.
+        grouped: when it asked for the places of the new workers.
+        entered: when the new worker's training function was called.
+        ready: when its state was loaded.
+        steps_lost: steps that have to be done again.
+    """
+
+    noticed: float
+    grouped: float
+    entered: float
+    ready: float
+    steps_lost: int = 0
+
+    @classmethod
+    def of(cls, events: list[dict[str, Any]], entered: float) -> _Recovery | None:
+        """From the events since the last start of the workers; None when nothing interrupted them.
+
+        What came before the last launch interrupted nothing: the run had ended.
+        """
+        launches = [index for index, line in enumerate(events) if line["event"] == "launch"]
+        events = events[launches[-1] :] if launches else events
+        # A drain ends without a failure: the controller then only waits for the node to go.
+        noticed = [line["time"] for line in events if line["event"] in ("failure", "leave", "hold")]
+        grouped = [line["time"] for line in events if line["event"] == "group"]
+        if not noticed or not grouped:
+            return None
+        return cls(noticed[0], grouped[-1], entered, time.time())
+
+    def ended(self, waited: float) -> dict[str, Any]:
+        """What the interruption cost, in whole and by part; `waited` is the first step's wait for clips."""
+        now = time.time()
+        parts = {
+            "reservation": self.grouped - self.noticed,
+            "worker_start": self.entered - self.grouped,
+            "state": self.ready - self.entered,
+            "first_batch": waited,
+            "first_step": now - self.ready - waited,
+        }
+        rounded = {name: round(seconds, 2) for name, seconds in parts.items()}
+        return {"seconds": round(now - self.noticed, 2), "steps_lost": self.steps_lost, "parts": rounded}
+
+
+def _steps_done(run: str) -> int:
+    """What the attempts so far have told of themselves: a ledger in an object store is as old as its checkpoint."""
+    return max(_last_step(files.join(run, LEDGER)) + 1, int(read_status(run).get("step", 0)))
+
+
+def _last_step(ledger: str) -> int:
+    """The last step that the ledger holds; -1 when it holds none. A ledger is long: only its end is read."""
+    lines = files.read_end(ledger, LEDGER_END_BYTES).splitlines()
+    for text in reversed(lines):
+        try:
+            return int(json.loads(text)["step"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    return -1
+
+
+def write_status(run: str, **fields: Any) -> None:
+    """Write status.json; `dora-ray status RUN` prints it."""
+    files.write_text(files.join(run, STATUS), json.dumps({"time": time.time(), **fields}, indent=1) + "\n")
+
+
+def read_status(run: str) -> dict[str, Any]:
+    """What status.json says; empty when there is none."""
+    path = files.join(run, STATUS)
+    return dict(json.loads(files.read_text(path))) if files.exists(path) else {}
+
+
+def collapse_warnings(metrics: dict[str, float], *, num_outputs: int, num_images: int) -> list[str]:
+    """Sentences that name a collapse which the measures show; none when training looks alive.
+
+    Args:
+        metrics: measures of one metrics line.
+        num_outputs: O.
+        num_images: teacher views a slot, which bound the diversity.
+    """
+    warnings = []
+    if metrics["teacher_entropy"] > 0.99 * math.log(num_outputs):
+        warnings.append(
+            "the teacher's output is almost uniform over all outputs: lower loss.teacher_temperature or optim.lr"
+        )
+    if metrics["teacher_diversity"] < 0.01 * math.log(min(num_images, num_outputs)):
+        warnings.append(
+            "the teacher gives every image the same output: raise loss.teacher_temperature or lower "
+            "loss.center_momentum"
+        )
+    if metrics.get("object_overlap", 0.0) > 0.95:
+        warnings.append(
+            "the objects of a clip are almost the same patches: raise tracking.num_iterations or lower "
+            "tracking.num_objects"
+        )
+    return warnings
+
+
+class MetricsWindow:
+    """Means of the measures since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._count, self._waited, self._seconds = 0, 0.0, 0.0
+        self._values: dict[str, list[SupportsFloat]] = {}
+
+    def add(self, measures: Mapping[str, SupportsFloat], waited: float, seconds: float) -> None:
+        """Count one step: its measures, the seconds it waited for data, the seconds it took.
+
+        The measures are read when their means are asked for: a GPU may not have come so far yet.
+        """
+        self._count += 1
+        self._waited += waited
+        self._seconds += seconds
+        for name, value in measures.items():
+            self._values.setdefault(name, []).append(value)
+
+    def means(self, clips_a_step: int) -> dict[str, float]:
+        """The means since the last call, with the rates, and begin again."""
+        # A measure of objects is not there in every step.
+        values = {name: sum(map(float, found)) / len(found) for name, found in self._values.items()}
+        values["step_seconds"] = self._seconds / self._count
+        values["data_wait_seconds"] = self._waited / self._count
+        values["clips_per_second"] = clips_a_step * self._count / self._seconds
+        self._clear()
+        return values

@@ -1,0 +1,94 @@
+"""How a run is doing, from its files alone: it may be alive or dead, here or in an object store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dora_ray import files
+from dora_ray.errors import ConfigError
+from dora_ray.training.records.journal import CONFIG, STATUS, read_events, read_metrics, read_status
+
+# A run writes at every logged step, and when workers end and start; after this long without a word, or after as many
+# times the time between its last lines, it has most likely been killed.
+SILENT_SECONDS, SILENT_LINES = 300.0, 10.0
+FROM_METRICS = ("step", "world_size", "clips_per_second", "loss")
+
+
+def summarize(run: str) -> dict[str, Any]:
+    """What there is to say about a run, in the order in which one asks; what is unknown is left out.
+
+    Returns:
+        run, state (starting, running, done, failed, or what else status.json says; "silent" in place of running when
+        nothing has been heard for long), step, steps, world_size, clips_per_second, loss, attempt, last_checkpoint,
+        last_checkpoint_step, last_checkpoint_seconds (its age), failures, resizes, restarts, recovery_seconds (of each
+        restart), steps_lost, written_seconds (since the last word), error, message.
+
+    Raises:
+        ConfigError: the folder is no run's, or its status.json is damaged.
+    """
+    path = files.absolute(run)
+    status = _read_status(path)
+    events, metrics, now = read_events(path), read_metrics(path), time.time()
+    heard = max([0.0, *(float(line["time"]) for line in [status, *events[-1:], *metrics[-1:]] if "time" in line)])
+    silence = now - heard if heard else None
+    last = {name: metrics[-1].get(name) for name in FROM_METRICS} if metrics else {}
+    known = {**last, **{name: value for name, value in status.items() if value is not None}}
+    if known.get("state") == "running" and silence is not None and silence > _patience(metrics):
+        known["state"] = "silent"
+    facts = {
+        "run": path,
+        "state": known.pop("state", "starting"),
+        **{name: known.get(name) for name in ("step", "steps", *FROM_METRICS[1:], "attempt")},
+        **_checkpoint(events, known.get("last_checkpoint"), now),
+        **_interruptions(events),
+        "written_seconds": round(silence, 1) if silence is not None else None,
+        **{name: known.get(name) for name in ("error", "message")},
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _read_status(path: str) -> dict[str, Any]:
+    names = files.list_names(path)
+    if STATUS not in names and CONFIG not in names:
+        raise ConfigError(
+            f"{path} has neither {STATUS} nor {CONFIG}: it is not a run's folder. Give what --out named, or a folder "
+            "below runs/"
+        )
+    try:
+        return read_status(path)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{files.join(path, STATUS)} is damaged ({error}): the run writes it again at its next step"
+        ) from error
+
+
+def _patience(metrics: Sequence[dict[str, Any]]) -> float:
+    """Seconds without a word that are nothing unusual for this run."""
+    between = [metrics[-1]["time"] - metrics[-2]["time"]] if len(metrics) > 1 else []
+    return max([SILENT_SECONDS, *(SILENT_LINES * seconds for seconds in between)])
+
+
+def _checkpoint(events: Sequence[dict[str, Any]], name: str | None, now: float) -> dict[str, Any]:
+    """The last checkpoint; that an attempt began from it is enough when its own line is lost."""
+    written = [line for line in events if line["event"] == "checkpoint"]
+    if not written:
+        return {"last_checkpoint": name}
+    last = written[-1]
+    return {
+        "last_checkpoint": last.get("name", name),
+        "last_checkpoint_step": last["step"],
+        "last_checkpoint_seconds": round(now - last["time"], 1),
+    }
+
+
+def _interruptions(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    recovered = [line for line in events if line["event"] == "recovered"]
+    return {
+        "failures": sum(line["event"] == "failure" for line in events),
+        "resizes": sum(line["event"] == "resize" for line in events),
+        "restarts": max(0, sum(line["event"] == "start" for line in events) - 1),
+        "recovery_seconds": [line["seconds"] for line in recovered],
+        "steps_lost": sum(line["steps_lost"] for line in recovered),
+    }

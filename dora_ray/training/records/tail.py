@@ -1,0 +1,99 @@
+"""Follows a run's files from the process that launched it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from dora_ray import files
+from dora_ray.errors import DoRAError
+from dora_ray.training.records.journal import EVENTS, METRICS, OTHER_EVENTS
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+REMOTE_POLL_SECONDS = 5.0
+
+
+class RunTail:
+    """Hands on what the workers write while the context is open: wherever they are, they share the run's folder.
+
+    New lines of metrics go to `on_metrics`; warnings, failures and resizes to this module's logger.
+    """
+
+    def __init__(self, run: str, on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
+        self._followed = [_Lines(files.join(run, name), _log_event) for name in (EVENTS, OTHER_EVENTS)]
+        if on_metrics is not None:
+            self._followed.append(
+                _Lines(files.join(run, METRICS), lambda line: on_metrics(line) if "step" in line else None)
+            )
+        self._seconds = REMOTE_POLL_SECONDS if files.is_remote(run) else POLL_SECONDS
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="run-tail", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._forward()
+
+    def _follow(self) -> None:
+        while not self._closing.wait(self._seconds):
+            self._forward()
+
+    def _forward(self) -> None:
+        for lines in self._followed:
+            try:
+                lines.forward()
+            except (OSError, DoRAError) as error:
+                logger.warning("%s cannot be read just now: %s", lines.path, error)
+
+
+class _Lines:
+    """The lines that are added to a file of JSON lines."""
+
+    def __init__(self, path: str, on_line: Callable[[dict[str, Any]], None]) -> None:
+        self.path = path
+        self._on_line = on_line
+        self._offset = len(self._read(0))
+
+    def _read(self, offset: int) -> bytes:
+        """What follows `offset`; an object is read whole."""
+        if not files.exists(self.path):
+            return b""
+        if files.is_remote(self.path):
+            return files.read_bytes(self.path)[offset:]
+        with open(self.path, "rb") as file:
+            file.seek(offset, os.SEEK_SET)
+            return file.read()
+
+    def forward(self) -> None:
+        """Hand on the complete lines that are new."""
+        new = self._read(self._offset)
+        complete = new[: new.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for line in complete.splitlines():
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut short by a kill
+            self._on_line(values)
+
+
+def _log_event(event: dict[str, Any]) -> None:
+    if event["event"] == "warning":
+        logger.warning("step %s: %s", event.get("step"), event["message"])
+    elif event["event"] == "failure":
+        logger.warning("workers %s failed: %s", event.get("ranks"), event["error"])
+    elif event["event"] == "resize":
+        logger.warning("step %s: %s workers instead of %s", event.get("step"), event["after"], event["before"])

@@ -1,0 +1,187 @@
+"""The Ray side of a run: connecting, checking resources, the elastic trainer."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dora_ray.config import Config
+from dora_ray.errors import ClusterError, DoRAError
+from dora_ray.training.worker import ray_worker
+from dora_ray.training.worlds import CHECKPOINTS, Job
+
+# Measured on Ray 2.60: how soon a failure, a notice or a lost node is acted upon, for processes that are started with
+# this environment. A user's own settings win.
+FAST_RECOVERY = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "4",
+}
+# An elastic group is only started on nodes that are there, so a placement that takes longer will not come at all. It
+# leaves a drained node by itself (elastic.StayingNodes): once Ray Train has seen the drain, it waits for the deadline.
+FAST_ELASTIC_RECOVERY = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "5"}
+# A collective that hangs fails so much later than the stall watch ends the workers, which shows where all of them are.
+COLLECTIVE_MARGIN_SECONDS = 30
+OBJECT_STORE_BYTES = 2**30
+# Ray ends an idle process after a second once there are more processes than cores, actors counted: on a laptop that is
+# every decode process between two tasks, and each new one imports torch. So clusters that are started here keep more.
+KEPT_WORKERS = 64
+
+
+@contextmanager
+def connect(config: Config) -> Iterator[None]:
+    """A connection to Ray for as long as the context is open; none in local mode.
+
+    The cluster is the one this process is already connected to, else the one that RAY_ADDRESS names (`ray job submit`
+    sets it), else one that is started here and ends with the context. The latter is given enough logical CPUs for the
+    workers and one decode task, so that a machine with few cores is slow but never waits for itself.
+    """
+    import ray
+
+    settings = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    if config.cluster.fast_recovery:
+        settings |= FAST_RECOVERY
+        settings |= FAST_ELASTIC_RECOVERY if isinstance(config.cluster.num_workers, tuple) else {}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized() or config.cluster.num_workers == 0:
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address)
+        else:
+            needed = math.ceil(config.max_workers * config.cluster.cpus_per_worker + config.cluster.decode_cpus)
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, needed),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="warning",
+                object_store_memory=OBJECT_STORE_BYTES,
+                _system_config={"num_workers_soft_limit": KEPT_WORKERS},
+            )
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(config: Config) -> None:
+    """Whether the cluster has, or can grow to, what the fewest workers need.
+
+    Raises:
+        ClusterError: it has not, and says what is missing.
+    """
+    import ray
+
+    workers = config.cluster.num_workers
+    if workers == 0:
+        if config.cluster.use_gpu and not torch.cuda.is_available():
+            raise ClusterError(
+                "cluster.use_gpu=true, and torch finds no GPU on this machine: set cluster.use_gpu=false"
+            )
+        return
+    fewest = workers if isinstance(workers, int) else workers[0]
+    wanted = {"CPU": fewest * config.cluster.cpus_per_worker + config.cluster.decode_cpus}
+    if config.cluster.use_gpu:
+        wanted["GPU"] = float(fewest)
+    present = ray.cluster_resources()
+    missing = {name: count for name, count in wanted.items() if present.get(name, 0.0) < count}
+    if missing and not _can_grow():
+        found = ", ".join(f"{present.get(name, 0):g} {name}s" for name in missing)
+        needed = ", ".join(f"{count:g} {name}s" for name, count in missing.items())
+        raise ClusterError(
+            f"the cluster has {found}; {fewest} workers and their decoding need {needed}. Lower cluster.num_workers or "
+            "cluster.cpus_per_worker, set cluster.use_gpu=false, or add nodes."
+        )
+
+
+def _can_grow() -> bool:
+    """Whether an autoscaler with node types of its own runs here; without one, Ray names a node's type after its id."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    nodes = [*status.active_nodes, *status.idle_nodes]
+    return any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
+
+
+def run_on_ray(job: Job) -> None:
+    """Train with Ray Train until the last step, through failures and resizes.
+
+    Raises:
+        DoRAError: what all ranks decided to stop for; or more failures than cluster.max_failures.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from dora_ray.training.elastic.controller import Elastic, ElasticTrainer, describe, most_telling
+    from dora_ray.training.elastic.spares import ENVIRONMENT
+
+    cluster, workers = job.config.cluster, job.config.cluster.num_workers
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
+    elastic = Elastic(
+        job.run,
+        fast=cluster.fast_recovery,
+        spares=isinstance(workers, tuple),
+        patience=cluster.stall_seconds,
+    )
+    trainer = ElasticTrainer(
+        ray_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=math.ceil(cluster.stall_seconds) + COLLECTIVE_MARGIN_SECONDS),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=cluster.resize_seconds,
+        ),
+        run_config=RunConfig(
+            name=CHECKPOINTS,
+            storage_path=job.run,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[elastic],
+            worker_runtime_env={"env_vars": ENVIRONMENT},
+        ),
+    )
+    with _terminated_like_interrupted():
+        try:
+            failed = trainer.fit().return_value
+        except SystemExit as error:  # what Ray Train makes of Ctrl-C, after the workers have saved
+            raise KeyboardInterrupt from error
+        except TrainingFailedError as error:
+            failures = list(getattr(error, "worker_failures", {}).values())
+            why = f"after {cluster.max_failures} restarts (cluster.max_failures)" if failures else "in its controller"
+            raise DoRAError(
+                f"training stopped {why}; the last failure: {describe(most_telling(failures or [error]))}. "
+                f"The last checkpoint is kept: fix the cause and go on with --resume --out {job.run}"
+            ) from error
+    if failed is not None:
+        raise failed
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, which `ray job stop` sends, has the workers save as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)

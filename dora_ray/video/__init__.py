@@ -1,0 +1,1 @@
+"""From a file to timed frames: sources, index, decoders."""

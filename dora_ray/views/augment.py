@@ -1,0 +1,247 @@
+"""Random views of clips, batched on the clips' own device, with parameters drawn per sample on the CPU.
+
+A view of a frame is a crop, an antialiased resize, perhaps a flip and a Gaussian blur, then color. All but the color is
+linear and separable (see `dora_ray.views.resample`); the color is one 3 x 4 affine map a frame, with the normalization
+folded in. So a whole batch is rendered in a few passes, although every frame has its own parameters.
+
+Deviations from the color jitter of torchvision and PIL, which the released code used: brightness, contrast, saturation
+and hue come in this fixed order (theirs is random); the result is clamped to [0, 1] once at the end (theirs also after
+each of the four); hue is a rotation about the axis of grays, a linear map that keeps the mean of R, G and B (theirs
+shifts the angle in HSV, which keeps the largest of them: the two agree on 0, 1/3 and 2/3 of a turn).
+
+Legend: B clips, V views, T frames, S the view's side in pixels, n frames of all views (B x V x T).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dora_ray.clips.crop import Range, random_boxes
+from dora_ray.method.upload import upload
+from dora_ray.views.resample import blur_matrix, resample_by_crop, resample_by_matrix
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# ITU-R BT.601, as in PIL.
+_LUMA = np.array([0.299, 0.587, 0.114])
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewParameters:
+    """What `render` needs to know of each view of each frame; float32 tensors on the CPU.
+
+    Attributes:
+        boxes: (B, V, T, 4) top, left, height, width of the crop, in pixels of the clip.
+        flip: (B, V, T) 1 where the view is mirrored left to right, else 0.
+        color: (B, V, T, 3, 4) RGB in [0, 1] becomes ``color[..., :3] @ rgb + color[..., 3] * g``, g being the mean luma
+            of the cropped frame (the contrast's pivot).
+        sigma: (B, V, T) standard deviation of the Gaussian blur in pixels of the view; 0 means no blur.
+    """
+
+    boxes: Tensor
+    flip: Tensor
+    color: Tensor
+    sigma: Tensor
+
+
+def draw_views(
+    rng: np.random.Generator,
+    *,
+    num_clips: int,
+    num_views: int,
+    num_frames: int,
+    clip_size: int,
+    scale: Range,
+    ratio: Range,
+    per_frame_boxes: bool,
+    flip_probability: float,
+    jitter: tuple[float, float, float, float],
+    jitter_probability: float,
+    gray_probability: float,
+    blur_probability: float,
+    blur_sigma: Range,
+) -> ViewParameters:
+    """Draws the parameters of all views of a batch of clips.
+
+    Boxes and flips are shared by the frames of a clip (the global views) or drawn afresh for each (``per_frame_boxes``,
+    the local views); color, gray and blur are always drawn per frame.
+
+    Args:
+        rng: the only source of randomness.
+        num_clips: B.
+        num_views: V, 0 allowed.
+        num_frames: T.
+        clip_size: side of the square clips, in pixels.
+        scale: lowest and highest share of the clip's area that a view shows.
+        ratio: lowest and highest width / height of a crop.
+        per_frame_boxes: whether each frame has its own box and flip.
+        flip_probability: of mirroring left to right.
+        jitter: strengths of brightness, contrast, saturation (factors drawn from 1 - strength to 1 + strength, at least
+            0) and hue (turns, drawn from -strength to strength).
+        jitter_probability: of jittering a frame's color at all.
+        gray_probability: of turning a frame gray.
+        blur_probability: of blurring a frame.
+        blur_sigma: lowest and highest standard deviation of the blur, in pixels of the view.
+
+    Returns:
+        The parameters, on the CPU.
+    """
+    shape = (num_clips, num_views, num_frames)
+    drawn = shape if per_frame_boxes else (num_clips, num_views, 1)
+    boxes = random_boxes(rng, count=math.prod(drawn), height=clip_size, width=clip_size, scale=scale, ratio=ratio)
+    flip = rng.random(drawn) < flip_probability
+    jittered = rng.random(shape) < jitter_probability
+    low = [max(0.0, 1.0 - strength) for strength in jitter[:3]] + [-jitter[3]]
+    high = [1.0 + strength for strength in jitter[:3]] + [jitter[3]]
+    factors = np.where(jittered[..., None], rng.uniform(low, high, (*shape, 4)), [1.0, 1.0, 1.0, 0.0])
+    gray = rng.random(shape) < gray_probability
+    blurred = rng.random(shape) < blur_probability
+    sigma = np.where(blurred, rng.uniform(blur_sigma[0], blur_sigma[1], shape), 0.0)
+    return ViewParameters(
+        boxes=_float32(np.broadcast_to(boxes.reshape(*drawn, 4), (*shape, 4))),
+        flip=_float32(np.broadcast_to(flip, shape)),
+        color=_float32(color_transform(factors, gray)),
+        sigma=_float32(sigma),
+    )
+
+
+def color_transform(factors: np.ndarray, gray: np.ndarray) -> np.ndarray:
+    """The affine color map of brightness, then contrast, saturation, hue and gray.
+
+    With x a color, l(x) its luma and g the mean luma of its frame::
+
+        x = brightness * x
+        x = contrast * x + (1 - contrast) * brightness * g
+        x = saturation * x + (1 - saturation) * l(x)
+        x = x turned by hue about the axis of grays, red toward green
+        x = l(x) if gray else x
+
+    Grays are fixed points of the last three steps, so only the contrast adds a constant and all channels get the same.
+
+    Args:
+        factors: (..., 4) brightness, contrast, saturation (1 changes nothing), hue in turns (0 changes nothing).
+        gray: (...) whether to drop the color.
+
+    Returns:
+        (..., 3, 4) see `ViewParameters.color`.
+    """
+    brightness, contrast, saturation, hue = np.moveaxis(factors, -1, 0)[..., None, None]
+    to_gray = np.broadcast_to(_LUMA, (3, 3))
+    matrix = saturation * _hue_rotation(hue) + (1.0 - saturation) * to_gray
+    matrix = brightness * contrast * np.where(gray[..., None, None], to_gray @ matrix, matrix)
+    pivot = np.broadcast_to((1.0 - contrast) * brightness, (*gray.shape, 3, 1))
+    return np.concatenate([matrix, pivot], axis=-1)
+
+
+def upload_clips(clips: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
+    """Some of the clips on a device, in the one copy on the host that pinned memory needs anyway.
+
+    Args:
+        clips: (M, T, H, W, 3) uint8.
+        rows: (B,) which of them.
+        device: where they are rendered.
+
+    Returns:
+        (B, T, H, W, 3) uint8.
+    """
+    chosen = torch.empty((len(rows), *clips.shape[1:]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    # In the mode that raises, numpy would write to a buffer first.
+    np.take(clips, rows, axis=0, out=chosen.numpy(), mode="clip")
+    return chosen.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def render(clips: Tensor, parameters: ViewParameters, *, size: int) -> Tensor:
+    """Renders the views of clips: crop, antialiased resize, flip, color, blur, clamp, ImageNet normalization.
+
+    On the CPU the crops go one by one through torch's uint8 kernel, which reads only the box and rounds to whole
+    levels; on other devices all go through two batched matrix products in float16. They differ by at most about one
+    level of 255.
+    Blur and color commute (one is linear across pixels and keeps constants, the other acts within a pixel) up to the
+    clamp.
+
+    Args:
+        clips: (B, T, H, W, 3) uint8, on any device.
+        parameters: the views, see `draw_views`; V may be 0.
+        size: S, in pixels.
+
+    Returns:
+        (B, V, T, 3, S, S) float32, contiguous, on the clips' device, without gradient.
+
+    Raises:
+        ValueError: if the clips are not uint8 of shape (B, T, H, W, 3), or the parameters are for other clips.
+    """
+    lead = tuple(parameters.sigma.shape)
+    if clips.dtype != torch.uint8 or clips.ndim != 5 or clips.shape[-1] != 3:
+        raise ValueError(f"clips must be uint8 (B, T, H, W, 3), got {clips.dtype} {tuple(clips.shape)}")
+    if (lead[0], lead[2]) != tuple(clips.shape[:2]):
+        raise ValueError(f"parameters are for {lead[0]} clips of {lead[2]} frames, clips are {tuple(clips.shape[:2])}")
+    if not math.prod(lead):
+        return torch.empty(*lead, 3, size, size, device=clips.device)
+    # bfloat16 holds 8 bits, too few for weights times pixels.
+    with torch.autocast(clips.device.type, enabled=False):
+        resample = resample_by_crop if clips.device.type == "cpu" else resample_by_matrix
+        pixels = resample(clips, parameters.boxes, parameters.flip, size=size).flatten(0, 2)
+        color = _normalized_color(pixels, parameters.color.flatten(0, 2))
+        _blur(pixels, parameters.sigma.flatten())
+        return _paint(pixels.float(), *color).view(*lead, 3, size, size)
+
+
+def _hue_rotation(turns: np.ndarray) -> np.ndarray:
+    """(..., 1, 1) turns -> (..., 3, 3) rotations of RGB about the axis of grays (Rodrigues' formula)."""
+    cosine, sine = np.cos(2 * math.pi * turns), np.sin(2 * math.pi * turns)
+    across = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    return cosine * np.eye(3) + (1.0 - cosine) / 3 + sine * across
+
+
+def _float32(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.float32))
+
+
+@functools.cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """ImageNet's mean (3, 1) and standard deviation (3, 1), and the weights of the luma (3,); copied there once."""
+    mean, std, luma = (
+        torch.tensor(v, dtype=torch.float32, device=device) for v in (IMAGENET_MEAN, IMAGENET_STD, _LUMA)
+    )
+    return mean[:, None], std[:, None], luma
+
+
+def _normalized_color(pixels: Tensor, color: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices (n, 3, 3) and offsets (n, 3, 1) from pixels (n, 3, S, S) in [0, 255] to normalized colors."""
+    color = upload(color, pixels.device)
+    mean, std, luma = _constants(pixels.device)
+    mean_luma = pixels.mean((2, 3), dtype=torch.float32) @ luma / 255
+    offset = (color[..., 3:] * mean_luma[:, None, None] - mean) / std
+    return color[..., :3] / (255 * std), offset
+
+
+def _blur(pixels: Tensor, sigma: Tensor) -> None:
+    """Blurs in place the frames (n, 3, S, S) where sigma (n,) is above 0; sigma is on the CPU."""
+    chosen = sigma.nonzero().flatten()
+    if not len(chosen):
+        return
+    size = pixels.shape[-1]
+    matrix = blur_matrix(upload(sigma[chosen], pixels.device), size=size).to(pixels.dtype)
+    chosen = upload(chosen, pixels.device)
+    across = pixels.index_select(0, chosen).view(-1, 3 * size, size) @ matrix.mT
+    # Channel by channel: a broadcast product would copy the matrices.
+    channels = across.view(-1, 3, size, size).unbind(1)
+    pixels.index_copy_(0, chosen, torch.stack([matrix @ channel for channel in channels], dim=1))
+
+
+def _paint(pixels: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+    """Applies the color maps to pixels (n, 3, S, S); clamps to what black and white are after normalization."""
+    mean, std, _ = _constants(pixels.device)
+    painted = torch.bmm(matrix, pixels.flatten(2)).add_(offset)
+    # clamp_ with tensors is several times slower on the CPU.
+    torch.maximum(painted, -mean / std, out=painted)
+    torch.minimum(painted, (1 - mean) / std, out=painted)
+    return painted.view_as(pixels)

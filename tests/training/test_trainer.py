@@ -1,0 +1,38 @@
+"""What the launcher hands to Ray Train, and what it makes of its answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.train import WorkerGroupError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+import dora_ray
+from dora_ray.errors import DoRAError
+from dora_ray.training.trainer import FAST_ELASTIC_RECOVERY, FAST_RECOVERY, run_on_ray
+from dora_ray.training.worlds import Job
+from tests.conftest import SMALL
+from tests.training.records.test_checkpoint import PLAN
+
+
+def test_one_patience_and_the_most_telling_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers = []
+
+    def fit(trainer: TorchTrainer) -> Any:
+        trainers.append(trainer)
+        lost = RuntimeError("Connection closed by peer: rank 1")
+        raise WorkerGroupError("two ranks", {0: lost, 1: RuntimeError("The actor died: SIGKILL")})
+
+    monkeypatch.setattr(TorchTrainer, "fit", fit)
+    config = dora_ray.load_config("tiny", *SMALL, "cluster.num_workers=2", "cluster.stall_seconds=1000")
+    with pytest.raises(DoRAError, match="the last failure: The actor died"):
+        run_on_ray(Job(config, PLAN, str(tmp_path)))
+    assert trainers[0].backend_config.timeout_s > 1000, "the stall watch is to end the workers first"
+
+
+def test_what_makes_recovery_fast_reaches_ray_trains_controller() -> None:
+    names = {name for name in FAST_RECOVERY | FAST_ELASTIC_RECOVERY if name.startswith("RAY_TRAIN_")}
+    assert names <= ENV_VARS_TO_PROPAGATE
