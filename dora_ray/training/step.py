@@ -259,6 +259,21 @@ def slot_quantities(
     return [*gradients, output.teacher_sum, measures]
 
 
+@dataclass(frozen=True)
+class StepSums:
+    """What all slots of all ranks add up to, the same on every rank.
+
+    Attributes:
+        quantities: flat float32 sums: a gradient for each parameter, the teacher's output, the measures.
+        num_clips: clips that could be read, at most slots x clips a slot.
+        records: the callers' integers, (R,) int64.
+    """
+
+    quantities: list[Tensor]
+    num_clips: int
+    records: Tensor
+
+
 def sum_slots(
     state: TrainState,
     batches: Sequence[SlotBatch],
@@ -266,7 +281,7 @@ def sum_slots(
     config: Config,
     all_reduce: AllReduce | None,
     forward: SlotForward = slot_forward,
-) -> SumResult:
+) -> StepSums:
     """Forward and backward of this rank's slots, and the sum over all slots of all ranks.
 
     Args:
@@ -280,6 +295,7 @@ def sum_slots(
     Raises:
         DivergenceError: on every rank alike, naming what is not finite and the step.
     """
+    num_clips = torch.tensor([sum(int(batch.valid.sum()) for batch in batches)])
     while True:
         sums = SlotSums(
             [
@@ -287,7 +303,7 @@ def sum_slots(
                 state.center.numel(),
                 len(measure_names(config, state.step)),
             ],
-            num_records=records.numel(),
+            num_records=1 + records.numel(),
             num_slots=config.optim.slots,
             reduction=config.optim.reduction,
             exponents=state.exponents,
@@ -297,12 +313,12 @@ def sum_slots(
             quantities = slot_quantities(state, batch, config, forward)
             with part("reduction"):
                 sums.add(quantities)
-        sums.set_records(records)
+        sums.set_records(torch.cat([num_clips, records]))
         with part("reduction"):
             result = sums.all_reduce(all_reduce)
         _require_finite(state, result)
         if not result.overflowed.any():
-            return result
+            return StepSums(result.quantities, int(result.records[0]), result.records[1:])
         state.exponents = raised_exponents(state.exponents, result.overflowed)
 
 
@@ -320,24 +336,26 @@ def _require_finite(state: TrainState, result: SumResult) -> None:
 
 
 @torch.no_grad()
-def apply_step(state: TrainState, result: SumResult, config: Config) -> tuple[dict[str, Tensor], Rates]:
+def apply_step(state: TrainState, sums: StepSums, config: Config) -> tuple[dict[str, Tensor], Rates]:
     """Update student, center and teacher from the sums of one step, and count it.
 
     Returns:
-        The measures' means over all clips, for which nobody has waited yet, and the rates used.
+        The measures' means over the clips that were read, for which nobody has waited yet, and the rates used.
     """
-    num_slots, names = config.optim.slots, measure_names(config, state.step)
+    names = measure_names(config, state.step)
     with part("reduction"):
-        state.exponents = next_exponents(result.quantities, state.exponents, first=state.step == 0)
-    *gradients, teacher_sum, measures = result.quantities
+        state.exponents = next_exponents(sums.quantities, state.exponents, first=state.step == 0)
+    *gradients, teacher_sum, measures = sums.quantities
     values = rates(state.step, config.optim)
     with part("optimizer"):
         _update_student(state, gradients, values, config)
     with part("ema"):
-        _update_center(state, teacher_sum, config)
+        _update_center(state, teacher_sum, sums.num_clips, config)
         update_teacher(state.teacher, state.student, values.teacher_momentum)
     state.step += 1
-    return dict(zip(names, (measures / num_slots).unbind(), strict=True)), values
+    # A slot weighs its measures by the share of its clips that were read.
+    means = measures * (config.optim.clips_per_slot / max(1, sums.num_clips))
+    return dict(zip(names, means.unbind(), strict=True)), values
 
 
 def _update_student(state: TrainState, gradients: Sequence[Tensor], values: Rates, config: Config) -> None:
@@ -356,7 +374,11 @@ def _update_student(state: TrainState, gradients: Sequence[Tensor], values: Rate
     state.optimizer.zero_grad(set_to_none=True)
 
 
-def _update_center(state: TrainState, teacher_sum: Tensor, config: Config) -> None:
-    """Equation 7: once a step, after all slots, over the nominal size of the batch."""
-    size = config.optim.slots * config.optim.clips_per_slot * config.clip.num_frames * config.num_globals
-    state.center.lerp_(teacher_sum / size, 1.0 - config.loss.center_momentum)
+def _update_center(state: TrainState, teacher_sum: Tensor, num_clips: int, config: Config) -> None:
+    """Equation 7: once a step, after all slots, over the views of the clips that were read.
+
+    Over the nominal size, clips that are missing would pull the center towards 0. Without any clip it stays.
+    """
+    if num_clips:
+        mean = teacher_sum / (num_clips * config.clip.num_frames * config.num_globals)
+        state.center.lerp_(mean, 1.0 - config.loss.center_momentum)

@@ -66,13 +66,24 @@ class Others:
             flat += other
 
 
-def train(config: Config, world_size: int, steps: int = 4) -> TrainState:
-    """The state after some steps of `world_size` ranks; they hold equal states and compute one after the other."""
+def train(
+    config: Config, world_size: int, steps: int = 4, *, unreadable: frozenset[tuple[int, int, int]] = frozenset()
+) -> TrainState:
+    """The state after some steps of `world_size` ranks; they hold equal states and compute one after the other.
+
+    Clips (step, slot, position) in `unreadable` are missing.
+    """
     state = initial_state(config, CPU)
     records = torch.zeros(1, dtype=torch.int64)
+
+    def read(step: int, slot: int) -> SlotBatch:
+        return batch(
+            config, step, slot, [(step, slot, i) not in unreadable for i in range(config.optim.clips_per_slot)]
+        )
+
     for step in range(steps):
         shares = [
-            [batch(config, step, slot) for slot in slots_of_rank(rank, world_size, config.optim.slots)]
+            [read(step, slot) for slot in slots_of_rank(rank, world_size, config.optim.slots)]
             for rank in range(world_size)
         ]
         others = Others()
@@ -145,6 +156,47 @@ def test_center_is_a_moving_average_over_the_batch() -> None:
     expected = 0.1 * torch.stack(outputs).sum(0) / views
     apply_step(state, sum_slots(state, batches, torch.zeros(0, dtype=torch.int64), config, None), config)
     torch.testing.assert_close(state.center, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["exact", "float32"])
+def test_the_center_is_that_of_the_clips_that_were_read(reduction: str) -> None:
+    """An unreadable clip has no output: it must not pull the center towards 0, nor make measures look smaller."""
+    config = small_config(f"optim.reduction={reduction}", "model.drop_path=0")
+    state = initial_state(config, CPU)
+    valid = [[True, True], [True, False], [False, False], [False, True]]
+    batches = [batch(config, 0, slot, valid[slot]) for slot in range(config.optim.slots)]
+    outputs = [
+        slot_output(state, b.clips, b.valid, draw_slot(config, 0, b.slot), config) for b in batches if b.valid.any()
+    ]
+    mean = torch.stack([output.teacher_sum for output in outputs]).double().sum(0) / (4 * config.clip.num_frames)
+    loss = sum(share * output.loss.item() for share, output in zip([2, 1, 1], outputs, strict=True)) / 4
+    sums = sum_slots(state, batches, torch.zeros(0, dtype=torch.int64), config, None)
+    measures, _ = apply_step(state, sums, config)
+    assert sums.num_clips == 4
+    torch.testing.assert_close(state.center, (0.1 * mean).float(), rtol=1e-5, atol=1e-8)
+    assert float(measures["loss"]) == pytest.approx(loss, rel=1e-5)
+
+
+def test_weights_are_bit_identical_for_every_world_size_with_unreadable_clips() -> None:
+    config = small_config("model.drop_path=0.2")
+    unreadable = frozenset({(0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 3, 1), (2, 2, 0)})
+    alone, complete = train(config, 1, unreadable=unreadable), train(config, 1)
+    assert not torch.equal(alone.center, complete.center)
+    for world_size in (2, 3):
+        shared = train(config, world_size, unreadable=unreadable)
+        assert torch.equal(alone.center, shared.center)
+        for name, tensor in alone.student.state_dict().items():
+            assert torch.equal(tensor, shared.student.state_dict()[name]), name
+
+
+def test_a_step_without_any_clip_leaves_the_center() -> None:
+    config = small_config()
+    state = train(config, 1, steps=1)
+    before = state.center.clone()
+    batches = [batch(config, 1, slot, [False, False]) for slot in range(config.optim.slots)]
+    apply_step(state, sum_slots(state, batches, torch.zeros(0, dtype=torch.int64), config, None), config)
+    assert before.any()
+    assert torch.equal(state.center, before)
 
 
 def test_not_finite_names_measure_and_step() -> None:
