@@ -7,6 +7,7 @@ Exit status: 0 done, 1 failed, 2 bad configuration or usage, 3 bad data, 4 bad c
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_to_stderr(verbose=options.verbose)
     module, function = options.handler.split(".")
     handler: Handler = getattr(import_module(f"dora_ray.commands.{module}"), function)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text in the terminal's encoding
     try:
         handler(options)
         sys.stdout.flush()

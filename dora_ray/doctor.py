@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from dora_ray.ray_folder import long_folder, ray_folder
+
 GIB = 2**30
 NEEDED_MEMORY = 4 * GIB
 NEEDED_DISK = 5 * GIB
@@ -55,7 +57,7 @@ class Finding:
 def examine() -> list[Finding]:
     """All checks. None of them writes outside of a temporary file in the working folder, or starts a process."""
     checks: tuple[Callable[[], Finding], ...] = (
-        _python, _packages, _optional, _processors, _memory, _gpus, _decoders, _ray, _disk, _run_folder
+        _python, _packages, _optional, _processors, _memory, _gpus, _decoders, _ray, _ray_folder, _disk, _run_folder
     )  # fmt: skip
     return [check() for check in checks]
 
@@ -155,6 +157,12 @@ def _ray() -> Finding:
         f"{number or 'missing'}; {where}",
         "this version relies on Ray 2.60: pip install 'ray[data,default,train,tune]==2.60.*'",
     )
+
+
+def _ray_folder() -> Finding:
+    sentence = long_folder()
+    remedy = "a batch system's folder is often too long for sockets: export RAY_TMPDIR=/tmp"
+    return Finding("Ray's folder", sentence is None, sentence or f"{ray_folder()} (RAY_TMPDIR or TMPDIR)", remedy)
 
 
 def _disk() -> Finding:

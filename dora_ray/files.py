@@ -136,8 +136,8 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], content: str) -> None:
-    """Write a whole UTF-8 file, as `write_bytes` does."""
-    write_bytes(path, content.encode("utf-8"))
+    """Write a whole UTF-8 file, as `write_bytes` does; names of files that are not UTF-8 are escaped."""
+    write_bytes(path, content.encode("utf-8", errors="backslashreplace"))
 
 
 @_named

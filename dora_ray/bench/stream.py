@@ -28,6 +28,7 @@ from dora_ray.clips.ray_engine import plan_of
 from dora_ray.clips.slot import SlotBatch, read_slot
 from dora_ray.clips.stream import local_slots, ray_slots
 from dora_ray.config import Config, load_config
+from dora_ray.ray_folder import check_ray_folder
 from dora_ray.training.launch import make_plan
 from dora_ray.training.memory import peak_mb
 from dora_ray.video.index import VideoIndex, index_video
@@ -91,6 +92,7 @@ def _cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     already = ray.is_initialized()
     if not already:
+        check_ray_folder()
         ray.init(
             address="local",
             num_cpus=CORES,

@@ -13,6 +13,7 @@ import torch
 
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
+from dora_ray.ray_folder import check_ray_folder
 from dora_ray.training.worker import ray_worker
 from dora_ray.training.worlds import CHECKPOINTS, Job
 
@@ -59,6 +60,7 @@ def connect(config: Config) -> Iterator[None]:
         if address:
             ray.init(address=address)
         else:
+            check_ray_folder()
             needed = math.ceil(config.max_workers * config.cluster.cpus_per_worker + config.cluster.decode_cpus)
             ray.init(
                 address="local",
