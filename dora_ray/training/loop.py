@@ -20,7 +20,8 @@ from dora_ray.evaluation.options import KnnOptions
 from dora_ray.training.elastic.requests import Request, here
 from dora_ray.training.optim import Rates
 from dora_ray.training.records.checkpoint import CheckpointWriter, take_snapshot
-from dora_ray.training.records.journal import Journal, MetricsWindow, collapse_warnings
+from dora_ray.training.records.collapse import CollapseWatch
+from dora_ray.training.records.journal import Journal, MetricsWindow
 from dora_ray.training.step import TrainState, apply_step, sum_slots
 from dora_ray.training.worlds import Job, LostPeerError, RayWorld, World
 
@@ -52,12 +53,21 @@ class Loop:
     _step_seconds: float = 0.0
     _window: MetricsWindow = field(default_factory=MetricsWindow)
     _writer: CheckpointWriter | None = None
-    _warned: set[str] = field(default_factory=set)
+    _collapse: CollapseWatch = field(init=False)
     _told_overdue: bool = False
     _saved_step: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._saved_step = self.state.step
+        config = self.job.config
+        self._collapse = CollapseWatch(
+            num_outputs=config.head.num_outputs,
+            num_images=config.optim.clips_per_slot * config.clip.num_frames * config.num_globals,
+            num_objects=config.tracking.num_objects,
+            num_steps=config.optim.steps,
+            warmup_steps=config.optim.warmup_steps,
+            teacher_temperature=config.loss.teacher_temperature,
+        )
         if self.journal is not None:
             self._writer = CheckpointWriter(
                 self.job.checkpoints, keep=self.job.config.run.keep_checkpoints, journal=self.journal
@@ -190,12 +200,8 @@ class Loop:
         if evaluate:
             values |= self._knn(journal)
         journal.metrics(step, values)
-        views = config.optim.clips_per_slot * config.clip.num_frames * config.num_globals
-        if step > config.optim.warmup_steps:
-            warnings = collapse_warnings(values, num_outputs=config.head.num_outputs, num_images=views)
-            for warning in set(warnings) - self._warned:  # each once, until it no longer holds
-                journal.event("warning", step=step, message=warning)
-            self._warned = set(warnings)
+        if (warning := self._collapse.look(step, values)) is not None:
+            journal.event("warning", step=step, message=warning)
 
     def _knn(self, journal: Journal) -> dict[str, float]:
         """Accuracy of kNN with the teacher as it is now; the other ranks wait in their next reduction.

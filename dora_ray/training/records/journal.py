@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import socket
 import time
@@ -275,32 +274,6 @@ def read_status(run: str) -> dict[str, Any]:
     """What status.json says; empty when there is none."""
     path = files.join(run, STATUS)
     return dict(json.loads(files.read_text(path))) if files.exists(path) else {}
-
-
-def collapse_warnings(metrics: dict[str, float], *, num_outputs: int, num_images: int) -> list[str]:
-    """Sentences that name a collapse which the measures show; none when training looks alive.
-
-    Args:
-        metrics: measures of one metrics line.
-        num_outputs: O.
-        num_images: teacher views a slot, which bound the diversity.
-    """
-    warnings = []
-    if metrics["teacher_entropy"] > 0.99 * math.log(num_outputs):
-        warnings.append(
-            "the teacher's output is almost uniform over all outputs: lower loss.teacher_temperature or optim.lr"
-        )
-    if metrics["teacher_diversity"] < 0.01 * math.log(min(num_images, num_outputs)):
-        warnings.append(
-            "the teacher gives every image the same output: raise loss.teacher_temperature or lower "
-            "loss.center_momentum"
-        )
-    if metrics.get("object_overlap", 0.0) > 0.95:
-        warnings.append(
-            "the objects of a clip are almost the same patches: raise tracking.num_iterations or lower "
-            "tracking.num_objects"
-        )
-    return warnings
 
 
 class MetricsWindow:

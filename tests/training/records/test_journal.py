@@ -14,7 +14,6 @@ from dora_ray import files
 from dora_ray.training.records.journal import (
     Journal,
     add_event,
-    collapse_warnings,
     read_events,
     read_history,
     read_lines,
@@ -22,8 +21,6 @@ from dora_ray.training.records.journal import (
     read_status,
     write_status,
 )
-
-ALIVE = {"teacher_entropy": 2.0, "teacher_diversity": 1.0, "object_overlap": 0.4}
 
 
 def attempt(run: str, begin: int, steps: range, mark: int, world_size: int = 1) -> None:
@@ -79,17 +76,6 @@ def test_status_is_whole_json(tmp_path: Path) -> None:
     attempt(str(tmp_path), 0, range(1), mark=1)
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["step"], status["steps"], status["world_size"]) == ("running", 1, 10, 1)
-
-
-def test_collapse_is_named() -> None:
-    assert collapse_warnings(ALIVE, num_outputs=256, num_images=32) == []
-    for measure, value, word in [
-        ("teacher_entropy", 5.54, "uniform"),
-        ("teacher_diversity", 0.001, "same output"),
-        ("object_overlap", 0.99, "objects"),
-    ]:
-        (warning,) = collapse_warnings(ALIVE | {measure: value}, num_outputs=256, num_images=32)
-        assert word in warning
 
 
 def test_a_resume_is_no_recovery(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""Warnings of a training that learns nothing, from its measures: one diagnosis at a time, with its remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# Shares of the largest value that an entropy or a diversity can have.
+FLAT_ENTROPY_SHARE = 0.99
+NO_DIVERSITY_SHARE = 0.01
+FULL_OVERLAP = 0.95
+# Overlap must last for this share of the run, or for as long as the warm-up if that is longer.
+LASTING_SHARE = 0.1
+
+
+@dataclass
+class CollapseWatch:
+    """Looks at each line of metrics after the warm-up, and says each thing once for as long as it holds.
+
+    Attributes:
+        num_outputs: O.
+        num_images: teacher views a slot, which bound the diversity.
+        num_objects: K.
+        num_steps: steps of the run.
+        warmup_steps: steps before which the measures say nothing.
+        teacher_temperature: the one to change.
+    """
+
+    num_outputs: int
+    num_images: int
+    num_objects: int
+    num_steps: int
+    warmup_steps: int
+    teacher_temperature: float
+    _said: str | None = None
+    _overlap_since: int | None = None
+
+    def look(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """A sentence that is to be said now; None while training looks alive, or when it was said before."""
+        if step <= self.warmup_steps:
+            return None
+        kind, sentence = self._diagnose(step, metrics)
+        said, self._said = self._said, kind
+        return sentence if kind != said else None
+
+    def _diagnose(self, step: int, metrics: Mapping[str, float]) -> tuple[str | None, str | None]:
+        """The first that holds: a flat output has no diversity either, and a collapsed teacher no objects."""
+        if metrics["teacher_entropy"] > FLAT_ENTROPY_SHARE * math.log(self.num_outputs):
+            return "flat", (
+                f"The teacher's output is almost uniform over its {self.num_outputs} outputs, the same for every "
+                f"image. Lower loss.teacher_temperature (now {self.teacher_temperature:g}) and begin again."
+            )
+        if metrics["teacher_diversity"] < NO_DIVERSITY_SHARE * math.log(min(self.num_images, self.num_outputs)):
+            return "same", (
+                "The teacher gives every image the same few outputs. Raise optim.warmup_steps or lower optim.lr, "
+                "and begin again."
+            )
+        if "object_overlap" not in metrics:  # no step since the last line had objects
+            return ("overlap" if self._said == "overlap" else None), None
+        if self._overlap_lasts(step, metrics["object_overlap"]):
+            return "overlap", (
+                f"The {self.num_objects} objects overlap by {metrics['object_overlap']:.0%}, so they add little, and "
+                f"have done so since step {self._overlap_since}. Normal in early training; this late, lower "
+                "tracking.num_objects."
+            )
+        return None, None
+
+    def _overlap_lasts(self, step: int, overlap: float) -> bool:
+        """Tell if the objects have been the same patches in every line for long."""
+        if overlap <= FULL_OVERLAP:
+            self._overlap_since = None
+            return False
+        if self._overlap_since is None:
+            self._overlap_since = step
+        return step - self._overlap_since >= max(self.warmup_steps, LASTING_SHARE * self.num_steps)
