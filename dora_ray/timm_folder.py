@@ -13,19 +13,14 @@ from typing import TYPE_CHECKING, Any, cast
 import safetensors.torch
 
 from dora_ray import files
+from dora_ray.checkpoints import EXPORT_CONFIG, MODEL
 from dora_ray.errors import CheckpointError
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
-MODEL_FILE = "model.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def is_timm_folder(names: list[str]) -> bool:
-    """Whether a folder with these names in it is a timm model."""
-    return {"config.json", MODEL_FILE} <= set(names)
 
 
 def save_timm_folder(
@@ -40,8 +35,8 @@ def save_timm_folder(
         description: One line about its architecture.
         step: Steps that it was trained for.
     """
-    safetensors.torch.save_file(backbone.state_dict(), folder / MODEL_FILE, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(_timm_config(backbone, arguments), indent=2) + "\n")
+    safetensors.torch.save_file(backbone.state_dict(), folder / MODEL, metadata={"format": "pt"})
+    (folder / EXPORT_CONFIG).write_text(json.dumps(_timm_config(backbone, arguments), indent=2) + "\n")
     (folder / "README.md").write_text(_model_card(backbone, arguments["image_size"], description, step))
 
 
@@ -51,7 +46,7 @@ def read_timm_config(folder: str) -> dict[str, Any]:
     Raises:
         CheckpointError: It is none of timm's.
     """
-    path = files.join(folder, "config.json")
+    path = files.join(folder, EXPORT_CONFIG)
     try:
         config = json.loads(files.read_text(path))
         config["architecture"], config["model_args"]

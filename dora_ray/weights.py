@@ -1,26 +1,15 @@
-"""From a training's checkpoint to an encoder that anything can use: find, check, load and export it.
+"""From a training's checkpoint to an encoder that anything can use: check, load and export it.
 
-A checkpoint is a folder of three files, meta.json being written last:
-
-    step-00001234/
-        model.safetensors   student.backbone.*  student.head.*  teacher.backbone.*  teacher.head.*
-        state.pt            optimizer, center and schedules; nothing here reads it
-        meta.json           format, step, configuration, plan, versions
-
-Everything below also takes a run's folder (its newest checkpoint), and what needs only the encoder takes the folder
-that `export` wrote. All folders may live behind a URI such as s3://. What is evaluated and exported is the teacher
-(equation 7).
+Everything below takes a checkpoint, a run's folder (its newest checkpoint) and, where only the encoder is needed, the
+folder that `export` wrote; local or behind a URI such as s3://. What is evaluated and exported is the teacher (equation
+7).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,136 +17,16 @@ import safetensors
 import safetensors.torch
 
 from dora_ray import files
+from dora_ray.checkpoints import MODEL, PathLike, advise, is_complete, read_meta, resolve_checkpoint
 from dora_ray.errors import CheckpointError, ConfigError
-from dora_ray.timm_folder import MODEL_FILE, build_from_timm_config, is_timm_folder, read_timm_config, save_timm_folder
+from dora_ray.timm_folder import build_from_timm_config, read_timm_config, save_timm_folder
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor, nn
 
 
-FORMAT = 3
-_STEP_NAME = re.compile(r"step-\d+")
-PathLike = str | os.PathLike[str]
 Module = TypeVar("Module", bound="nn.Module")
-
-
-@dataclass(frozen=True)
-class Meta:
-    """What a checkpoint says about itself.
-
-    Attributes:
-        step: Optimizer steps done.
-        config: The run's configuration, as `Config.model_dump(mode="json")` gave it.
-        plan: The parts of the configuration and of the videos' index that shape the slots' content.
-        plan_digest: Hash of `plan`; a resume with another one is refused.
-        world_size: Number of train workers that wrote the checkpoint.
-        bad_clips: Clips that could not be decoded and got weight 0.
-        versions: Versions of the packages that wrote it.
-        files: Hash of the content of each of the other files.
-    """
-
-    step: int
-    config: dict[str, Any]
-    plan: dict[str, Any]
-    plan_digest: str
-    world_size: int
-    bad_clips: list[Any]
-    versions: dict[str, str]
-    files: dict[str, str]
-
-
-def resolve_checkpoint(path: PathLike) -> str:
-    """The folder that `path` means: itself (a checkpoint or an export), or the newest complete checkpoint of a run.
-
-    Raises:
-        CheckpointError: Nothing is there, or it is no checkpoint, run or export, or it holds no complete checkpoint.
-    """
-    folder = files.absolute(path)
-    names = files.list_names(folder)
-    if "meta.json" in names or is_timm_folder(names):
-        return folder
-    if "checkpoints" in names:
-        return _newest_of(folder, files.join(folder, "checkpoints"))
-    if any(_STEP_NAME.fullmatch(name) for name in names):
-        return _newest_of(folder, folder)
-    if _STEP_NAME.fullmatch(Path(folder).name) and names:
-        raise CheckpointError(f"{folder} is incomplete: it has no meta.json, which is written last. {_advise(folder)}")
-    if not files.exists(folder):
-        raise CheckpointError(f"No checkpoint at {folder}: there is no such folder. {_advise(folder)}")
-    found = ", ".join(names[:8]) or "nothing"
-    raise CheckpointError(
-        f"{folder} is not a checkpoint: it holds {found}. Give a checkpoint (step-00001234), a run's folder, "
-        "or a folder that `dora-ray export` wrote."
-    )
-
-
-def _newest_of(run: str, checkpoints: str) -> str:
-    """The complete checkpoint that `latest` names, else the newest complete one."""
-    names = files.list_names(checkpoints)
-    if "latest" in names:
-        latest = files.join(checkpoints, files.read_text(files.join(checkpoints, "latest")).strip())
-        if files.exists(files.join(latest, "meta.json")):
-            return latest
-    newest = next(complete_checkpoints(checkpoints), None)
-    if newest is None:
-        raise CheckpointError(
-            f"{run} has no complete checkpoint (a folder step-00001234 with a meta.json). "
-            "Let the run reach its first checkpoint, or give another run."
-        )
-    return newest
-
-
-def step_names(checkpoints: str) -> list[str]:
-    """Names of all checkpoints in a run's folder of checkpoints, complete or not, oldest first."""
-    return [name for name in files.list_names(checkpoints) if _STEP_NAME.fullmatch(name)]
-
-
-def complete_checkpoints(checkpoints: str) -> Iterator[str]:
-    """Folders of the complete checkpoints in a run's folder of checkpoints, newest first."""
-    for name in reversed(step_names(checkpoints)):
-        if files.exists(files.join(checkpoints, name, "meta.json")):
-            yield files.join(checkpoints, name)
-
-
-def _advise(checkpoint: str) -> str:
-    """What to use in place of a checkpoint that cannot be read."""
-    parent, _, name = checkpoint.rpartition("/")
-    good = next((other for other in complete_checkpoints(parent) if not other.endswith(f"/{name}")), None)
-    if good is not None:
-        return f"The last complete checkpoint beside it is {good}: use that one."
-    return "Give a checkpoint (step-00001234), a run's folder, or a folder that `dora-ray export` wrote."
-
-
-class DamagedError(CheckpointError):
-    """The content of a checkpoint is not what was written."""
-
-
-def read_meta(checkpoint: PathLike) -> Meta:
-    """What the checkpoint says about itself.
-
-    Raises:
-        CheckpointError: As `resolve_checkpoint`; and an export, a damaged meta.json, or a format that this version
-            does not know.
-    """
-    folder = resolve_checkpoint(checkpoint)
-    path = files.join(folder, "meta.json")
-    if not files.exists(path):
-        raise CheckpointError(f"{folder} is an exported encoder, which has no meta.json. Give the run's checkpoint.")
-    try:
-        content = json.loads(files.read_text(path))
-        version = content["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{path} is damaged ({error!r}). {_advise(folder)}") from error
-    if version != FORMAT:
-        raise CheckpointError(
-            f"{folder} has format {version}; this version of dora_ray reads format {FORMAT}. {_advise(folder)} "
-            "Or install the version that wrote it."
-        )
-    try:
-        return Meta(**{name: content[name] for name in Meta.__dataclass_fields__})
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error}. {_advise(folder)}") from error
 
 
 def load_backbone(checkpoint: PathLike) -> VisionTransformer:
@@ -170,7 +39,7 @@ def load_backbone(checkpoint: PathLike) -> VisionTransformer:
         CheckpointError: It is missing, incomplete, damaged, or of another architecture than its configuration says.
     """
     folder = resolve_checkpoint(checkpoint)
-    if not files.exists(files.join(folder, "meta.json")):
+    if not is_complete(folder):
         return _load_exported(folder)
     config = read_meta(folder).config
     return _fill(_build_vit(config), folder, prefix="teacher.backbone.", expected=describe_architecture(config))
@@ -183,7 +52,7 @@ def random_backbone(checkpoint: PathLike, *, seed: int) -> VisionTransformer:
     folder = resolve_checkpoint(checkpoint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if files.exists(files.join(folder, "meta.json")):
+        if is_complete(folder):
             return _build_vit(read_meta(folder).config).eval()
         return build_from_timm_config(read_timm_config(folder)).eval()
 
@@ -237,7 +106,7 @@ def _build_vit(config: dict[str, Any]) -> VisionTransformer:
 
 def _read_tensors(folder: str, prefix: str) -> dict[str, Tensor]:
     """The tensors of model.safetensors whose names begin with `prefix`, without it."""
-    path = files.join(folder, MODEL_FILE)
+    path = files.join(folder, MODEL)
     try:
         if files.is_remote(path):
             tensors = safetensors.torch.load(files.read_bytes(path))
@@ -249,9 +118,9 @@ def _read_tensors(folder: str, prefix: str) -> dict[str, Tensor]:
                 if name.startswith(prefix)
             }
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no {MODEL_FILE}. {_advise(folder)}") from error
+        raise CheckpointError(f"{folder} has no {MODEL}. {advise(folder)}") from error
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or cut off ({error}). {_advise(folder)}") from error
+        raise CheckpointError(f"{path} is damaged or cut off ({error}). {advise(folder)}") from error
 
 
 def _fill(module: Module, folder: str, *, prefix: str, expected: str) -> Module:
@@ -262,9 +131,9 @@ def _fill(module: Module, folder: str, *, prefix: str, expected: str) -> Module:
     reshaped = sorted(name for name in wanted.keys() & saved.keys() if wanted[name].shape != saved[name].shape)
     if missing or unknown or reshaped:
         raise CheckpointError(
-            f"{files.join(folder, MODEL_FILE)} holds another architecture ({_describe_tensors(saved)}) than its "
+            f"{files.join(folder, MODEL)} holds another architecture ({_describe_tensors(saved)}) than its "
             f"configuration names ({expected}): {len(missing)} tensors missing, {len(unknown)} unknown, "
-            f"{len(reshaped)} of another shape, first {(reshaped + missing + unknown)[0]}. {_advise(folder)}"
+            f"{len(reshaped)} of another shape, first {(reshaped + missing + unknown)[0]}. {advise(folder)}"
         )
     module.load_state_dict(saved)
     return module.eval()

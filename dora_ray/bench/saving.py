@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dora_ray import files
 from dora_ray.bench.products import synchronize
+from dora_ray.checkpoints import CHECKPOINTS
 from dora_ray.clips.plan import Plan
 from dora_ray.config import Config
 from dora_ray.training.records.checkpoint import CheckpointWriter, take_snapshot
@@ -63,7 +64,7 @@ class Saving:
             aspect_ratio=config.crops.aspect_ratio,
         )
         journal = Journal(folder, step=0, num_steps=1, world_size=1, entered=time.time())
-        self._writer = CheckpointWriter(files.join(folder, "checkpoints"), keep=1, journal=journal)
+        self._writer = CheckpointWriter(files.join(folder, CHECKPOINTS), keep=1, journal=journal)
         self._begin()
         self._writer.finish()
         self.written: list[Written] = []

@@ -15,13 +15,12 @@ import numpy as np
 
 from dora_ray import files
 from dora_ray.chaos.training import StalledError, Training
+from dora_ray.checkpoints import CHECKPOINTS, META, MODEL, STATE
 from dora_ray.config import Config
 from dora_ray.errors import VideoError
 from dora_ray.store.frames import StoredVideo
 from dora_ray.training.launch import ingest_videos, make_plan, saved_config
-from dora_ray.training.records.checkpoint import META, MODEL, STATE
 from dora_ray.training.records.journal import CONFIG, METRICS, read_events, read_lines
-from dora_ray.training.worlds import CHECKPOINTS
 
 CHECKPOINT_SECONDS, NUM_CHECKPOINTS = 0.5, 2
 # A data file for each second of the film; two clips of an epoch may hang, the third one ends the run, steps later.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dora_ray import files
-from dora_ray.training.records.checkpoint import MODEL, STATE
+from dora_ray.checkpoints import MODEL, STATE
 
 Line = Mapping[str, Any]
 History = Mapping[int, Sequence[int]]

@@ -14,8 +14,7 @@ from dora_ray.chaos.judge import Hit
 from dora_ray.chaos.nodes import LocalNodes
 from dora_ray.chaos.schedule import Strike
 from dora_ray.chaos.training import StalledError, Training
-from dora_ray.training.records.checkpoint import META
-from dora_ray.training.worlds import CHECKPOINTS
+from dora_ray.checkpoints import CHECKPOINTS, META
 
 STEP_SECONDS = 180.0
 DRAIN_SECONDS = 5.0

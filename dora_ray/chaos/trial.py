@@ -18,11 +18,11 @@ from dora_ray.chaos.nodes import LocalNodes
 from dora_ray.chaos.schedule import Strike, draw_schedule
 from dora_ray.chaos.strikes import strike, walk_path
 from dora_ray.chaos.training import CLIPS_PER_SLOT, SMALL, EndedError, StalledError, Training
+from dora_ray.checkpoints import resolve_checkpoint
 from dora_ray.config import load_config
 from dora_ray.errors import DoRAError
 from dora_ray.training.launch import ingest_videos
 from dora_ray.training.records.journal import CONFIG, METRICS, read_events, read_history, read_lines
-from dora_ray.weights import resolve_checkpoint
 
 # Steps are quicker than nodes: those before the first fault have to last until the spare processes are there, which is
 # the state that a training is in for all but its first half minute, and those after the last one until its answer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dora_ray import files
+from dora_ray.checkpoints import CHECKPOINTS
 from dora_ray.commands.output import write
 
 
@@ -25,6 +26,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _pictures_of(checkpoint: str) -> str:
     """Where the report of the checkpoint's run looks for pictures; for any other folder, `pictures` here."""
-    if "checkpoints" in files.list_names(checkpoint) and not files.is_remote(checkpoint):
+    if CHECKPOINTS in files.list_names(checkpoint) and not files.is_remote(checkpoint):
         return files.join(checkpoint, "pictures")
     return "pictures"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dora_ray import files
+from dora_ray.checkpoints import resolve_checkpoint
 from dora_ray.errors import ConfigError
 from dora_ray.evaluation.corloc import evaluate_corloc
 from dora_ray.evaluation.features import training_size
@@ -16,7 +17,7 @@ from dora_ray.evaluation.knn import evaluate_knn
 from dora_ray.evaluation.linear import evaluate_linear
 from dora_ray.evaluation.options import CorlocOptions, KnnOptions, LinearOptions, OptionsType, VosOptions, parse_options
 from dora_ray.evaluation.vos import evaluate_vos
-from dora_ray.weights import load_backbone, random_backbone, resolve_checkpoint
+from dora_ray.weights import load_backbone, random_backbone
 
 __all__ = ["TASKS", "evaluate"]
 

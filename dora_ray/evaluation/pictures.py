@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from dora_ray import files
+from dora_ray.checkpoints import Meta, read_meta, resolve_checkpoint
 from dora_ray.errors import ConfigError
 from dora_ray.evaluation import drawing
 from dora_ray.evaluation.features import normalize, whole_size
@@ -25,7 +26,7 @@ from dora_ray.method.tracking import Threshold
 from dora_ray.method.vit import tracked_features
 from dora_ray.timm_folder import IMAGENET_MEAN
 from dora_ray.video.index import VideoIndex, index_video
-from dora_ray.weights import Meta, load_backbone, read_meta, resolve_checkpoint
+from dora_ray.weights import load_backbone
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from dora_ray import files
+from dora_ray.checkpoints import CHECKPOINTS, complete_checkpoints, newest_meta
 from dora_ray.clips.plan import Plan, Video
 from dora_ray.clips.segments import SegmentPlan, streamed_videos
 from dora_ray.config import Config, load_config
@@ -23,15 +24,15 @@ from dora_ray.store.frames import StoredVideo, load_index
 from dora_ray.store.ingest import IngestProgress, ingest
 from dora_ray.training.elastic.requests import caught_signals
 from dora_ray.training.memory import estimate_memory_mb
-from dora_ray.training.records.checkpoint import newest_meta, require_plan
+from dora_ray.training.records.checkpoint import require_plan
 from dora_ray.training.records.journal import CONFIG, add_event, read_metrics, write_status
 from dora_ray.training.records.tail import RunTail
 from dora_ray.training.trainer import check_resources, connect, run_on_ray
 from dora_ray.training.worker import record_failure, train_loop
-from dora_ray.training.worlds import CHECKPOINTS, Job, LocalWorld
+from dora_ray.training.worlds import Job, LocalWorld
 from dora_ray.video.index import VideoIndex, index_video
 from dora_ray.video.sources import find_videos
-from dora_ray.weights import complete_checkpoints, require_architecture
+from dora_ray.weights import require_architecture
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 
 import torch
 
+from dora_ray.checkpoints import CHECKPOINTS
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
 from dora_ray.ray_folder import check_ray_folder
 from dora_ray.training.worker import ray_worker
-from dora_ray.training.worlds import CHECKPOINTS, Job
+from dora_ray.training.worlds import Job
 
 # Measured on Ray 2.60: how soon a failure, a notice or a lost node is acted upon, for processes that are started with
 # this environment. A user's own settings win.

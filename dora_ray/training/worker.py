@@ -13,18 +13,14 @@ from typing import Any
 import torch
 
 from dora_ray import errors, files
+from dora_ray.checkpoints import checkpoint_name, set_newest
 from dora_ray.clips.plan import slots_of_rank
 from dora_ray.config import Config
 from dora_ray.errors import CheckpointError, ClusterError, DoRAError
 from dora_ray.training.elastic.requests import here
 from dora_ray.training.loop import Loop, watch_for_stalls
 from dora_ray.training.numerics import NOT_DETERMINISTIC, prepare_torch, require_fp8
-from dora_ray.training.records.checkpoint import (
-    checkpoint_name,
-    load_newest,
-    load_state,
-    set_newest,
-)
+from dora_ray.training.records.checkpoint import load_newest, load_state
 from dora_ray.training.records.journal import (
     CONFIG,
     STATUS,

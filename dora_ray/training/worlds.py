@@ -13,14 +13,13 @@ from typing import Protocol
 import torch
 
 from dora_ray import files
+from dora_ray.checkpoints import CHECKPOINTS
 from dora_ray.clips.plan import Plan
 from dora_ray.clips.stream import SlotBatch, local_slots, ray_slots
 from dora_ray.config import Config
 from dora_ray.errors import DoRAError
 from dora_ray.training.elastic.requests import LEAVE_SECONDS, here
 from dora_ray.training.reduction import AllReduce
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)

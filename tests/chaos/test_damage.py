@@ -13,9 +13,9 @@ from dora_ray.chaos import damage, trial
 from dora_ray.chaos.damage import Hang, choose_hang, cut_newest_checkpoint
 from dora_ray.chaos.training import SMALL, StalledError, make_training_video
 from dora_ray.chaos.trial import Laboratory, Trial
+from dora_ray.checkpoints import META, MODEL, STATE
 from dora_ray.config import Config, load_config
 from dora_ray.training.launch import ingest_videos, make_plan
-from dora_ray.training.records.checkpoint import META, MODEL, STATE
 
 
 class Ended:

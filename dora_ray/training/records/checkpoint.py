@@ -1,16 +1,13 @@
-"""Checkpoints: step-00001234/{model.safetensors, state.pt, meta.json}; meta.json is written last, then `latest`.
+"""Snapshots of a training's state, and what is read back from them; `dora_ray.checkpoints` has the folders' layout.
 
-A folder without meta.json is incomplete and never read; meta.json holds the digests of the other two, so that a damaged
-one is not read either. A snapshot copies the state in the step, on its own device; a background thread brings it to the
-CPU and writes it. The run itself owns the folder, not Ray's checkpoint manager: a checkpoint must also be committed
-while Ray's controller is busy with the resize that it is made for.
+A snapshot copies the state in the step, on its own device; a background thread brings it to the CPU and writes it. The
+run itself owns the folder, not Ray's checkpoint manager: a checkpoint must also be committed while Ray's controller is
+busy with the resize that it is made for.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -25,20 +22,26 @@ import torch
 from torch import Tensor
 from torch.utils import serialization
 
-from dora_ray import files, weights
+from dora_ray import files
+from dora_ray.checkpoints import (
+    MODEL,
+    STATE,
+    DamagedError,
+    Meta,
+    checkpoint_name,
+    is_complete,
+    prune,
+    read_checked,
+    read_meta,
+    step_names,
+    write_checkpoint,
+)
 from dora_ray.clips.plan import Plan
 from dora_ray.config import Config
 from dora_ray.errors import CheckpointError, DoRAError
 from dora_ray.training.records.journal import Journal
 from dora_ray.training.step import TrainState
-
-MODEL, STATE, META, LATEST = "model.safetensors", "state.pt", "meta.json", "latest"
-DAMAGED = "damaged-"
-
-
-def checkpoint_name(step: int) -> str:
-    """The folder's name."""
-    return f"step-{step:08d}"
+from dora_ray.weights import require_architecture
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,6 @@ def take_snapshot(state: TrainState, config: Config, plan: Plan, world_size: int
         "step": state.step,
     }
     meta = {
-        "format": weights.FORMAT,
         "step": state.step,
         "config": config.model_dump(mode="json"),
         "plan": plan.fingerprint,
@@ -128,27 +130,14 @@ def _each(value: Any, change: Any) -> Any:
 
 
 def write_snapshot(snapshot: Snapshot, checkpoints: str) -> str:
-    """Write a snapshot below the folder `checkpoints`; what a killed writer left under the name is removed first."""
-    folder = files.join(checkpoints, snapshot.name)
-    files.remove(folder)
-    files.make_folder(folder)
+    """Write a snapshot below the folder `checkpoints`."""
     model, state = _on_host(snapshot)
     buffer = io.BytesIO()
-    # The digests below say more, and what the writer computes it takes from the training.
+    # The digests in meta.json say more, and what the writer computes it takes from the training.
     with serialization.config.patch("save.compute_crc32", False):
         torch.save(state, buffer)
     contents = {MODEL: safetensors.torch.save(model), STATE: buffer.getvalue()}
-    for name, content in contents.items():
-        files.write_bytes(files.join(folder, name), content)
-    meta = snapshot.meta | {"files": {name: _digest(content) for name, content in contents.items()}}
-    files.write_text(files.join(folder, META), json.dumps(meta, indent=1))
-    files.write_text(files.join(checkpoints, LATEST), snapshot.name + "\n")
-    return folder
-
-
-def _digest(content: bytes) -> str:
-    # The fastest hash of the standard library on processors that have instructions for it: half of blake2b's time.
-    return hashlib.sha256(content).hexdigest()
+    return write_checkpoint(checkpoints, snapshot.name, contents, snapshot.meta)
 
 
 class CheckpointWriter:
@@ -195,17 +184,9 @@ class CheckpointWriter:
             self._journal.checkpoint(
                 snapshot.name, step, reason=reason, seconds=self.seconds, copy_seconds=copy_seconds
             )
-            self._prune()
+            prune(self._checkpoints, keep=self._keep)
         except (OSError, DoRAError) as error:
             self._journal.event("warning", step=step, message=f"{self._checkpoints}: {error}")
-
-    def _prune(self) -> None:
-        """Remove all but the newest few complete checkpoints, and what failed writers left."""
-        complete = itertools.islice(weights.complete_checkpoints(self._checkpoints), self._keep)
-        kept = {path.rsplit("/", 1)[-1] for path in complete}
-        for name in weights.step_names(self._checkpoints):
-            if name not in kept:
-                files.remove(files.join(self._checkpoints, name))
 
     def busy(self) -> bool:
         """Whether a snapshot is still being written."""
@@ -229,14 +210,6 @@ class CheckpointWriter:
             )
 
 
-def newest_meta(checkpoints: str) -> tuple[str, weights.Meta] | None:
-    """The newest complete checkpoint that can say what it is, and what it says; None where there is none."""
-    for folder in weights.complete_checkpoints(checkpoints):
-        with suppress(weights.DamagedError):
-            return folder, weights.read_meta(folder)
-    return None
-
-
 def load_newest(checkpoints: str, state: TrainState, config: Config, plan: Plan) -> tuple[str | None, list[str]]:
     """Put the newest undamaged checkpoint into a newly made state.
 
@@ -247,14 +220,14 @@ def load_newest(checkpoints: str, state: TrainState, config: Config, plan: Plan)
         CheckpointError: all are damaged; or the newest undamaged one is of another architecture, plan or format.
     """
     refused, damaged = list[str](), False
-    for name in reversed(weights.step_names(checkpoints)):
+    for name in reversed(step_names(checkpoints)):
         folder = files.join(checkpoints, name)
-        if not files.exists(files.join(folder, META)):
+        if not is_complete(folder):
             refused.append(f"{folder} is incomplete: its writer was interrupted.")
             continue
         try:
             load_state(folder, state, config, plan)
-        except weights.DamagedError as error:
+        except DamagedError as error:
             refused.append(str(error))
             damaged = True
         else:
@@ -264,29 +237,6 @@ def load_newest(checkpoints: str, state: TrainState, config: Config, plan: Plan)
     return None, refused
 
 
-def set_newest(checkpoints: str, kept: str | None) -> None:
-    """Make `kept` (None: no checkpoint) the newest: point `latest` at it and take newer folders away.
-
-    A writer that is killed between a checkpoint and `latest` leaves it at the one before.
-
-    A killed writer may leave a folder half written, which is removed; a damaged one is only renamed.
-    """
-    name = kept.rstrip("/").rsplit("/", 1)[-1] if kept is not None else ""
-    newer = [other for other in weights.step_names(checkpoints) if other > name]
-    for other in newer:
-        folder = files.join(checkpoints, other)
-        if files.exists(files.join(folder, META)):
-            files.remove(files.join(checkpoints, DAMAGED + other))
-            files.move(folder, files.join(checkpoints, DAMAGED + other))
-        else:
-            files.remove(folder)
-    latest = files.join(checkpoints, LATEST)
-    if not name:
-        files.remove(latest)
-    elif not files.exists(latest) or files.read_text(latest).strip() != name:
-        files.write_text(latest, name + "\n")
-
-
 def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> None:
     """Put a checkpoint into a newly made state.
 
@@ -294,15 +244,15 @@ def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> No
         CheckpointError: it is incomplete, damaged, of another architecture, or of another plan; the message names what
             differs.
     """
-    meta = weights.read_meta(folder)
-    weights.require_architecture(folder, config.model_dump(mode="json"))
+    meta = read_meta(folder)
+    require_architecture(folder, config.model_dump(mode="json"))
     require_plan(folder, meta, plan)
-    model, content = _read_checked(folder, MODEL, meta), _read_checked(folder, STATE, meta)
+    model, content = read_checked(folder, MODEL, meta), read_checked(folder, STATE, meta)
     try:
         networks = safetensors.torch.load(model)
         tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
-        raise weights.DamagedError(f"{folder} is damaged ({type(error).__name__}: {error}).") from error
+        raise DamagedError(f"{folder} is damaged ({type(error).__name__}: {error}).") from error
     for which, network in (("student.", state.student), ("teacher.", state.teacher)):
         named = {name.removeprefix(which): value for name, value in networks.items() if name.startswith(which)}
         network.load_state_dict(named)
@@ -313,19 +263,7 @@ def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> No
     state.bad_clips = [int(number) for number in meta.bad_clips]
 
 
-def _read_checked(folder: str, name: str, meta: weights.Meta) -> bytes:
-    """A file of a checkpoint, if it is what was written."""
-    path = files.join(folder, name)
-    try:
-        content = files.read_bytes(path)
-    except FileNotFoundError as error:
-        raise weights.DamagedError(f"{folder} has no {name}.") from error
-    if _digest(content) != meta.files[name]:
-        raise weights.DamagedError(f"{path} is damaged: its {len(content)} bytes are not those that were written.")
-    return content
-
-
-def require_plan(folder: str, meta: weights.Meta, plan: Plan) -> None:
+def require_plan(folder: str, meta: Meta, plan: Plan) -> None:
     """Refuse to go on with other clips than the checkpoint was trained with.
 
     Raises:

@@ -18,26 +18,16 @@ import pytest
 import torch
 
 import dora_ray
+from dora_ray.checkpoints import LATEST, META, MODEL, STATE, complete_checkpoints, set_newest
 from dora_ray.clips.plan import Plan
 from dora_ray.config import Config
 from dora_ray.errors import CheckpointError, ClusterError, ConfigError, DoRAError
 from dora_ray.training.records import checkpoint
-from dora_ray.training.records.checkpoint import (
-    LATEST,
-    META,
-    MODEL,
-    STATE,
-    CheckpointWriter,
-    load_newest,
-    set_newest,
-    take_snapshot,
-    write_snapshot,
-)
+from dora_ray.training.records.checkpoint import CheckpointWriter, load_newest, take_snapshot, write_snapshot
 from dora_ray.training.records.journal import Journal, read_events
 from dora_ray.training.step import TrainState, initial_state
 from dora_ray.training.worker import _restore, train_loop
 from dora_ray.training.worlds import Job, LocalWorld
-from dora_ray.weights import complete_checkpoints
 from tests.conftest import SMALL
 
 CONFIG: Config = dora_ray.load_config("tiny", *SMALL)

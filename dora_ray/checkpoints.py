@@ -1,0 +1,255 @@
+"""The folders of a run's checkpoints: names, what is complete, newest or damaged, and how they are written and read.
+
+    checkpoints/
+        latest                  name of the newest one; written after it
+        step-00001234/
+            model.safetensors   student.backbone.*  student.head.*  teacher.backbone.*  teacher.head.*
+            state.pt            optimizer, center and scales
+            meta.json           format, step, configuration, plan, versions, digests of the other two; written last
+        damaged-step-00001200/  one that could not be read
+
+A folder without meta.json is incomplete and never read. What the files hold is the business of `dora_ray.weights` (the
+encoder) and `dora_ray.training.records.checkpoint` (the training state); nothing here imports torch. All folders may
+live behind a URI such as s3://.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dora_ray import files
+from dora_ray.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"
+MODEL, STATE, META, LATEST = "model.safetensors", "state.pt", "meta.json", "latest"
+# Beside MODEL in the folder that `export` writes.
+EXPORT_CONFIG = "config.json"
+DAMAGED = "damaged-"
+FORMAT = 3
+_STEP_NAME = re.compile(r"step-\d+")
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Content of meta.json.
+
+    Attributes:
+        step: Optimizer steps done.
+        config: The run's configuration, as `Config.model_dump(mode="json")` gave it.
+        plan: The parts of the configuration and of the videos' index that shape the slots' content.
+        plan_digest: Hash of `plan`; a resume with another one is refused.
+        world_size: Number of train workers that wrote the checkpoint.
+        bad_clips: Clips that could not be decoded and got weight 0.
+        versions: Versions of the packages that wrote it.
+        files: Hash of the content of each of the other files.
+    """
+
+    step: int
+    config: dict[str, Any]
+    plan: dict[str, Any]
+    plan_digest: str
+    world_size: int
+    bad_clips: list[Any]
+    versions: dict[str, str]
+    files: dict[str, str]
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the folder of a checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def is_complete(folder: str) -> bool:
+    """Tell if the writer of a checkpoint finished it."""
+    return files.exists(files.join(folder, META))
+
+
+def is_export(names: list[str]) -> bool:
+    """Tell if a folder with these names in it is an exported encoder (a timm model)."""
+    return {EXPORT_CONFIG, MODEL} <= set(names)
+
+
+def resolve_checkpoint(path: PathLike) -> str:
+    """Return the folder that `path` means: itself (a checkpoint or an export), or a run's newest complete checkpoint.
+
+    Raises:
+        CheckpointError: Nothing is there, or it is no checkpoint, run or export, or it holds no complete checkpoint.
+    """
+    folder = files.absolute(path)
+    names = files.list_names(folder)
+    if META in names or is_export(names):
+        return folder
+    if CHECKPOINTS in names:
+        return _newest_of(folder, files.join(folder, CHECKPOINTS))
+    if any(_STEP_NAME.fullmatch(name) for name in names):
+        return _newest_of(folder, folder)
+    if _STEP_NAME.fullmatch(Path(folder).name) and names:
+        raise CheckpointError(f"{folder} is incomplete: it has no meta.json, which is written last. {advise(folder)}")
+    if not files.exists(folder):
+        raise CheckpointError(f"No checkpoint at {folder}: there is no such folder. {advise(folder)}")
+    found = ", ".join(names[:8]) or "nothing"
+    raise CheckpointError(
+        f"{folder} is not a checkpoint: it holds {found}. Give a checkpoint (step-00001234), a run's folder, "
+        "or a folder that `dora-ray export` wrote."
+    )
+
+
+def _newest_of(run: str, checkpoints: str) -> str:
+    """The complete checkpoint that `latest` names, else the newest complete one."""
+    names = files.list_names(checkpoints)
+    if LATEST in names:
+        latest = files.join(checkpoints, files.read_text(files.join(checkpoints, LATEST)).strip())
+        if is_complete(latest):
+            return latest
+    newest = next(complete_checkpoints(checkpoints), None)
+    if newest is None:
+        raise CheckpointError(
+            f"{run} has no complete checkpoint (a folder step-00001234 with a meta.json). "
+            "Let the run reach its first checkpoint, or give another run."
+        )
+    return newest
+
+
+def step_names(checkpoints: str) -> list[str]:
+    """Names of all checkpoints in a run's folder of checkpoints, complete or not, oldest first."""
+    return [name for name in files.list_names(checkpoints) if _STEP_NAME.fullmatch(name)]
+
+
+def complete_checkpoints(checkpoints: str) -> Iterator[str]:
+    """Folders of the complete checkpoints in a run's folder of checkpoints, newest first."""
+    for name in reversed(step_names(checkpoints)):
+        if is_complete(files.join(checkpoints, name)):
+            yield files.join(checkpoints, name)
+
+
+def advise(checkpoint: str) -> str:
+    """Name a checkpoint to use in place of one that cannot be read."""
+    parent, _, name = checkpoint.rpartition("/")
+    good = next((other for other in complete_checkpoints(parent) if not other.endswith(f"/{name}")), None)
+    if good is not None:
+        return f"The last complete checkpoint beside it is {good}: use that one."
+    return "Give a checkpoint (step-00001234), a run's folder, or a folder that `dora-ray export` wrote."
+
+
+class DamagedError(CheckpointError):
+    """The content of a checkpoint is not what was written."""
+
+
+def read_meta(checkpoint: PathLike) -> Meta:
+    """Return what the checkpoint says about itself.
+
+    Raises:
+        CheckpointError: As `resolve_checkpoint`; and an export, a damaged meta.json, or a format that this version
+            does not know.
+    """
+    folder = resolve_checkpoint(checkpoint)
+    path = files.join(folder, META)
+    if not files.exists(path):
+        raise CheckpointError(f"{folder} is an exported encoder, which has no meta.json. Give the run's checkpoint.")
+    try:
+        content = json.loads(files.read_text(path))
+        version = content["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{path} is damaged ({error!r}). {advise(folder)}") from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {version}; this version of dora_ray reads format {FORMAT}. {advise(folder)} "
+            "Or install the version that wrote it."
+        )
+    try:
+        return Meta(**{name: content[name] for name in Meta.__dataclass_fields__})
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}. {advise(folder)}") from error
+
+
+def newest_meta(checkpoints: str) -> tuple[str, Meta] | None:
+    """Return the newest complete checkpoint that can say what it is, and what it says; None where there is none."""
+    for folder in complete_checkpoints(checkpoints):
+        with suppress(DamagedError):
+            return folder, read_meta(folder)
+    return None
+
+
+def write_checkpoint(checkpoints: str, name: str, contents: Mapping[str, bytes], meta: Mapping[str, Any]) -> str:
+    """Write a checkpoint and make it the newest; what a killed writer left under the name is removed first.
+
+    Args:
+        checkpoints: The run's folder of checkpoints.
+        name: The checkpoint's folder in it.
+        contents: Its files but for meta.json.
+        meta: The fields of `Meta` but for `files`.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = files.join(checkpoints, name)
+    files.remove(folder)
+    files.make_folder(folder)
+    for file, content in contents.items():
+        files.write_bytes(files.join(folder, file), content)
+    digests = {file: _digest(content) for file, content in contents.items()}
+    files.write_text(files.join(folder, META), json.dumps({"format": FORMAT, **meta, "files": digests}, indent=1))
+    files.write_text(files.join(checkpoints, LATEST), name + "\n")
+    return folder
+
+
+def _digest(content: bytes) -> str:
+    # The fastest hash of the standard library on processors that have instructions for it: half of blake2b's time.
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_checked(folder: str, name: str, meta: Meta) -> bytes:
+    """Return a file of a checkpoint, if it is what was written.
+
+    Raises:
+        DamagedError: it is missing, or its content is another.
+    """
+    path = files.join(folder, name)
+    try:
+        content = files.read_bytes(path)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{folder} has no {name}.") from error
+    if _digest(content) != meta.files[name]:
+        raise DamagedError(f"{path} is damaged: its {len(content)} bytes are not those that were written.")
+    return content
+
+
+def prune(checkpoints: str, *, keep: int) -> None:
+    """Remove all but the newest few complete checkpoints, and what failed writers left."""
+    complete = itertools.islice(complete_checkpoints(checkpoints), keep)
+    kept = {path.rsplit("/", 1)[-1] for path in complete}
+    for name in step_names(checkpoints):
+        if name not in kept:
+            files.remove(files.join(checkpoints, name))
+
+
+def set_newest(checkpoints: str, kept: str | None) -> None:
+    """Make `kept` (None: no checkpoint) the newest: point `latest` at it and take newer folders away.
+
+    A writer that is killed between a checkpoint and `latest` leaves it at the one before. A killed writer may leave a
+    folder half written, which is removed; a damaged one is only renamed.
+    """
+    name = kept.rstrip("/").rsplit("/", 1)[-1] if kept is not None else ""
+    newer = [other for other in step_names(checkpoints) if other > name]
+    for other in newer:
+        folder = files.join(checkpoints, other)
+        if is_complete(folder):
+            files.remove(files.join(checkpoints, DAMAGED + other))
+            files.move(folder, files.join(checkpoints, DAMAGED + other))
+        else:
+            files.remove(folder)
+    latest = files.join(checkpoints, LATEST)
+    if not name:
+        files.remove(latest)
+    elif not files.exists(latest) or files.read_text(latest).strip() != name:
+        files.write_text(latest, name + "\n")
