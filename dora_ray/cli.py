@@ -252,6 +252,25 @@ def _add_synth(parts: Commands[argparse.ArgumentParser]) -> None:
     video.add_argument("--fps", type=float, default=30.0, metavar="N", help="frames a second (30)")
     video.add_argument("--cuts", type=float, nargs="*", default=[], metavar="SECONDS", help="when another scene starts")
     video.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same pictures (0)")
+    tour = _command(
+        kinds,
+        "tour",
+        "a walk along photographs with moving objects, their masks, boxes and classes beside it (extra: demo)",
+        handler="data.run_synth_tour",
+    )
+    tour.add_argument("out", metavar="DIR")
+    tour.add_argument("--seconds", type=float, default=60.0, metavar="N", help="length (60)")
+    tour.add_argument("--size", type=_size, default=(640, 360), metavar="WxH", help="pixels (640x360)")
+    tour.add_argument("--fps", type=float, default=30.0, metavar="N", help="frames a second (30)")
+    tour.add_argument("--objects", type=int, default=4, metavar="N", help="objects at a time (4)")
+    tour.add_argument("--labels", type=float, default=2.0, metavar="N", help="labeled frames a second (2)")
+    tour.add_argument(
+        "--photographs",
+        metavar="DIR",
+        help="your own pictures: transparent ones are objects, of the class that their folder names, others are walked"
+        " along; not given: those that scikit-image and scikit-learn ship",
+    )
+    tour.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same tour (0)")
     photos = _command(
         kinds, "photos", "crops of ten photographs as labeled images (extra: demo)", handler="data.run_synth_photos"
     )

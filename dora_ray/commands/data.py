@@ -130,6 +130,33 @@ def run_synth_video(options: argparse.Namespace) -> None:
     write(str(path))
 
 
+def run_synth_tour(options: argparse.Namespace) -> None:
+    """Make a labeled tour."""
+    from dora_ray.video.cutouts import photographs_of
+    from dora_ray.video.tour_files import make_tour
+
+    _refuse_existing(options.out)
+    width, height = options.size
+    with Stages() as stages:
+
+        def progress(done: int, total: int) -> None:
+            stages.at("draw", "frames").update(step=done, total=total)
+
+        film = make_tour(
+            options.out,
+            width=width,
+            height=height,
+            num_frames=round(options.seconds * options.fps),
+            frames_per_second=options.fps,
+            seed=options.seed,
+            num_objects=options.objects,
+            labels_per_second=options.labels,
+            photographs=photographs_of(options.photographs) if options.photographs else None,
+            progress=progress,
+        )
+    write_facts({"film": film, "masks": film.parent / "davis", "boxes": film.parent / "voc"})
+
+
 def run_synth_photos(options: argparse.Namespace) -> None:
     """Make labeled images."""
     from dora_ray.video.synthetic import make_photo_classes

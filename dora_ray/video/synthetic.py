@@ -178,7 +178,7 @@ def make_photo_classes(
         ConfigError: scikit-image or scikit-learn is not installed.
     """
     for number, (name, (package, inner)) in enumerate(sorted(PHOTOGRAPHS.items())):
-        with Image.open(_package_file(package, inner)) as image:
+        with Image.open(package_file(package, inner)) as image:
             photograph = image.convert("RGB")
         for split, (parity, count) in enumerate(((0, num_train), (1, num_test))):
             folder = Path(out, ("train", "test")[split], name)
@@ -238,7 +238,12 @@ def _disc(side: int) -> np.ndarray:
     return axis[:, None] ** 2 + axis**2 <= 1
 
 
-def _package_file(package: str, inner: str) -> Path:
+def package_file(package: str, inner: str) -> Path:
+    """Find a photograph that an installed package ships.
+
+    Raises:
+        ConfigError: it is not there.
+    """
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec else []
     place = Path(folders[0], inner) if folders else None
