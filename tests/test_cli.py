@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -116,6 +117,8 @@ def test_bad_usage_is_status_2_with_usage(run, words):
         (["data", "ingest", "data.short_side=9", "--store", "s"], 2, "no video was given"),
         (["data", "synth", "video", "v.mp4", "--size", "33x20"], 2, "both must be even"),
         (["data", "synth", "video", "v.mp4", "--seconds", "0"], 2, "are 0 frames"),
+        (["data", "synth", "tour", "t", "--size", "33x20"], 2, "both sides must be even"),
+        (["data", "synth", "tour", "t", "--photographs", "nowhere"], 2, "not a folder of photographs"),
         (["show", "nothing", "missing.mp4"], 4, "nothing"),
         (["export", "nothing", "--out", "there"], 4, "nothing"),
         (["report", "."], 2, "neither a run nor a sweep"),
@@ -227,6 +230,16 @@ def test_a_synthetic_video_can_be_indexed(run, tmp_path):
     status, _, err = run("data", "synth", "video", path)
     assert status == 2
     assert "exists already" in err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="the photographs are not installed")
+def test_a_labeled_tour_is_made(run, tmp_path):
+    words = ("data", "synth", "tour", tmp_path / "tour", "--size", "96x64")
+    status, out, _ = run(*words, "--seconds", "2", "--fps", "6", "--labels", "3")
+    assert status == 0
+    assert "film.mp4" in out
+    assert len(list((tmp_path / "tour" / "davis" / "Annotations" / "480p" / "tour-000").iterdir())) == 6
+    assert run(*words)[0] == 2
 
 
 def test_status_tells_how_a_run_is_doing(run, tmp_path):

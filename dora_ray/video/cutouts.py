@@ -122,7 +122,8 @@ def packaged_photographs() -> Photographs:
     scenes = []
     for place, box in SCENES:
         picture = _open(package_file(*place)).convert("RGB")
-        scenes.append(picture.crop(tuple(round(side) for side in _pixels(box, picture.size))))
+        left, top, right, bottom = (round(side) for side in _pixels(box, picture.size))
+        scenes.append(picture.crop((left, top, right, bottom)))
     cutouts = []
     for name, (place, outline) in OBJECTS.items():
         picture = _open(package_file(*place)).convert("RGB")

@@ -130,7 +130,7 @@ class Tour:
         gamma = np.exp(0.25 * self.light_drift * self._wave(8, seconds, 41.0))
         tints = [1 + 0.1 * self.light_drift * self._wave(9 + channel, seconds, 29.0) for channel in range(3)]
         table = np.concatenate([np.clip(255 * tint * level**gamma, 0, 255) for tint in tints])
-        return np.rint(table).astype(int).tolist()
+        return [int(value) for value in np.rint(table)]
 
     @functools.cached_property
     def _world(self) -> functools._lru_cache_wrapper[Image.Image]:
@@ -168,7 +168,7 @@ class Tour:
         cutout = self.photographs.cutouts[int(rng.integers(len(self.photographs.cutouts)))]
         reach = rng.uniform(0.3, 0.6) * self.height
         scale = reach / max(cutout.picture.size) * min(1.5, max(cutout.picture.size) / min(cutout.picture.size))
-        size = tuple(max(4, round(side * scale)) for side in cutout.picture.size)
+        size = (max(4, round(cutout.picture.width * scale)), max(4, round(cutout.picture.height * scale)))
         picture, mask = cutout.picture.resize(size, Image.Resampling.BICUBIC), cutout.mask.resize(size)
         if rng.integers(2):
             picture, mask = (part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in (picture, mask))

@@ -42,7 +42,7 @@ def flat_tour(**changes) -> Tour:
     return Tour(*SIZE, photographs=flat_photographs(), **(settings | changes))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_mask_is_what_was_drawn_of_the_object_pixel_for_pixel(seed):
     tour, covered = flat_tour(seed=seed), Counter()
     for number in range(0, 240, 4):
@@ -107,7 +107,7 @@ def test_the_camera_never_sees_the_end_of_the_world(size):
     """Scenes of 150 are tinted to 112 and more; what is outside of the world would be 0."""
     for seed in range(4):
         tour = Tour(*size, 1.0, seed, 1, flat_photographs(), 0.0)
-        for number in range(0, 400, 3):
+        for number in range(0, 400, 7):
             frame = tour.frame(number)
             assert frame.picture[frame.instances == 0].min() >= 110
 
