@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from dora_ray.errors import ConfigError
-from dora_ray.evaluation.features import normalize, open_rgb, whole_size
+from dora_ray.evaluation.features import normalize
+from dora_ray.evaluation.images import open_rgb, whole_size
 from dora_ray.method.vit import tracked_features
 
 if TYPE_CHECKING:

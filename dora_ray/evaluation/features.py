@@ -9,25 +9,36 @@ image, no augmentation.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dora_ray.errors import ConfigError
+from dora_ray.evaluation.images import SUFFIXES, open_rgb, read_image
+from dora_ray.folders import is_hidden, visible_files
 from dora_ray.timm_folder import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+__all__ = ["LabeledImages", "extract", "extract_splits", "find_splits", "normalize", "open_rgb", "training_size"]
+
+logger = logging.getLogger(__name__)
+
+MOST_NAMED = 20
+# What data sets call the folder beside their classes, letters alone.
+UNLABELED = frozenset(
+    ("unlabeled", "unlabelled", "unlabel", "nolabel", "nolabels", "withoutlabels", "unsup", "unsupervised")
+)
 LAYOUT = "FOLDER/train/CLASS/image.jpg and FOLDER/test/CLASS/image.jpg (val/ in place of test/ is fine)"
 
 
@@ -39,18 +50,23 @@ class LabeledImages:
         paths: M files.
         labels: (M,) int64, indices into `classes`.
         classes: Names of the classes, sorted.
+        num_unreadable: Files that were left out because they cannot be read.
     """
 
     paths: tuple[Path, ...]
     labels: Tensor
     classes: tuple[str, ...]
+    num_unreadable: int = 0
 
     def thinned(self, max_images: int | None) -> LabeledImages:
         """At most `max_images` of them, evenly spaced over the list, so that every class keeps its share; None: all."""
         if max_images is None or max_images >= len(self.paths):
             return self
-        kept = [index * len(self.paths) // max_images for index in range(max_images)]
-        return LabeledImages(tuple(self.paths[index] for index in kept), self.labels[kept], self.classes)
+        return self.only([index * len(self.paths) // max_images for index in range(max_images)])
+
+    def only(self, kept: Sequence[int]) -> LabeledImages:
+        """Return those with the given places."""
+        return LabeledImages(tuple(self.paths[index] for index in kept), self.labels[list(kept)], self.classes)
 
 
 def find_images(folder: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> LabeledImages:
@@ -66,14 +82,14 @@ def find_images(folder: str | os.PathLike[str], *, classes: Sequence[str] | None
     root = Path(folder)
     if not root.is_dir():
         raise ConfigError(f"No folder {root}. Labeled images are laid out as {LAYOUT}.")
-    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = _class_folders(root)
     if not found:
         raise ConfigError(f"{root} has no folder of a class in it. Labeled images are laid out as {LAYOUT}.")
     names = tuple(found if classes is None else classes)
     unknown = [name for name in found if name not in names]
     if unknown:
         raise ConfigError(f"{root} has classes that the training part lacks: {', '.join(unknown[:8])}.")
-    by_class = {name: _image_files(root / name) for name in found}
+    by_class = {name: visible_files(root / name, SUFFIXES) for name in found}
     empty = [name for name, paths in by_class.items() if not paths]
     if empty:
         raise ConfigError(f"{root / empty[0]} has no image in it; images end in {', '.join(SUFFIXES)}.")
@@ -82,8 +98,22 @@ def find_images(folder: str | os.PathLike[str], *, classes: Sequence[str] | None
     return LabeledImages(paths, torch.tensor(labels, dtype=torch.int64), names)
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+def _class_folders(root: Path) -> list[str]:
+    """Return the names of the classes' folders, without links that lead back to where we are.
+
+    Raises:
+        ConfigError: One of them says by its name that it is no class.
+    """
+    above = {root.resolve(), *root.resolve().parents}
+    found = [entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name)]
+    names = sorted(entry.name for entry in found if entry.resolve() not in above)
+    for name in names:
+        if re.sub(r"[^a-z]", "", name.lower()) in UNLABELED:
+            raise ConfigError(
+                f"{root / name} looks like images without labels, and would be scored as one more class. "
+                f"Move it out of {root}, or give it another name if it is a class."
+            )
+    return names
 
 
 def find_splits(folder: str | os.PathLike[str]) -> tuple[LabeledImages, LabeledImages]:
@@ -100,45 +130,12 @@ def find_splits(folder: str | os.PathLike[str]) -> tuple[LabeledImages, LabeledI
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8]) or "nothing"
         raise ConfigError(f"{root} holds {found}. Labeled images are laid out as {LAYOUT}.")
     train = find_images(root / "train")
+    if len(train.classes) < 2:
+        raise ConfigError(
+            f"{root / 'train'} has one class, {train.classes[0]}, so every answer would be right. "
+            f"Give a folder for each class: {LAYOUT}."
+        )
     return train, find_images(test, classes=train.classes)
-
-
-def read_image(path: Path, *, size: int) -> np.ndarray:
-    """One image, resized and cut as the protocol says: (S, S, 3) uint8.
-
-    Raises:
-        ConfigError: The file is no image that can be read.
-    """
-    return np.asarray(center_crop(open_rgb(path), size=size))
-
-
-def open_rgb(path: Path) -> Image.Image:
-    """An image file, decoded, in RGB.
-
-    Raises:
-        ConfigError: The file is no image that can be read.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ConfigError(f"{path} cannot be read as an image ({error}). Repair or remove it.") from error
-
-
-def whole_size(size: tuple[int, int], *, short_side: int, patch_size: int) -> tuple[int, int]:
-    """The (width, height) in whole patches nearest to `size` scaled to that short side, for images seen whole."""
-    scale = short_side / min(size)
-    width, height = (max(1, round(side * scale / patch_size)) * patch_size for side in size)
-    return width, height
-
-
-def center_crop(image: Image.Image, *, size: int) -> Image.Image:
-    """The center S x S of the image whose short side was resized to S x 256 / 224."""
-    short = round(size * 256 / 224)
-    scale = short / min(image.size)
-    width, height = (max(short, round(side * scale)) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -148,22 +145,75 @@ def normalize(pixels: Tensor) -> Tensor:
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def image_batches(paths: Sequence[Path], *, size: int, batch_size: int, num_workers: int) -> Iterator[Tensor]:
-    """Batches of (M, S, S, 3) uint8 in the order of `paths`; the next batch is read while the last one is used."""
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images that were read together.
+
+    Attributes:
+        numbers: Their places in the list of files.
+        pixels: (M, S, S, 3) uint8.
+    """
+
+    numbers: tuple[int, ...]
+    pixels: Tensor
+
+
+def image_batches(
+    paths: Sequence[Path], *, size: int, batch_size: int, num_workers: int, skip_unreadable: bool = False
+) -> Iterator[ImageBatch]:
+    """Yield batches in the order of `paths`; the next batch is read while the last one is used.
+
+    Raises:
+        ConfigError: After the last batch, naming all files that cannot be read; with `skip_unreadable`, which leaves
+            them out, only where no file is left.
+    """
+    failures: list[str] = []
     # Threads are enough: Pillow decodes and resizes outside the interpreter's lock, and a Ray worker must not fork.
     with ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
-        waiting: list[Future[np.ndarray]] | None = None
-        for start in range(0, len(paths), batch_size):
-            following = [pool.submit(read_image, path, size=size) for path in paths[start : start + batch_size]]
-            if waiting is not None:
-                yield _stack(waiting)
+        waiting: list[tuple[int, Future[np.ndarray]]] = []
+        for start in range(0, len(paths) + batch_size, batch_size):
+            numbers = range(start, min(start + batch_size, len(paths)))
+            following = [(number, pool.submit(read_image, paths[number], size=size)) for number in numbers]
+            yield from _readable(waiting, failures, skip_unreadable=skip_unreadable)
             waiting = following
-        if waiting is not None:
-            yield _stack(waiting)
+    report_unreadable(failures, len(paths), skip_unreadable=skip_unreadable)
 
 
-def _stack(images: Sequence[Future[np.ndarray]]) -> Tensor:
-    return torch.from_numpy(np.stack([image.result() for image in images]))
+def _readable(
+    waiting: Sequence[tuple[int, Future[np.ndarray]]], failures: list[str], *, skip_unreadable: bool
+) -> Iterator[ImageBatch]:
+    """Yield the images of a batch that can be read; none once a failure has decided that all was in vain."""
+    read = {}
+    for number, future in waiting:
+        try:
+            read[number] = future.result()
+        except ConfigError as error:
+            failures.append(str(error))
+    if read and (skip_unreadable or not failures):
+        yield ImageBatch(tuple(read), torch.from_numpy(np.stack(list(read.values()))))
+
+
+def report_unreadable(failures: Sequence[str], num_files: int, *, skip_unreadable: bool) -> None:
+    """Name the files that could not be read: in a warning where they are left out, else in an error.
+
+    Args:
+        failures: A sentence for each of them.
+        num_files: All files.
+        skip_unreadable: Leave them out.
+
+    Raises:
+        ConfigError: There are some, and they are not to be left out, or they are all.
+    """
+    if not failures:
+        return
+    shown = " ".join(failures[:MOST_NAMED])
+    more = f" And {len(failures) - MOST_NAMED} more." if len(failures) > MOST_NAMED else ""
+    if skip_unreadable and len(failures) < num_files:
+        logger.warning("%d of %d files are left out: %s%s", len(failures), num_files, shown, more)
+        return
+    count = f"{len(failures)} of {num_files} files: " if len(failures) > 1 else ""
+    hint = "" if skip_unreadable else " The option skip_unreadable=true leaves out what cannot be read."
+    raise ConfigError(f"{count}{shown}{more}{hint}")
 
 
 def training_size(vit: VisionTransformer) -> int:
@@ -174,28 +224,88 @@ def training_size(vit: VisionTransformer) -> int:
 @torch.inference_mode()
 def extract(
     encode: Callable[[Tensor], Tensor],
-    paths: Sequence[Path],
+    images: LabeledImages,
     *,
     size: int,
     batch_size: int,
     num_workers: int,
     device: str,
-) -> Tensor:
-    """The features of image files, in their order.
+    skip_unreadable: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Tensor, LabeledImages]:
+    """Return the features of image files, in their order, and the images that they are of.
 
     Args:
         encode: (M, 3, S, S) normalized float32 on `device` to (M, D).
-        paths: M image files.
+        images: M image files.
         size: S.
         batch_size: Images a forward pass.
         num_workers: Threads that read images.
         device: Where `encode` lives.
+        skip_unreadable: Leave out files that cannot be read, with a warning.
+        progress: Told the number of images after each batch.
 
     Returns:
-        (M, D) float32 on the CPU.
+        (M, D) float32 on the CPU, and the images without those that were left out.
+
+    Raises:
+        ConfigError: As `image_batches`.
     """
-    batches = image_batches(paths, size=size, batch_size=batch_size, num_workers=num_workers)
-    return torch.cat([encode(normalize(batch.to(device))).float().cpu() for batch in batches])
+    features: list[Tensor] = []
+    kept: list[int] = []
+    options = {"size": size, "batch_size": batch_size, "num_workers": num_workers, "skip_unreadable": skip_unreadable}
+    for batch in image_batches(images.paths, **options):
+        features.append(encode(normalize(batch.pixels.to(device))).float().cpu())
+        kept += batch.numbers
+        if progress is not None:
+            progress(len(batch.numbers))
+    left = replace(images.only(kept), num_unreadable=len(images.paths) - len(kept))
+    return torch.cat(features), left
+
+
+Progress = Callable[[int, int], None]  # told how many are done, and of how many
+
+
+def extract_splits(
+    encode: Callable[[Tensor], Tensor],
+    data: str | os.PathLike[str],
+    *,
+    max_images: int | None,
+    progress: Progress | None,
+    **options: Any,
+) -> tuple[tuple[Tensor, LabeledImages], tuple[Tensor, LabeledImages]]:
+    """Return the features and the images of the training part and of the test part of a labeled folder.
+
+    Args:
+        encode: As `extract`.
+        data: FOLDER/train/CLASS/* and FOLDER/test/CLASS/*.
+        max_images: Images of each part, evenly spaced over its list; None: all.
+        progress: Told the number of images after each batch.
+        **options: The other arguments of `extract`.
+
+    Raises:
+        ConfigError: As `find_splits` and `extract`.
+    """
+    train, test = (part.thinned(max_images) for part in find_splits(data))
+    done, total = 0, len(train.paths) + len(test.paths)
+
+    def count(number: int) -> None:
+        nonlocal done
+        done += number
+        if progress is not None:
+            progress(done, total)
+
+    return extract(encode, train, progress=count, **options), extract(encode, test, progress=count, **options)
+
+
+def counts(train: LabeledImages, test: LabeledImages) -> dict[str, int]:
+    """Return the numbers of images and classes that a score is of."""
+    return {
+        "num_train": len(train.paths),
+        "num_test": len(test.paths),
+        "num_classes": len(train.classes),
+        "num_unreadable": train.num_unreadable + test.num_unreadable,
+    }
 
 
 def final_cls(vit: VisionTransformer) -> Callable[[Tensor], Tensor]:

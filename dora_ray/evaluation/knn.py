@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_ray.errors import ConfigError
-from dora_ray.evaluation.features import extract, final_cls, find_splits
+from dora_ray.evaluation.features import Progress, counts, extract_splits, final_cls
 
 if TYPE_CHECKING:
     import os
@@ -103,6 +103,8 @@ def evaluate_knn(
     batch_size: int,
     num_workers: int,
     device: str,
+    skip_unreadable: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Weighted nearest neighbors on a folder of labeled images.
 
@@ -117,18 +119,25 @@ def evaluate_knn(
         batch_size: Images a forward pass.
         num_workers: Threads that read images.
         device: Where the features are compared.
+        skip_unreadable: Leave out images that cannot be read, with a warning.
+        progress: Told the number of images that are done, and of all.
 
     Returns:
         top1 and its k, top1_by_k, k_lowered_to (or None), chance (share of the most frequent test class), counts.
 
     Raises:
-        ConfigError: As `find_splits`, or an image that cannot be read.
+        ConfigError: As `find_splits`, or images that cannot be read.
     """
-    train, test = (part.thinned(max_images) for part in find_splits(data))
-    encode = final_cls(backbone)
-    train_features, test_features = (
-        extract(encode, part.paths, size=image_size, batch_size=batch_size, num_workers=num_workers, device=device)
-        for part in (train, test)
+    (train_features, train), (test_features, test) = extract_splits(
+        final_cls(backbone),
+        data,
+        max_images=max_images,
+        size=image_size,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        skip_unreadable=skip_unreadable,
+        progress=progress,
     )
     num_train = len(train.paths)
     allowed = list(dict.fromkeys(min(k, num_train) for k in neighbors))
@@ -146,9 +155,7 @@ def evaluate_knn(
         "top1_by_k": {str(k): accuracy for k, accuracy in accuracies.items()},
         "k_lowered_to": num_train if max(neighbors) > num_train else None,
         "chance": most_frequent_share(test.labels),
-        "num_train": num_train,
-        "num_test": len(test.paths),
-        "num_classes": len(train.classes),
+        **counts(train, test),
     }
 
 

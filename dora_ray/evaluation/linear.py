@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_ray.evaluation.features import extract, find_splits, last_cls
+from dora_ray.evaluation.features import Progress, counts, extract_splits, last_cls
 from dora_ray.evaluation.knn import most_frequent_share
 from dora_ray.method.schedules import cosine
 
@@ -108,6 +108,8 @@ def evaluate_linear(
     batch_size: int,
     num_workers: int,
     device: str,
+    skip_unreadable: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """A linear probe on a folder of labeled images, on the CLS tokens of the last blocks, side by side.
 
@@ -124,19 +126,27 @@ def evaluate_linear(
         batch_size: Images a forward pass.
         num_workers: Threads that read images.
         device: Where the classifier is trained.
+        skip_unreadable: Leave out images that cannot be read, with a warning.
+        progress: Told the number of images that are done, and of all.
 
     Returns:
         top1, top5, train_top1, chance (share of the most frequent test class) and counts.
 
     Raises:
-        ConfigError: As `find_splits`, or an image that cannot be read.
+        ConfigError: As `find_splits`, or images that cannot be read.
     """
-    train, test = (part.thinned(max_images) for part in find_splits(data))
     num_blocks = min(num_blocks, len(backbone.blocks))
     encode = last_cls(backbone, num_blocks=num_blocks)
-    train_features, test_features = (
-        extract(encode, part.paths, size=image_size, batch_size=batch_size, num_workers=num_workers, device=device)
-        for part in (train, test)
+    (train_features, train), (test_features, test) = extract_splits(
+        encode,
+        data,
+        max_images=max_images,
+        size=image_size,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        skip_unreadable=skip_unreadable,
+        progress=progress,
     )
     scores = linear_probe(
         train_features.to(device),
@@ -152,8 +162,6 @@ def evaluate_linear(
     return {
         **scores,
         "chance": most_frequent_share(test.labels),
-        "num_train": len(train.paths),
-        "num_test": len(test.paths),
-        "num_classes": len(train.classes),
+        **counts(train, test),
         "num_blocks": num_blocks,
     }

@@ -37,6 +37,8 @@ class ImageOptions(Options):
     """Images a forward pass."""
     num_workers: Count = 4
     """Threads that read images."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, with a warning, in place of stopping at the end."""
 
 
 class KnnOptions(ImageOptions):

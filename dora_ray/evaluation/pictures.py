@@ -19,7 +19,8 @@ from dora_ray import files
 from dora_ray.checkpoints import Meta, read_meta, resolve_checkpoint
 from dora_ray.errors import ConfigError
 from dora_ray.evaluation import drawing
-from dora_ray.evaluation.features import normalize, whole_size
+from dora_ray.evaluation.features import normalize
+from dora_ray.evaluation.images import whole_size
 from dora_ray.evaluation.shots import FRAMES_PER_SECOND, Shot, draw_shot
 from dora_ray.method.objects import track_objects
 from dora_ray.method.tracking import Threshold

@@ -19,6 +19,7 @@ from fsspec.core import url_to_fs
 
 from dora_ray import files
 from dora_ray.errors import VideoError
+from dora_ray.folders import is_hidden, visible_files
 from dora_ray.remote import refusal
 
 SUFFIXES = frozenset(
@@ -39,14 +40,18 @@ STAMPS = ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "updated")
 def find_videos(patterns: Sequence[str]) -> list[str]:
     """Video files that the patterns name, as absolute paths or URIs, sorted, each once.
 
-    A pattern is a file, a folder (searched to its bottom for video suffixes), a glob, a URI, or package:NAME/PATH for a
-    file inside an installed Python package, which is located without importing it.
+    A pattern is a file, a folder (searched to its bottom for video suffixes, through links, without hidden files), a
+    glob, a URI, or package:NAME/PATH for a file inside an installed Python package, which is located without importing
+    it. Of several paths to one local file the shortest is taken.
 
     Raises:
         VideoError: a pattern matches nothing.
     """
     found = {path for pattern in patterns for path in _matches(pattern)}
-    return sorted(found)
+    by_file: dict[str, str] = {}
+    for path in sorted(found, key=lambda path: (len(path), path)):
+        by_file.setdefault(path if files.is_remote(path) else os.path.realpath(path), path)
+    return sorted(by_file.values())
 
 
 def file_stamp(path: str) -> tuple[int, int]:
@@ -181,13 +186,13 @@ def _matches(pattern: str) -> list[str]:
         return _remote_matches(pattern)
     place = files.absolute(pattern)
     if os.path.isdir(place):
-        found = [str(p) for p in Path(place).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+        found = [str(path) for path in visible_files(place, SUFFIXES)]
         return found or _nothing(pattern, f"the folder holds no video ({' '.join(sorted(SUFFIXES))})")
     if os.path.exists(place):
         return [place]
     if not glob.has_magic(place):
         return _nothing(pattern, "no such file or folder")
-    found = [p for p in glob.glob(place, recursive=True) if Path(p).suffix.lower() in SUFFIXES and Path(p).is_file()]
+    found = [p for p in glob.glob(place, recursive=True) if _is_video_name(p) and os.path.isfile(p)]
     return found or _nothing(pattern, "no video matches")
 
 
@@ -205,8 +210,14 @@ def _remote_matches(pattern: str) -> list[str]:
     except Exception as error:
         reason = refusal(pattern, error) or f"cannot be listed ({error}); check the address"
         raise VideoError(f"{pattern}: {reason}") from error
-    videos = [str(filesystem.unstrip_protocol(p)) for p in found if Path(p).suffix.lower() in SUFFIXES]
+    videos = [str(filesystem.unstrip_protocol(p)) for p in found if _is_video_name(p)]
     return videos or _nothing(pattern, "no video there")
+
+
+def _is_video_name(path: str) -> bool:
+    """Tell a video from the sidecar files ._NAME.mp4 of macOS, which a glob with a leading dot or a store lists."""
+    place = Path(path)
+    return place.suffix.lower() in SUFFIXES and not is_hidden(place.name)
 
 
 def _inside_package(pattern: str) -> str:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -8,7 +7,6 @@ from PIL import Image
 
 from dora_ray.errors import ConfigError
 from dora_ray.evaluation.features import (
-    center_crop,
     extract,
     final_cls,
     find_images,
@@ -16,7 +14,6 @@ from dora_ray.evaluation.features import (
     image_batches,
     last_cls,
     normalize,
-    read_image,
     training_size,
 )
 
@@ -103,44 +100,81 @@ def test_an_unreadable_image_is_named(labeled, content):
         list(image_batches(find_images(labeled / "train").paths, size=16, batch_size=3, num_workers=2))
 
 
-def test_a_cut_off_image_is_named(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 255, size=(64, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.jpg")
-    content = (tmp_path / "a.jpg").read_bytes()
-    (tmp_path / "a.jpg").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ConfigError, match=r"a\.jpg cannot be read"):
-        read_image(tmp_path / "a.jpg", size=16)
-
-
-def test_the_crop_is_the_center_of_the_resized_image():
-    """Columns tell their place. 64 x 32: short side to 16 x 256/224 = 18, so 36 x 18, of which 16 x 16."""
-    ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 4, 32, axis=0).repeat(3, axis=2)
-    crop = np.asarray(center_crop(Image.fromarray(ramp), size=16))
-    assert crop.shape == (16, 16, 3)
-    expected = (10 + np.arange(16) + 0.5) * 64 / 36 * 4 - 2
-    assert np.abs(crop[8, :, 0].astype(float) - expected).max() < 2
-
-
 def test_normalization_is_imagenets():
     pixels = torch.tensor([[[[0, 128, 255]]]], dtype=torch.uint8)
     expected = torch.tensor([(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225])
     torch.testing.assert_close(normalize(pixels)[0, :, 0, 0], expected)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_every_color_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    Image.new("RGB", (20, 20), (255, 255, 255)).convert(mode).save(path)
-    assert read_image(path, size=16).shape == (16, 16, 3)
-    assert read_image(path, size=16).min() > 250
+def test_all_unreadable_images_are_named_and_can_be_left_out(labeled, vit, caplog):
+    images = find_images(labeled / "train")
+    for number in (1, 6):
+        images.paths[number].write_bytes(b"no image")
+    options = {"size": 32, "num_workers": 2, "device": "cpu", "batch_size": 3}
+    with pytest.raises(ConfigError, match=r"2 of 8 files.*dark/1\.png.*light/2\.png.*skip_unreadable=true"):
+        extract(final_cls(vit), images, **options)
+    with caplog.at_level("WARNING"):
+        features, kept = extract(final_cls(vit), images, skip_unreadable=True, **options)
+    assert "2 of 8 files are left out" in caplog.text
+    assert kept.num_unreadable == 2
+    assert kept.paths == tuple(path for number, path in enumerate(images.paths) if number not in (1, 6))
+    assert kept.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    good, _ = extract(final_cls(vit), images.only([0, 2, 3, 4, 5, 7]), **options)
+    torch.testing.assert_close(features, good, rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_which_none_can_be_read_are_an_error_all_the_same(labeled):
+    paths = [labeled / "train" / "dark" / f"{n}.png" for n in range(4)]
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(ConfigError, match="4 of 4 files"):
+        list(image_batches(paths, size=16, batch_size=3, num_workers=2, skip_unreadable=True))
+
+
+def test_of_very_many_unreadable_images_the_first_are_named(tmp_path):
+    paths = [tmp_path / f"{n:03}.png" for n in range(40)]
+    with pytest.raises(ConfigError, match=r"40 of 40 files.*019\.png.*And 20 more"):
+        list(image_batches(paths, size=16, batch_size=7, num_workers=2))
+
+
+def test_linked_class_folders_are_classes_and_loops_are_not(labeled, tmp_path_factory):
+    far = tmp_path_factory.mktemp("far") / "gray"
+    paint(far / "deep" / "a.png", (9, 9, 9))
+    (labeled / "train" / "gray").symlink_to(far)
+    (labeled / "train" / "loop").symlink_to(labeled)
+    (labeled / "train" / "dark" / "again").symlink_to(labeled / "train")
+    images = find_images(labeled / "train")
+    assert images.classes == ("dark", "gray", "light")
+    assert images.labels.tolist() == [0] * 4 + [1] + [2] * 4
+
+
+def test_hidden_files_are_no_images(labeled):
+    (labeled / "train" / "dark" / "._0.png").write_bytes(bytes(200))
+    paint(labeled / "train" / "dark" / ".thumbnails" / "0.png", (0, 0, 0))
+    assert len(find_images(labeled / "train").paths) == 8
+
+
+@pytest.mark.parametrize("name", ["unlabeled", "Unlabelled", "no_label", "unsup"])
+def test_a_folder_of_images_without_labels_is_named(labeled, name):
+    paint(labeled / "train" / name / "a.png", (9, 9, 9))
+    with pytest.raises(ConfigError, match=rf"train/{name} looks like images without labels"):
+        find_splits(labeled)
+
+
+def test_a_single_class_is_refused(labeled):
+    for part in ("train", "test"):
+        (labeled / part / "light").rename(labeled / f"light-{part}")
+    with pytest.raises(ConfigError, match="one class, dark"):
+        find_splits(labeled)
 
 
 def test_features_keep_the_order_of_the_images(labeled, vit):
     images = find_images(labeled / "train")
     options = {"size": 32, "num_workers": 3, "device": "cpu"}
-    whole = extract(final_cls(vit), images.paths, batch_size=100, **options)
-    parts = extract(final_cls(vit), images.paths, batch_size=3, **options)
-    single = torch.cat([extract(final_cls(vit), [path], batch_size=1, **options) for path in images.paths])
+    whole, kept = extract(final_cls(vit), images, batch_size=100, **options)
+    parts, _ = extract(final_cls(vit), images, batch_size=3, **options)
+    single = torch.cat([extract(final_cls(vit), images.only([n]), batch_size=1, **options)[0] for n in range(8)])
+    assert kept.paths == images.paths
     assert whole.shape == (8, 24)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(single, whole, rtol=1e-4, atol=1e-5)
