@@ -174,6 +174,9 @@ def _open_failure(path: str, error: Exception) -> str:
         return f"{path}: may not be read ({reason}); check its permissions"
     if isinstance(error, FileNotFoundError):
         return f"{path}: no such file ({reason}); check the path"
+    name = Path(path).name
+    if name.startswith("._"):
+        return f"{path}: is what macOS keeps beside {name[2:]} on other systems' disks, not a video; name {name[2:]}"
     return (
         f"{path}: is not a video that FFmpeg can read ({reason}), or an MP4 whose end was cut off; get the file again"
     )
@@ -206,7 +209,8 @@ def _remote_matches(pattern: str) -> list[str]:
         elif web or not filesystem.isdir(inner):
             return [pattern]
         else:
-            found = filesystem.find(inner)
+            above = len(Path(inner).parts)
+            found = [p for p in filesystem.find(inner) if not any(map(is_hidden, Path(p).parts[above:]))]
     except Exception as error:
         reason = refusal(pattern, error) or f"cannot be listed ({error}); check the address"
         raise VideoError(f"{pattern}: {reason}") from error
