@@ -35,6 +35,9 @@ MODEL, STATE, META, LATEST = "model.safetensors", "state.pt", "meta.json", "late
 EXPORT_CONFIG = "config.json"
 DAMAGED = "damaged-"
 FORMAT = 3
+# Weights that are no folder of ours: a file, or a model of timm's, whose name follows.
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+TIMM = "timm:"
 _STEP_NAME = re.compile(r"step-\d+")
 PathLike = str | os.PathLike[str]
 
@@ -79,14 +82,25 @@ def is_export(names: list[str]) -> bool:
     return {EXPORT_CONFIG, MODEL} <= set(names)
 
 
+def is_weights_file(path: str) -> bool:
+    """Tell if a path names a file of weights, such as the released code writes."""
+    return path.endswith(WEIGHT_SUFFIXES)
+
+
 def resolve_checkpoint(path: PathLike) -> str:
-    """Return the folder that `path` means: itself (a checkpoint or an export), or a run's newest complete checkpoint.
+    """Return what `path` means: a checkpoint, an export or a file of weights itself, or a run's newest checkpoint.
+
+    A name such as timm:vit_small_patch16_224.dino stays as it is.
 
     Raises:
-        CheckpointError: Nothing is there, or it is no checkpoint, run or export, or it holds no complete checkpoint.
+        CheckpointError: nothing is there, or it is none of these, or a run without a complete checkpoint.
     """
+    if str(path).startswith(TIMM):
+        return str(path)
     folder = files.absolute(path)
     names = files.list_names(folder)
+    if is_weights_file(folder) and files.exists(folder) and not os.path.isdir(folder):
+        return folder
     if META in names or is_export(names):
         return folder
     if CHECKPOINTS in names:
@@ -96,11 +110,12 @@ def resolve_checkpoint(path: PathLike) -> str:
     if _STEP_NAME.fullmatch(Path(folder).name) and names:
         raise CheckpointError(f"{folder} is incomplete: it has no meta.json, which is written last. {advise(folder)}")
     if not files.exists(folder):
-        raise CheckpointError(f"No checkpoint at {folder}: there is no such folder. {advise(folder)}")
+        kind = "file" if is_weights_file(folder) else "folder"
+        raise CheckpointError(f"No checkpoint at {folder}: there is no such {kind}. {advise(folder)}")
     found = ", ".join(names[:8]) or "nothing"
     raise CheckpointError(
         f"{folder} is not a checkpoint: it holds {found}. Give a checkpoint (step-00001234), a run's folder, "
-        "or a folder that `dora-ray export` wrote."
+        "a folder that `dora-ray export` wrote, a file of weights (.pth), or timm:NAME."
     )
 
 
@@ -155,7 +170,7 @@ def read_meta(checkpoint: PathLike) -> Meta:
     folder = resolve_checkpoint(checkpoint)
     path = files.join(folder, META)
     if not files.exists(path):
-        raise CheckpointError(f"{folder} is an exported encoder, which has no meta.json. Give the run's checkpoint.")
+        raise CheckpointError(f"{folder} is an encoder alone, which has no meta.json. Give a run's checkpoint.")
     try:
         content = json.loads(files.read_text(path))
         version = content["format"]

@@ -24,6 +24,7 @@ _EXIT_STATUS = """\
 exit status:
   0 done   1 failed   2 bad configuration or usage   3 bad data   4 bad checkpoint   5 not enough resources   130 Ctrl-C
 """
+_ENCODER = "a checkpoint, a run's folder, an exported encoder, a file of weights (.pth), or timm:NAME"
 _OVERRIDES = "section.key=value, such as optim.steps=300; `dora-ray config` lists all keys"
 
 
@@ -156,7 +157,7 @@ def _add_eval(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "task", choices=("knn", "linear", "corloc", "vos"), help="neighbors, linear probe, boxes, video objects"
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run's folder, or an exported encoder")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_ENCODER)
     parser.add_argument(
         "options",
         nargs="*",
@@ -287,7 +288,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def _add_show(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "show", "draw what a checkpoint's teacher discovers and tracks in a video")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or a run's folder")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_ENCODER)
     parser.add_argument("video", metavar="VIDEO")
     parser.add_argument(
         "--out",
@@ -300,7 +301,7 @@ def _add_show(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "export", "write a checkpoint's encoder as a timm model folder")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or a run's folder")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_ENCODER)
     parser.add_argument("--out", metavar="DIR", required=True, help="a new or empty folder")
 
 

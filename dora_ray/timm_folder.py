@@ -18,26 +18,78 @@ from dora_ray.errors import CheckpointError
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
+    from torch import nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def save_timm_folder(
-    backbone: VisionTransformer, folder: Path, *, arguments: dict[str, Any], description: str, step: int
-) -> None:
+def state_inputs(vit: nn.Module, *, architecture: str) -> None:
+    """Make the model's `pretrained_cfg` say what images it takes, which timm's own of the same name does not know.
+
+    `timm.data.resolve_model_data_config(vit)` then gives the size it was trained on and ImageNet's mean and standard
+    deviation.
+    """
+    size = image_size(vit)
+    facts = {
+        "architecture": architecture,
+        "tag": "dora",
+        "custom_load": False,
+        "input_size": (3, size, size),
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "num_classes": 0,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    vit.__dict__.update(pretrained_cfg=facts, default_cfg=facts)
+
+
+def input_facts(vit: nn.Module) -> dict[str, Any]:
+    """Return what a timm model says of the images that it takes: its `pretrained_cfg`."""
+    return dict(cast(Any, vit).pretrained_cfg)
+
+
+def image_size(vit: nn.Module) -> int:
+    """Return the side of the images that the position embedding is made for, in pixels."""
+    return int(cast(Any, vit).patch_embed.img_size[0])
+
+
+def sizes(vit: VisionTransformer) -> dict[str, int]:
+    """Return width, depth, num_heads and patch_size of an encoder, under the configuration's names."""
+    return {
+        "width": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": cast(Any, vit.blocks[0]).attn.num_heads,
+        "patch_size": int(cast(Any, vit).patch_embed.patch_size[0]),
+    }
+
+
+def describe(vit: VisionTransformer) -> str:
+    """Return one line about an encoder that `state_inputs` has seen."""
+    known = sizes(vit)
+    return (
+        f"{input_facts(vit)['architecture']}, {known['width']} wide, {known['depth']} deep, {known['num_heads']} "
+        f"heads, patch {known['patch_size']}, images of {image_size(vit)} px"
+    )
+
+
+def save_timm_folder(vit: VisionTransformer, folder: Path, *, origin: str) -> None:
     """Write the three files into an existing folder.
 
     Args:
-        backbone: The encoder.
+        vit: An encoder that `state_inputs` has seen.
         folder: Where to.
-        arguments: The keyword arguments of `build_vit` that built it.
-        description: One line about its architecture.
-        step: Steps that it was trained for.
+        origin: Where its weights are from, for the model card: continues "A Vision Transformer, ".
     """
-    safetensors.torch.save_file(backbone.state_dict(), folder / MODEL, metadata={"format": "pt"})
-    (folder / EXPORT_CONFIG).write_text(json.dumps(_timm_config(backbone, arguments), indent=2) + "\n")
-    (folder / "README.md").write_text(_model_card(backbone, arguments["image_size"], description, step))
+    safetensors.torch.save_file(vit.state_dict(), folder / MODEL, metadata={"format": "pt"})
+    (folder / EXPORT_CONFIG).write_text(json.dumps(_timm_config(vit), indent=2) + "\n")
+    (folder / "README.md").write_text(_model_card(vit, origin))
 
 
 def read_timm_config(folder: str) -> dict[str, Any]:
@@ -56,68 +108,67 @@ def read_timm_config(folder: str) -> dict[str, Any]:
 
 
 def build_from_timm_config(config: dict[str, Any]) -> VisionTransformer:
-    """A new encoder of the configuration's architecture."""
+    """Build a new encoder of the configuration's architecture.
+
+    Raises:
+        CheckpointError: timm cannot build it, or it is no plain ViT.
+    """
     import timm
 
-    vit = timm.create_model(config["architecture"], pretrained=False, **config["model_args"])
+    from dora_ray.method.vit import is_plain
+
+    name = config["architecture"]
+    try:
+        vit = timm.create_model(name, pretrained=False, **config["model_args"])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"timm cannot build the architecture {name!r} ({error}). Export it again.") from error
+    if not is_plain(vit):
+        raise CheckpointError(f"{name!r} is not a plain ViT with a CLS token.")
+    state_inputs(vit, architecture=name)
     return cast("VisionTransformer", vit)
 
 
-def _timm_config(backbone: VisionTransformer, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What `create_model` passes to the architecture's constructor, and how to prepare images."""
-    size = arguments["image_size"]
+def _timm_config(vit: VisionTransformer) -> dict[str, Any]:
+    """Return what `create_model` passes to the architecture's constructor, and how to prepare images."""
+    known = sizes(vit)
     return {
-        "architecture": arguments["name"],
+        "architecture": input_facts(vit)["architecture"],
         "num_classes": 0,
-        "num_features": backbone.num_features,
+        "num_features": vit.num_features,
         "global_pool": "token",
         "model_args": {
-            "embed_dim": arguments["width"],
-            "depth": arguments["depth"],
-            "num_heads": arguments["num_heads"],
-            "patch_size": arguments["patch_size"],
-            "img_size": size,
+            "embed_dim": known["width"],
+            "depth": known["depth"],
+            "num_heads": known["num_heads"],
+            "patch_size": known["patch_size"],
+            "img_size": image_size(vit),
             "dynamic_img_size": True,
             "num_classes": 0,
             "global_pool": "token",
         },
-        "pretrained_cfg": {
-            "tag": "dora",
-            "custom_load": False,
-            "input_size": [3, size, size],
-            "fixed_input_size": False,
-            "interpolation": "bicubic",
-            "crop_pct": 0.875,
-            "crop_mode": "center",
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
-            "num_classes": 0,
-            "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
+        "pretrained_cfg": {name: value for name, value in input_facts(vit).items() if name != "architecture"},
     }
 
 
-def _model_card(backbone: VisionTransformer, size: int, description: str, step: int) -> str:
-    num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
+def _model_card(vit: VisionTransformer, origin: str) -> str:
+    num_parameters = sum(parameter.numel() for parameter in vit.parameters())
+    size = image_size(vit)
     return f"""---
 library_name: timm
 tags: [image-feature-extraction, self-supervised, dora]
 ---
-# An image encoder trained with DoRA
+# An image encoder in dora_ray's form
 
-A Vision Transformer ({description}; {num_parameters / 1e6:.1f} M parameters), the teacher of a
-self-supervised training with DoRA (Discover and tRAck, arXiv 2310.08584) on video without labels, after {step}
-steps. Nothing here says how good it is: measure it with `dora-ray eval knn`.
+A Vision Transformer ({describe(vit)}; {num_parameters / 1e6:.1f} M parameters), {origin}.
+Nothing here says how good it is: measure it with `dora-ray eval knn`.
 
 ```python
 import timm, torch
 
 model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
-features = model(torch.rand(1, 3, {size}, {size}))  # (1, {backbone.num_features}): the CLS token after the final norm
+features = model(torch.rand(1, 3, {size}, {size}))  # (1, {vit.num_features}): the CLS token after the final norm
 ```
 
-Images: RGB in [0, 1], normalized with mean {IMAGENET_MEAN} and standard deviation {IMAGENET_STD}; trained at
+Images: RGB in [0, 1], normalized with mean {IMAGENET_MEAN} and standard deviation {IMAGENET_STD}; made for
 {size} px, and any size that is a multiple of the patch works.
 """

@@ -1,8 +1,9 @@
-"""From a training's checkpoint to an encoder that anything can use: check, load and export it.
+"""From a training's checkpoint, or weights from elsewhere, to an encoder that anything can use: check, load, export it.
 
 Everything below takes a checkpoint, a run's folder (its newest checkpoint) and, where only the encoder is needed, the
-folder that `export` wrote; local or behind a URI such as s3://. What is evaluated and exported is the teacher (equation
-7).
+folder that `export` wrote, a file of weights (.pth), local or behind a URI such as s3://, or timm:NAME. What is
+evaluated and exported is the teacher (equation 7). Every encoder takes images normalized with ImageNet's mean and
+standard deviation.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,9 +20,28 @@ import safetensors
 import safetensors.torch
 
 from dora_ray import files
-from dora_ray.checkpoints import MODEL, PathLike, advise, is_complete, read_meta, resolve_checkpoint
+from dora_ray.checkpoints import (
+    MODEL,
+    TIMM,
+    PathLike,
+    advise,
+    is_complete,
+    is_weights_file,
+    read_meta,
+    resolve_checkpoint,
+)
 from dora_ray.errors import CheckpointError, ConfigError
-from dora_ray.timm_folder import build_from_timm_config, read_timm_config, save_timm_folder
+from dora_ray.published import load_timm, read_published, shown
+from dora_ray.timm_folder import (
+    build_from_timm_config,
+    describe,
+    image_size,
+    input_facts,
+    read_timm_config,
+    save_timm_folder,
+    sizes,
+    state_inputs,
+)
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -30,31 +52,85 @@ Module = TypeVar("Module", bound="nn.Module")
 
 
 def load_backbone(checkpoint: PathLike) -> VisionTransformer:
-    """The teacher's encoder, as a timm VisionTransformer in evaluation mode on the CPU.
+    """Return the teacher's encoder, as a timm VisionTransformer in evaluation mode on the CPU.
+
+    Its `pretrained_cfg` is true: ImageNet's mean and standard deviation, and the size it was trained on.
 
     Args:
-        checkpoint: A checkpoint, a run's folder, or a folder that `export` wrote; local or a URI.
+        checkpoint: A checkpoint, a run's folder, a folder that `export` wrote, a file of weights as the released DoRA
+            and DINO have them (.pth), local or a URI; or timm:NAME.
 
     Raises:
-        CheckpointError: It is missing, incomplete, damaged, or of another architecture than its configuration says.
+        CheckpointError: It is missing, incomplete, damaged, of another architecture than its configuration says, or
+            lacks a tensor, or has one too many.
     """
-    folder = resolve_checkpoint(checkpoint)
-    if not is_complete(folder):
-        return _load_exported(folder)
-    config = read_meta(folder).config
-    return _fill(_build_vit(config), folder, prefix="teacher.backbone.", expected=describe_architecture(config))
+    source = resolve_checkpoint(checkpoint)
+    if source.startswith(TIMM):
+        return load_timm(source)
+    if is_weights_file(source):
+        return _load_published(source)
+    if not is_complete(source):
+        config = read_timm_config(source)
+        expected = f"{config['architecture']}, {config['model_args']}"
+        return _fill(build_from_timm_config(config), source, prefix="", expected=expected)
+    config = read_meta(source).config
+    return _fill(_build_vit(config), source, prefix="teacher.backbone.", expected=describe_architecture(config))
+
+
+def load_head(checkpoint: PathLike) -> dict[str, Tensor]:
+    """Return the tensors of the teacher's projection head, under `DINOHead`'s names; none where there is no head."""
+    source = resolve_checkpoint(checkpoint)
+    if source.startswith(TIMM):
+        return {}
+    if is_weights_file(source):
+        return read_published(source).head
+    return _read_tensors(source, "teacher.head.") if is_complete(source) else {}
 
 
 def random_backbone(checkpoint: PathLike, *, seed: int) -> VisionTransformer:
-    """An encoder of the checkpoint's architecture with newly drawn weights: what an evaluation compares with."""
+    """Return an encoder of the checkpoint's architecture with newly drawn weights: what an evaluation compares with."""
     import torch
 
-    folder = resolve_checkpoint(checkpoint)
+    source = resolve_checkpoint(checkpoint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if is_complete(folder):
-            return _build_vit(read_meta(folder).config).eval()
-        return build_from_timm_config(read_timm_config(folder)).eval()
+        if source.startswith(TIMM):
+            return load_timm(source, pretrained=False)
+        if is_weights_file(source):
+            return _build(read_published(source).arguments).eval()
+        if is_complete(source):
+            return _build_vit(read_meta(source).config).eval()
+        return build_from_timm_config(read_timm_config(source)).eval()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an encoder is from.
+
+    Attributes:
+        config: a dumped configuration: the run's, or for an encoder without one the recipe `released` with its sizes.
+        words: "the teacher after 7 steps", or the name of what was loaded.
+        is_run: it is a checkpoint of a training.
+    """
+
+    config: dict[str, Any]
+    words: str
+    is_run: bool
+
+
+def read_origin(checkpoint: PathLike, vit: VisionTransformer) -> Origin:
+    """Say where an encoder that `load_backbone` gave is from."""
+    from dora_ray.config import load_config
+
+    source = resolve_checkpoint(checkpoint)
+    if not (source.startswith(TIMM) or is_weights_file(source)) and is_complete(source):
+        meta = read_meta(source)
+        return Origin(meta.config, f"the teacher after {meta.step} steps", is_run=True)
+    config = load_config("released").model_dump(mode="json")
+    config["model"] |= {**sizes(vit), "name": input_facts(vit)["architecture"]}
+    config["crops"]["global_size"] = image_size(vit)
+    config["tracking"]["num_objects"] = min(config["tracking"]["num_objects"], config["model"]["num_heads"])
+    return Origin(config, source.rsplit("/", 1)[-1], is_run=False)
 
 
 def vit_arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -99,9 +175,26 @@ def require_architecture(checkpoint: PathLike, config: dict[str, Any]) -> None:
 
 
 def _build_vit(config: dict[str, Any]) -> VisionTransformer:
+    return _build(vit_arguments(config))
+
+
+def _build(arguments: dict[str, Any]) -> VisionTransformer:
     from dora_ray.method.vit import build_vit
 
-    return build_vit(**vit_arguments(config))
+    vit = build_vit(**arguments)
+    state_inputs(vit, architecture=arguments["name"])
+    return vit
+
+
+def _load_published(path: str) -> VisionTransformer:
+    """Build the encoder that a file's tensors are of, and put them in."""
+    found = read_published(path)
+    vit = _build(found.arguments)
+    wrong = differences(vit.state_dict(), found.backbone)
+    if wrong:
+        raise CheckpointError(f"{path} is not the encoder that its sizes name ({describe(vit)}): {wrong}.")
+    vit.load_state_dict(found.backbone)
+    return vit.eval()
 
 
 def _read_tensors(folder: str, prefix: str) -> dict[str, Tensor]:
@@ -126,17 +219,29 @@ def _read_tensors(folder: str, prefix: str) -> dict[str, Tensor]:
 def _fill(module: Module, folder: str, *, prefix: str, expected: str) -> Module:
     """Put the saved tensors into a newly built module, which must have exactly their names and shapes."""
     saved = _read_tensors(folder, prefix)
-    wanted = module.state_dict()
-    missing, unknown = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
-    reshaped = sorted(name for name in wanted.keys() & saved.keys() if wanted[name].shape != saved[name].shape)
-    if missing or unknown or reshaped:
+    wrong = differences(module.state_dict(), saved)
+    if wrong:
         raise CheckpointError(
             f"{files.join(folder, MODEL)} holds another architecture ({_describe_tensors(saved)}) than its "
-            f"configuration names ({expected}): {len(missing)} tensors missing, {len(unknown)} unknown, "
-            f"{len(reshaped)} of another shape, first {(reshaped + missing + unknown)[0]}. {advise(folder)}"
+            f"configuration names ({expected}): {wrong}. {advise(folder)}"
         )
     module.load_state_dict(saved)
     return module.eval()
+
+
+def differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Name the tensors that are missing, unknown or of another shape; empty where there are none."""
+    common = wanted.keys() & found.keys()
+    kinds = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unknown": sorted(found.keys() - wanted.keys()),
+        "of another shape": sorted(
+            f"{name} {tuple(found[name].shape)} for {tuple(wanted[name].shape)}"
+            for name in common
+            if wanted[name].shape != found[name].shape
+        ),
+    }
+    return "; ".join(f"{len(names)} {kind} ({shown(names)})" for kind, names in kinds.items() if names)
 
 
 def _describe_tensors(tensors: dict[str, Tensor]) -> str:
@@ -154,7 +259,7 @@ def export(checkpoint: PathLike, out: PathLike) -> Path:
     `timm.create_model("local-dir:OUT", pretrained=True)` reloads it bit for bit, and so does `load_backbone`.
 
     Args:
-        checkpoint: A checkpoint or a run's folder; local or a URI.
+        checkpoint: What `load_backbone` takes.
         out: A local folder, new or empty.
 
     Returns:
@@ -169,23 +274,17 @@ def export(checkpoint: PathLike, out: PathLike) -> Path:
     target = Path(files.absolute(out))
     if target.is_file() or files.list_names(target):
         raise ConfigError(f"{target} exists and is not empty. Give a new or an empty folder.")
-    meta = read_meta(checkpoint)
     backbone = load_backbone(checkpoint)
+    origin = read_origin(checkpoint, backbone)
+    history = "trained with DoRA (Discover and tRAck, arXiv 2310.08584) on video without labels: "
     target.parent.mkdir(parents=True, exist_ok=True)
     # A neighbor that is renamed when complete: an interrupted export leaves no half folder under the asked name.
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         partial.chmod(0o755)
-        config = meta.config
-        description = describe_architecture(config)
-        save_timm_folder(backbone, partial, arguments=vit_arguments(config), description=description, step=meta.step)
+        words = history + origin.words if origin.is_run else f"with the weights of {origin.words}"
+        save_timm_folder(backbone, partial, origin=words)
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def _load_exported(folder: str) -> VisionTransformer:
-    config = read_timm_config(folder)
-    expected = f"{config['architecture']}, {config['model_args']}"
-    return _fill(build_from_timm_config(config), folder, prefix="", expected=expected)

@@ -105,8 +105,18 @@ def test_an_export_says_how_to_prepare_images(checkpoint, tmp_path):
     assert tuple(data["mean"]) == (0.485, 0.456, 0.406)
     assert model.num_classes == 0
     card = (out / "README.md").read_text()
-    assert "after 7\nsteps" in card
+    assert "the teacher after 7 steps" in card
     assert "local-dir:" in card
+
+
+def test_a_loaded_encoder_says_what_images_it_takes(checkpoint, tmp_path):
+    """timm's own configuration of the architecture would say mean and deviation 0.5, and 224 px."""
+    expected = {"input_size": (3, 32, 32), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    for source in (checkpoint, export(checkpoint, tmp_path / "export")):
+        for backbone in (load_backbone(source), random_backbone(source, seed=0)):
+            found = timm.data.resolve_model_data_config(backbone)
+            assert {name: tuple(found[name]) for name in expected} == expected
+            assert found["interpolation"] == "bicubic"
 
 
 def test_an_export_never_overwrites(checkpoint, tmp_path):
@@ -130,7 +140,7 @@ def test_a_failed_export_leaves_nothing(checkpoint, tmp_path):
 
 def test_an_export_has_no_meta(checkpoint, tmp_path):
     out = export(checkpoint, tmp_path / "export")
-    with pytest.raises(CheckpointError, match="exported encoder"):
+    with pytest.raises(CheckpointError, match="an encoder alone"):
         read_meta(out)
     (out / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no timm configuration"):

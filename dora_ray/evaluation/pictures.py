@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dora_ray import files
-from dora_ray.checkpoints import Meta, read_meta, resolve_checkpoint
+from dora_ray.checkpoints import resolve_checkpoint
 from dora_ray.errors import ConfigError
 from dora_ray.evaluation import drawing
 from dora_ray.evaluation.features import normalize
@@ -27,7 +27,7 @@ from dora_ray.method.tracking import Threshold
 from dora_ray.method.vit import tracked_features
 from dora_ray.timm_folder import IMAGENET_MEAN
 from dora_ray.video.index import VideoIndex, index_video
-from dora_ray.weights import load_backbone
+from dora_ray.weights import Origin, load_backbone, read_origin
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -71,7 +71,8 @@ def show(
     and the masks; and clip-0.mp4, the same objects followed through all that lies between.
 
     Args:
-        checkpoint: A checkpoint or a run's folder. Its own configuration says how objects are tracked.
+        checkpoint: What `load_backbone` takes. A run's own configuration says how objects are tracked; for other
+            encoders, the recipe `released` does.
         video: A video file.
         out: Folder of the pictures.
         seed: Of the clips' places in the video and of the heads.
@@ -90,22 +91,23 @@ def show(
         VideoError: The video cannot be read, or is shorter than two frames of a clip.
     """
     folder = resolve_checkpoint(checkpoint)
-    meta = read_meta(folder)
-    size, objects = _check_numbers(meta.config, num_objects, image_size, num_clips=num_clips, num_frames=num_frames)
+    backbone = load_backbone(folder).to(device)
+    origin = read_origin(folder, backbone)
+    config = origin.config
+    size, objects = _check_numbers(config, num_objects, image_size, num_clips=num_clips, num_frames=num_frames)
     if files.is_remote(out):
         raise ConfigError(f"pictures are written to a local folder, not to {out}. Give a local folder.")
     paths = _free_paths(Path(out), num_clips)
     index = index_video(files.absolute(video))
-    backbone = load_backbone(folder).to(device)
     rng = np.random.default_rng(seed)
-    stride = float(meta.config["clip"]["stride_seconds"])
+    stride = float(config["clip"]["stride_seconds"])
     clips = []
     for picture, movie in paths:
         shot = draw_shot(index, rng, num_frames=num_frames, stride_seconds=stride)
-        heads = rng.permutation(meta.config["model"]["num_heads"])[:objects]
-        tracks = track(backbone, shot.frames, heads, image_size=size, device=device, **_tracking_arguments(meta.config))
+        heads = rng.permutation(config["model"]["num_heads"])[:objects]
+        tracks = track(backbone, shot.frames, heads, image_size=size, device=device, **_tracking_arguments(config))
         columns = np.unique(np.abs(shot.times[:, None] - _column_times(shot, stride)).argmin(axis=0))
-        figure(shot, tracks, columns, heading=_heading(meta, index, shot)).save(picture)
+        figure(shot, tracks, columns, heading=_heading(origin, index, shot)).save(picture)
         drawing.write_movie(movie, list(movie_frames(shot, tracks)), frames_per_second=FRAMES_PER_SECOND)
         clips.append({"seconds": float(shot.times[0]), "heads": heads.tolist(), "has_cut": shot.has_cut})
     return {"pictures": [str(path) for path, _ in paths], "movies": [str(path) for _, path in paths], "clips": clips}
@@ -196,11 +198,11 @@ def _column_times(shot: Shot, stride_seconds: float) -> np.ndarray:
     return np.arange(shot.times[0], shot.times[-1] + stride_seconds / 2, stride_seconds)
 
 
-def _heading(meta: Meta, index: VideoIndex, shot: Shot) -> list[str]:
-    model, tracking = meta.config["model"], meta.config["tracking"]
+def _heading(origin: Origin, index: VideoIndex, shot: Shot) -> list[str]:
+    model, tracking = origin.config["model"], origin.config["tracking"]
     lines = [
         f"{Path(index.path).name} from {shot.times[0]:.2f} s: objects found in the first frame and tracked",
-        f"teacher after {meta.step} steps ({model['name']}, {model['width']} wide, {model['depth']} deep); "
+        f"{origin.words} ({model['name']}, {model['width']} wide, {model['depth']} deep); "
         f"block {tracking['block']}, {tracking['num_iterations']} Sinkhorn-Knopp iterations, "
         f"masks: {tracking['threshold']}",
     ]

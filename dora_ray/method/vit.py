@@ -93,13 +93,15 @@ def build_vit(
         drop_path_rate=drop_path,
         pretrained=False,
     )
-    if not isinstance(vit, VisionTransformer) or not _is_plain(vit):
+    if not is_plain(vit):
         raise ConfigError(f"{name!r} is not a plain ViT with queries and keys: use 'vit_small_patch16_224'")
     return vit
 
 
-def _is_plain(vit: VisionTransformer) -> bool:
-    """Whether `embed` and `run_block` do what the model's own forward does: a CLS token, no other, plain blocks."""
+def is_plain(vit: torch.nn.Module) -> bool:
+    """Tell if `embed` and `run_block` do what the model's own forward does: a CLS token, no other, plain blocks."""
+    if not isinstance(vit, VisionTransformer):
+        return False
     plain_tokens = vit.has_class_token and vit.num_prefix_tokens == 1 and vit.pos_embed is not None
     return (
         plain_tokens

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import av
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
+from dora_ray import export
 from dora_ray.errors import CheckpointError, ConfigError, VideoError
 from dora_ray.evaluation.pictures import figure, movie_frames, show, track
 from dora_ray.evaluation.shots import Shot, draw_shot, read_window
@@ -182,3 +186,14 @@ def test_the_objects_look_different_in_the_pictures(vit):
 
 def _without(name):
     return {key: value for key, value in TRACKING.items() if key != name}
+
+
+def test_encoders_without_a_run_are_shown_as_the_released_code_tracks(checkpoint, video, tmp_path):
+    """An export knows no run; nor does a file of weights, whose sizes its tensors tell."""
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=192, depth=2, num_classes=0)
+    torch.save({"teacher": {f"module.backbone.{k}": v for k, v in vit.state_dict().items()}}, tmp_path / "released.pth")
+    for number, source in enumerate((export(checkpoint, tmp_path / "export"), tmp_path / "released.pth")):
+        written = show(source, video, out=tmp_path / str(number), num_clips=1, num_frames=2)
+        assert len(written["clips"][0]["heads"]) == 3
+        assert Path(written["pictures"][0]).stat().st_size > 0
