@@ -35,8 +35,8 @@ def evaluate(
     """Evaluate a checkpoint's teacher, frozen.
 
     Args:
-        checkpoint: A checkpoint, a run's folder (its newest checkpoint), an exported encoder or a file of weights (.pth),
-            local or a URI; or timm:NAME.
+        checkpoint: A checkpoint, a run's folder (its newest checkpoint), an exported encoder, a file of weights (.pth)
+            or a URI of one of them; or timm:NAME.
         task: "knn", "linear", "corloc" or "vos".
         data: The data's folder: train/CLASS/* and test/CLASS/* for knn and linear, images and boxes for corloc (Pascal
             VOC's layout, or images/ and boxes.json), DAVIS 2016's layout for vos.
