@@ -209,7 +209,7 @@ def load_timm(source: str, *, pretrained: bool = True) -> VisionTransformer:
     own = input_facts(vit)
     fold_normalization(vit, mean=own["mean"], std=own["std"])
     state_inputs(vit, architecture=own["architecture"])
-    return cast("VisionTransformer", vit)
+    return vit
 
 
 def fold_normalization(vit: torch.nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

@@ -125,7 +125,7 @@ def build_from_timm_config(config: dict[str, Any]) -> VisionTransformer:
     if not is_plain(vit):
         raise CheckpointError(f"{name!r} is not a plain ViT with a CLS token.")
     state_inputs(vit, architecture=name)
-    return cast("VisionTransformer", vit)
+    return vit
 
 
 def _timm_config(vit: VisionTransformer) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeGuard, cast
 
 import timm
 import torch
@@ -98,7 +98,7 @@ def build_vit(
     return vit
 
 
-def is_plain(vit: torch.nn.Module) -> bool:
+def is_plain(vit: torch.nn.Module) -> TypeGuard[VisionTransformer]:
     """Tell if `embed` and `run_block` do what the model's own forward does: a CLS token, no other, plain blocks."""
     if not isinstance(vit, VisionTransformer):
         return False
