@@ -27,8 +27,8 @@ from dora_ray.clips.plan import Plan
 from dora_ray.clips.ray_engine import plan_of
 from dora_ray.clips.slot import SlotBatch, read_slot
 from dora_ray.clips.stream import local_slots, ray_slots
+from dora_ray.cluster.starting import prepare_ray
 from dora_ray.config import Config, load_config
-from dora_ray.ray_folder import check_ray_folder
 from dora_ray.training.launch import make_plan
 from dora_ray.training.memory import peak_mb
 from dora_ray.video.index import VideoIndex, index_video
@@ -92,7 +92,7 @@ def _cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     already = ray.is_initialized()
     if not already:
-        check_ray_folder()
+        prepare_ray(starts=True)
         ray.init(
             address="local",
             num_cpus=CORES,

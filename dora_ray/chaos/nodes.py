@@ -15,6 +15,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
+from dora_ray.cluster.starting import prepare_ray
 from dora_ray.spot import drain
 from dora_ray.training.trainer import KEPT_WORKERS
 
@@ -48,6 +49,7 @@ class LocalNodes:
         from ray._private.utils import read_ray_address
         from ray.cluster_utils import Cluster
 
+        prepare_ray(starts=True)
         logging.getLogger("ray").setLevel(logging.WARNING)
         self._address_before = read_ray_address()
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from dora_ray.cluster.starting import prepare_ray
 from dora_ray.errors import ClusterError
-from dora_ray.ray_folder import check_ray_folder
 
 Task = Callable[[str], dict[str, Any]]
 
@@ -27,7 +27,7 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    check_ray_folder()
+    prepare_ray(starts=True)
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
         yield

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 
 from dora_ray.checkpoints import CHECKPOINTS
+from dora_ray.cluster.starting import join_cluster, prepare_ray
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
-from dora_ray.ray_folder import check_ray_folder
 from dora_ray.training.worker import ray_worker
 from dora_ray.training.worlds import Job
 
@@ -57,27 +57,33 @@ def connect(config: Config) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    try:
-        if address:
-            ray.init(address=address)
-        else:
-            check_ray_folder()
-            needed = math.ceil(config.max_workers * config.cluster.cpus_per_worker + config.cluster.decode_cpus)
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, needed),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="warning",
-                object_store_memory=OBJECT_STORE_BYTES,
-                _system_config={"num_workers_soft_limit": KEPT_WORKERS},
-            )
-    except (ConnectionError, RuntimeError) as error:
-        raise ClusterError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from error
+    if address:
+        join_cluster(address)
+    else:
+        _start_here(config)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_here(config: Config) -> None:
+    import ray
+
+    prepare_ray(starts=True)
+    needed = math.ceil(config.max_workers * config.cluster.cpus_per_worker + config.cluster.decode_cpus)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, needed),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+            object_store_memory=OBJECT_STORE_BYTES,
+            _system_config={"num_workers_soft_limit": KEPT_WORKERS},
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(f"Ray does not start on this machine: {error}") from error
 
 
 def check_resources(config: Config) -> None:
