@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from dora_ray import __version__
+from dora_ray.commands.arguments import Commands, add_cluster_commands
+from dora_ray.commands.arguments import add_json as _add_json
+from dora_ray.commands.arguments import command as _command
 from dora_ray.errors import DoRAError
 
 INTERRUPTED = 130
@@ -98,30 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         _add_bench,
         _add_status,
         _add_chaos,
+        add_cluster_commands,
     ):
         add(commands)
-    _command(commands, "doctor", "check this machine: versions, processors, memory, decoders, Ray, disk")
     return parser
-
-
-Commands = argparse._SubParsersAction  # argparse gives its type no public name
-
-
-def _command(
-    commands: Commands[argparse.ArgumentParser], name: str, summary: str, *, handler: str = "", spill: str = ""
-) -> argparse.ArgumentParser:
-    """A command's parser; it is carried out by `run` of the module of dora_ray.commands with the command's name.
-
-    `handler` names another module and function, as module.function; `spill` names the list that takes the words
-    between and after the options.
-    """
-    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-    parser.set_defaults(handler=handler or f"{name}.run", spill=spill)
-    return parser
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="write the result there as JSON too")
 
 
 def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -1,109 +1,33 @@
-"""`ray job submit --working-dir . -- dora-ray train tiny` against a local `ray start --head` that asks for a token."""
+"""Jobs on a local `ray start --head` that asks for a token, by `ray job submit` and by `dora-ray submit`."""
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
-START_SECONDS, JOB_SECONDS, STOP_SECONDS = 120, 400, 5
+from tests.cluster.heads import BIN, Head, ask, call, ray_head
+
+JOB_SECONDS = 400
 
 
-@dataclass(frozen=True)
-class Head:
-    """A Ray head of our own: the dashboard's address, and the environment that reaches it."""
-
-    url: str
-    environment: dict[str, str]
-    token: str
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; all are held until all are found, so that none comes twice."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def ask(url: str, token: str | None) -> int:
-    """The status that the jobs API answers with; 0 when nobody answers."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/api/jobs/", headers=headers), timeout=5) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        with error:
-            return int(error.code)
-    except OSError:
-        return 0
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with ray_head(tmp_path_factory.mktemp("head")) as found:
+        yield found
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[Head]:
-    """A head started as cluster.yaml starts one: token, dashboard on loopback. Only its own processes are ended."""
-    token, token_file = secrets.token_hex(32), tmp_path / "token"
-    token_file.write_text(token)
-    token_file.chmod(0o600)
-    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
-    environment |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_file),
-        "RAY_worker_niceness": "0",
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-    }
-    # Ray puts Unix sockets there, whose whole paths may have 107 characters: too few for a folder below tmp_path.
-    folder = tempfile.mkdtemp(prefix="ray-")
-    gcs, dashboard, client, agent, agent_grpc, metrics = free_ports(6)
-    command = [
-        str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
-        f"--dashboard-agent-grpc-port={agent_grpc}", f"--metrics-export-port={metrics}", "--num-cpus=3",
-        "--object-store-memory=300000000", "--disable-usage-stats", f"--temp-dir={folder}",
-    ]  # fmt: skip
-    with (tmp_path / "head.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{dashboard}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while ask(url, token) != 200:
-            assert process.poll() is None, (tmp_path / "head.log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
-            time.sleep(0.5)
-        yield Head(url, environment, token)
-    finally:
-        _end(process)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the head, which ends what it started, and then whatever is left in the process group that is its own."""
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=STOP_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=STOP_SECONDS)
+def project(tmp_path: Path) -> Path:
+    """A folder with a recipe, and with what must not leave this machine."""
+    folder = tmp_path / "project"
+    (folder / "runs" / "old").mkdir(parents=True)
+    (folder / "mine.yaml").write_text("base: tiny\noptim: {lr: 2.0e-3}\n")
+    for name in (".env", "walk.mp4", "my_auth_token", "server.pem", "runs/old/config.yaml"):
+        (folder / name).write_text("secret")
+    return folder
 
 
 @pytest.mark.slow
@@ -116,18 +40,53 @@ def test_a_submitted_job_trains(head: Head, small: tuple[str, ...], tmp_path: Pa
     run = tmp_path / "run"
     command = [str(BIN / "ray"), "job", "submit", "--address", head.url, "--working-dir", str(working), "--"]
     command += ["dora-ray", "train", "mine.yaml", *small, "cluster.num_workers=1", "optim.steps=2", "--out", str(run)]
-    done = subprocess.run(
-        command,
-        env=head.environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=JOB_SECONDS,
-        check=False,
-    )
+    done = call(command, head.environment, timeout=JOB_SECONDS)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "succeeded" in done.stdout
     assert str(run) in done.stdout, "what training prints reaches the submitter"
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000002"
     assert "lr: 0.002" in (run / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_submitted_twice_a_training_goes_on(head: Head, small: tuple[str, ...], project: Path, tmp_path: Path):
+    """As after a lost head: the same command, and the same folder."""
+    run = tmp_path / "run"
+    words = ["submit", "train", "mine.yaml", *small, "cluster.num_workers=0", "--out", str(run)]
+    words += ["--address", head.url, "--working-dir", str(project)]
+    first = call([str(BIN / "dora-ray"), *words, "optim.steps=2"], head.environment, timeout=JOB_SECONDS)
+    assert first.returncode == 0, first.stdout[-4000:] + first.stderr[-2000:]
+    assert "--resume" in first.stdout.splitlines()[0]
+    assert "checkpoint  " in first.stdout, "what training prints reaches the submitter"
+    again = call([str(BIN / "dora-ray"), *words, "optim.steps=4"], head.environment, timeout=JOB_SECONDS)
+    assert again.returncode == 0, again.stdout[-4000:] + again.stderr[-2000:]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "start"] == [0, 2]
+    uploaded = {path.name for folder in _working_dirs(head) for path in folder.rglob("*") if path.is_file()}
+    assert "mine.yaml" in uploaded
+    assert uploaded.isdisjoint({".env", "walk.mp4", "my_auth_token", "server.pem", "config.yaml"})
+
+
+def _working_dirs(head: Head) -> list[Path]:
+    return list(head.folder.glob("session_2*/runtime_resources/working_dir_files/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_job_ends_as_its_command_does(head: Head, project: Path, tmp_path: Path):
+    words = [str(BIN / "dora-ray"), "submit", "--address", head.url, "--working-dir", str(project)]
+    failed = call([*words, "data", "index", "missing.mp4"], head.environment, timeout=JOB_SECONDS)
+    assert failed.returncode == 3, failed.stdout + failed.stderr
+    assert "missing.mp4" in failed.stdout
+    mistaken = call([*words, "train", "mine.yaml", "optim.stepz=2"], head.environment)
+    assert mistaken.returncode == 2
+    assert "Did you mean optim.steps?" in mistaken.stderr
+    (tmp_path / "other").write_text("0" * 64)
+    refused = call([*words, "doctor"], head.environment | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")})
+    assert refused.returncode == 5
+    assert "refuses this machine" in refused.stderr
+    started = call([*words, "--no-wait", "--name", "look", "data", "index", "missing.mp4"], head.environment)
+    assert started.returncode == 0
+    assert "ray job logs --follow" in started.stdout

@@ -1,4 +1,4 @@
-"""Settings that every Ray of ours is started or joined with: a token on each connection, a reason where one is refused."""
+"""Preparation of every Ray that is started or joined: its folder, its token, and why a cluster refuses."""
 
 from __future__ import annotations
 

@@ -1,21 +1,24 @@
-"""What this machine has and lacks, in sentences: the answer to "why does it not work here?"."""
+"""Checks of this machine."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from dora_ray.cluster.starting import AUTH_MODE, token_source
+from dora_ray.doctor.finding import Finding
 from dora_ray.ray_folder import long_folder, ray_folder
 
 GIB = 2**30
 NEEDED_MEMORY = 4 * GIB
 NEEDED_DISK = 5 * GIB
+NEEDED_SHARED_MEMORY = 1 * GIB
 PACKAGES = (
     "torch",
     "torchvision",
@@ -37,27 +40,11 @@ OPTIONAL = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One check.
-
-    Attributes:
-        name: what was looked at.
-        good: whether it will do; None for what is only told.
-        text: what was found.
-        remedy: what to do when it will not do.
-    """
-
-    name: str
-    good: bool | None
-    text: str
-    remedy: str = ""
-
-
 def examine() -> list[Finding]:
     """All checks. None of them writes outside of a temporary file in the working folder, or starts a process."""
     checks: tuple[Callable[[], Finding], ...] = (
-        _python, _packages, _optional, _processors, _memory, _gpus, _decoders, _ray, _ray_folder, _disk, _run_folder
+        _python, _packages, _optional, _processors, _memory, _gpus, _decoders, _ray, _token, _ray_folder,
+        _shared_memory, _disk, _run_folder,
     )  # fmt: skip
     return [check() for check in checks]
 
@@ -163,6 +150,33 @@ def _ray_folder() -> Finding:
     sentence = long_folder()
     remedy = "a batch system's folder is often too long for sockets: export RAY_TMPDIR=/tmp"
     return Finding("Ray's folder", sentence is None, sentence or f"{ray_folder()} (RAY_TMPDIR or TMPDIR)", remedy)
+
+
+def _token() -> Finding:
+    """Without one, whoever reaches a port of Ray's runs what they like."""
+    if os.environ.get(AUTH_MODE, "token").lower() != "token":
+        text = f"{AUTH_MODE}={os.environ[AUTH_MODE]}: whoever reaches Ray's ports may run code here"
+        return Finding("token", False, text, f"unset {AUTH_MODE}, or set it to token")
+    source = token_source()
+    if source is None:
+        return Finding("token", None, "none yet; a Ray that is started here makes one in ~/.ray/auth_token")
+    if os.path.isfile(source) and stat.S_IMODE(os.stat(source).st_mode) & 0o077:
+        # Ray itself writes it so, below a home folder that others may be able to enter.
+        return Finding("token", None, f"{source}, which other users of this machine may read: chmod 600 {source}")
+    return Finding("token", True, source)
+
+
+def _shared_memory() -> Finding:
+    if not os.path.isdir("/dev/shm"):
+        return Finding("shared memory", None, "this system has no /dev/shm: Ray keeps its objects in its folder")
+    size = shutil.disk_usage("/dev/shm").total
+    return Finding(
+        "shared memory",
+        size >= NEEDED_SHARED_MEMORY,
+        f"/dev/shm has {size / GIB:.1f} GiB",
+        f"Ray's objects need {NEEDED_SHARED_MEMORY / GIB:.0f} GiB and would go to disk: docker run --shm-size=8g, or "
+        "mount -o remount,size=8G /dev/shm",
+    )
 
 
 def _disk() -> Finding:

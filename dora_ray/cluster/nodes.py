@@ -1,0 +1,167 @@
+"""Facts of every node of a cluster, each found out by a task on that node."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dora_ray.errors import DoRAError
+
+# What must be the same everywhere: what is pickled, what decodes, what computes.
+PACKAGES = ("dora-ray", "ray", "torch", "torchvision", "timm", "numpy", "pyarrow", "pylance", "av", "simplejpeg")
+ANSWER_SECONDS = 120.0
+CLOCK_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """Facts of one node.
+
+    Attributes:
+        name: address and role, as people know the node.
+        versions: of Python and the packages; None where one is missing.
+        gpus: names of the GPUs that torch finds.
+        gpu_files: device files of NVIDIA's GPUs, with or without torch.
+        nccl: version of NCCL in torch; None without a GPU.
+        shm_bytes: size of /dev/shm; 0 where there is none.
+        free_bytes: free space by folder.
+        unreachable: reasons by path of what this node cannot read.
+        clock_seconds: how far its clock is ahead of this process's.
+        clock_error: at most so many seconds of that are the way there and back.
+        object_store_bytes: size of Ray's object store.
+        problem: why the node did not answer; the other facts are then missing.
+    """
+
+    name: str
+    versions: dict[str, str | None] = field(default_factory=dict)
+    gpus: tuple[str, ...] = ()
+    gpu_files: int = 0
+    nccl: str | None = None
+    shm_bytes: int = 0
+    free_bytes: dict[str, int] = field(default_factory=dict)
+    unreachable: dict[str, str] = field(default_factory=dict)
+    clock_seconds: float = 0.0
+    clock_error: float = 0.0
+    object_store_bytes: int = 0
+    problem: str | None = None
+
+
+def look_here(paths: Sequence[str]) -> dict[str, Any]:
+    """Return what a process finds out about the machine that it runs on.
+
+    Args:
+        paths: files, folders or URIs that must be readable there.
+    """
+    shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
+    gpu_files = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    folders = {os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", os.path.expanduser("~")}
+    return {
+        "versions": {"python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}},
+        "gpu_files": gpu_files,
+        **(_gpus() if gpu_files else {}),
+        "shm_bytes": shm,
+        "free_bytes": {folder: shutil.disk_usage(folder).free for folder in sorted(folders) if os.path.isdir(folder)},
+        "unreachable": {path: reason for path in paths if (reason := _why_unreadable(path))},
+    }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpus() -> dict[str, Any]:
+    """Names and NCCL, of a torch that may not be there, or not be built for GPUs."""
+    try:
+        torch: Any = importlib.import_module("torch")  # torch.cuda.nccl has no types
+        names = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        nccl = torch.cuda.nccl.version() if names else None
+    except (ImportError, RuntimeError, AttributeError):
+        return {}
+    return {"gpus": names, "nccl": ".".join(map(str, nccl)) if nccl else None}
+
+
+def _why_unreadable(path: str) -> str | None:
+    from dora_ray import files
+
+    try:
+        if not files.exists(path):
+            return "there is no such file or folder"
+        if not files.is_remote(path) and not os.access(path, os.R_OK):
+            return "it may not be read"
+    except (DoRAError, OSError) as error:
+        return str(error)
+    return None
+
+
+def look_at_nodes(paths: Sequence[str] = (), *, elsewhere: bool = False) -> list[NodeFacts]:
+    """Return the facts of every living node of the cluster that this process is connected to.
+
+    Args:
+        paths: what every node must be able to read.
+        elsewhere: only nodes at other addresses than this machine's.
+    """
+    ray: Any = importlib.import_module("ray")  # its functions have no types
+    mine = ray.util.get_node_ip_address()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if elsewhere:
+        alive = [node for node in alive if node["NodeManagerAddress"] != mine]
+    # What a process has to import takes seconds, the first time on a node: all nodes at once.
+    asked = {node["NodeID"]: _task(look_here, node["NodeID"]).remote(list(paths)) for node in alive}
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    return [_facts(node, asked[node["NodeID"]]) for node in alive]
+
+
+def _task(function: Any, node_id: str) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(num_cpus=0, max_retries=1)(function).options(scheduling_strategy=there)
+
+
+def _facts(node: dict[str, Any], asked: Any) -> NodeFacts:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    role = node["Labels"].get("role") or ("head" if "node:__internal_head__" in node["Resources"] else "node")
+    name = f"{role} {node['NodeManagerAddress']}"
+    try:
+        found = ray.get(asked, timeout=0)
+        ahead, error = _clock(node["NodeID"])
+    except GetTimeoutError:
+        return NodeFacts(name, problem=f"no answer within {ANSWER_SECONDS:.0f} s")
+    except RayError as failure:
+        return NodeFacts(name, problem=" ".join(str(failure).split())[-300:])
+    return NodeFacts(
+        name,
+        **found,
+        clock_seconds=ahead,
+        clock_error=error,
+        object_store_bytes=int(node["Resources"].get("object_store_memory", 0)),
+    )
+
+
+def _clock(node_id: str) -> tuple[float, float]:
+    """Seconds by which a node's clock is ahead, and half the time that the quickest of some questions took."""
+    import ray
+
+    task, rounds = _task(time.time, node_id), []
+    for _ in range(CLOCK_ROUNDS):
+        asked = time.time()
+        there = ray.get(task.remote(), timeout=ANSWER_SECONDS)
+        answered = time.time()
+        rounds.append(((answered - asked) / 2, there - statistics.mean((asked, answered))))
+    error, ahead = min(rounds)
+    return ahead, error

@@ -1,0 +1,60 @@
+"""Why a cluster cannot be joined, in sentences; and Ray's notice at every start, left out."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import pytest
+
+from dora_ray.cluster import starting
+from dora_ray.errors import ClusterError
+from tests.cluster.heads import free_ports
+
+
+def test_nobody_listens_and_ray_is_not_even_asked():
+    """Ray itself would end the process after a minute."""
+    (port,) = free_ports(1)
+    with pytest.raises(ClusterError, match=rf"127.0.0.1:{port}: nothing listens there"):
+        starting.join_cluster(f"127.0.0.1:{port}")
+
+
+def test_a_token_that_is_not_the_clusters_is_named(tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("other")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        said = str(starting.explain_refusal(address, ConnectionError(f"Failed to connect to Ray cluster at {address}")))
+    assert "refuses this machine" in said
+    assert str(tmp_path / "token") in said
+
+
+def test_another_version_is_named():
+    error = RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.60.0\nThis process: 2.59.0")
+    said = str(starting.explain_refusal("head:6379", error))
+    assert "another version" in said
+    assert "2.59.0" in said
+
+
+def test_where_the_token_is_from(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert starting.token_source() is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    assert starting.token_source() == str(tmp_path / ".ray" / "auth_token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    assert starting.token_source() == "RAY_AUTH_TOKEN"
+
+
+def test_rays_notice_is_left_out_and_its_warnings_are_not(caplog):
+    starting.prepare_ray(starts=True)
+    logger = logging.getLogger(starting.TOKEN_LOGGER)
+    with caplog.at_level(logging.WARNING, logger.name):
+        logger.addHandler(caplog.handler)
+        logger.warning("Token authentication is enabled for this Ray cluster. Set ...")
+        logger.warning("Token authentication is disabled for this Ray cluster. Anyone with ...")
+        logger.removeHandler(caplog.handler)
+    assert {record.getMessage()[:34] for record in caplog.records} == {"Token authentication is disabled f"}
