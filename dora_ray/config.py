@@ -264,8 +264,8 @@ class ClusterConfig(Section):
 
     num_workers: Natural | tuple[Natural, Count] = 1
     """Training workers: a number, 0 (in this very process), or [fewest, most] for an elastic run."""
-    use_gpu: bool = False
-    """One GPU for each worker."""
+    use_gpu: bool | None = None
+    """One GPU for each worker; not set: where the machine or the cluster has, or can grow to, enough of them."""
     cpus_per_worker: Positive = 1.0
     """CPUs that Ray reserves for a worker."""
     threads_per_worker: Count = 1

@@ -27,7 +27,7 @@ from dora_ray.training.memory import estimate_memory_mb
 from dora_ray.training.records.checkpoint import require_plan
 from dora_ray.training.records.journal import CONFIG, add_event, read_metrics, write_status
 from dora_ray.training.records.tail import RunTail
-from dora_ray.training.trainer import check_resources, connect, run_on_ray
+from dora_ray.training.trainer import check_resources, connect, on_devices, run_on_ray
 from dora_ray.training.worker import record_failure, train_loop
 from dora_ray.training.worlds import Job, LocalWorld
 from dora_ray.video.index import VideoIndex, index_video
@@ -84,14 +84,15 @@ def train(
     store = _store(config, run)
     indexes = _check_lengths(config, [load_index(path, store=store) for path in _paths(config)])
     with connect(config):
-        check_resources(config)
+        placed = on_devices(config)
+        check_resources(placed)
         plan = make_plan(config, _planned_videos(config, store, indexes, on_ingest))
         plan.check()
         if resume:
             _check_resume(run, config, plan)
-        job = Job(config, plan, run)
+        job = Job(placed, plan, run)
         logger.info("%d videos, %d places where a clip may start", len(indexes), plan.clips_per_epoch)
-        _prepare_folder(job, overwrite=overwrite)
+        _prepare_folder(job, config, overwrite=overwrite)
         with RunTail(run, on_metrics):
             _execute(job)
     return _finished(run)
@@ -197,14 +198,12 @@ def _prepare(config: Config) -> Config:
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"images": images})})
 
 
-def _prepare_folder(job: Job, *, overwrite: bool) -> None:
-    """The run's folder, with this attempt's configuration, and not said to have failed."""
+def _prepare_folder(job: Job, config: Config, *, overwrite: bool) -> None:
+    """Make the run's folder, with the configuration as it was asked for, and not said to have failed."""
     try:
         if overwrite:
             files.remove(job.run)
-        files.write_text(
-            files.join(job.run, CONFIG), yaml.safe_dump(job.config.model_dump(mode="json"), sort_keys=False)
-        )
+        files.write_text(files.join(job.run, CONFIG), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         write_status(job.run, state="starting")
         add_event(job.run, "launch")
     except OSError as error:

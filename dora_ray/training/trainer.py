@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -12,11 +13,14 @@ from contextlib import contextmanager
 import torch
 
 from dora_ray.checkpoints import CHECKPOINTS
+from dora_ray.cluster.growth import resources_within_reach
 from dora_ray.cluster.starting import join_cluster, prepare_ray
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
 from dora_ray.training.worker import ray_worker
 from dora_ray.training.worlds import Job
+
+logger = logging.getLogger(__name__)
 
 # Measured on Ray 2.60: how soon a failure, a notice or a lost node is acted upon, for processes that are started with
 # this environment. A user's own settings win.
@@ -84,6 +88,47 @@ def _start_here(config: Config) -> None:
         )
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(f"Ray does not start on this machine: {error}") from error
+
+
+def on_devices(config: Config) -> Config:
+    """Return the configuration with cluster.use_gpu decided by what is there; name GPUs that will idle.
+
+    Call it while Ray is connected; in local mode this machine counts.
+    """
+    if config.cluster.num_workers == 0:
+        gpus, fewest, most = float(torch.cuda.device_count()), 1, 1
+    else:
+        workers = config.cluster.num_workers
+        gpus, most = resources_within_reach().get("GPU", 0.0), config.max_workers
+        fewest = workers if isinstance(workers, int) else workers[0]
+    use_gpu = config.cluster.use_gpu
+    if use_gpu is None:
+        use_gpu = gpus >= fewest
+    idle = idle_gpus(gpus, use_gpu=use_gpu, fewest=fewest, most=most, asked=config.cluster.use_gpu)
+    if idle:
+        logger.warning("%s", idle)
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"use_gpu": use_gpu})})
+
+
+def idle_gpus(gpus: float, *, use_gpu: bool, fewest: int, most: int, asked: bool | None) -> str | None:
+    """Return a sentence about GPUs that no worker will use; None without any.
+
+    Args:
+        gpus: that are there, or can be.
+        use_gpu: workers take one each.
+        fewest: workers.
+        most: workers.
+        asked: cluster.use_gpu as the configuration has it.
+    """
+    used = most if use_gpu else 0
+    if gpus <= used:
+        return None
+    idle = f"{gpus - used:g} of {gpus:g} GPUs will idle: "
+    if used:
+        return f"{idle}there is one for each of {most} workers; raise cluster.num_workers (at most optim.slots)"
+    if asked is False:
+        return f"{idle}cluster.use_gpu=false; leave it out to use them"
+    return f"{idle}{fewest} workers need one each; lower cluster.num_workers to {gpus:g} to use them"
 
 
 def check_resources(config: Config) -> None:

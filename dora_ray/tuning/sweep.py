@@ -33,7 +33,7 @@ from dora_ray.config import Config, load_config
 from dora_ray.errors import ConfigError
 from dora_ray.reporting.pages import report
 from dora_ray.training.launch import check_videos, ingest_videos, train
-from dora_ray.training.trainer import check_resources, connect
+from dora_ray.training.trainer import check_resources, connect, on_devices
 from dora_ray.tuning.results import (
     Row,
     best_point,
@@ -197,7 +197,7 @@ def _trials_at_a_time(trials: Sequence[Trial], spec: SweepSpec) -> int:
     """
     import ray
 
-    largest = _largest(trials)
+    largest = on_devices(_largest(trials))
     check_resources(largest)
     present = ray.cluster_resources()
     need = max(_cpus(trial.config) for trial in trials)
@@ -252,7 +252,7 @@ def _reserve(pending: Sequence[Trial]) -> dict[str, float]:
     local = [trial.config for trial in pending if trial.config.cluster.num_workers == 0]
     if not local:
         return {"CPU": DRIVER_CPUS}
-    gpu = {"GPU": 1.0} if any(config.cluster.use_gpu for config in local) else {}
+    gpu = {"GPU": 1.0} if any(on_devices(config).cluster.use_gpu for config in local) else {}
     return {"CPU": max(config.cluster.cpus_per_worker for config in local)} | gpu
 
 

@@ -12,6 +12,7 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 import dora_ray
 from dora_ray.errors import DoRAError
+from dora_ray.training import trainer
 from dora_ray.training.trainer import FAST_ELASTIC_RECOVERY, FAST_RECOVERY, run_on_ray
 from dora_ray.training.worlds import Job
 from tests.conftest import SMALL
@@ -36,3 +37,26 @@ def test_one_patience_and_the_most_telling_failure(tmp_path: Path, monkeypatch: 
 def test_what_makes_recovery_fast_reaches_ray_trains_controller() -> None:
     names = {name for name in FAST_RECOVERY | FAST_ELASTIC_RECOVERY if name.startswith("RAY_TRAIN_")}
     assert names <= ENV_VARS_TO_PROPAGATE
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "asked", "uses", "says"),
+    [
+        ("2", 0, None, False, None),
+        ("2", 2, None, True, None),
+        ("2", 8, None, True, "6 of 8 GPUs will idle: there is one for each of 2 workers"),
+        ("2", 1, None, False, "1 of 1 GPUs will idle: 2 workers need one each; lower cluster.num_workers to 1"),
+        ("2", 1, "false", False, "cluster.use_gpu=false; leave it out"),
+        ("2", 0, "true", True, None),
+        ("[1, 4]", 1, None, True, None),
+        ("0", 2, None, True, "1 of 2 GPUs will idle"),
+        ("0", 0, None, False, None),
+    ],
+)
+def test_gpus_are_used_where_they_are_and_named_where_they_idle(monkeypatch, caplog, workers, gpus, asked, uses, says):
+    monkeypatch.setattr(trainer.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(trainer, "resources_within_reach", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    words = [f"cluster.num_workers={workers}", "optim.slots=4"] + ([f"cluster.use_gpu={asked}"] if asked else [])
+    placed = trainer.on_devices(dora_ray.load_config("tiny", *words))
+    assert placed.cluster.use_gpu is uses
+    assert says in caplog.text if says else caplog.text == ""
