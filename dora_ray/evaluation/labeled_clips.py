@@ -1,0 +1,118 @@
+"""Clips whose objects are known: frames and palette masks as DAVIS 2017 and `data synth tour` lay them out.
+
+Legend: T frames, H x W pixels of a frame.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dora_ray.errors import ConfigError
+from dora_ray.evaluation.features import open_rgb
+
+LAYOUT = "FOLDER/JPEGImages/480p/SEQUENCE/00000.jpg and FOLDER/Annotations/480p/SEQUENCE/00000.png, or a tour's folder"
+VOID = 255  # DAVIS's mark of pixels that are not scored
+
+
+@dataclass(frozen=True)
+class ClipFiles:
+    """The files of one clip: T frames and T masks."""
+
+    frames: tuple[Path, ...]
+    masks: tuple[Path, ...]
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Read frames (T, H, W, 3) uint8 and ids (T, H, W) uint8, 0 where no object is.
+
+        Raises:
+            ConfigError: A file cannot be read, or the sizes differ.
+        """
+        frames = [np.asarray(open_rgb(path)) for path in self.frames]
+        ids = [_read_ids(path) for path in self.masks]
+        sizes = {picture.shape[:2] for picture in (*frames, *ids)}
+        if len(sizes) > 1:
+            raise ConfigError(f"{self.frames[0].parent}: frames and masks have the sizes {sorted(sizes)}, not one")
+        return np.stack(frames), np.stack(ids)
+
+
+def find_clips(
+    folder: str | os.PathLike[str], *, num_frames: int, stride: int, max_clips: int | None
+) -> list[ClipFiles]:
+    """Find clips of `num_frames` labeled frames, `stride` labeled frames apart, that share no frame.
+
+    Args:
+        folder: DAVIS's layout, or a tour with it in its folder davis.
+        num_frames: T.
+        stride: 1 takes every labeled frame.
+        max_clips: Evenly spaced over all there are; None: all.
+
+    Raises:
+        ConfigError: Another layout, frames without masks, or no sequence that is long enough.
+    """
+    root = Path(folder, "davis") if Path(folder, "davis").is_dir() else Path(folder)
+    images, annotations = root / "JPEGImages" / "480p", root / "Annotations" / "480p"
+    if not images.is_dir() or not annotations.is_dir():
+        raise ConfigError(f"{folder} has no labeled clips. They are laid out as {LAYOUT}.")
+    found = [clip for name in _sequence_names(root, images) for clip in _cut(images / name, num_frames, stride)]
+    if not found:
+        raise ConfigError(
+            f"{folder} has no sequence of {1 + (num_frames - 1) * stride} labeled frames: lower num_frames or stride"
+        )
+    clips = [ClipFiles(tuple(part), tuple(_mask_of(path, images, annotations) for path in part)) for part in found]
+    if max_clips is None or max_clips >= len(clips):
+        return clips
+    return [clips[number * len(clips) // max_clips] for number in range(max_clips)]
+
+
+def batched_clips(clips: list[ClipFiles], *, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Read clips in batches of one size of frame: (B, T, H, W, 3) and (B, T, H, W) uint8."""
+    waiting: list[tuple[np.ndarray, np.ndarray]] = []
+    for clip in clips:
+        read = clip.read()
+        if waiting and (len(waiting) == batch_size or read[1].shape != waiting[0][1].shape):
+            yield _stack(waiting)
+            waiting = []
+        waiting.append(read)
+    if waiting:
+        yield _stack(waiting)
+
+
+def _stack(clips: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    frames, ids = zip(*clips, strict=True)
+    return np.stack(frames), np.stack(ids)
+
+
+def _sequence_names(root: Path, images: Path) -> list[str]:
+    """Those that the list of the validation part names, where there is one, else all."""
+    listed = root / "ImageSets" / "2017" / "val.txt"
+    names = listed.read_text().split() if listed.is_file() else [entry.name for entry in images.iterdir()]
+    return sorted(name for name in names if (images / name).is_dir())
+
+
+def _cut(sequence: Path, num_frames: int, stride: int) -> Iterator[list[Path]]:
+    frames = sorted(path for path in sequence.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    span = 1 + (num_frames - 1) * stride
+    for start in range(0, len(frames) - span + 1, span):
+        yield frames[start : start + span : stride]
+
+
+def _mask_of(frame: Path, images: Path, annotations: Path) -> Path:
+    path = annotations / frame.relative_to(images).with_suffix(".png")
+    if not path.is_file():
+        raise ConfigError(f"{frame} has no mask {path}: every frame of a labeled clip needs one")
+    return path
+
+
+def _read_ids(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            ids = np.asarray(image if image.mode in ("P", "L", "1") else image.convert("L")).astype(np.uint8)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read as a mask ({error}). Repair or remove it.") from error
+    return np.where(ids == VOID, 0, ids).astype(np.uint8)
