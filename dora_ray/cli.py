@@ -136,9 +136,11 @@ def _add_sweep(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_eval(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "eval", "evaluate a checkpoint's encoder, frozen, on labeled images", spill="options")
+    parser = _command(commands, "eval", "evaluate a checkpoint's encoder, frozen", spill="options")
     parser.add_argument(
-        "task", choices=("knn", "linear", "corloc", "vos"), help="neighbors, linear probe, boxes, video objects"
+        "task",
+        choices=("knn", "linear", "corloc", "vos", "objects", "views"),
+        help="neighbors, linear probe, boxes, video objects, the method's own masks, scenes known again",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_ENCODER)
     parser.add_argument(
@@ -148,7 +150,11 @@ def _add_eval(commands: Commands[argparse.ArgumentParser]) -> None:
         help="a setting of the task, such as device=cuda or random_init=true",
     )
     parser.add_argument(
-        "--data", metavar="DIR", required=True, help="labeled images: DIR/train/CLASS/* and DIR/test/CLASS/*"
+        "--data",
+        metavar="DIR",
+        required=True,
+        help="labeled images: DIR/train/CLASS/* and DIR/test/CLASS/*; for objects a tour of `data synth`"
+        " or DAVIS; for views any video",
     )
     _add_json(parser)
 

@@ -11,13 +11,27 @@ import torch
 from dora_ray import files
 from dora_ray.checkpoints import resolve_checkpoint
 from dora_ray.errors import ConfigError
+from dora_ray.evaluation.beside import beside_random
 from dora_ray.evaluation.corloc import evaluate_corloc
 from dora_ray.evaluation.features import training_size
 from dora_ray.evaluation.knn import evaluate_knn
 from dora_ray.evaluation.linear import evaluate_linear
-from dora_ray.evaluation.options import CorlocOptions, KnnOptions, LinearOptions, OptionsType, VosOptions, parse_options
+from dora_ray.evaluation.objects import evaluate_objects
+from dora_ray.evaluation.options import (
+    TRACKING_OPTIONS,
+    BesideOptions,
+    CorlocOptions,
+    KnnOptions,
+    LinearOptions,
+    ObjectsOptions,
+    OptionsType,
+    ViewsOptions,
+    VosOptions,
+    parse_options,
+)
+from dora_ray.evaluation.views import evaluate_views
 from dora_ray.evaluation.vos import evaluate_vos
-from dora_ray.weights import load_backbone, random_backbone
+from dora_ray.weights import load_backbone, random_backbone, read_origin
 
 __all__ = ["TASKS", "evaluate"]
 
@@ -26,7 +40,11 @@ TASKS: dict[str, tuple[OptionsType, Callable[..., dict[str, Any]]]] = {
     "linear": (LinearOptions, evaluate_linear),
     "corloc": (CorlocOptions, evaluate_corloc),
     "vos": (VosOptions, evaluate_vos),
+    "objects": (ObjectsOptions, evaluate_objects),
+    "views": (ViewsOptions, evaluate_views),
 }
+
+NOT_OF_THE_TASK = ("random_init", "seed", "random_encoders")
 
 
 def evaluate(
@@ -37,9 +55,10 @@ def evaluate(
     Args:
         checkpoint: A checkpoint, a run's folder (its newest checkpoint), an exported encoder, a file of weights (.pth)
             or a URI of one of them; or timm:NAME.
-        task: "knn", "linear", "corloc" or "vos".
+        task: "knn", "linear", "corloc", "vos", "objects" or "views".
         data: The data's folder: train/CLASS/* and test/CLASS/* for knn and linear, images and boxes for corloc (Pascal
-            VOC's layout, or images/ and boxes.json), DAVIS 2016's layout for vos.
+            VOC's layout, or images/ and boxes.json), DAVIS's layout for vos, DAVIS 2017's or a labeled tour for
+            objects, any video, labeled tour or folder of frames for views.
         **options: The task's settings; `dora_ray.evaluation.options` lists them with their defaults.
 
     Returns:
@@ -59,13 +78,21 @@ def evaluate(
     settings = parsed.model_dump()
     if "image_size" in settings:
         settings["image_size"] = settings["image_size"] or training_size(backbone)
-    accepted = {name: value for name, value in settings.items() if name not in ("random_init", "seed")}
+    if isinstance(parsed, ObjectsOptions):
+        known = read_origin(folder, backbone).config["tracking"]
+        settings |= {name: known[name] for name in TRACKING_OPTIONS if settings[name] is None}
+    accepted = {name: value for name, value in settings.items() if name not in NOT_OF_THE_TASK}
+    results = run(backbone.to(device), data, **accepted)
+    if isinstance(parsed, BesideOptions):
+        seeds = () if parsed.random_init else range(parsed.seed, parsed.seed + parsed.random_encoders)
+        others = (random_backbone(folder, seed=seed).to(device) for seed in seeds)
+        results = beside_random(results, [run(other, data, **accepted) for other in others])
     return {
         "task": task,
         "checkpoint": folder,
         "data": files.absolute(data),
         "settings": parsed.model_copy(update=settings).model_dump(mode="json"),
-        "results": run(backbone.to(device), data, **accepted),
+        "results": results,
     }
 
 

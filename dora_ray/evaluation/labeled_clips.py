@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dora_ray.errors import ConfigError
-from dora_ray.evaluation.features import open_rgb
+from dora_ray.evaluation.images import open_rgb
 
 LAYOUT = "FOLDER/JPEGImages/480p/SEQUENCE/00000.jpg and FOLDER/Annotations/480p/SEQUENCE/00000.png, or a tour's folder"
 VOID = 255  # DAVIS's mark of pixels that are not scored

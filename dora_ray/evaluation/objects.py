@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from dora_ray.errors import ConfigError
-from dora_ray.evaluation.features import normalize, whole_size
+from dora_ray.evaluation.features import normalize
+from dora_ray.evaluation.images import whole_size
 from dora_ray.evaluation.labeled_clips import batched_clips, find_clips
 from dora_ray.method.objects import track_objects
 from dora_ray.method.tracking import Threshold, random_masks
@@ -113,7 +114,9 @@ def clip_scores(masks: Tensor, ids: Tensor, *, least_area: float) -> tuple[float
         first frame shows no object.
     """
     least = least_area * ids.shape[-1]
-    known = [number for number in torch.unique(ids[0]).tolist() if number and int((ids[0] == number).sum()) >= max(least, 1)]
+    known = [
+        number for number in torch.unique(ids[0]).tolist() if number and int((ids[0] == number).sum()) >= max(least, 1)
+    ]
     if not known:
         return None
     first = mask_overlaps(masks[:, 0], torch.stack([ids[0] == number for number in known]))
@@ -192,7 +195,11 @@ def evaluate_objects(
     if num_objects > num_heads:
         raise ConfigError(f"num_objects={num_objects}: use 1 to {num_heads}, the encoder's attention heads.")
     rng = np.random.default_rng(draw_seed)
-    tracking: dict[str, Any] = {"normalize_patches": normalize_patches, "num_iterations": num_iterations, "epsilon": epsilon}
+    tracking: dict[str, Any] = {
+        "normalize_patches": normalize_patches,
+        "num_iterations": num_iterations,
+        "epsilon": epsilon,
+    }
     clips = find_clips(data, num_frames=num_frames, stride=stride, max_clips=max_clips)
     rows: list[Scores] = []
     for frames, ids in batched_clips(clips, batch_size=BATCH_SIZE):

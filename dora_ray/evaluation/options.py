@@ -95,6 +95,60 @@ class VosOptions(Options):
     """Frames of each sequence, from its start; not set: all."""
 
 
+class BesideOptions(Options):
+    """What tasks take that measure newly drawn encoders on the same clips."""
+
+    image_size: Count | None = None
+    """Side of what the encoder sees (the short one of whole frames), pixels; not set: what it was trained on."""
+    random_encoders: Natural = 1
+    """Newly drawn encoders that are measured too; 0 for none."""
+    draw_seed: Natural = 0
+    """Of all that the measure draws: heads, crops, colors."""
+
+
+class ObjectsOptions(BesideOptions):
+    """The method's own object masks on clips whose objects are known. What is not set of tracking is as trained."""
+
+    num_frames: Annotated[int, Field(ge=2)] = 4
+    """Frames of a clip: objects are discovered in the first, and tracked through the others."""
+    stride: Count = 1
+    """Labeled frames from one frame of a clip to the next."""
+    num_draws: Count = 4
+    """Times that heads are drawn for each clip; its score is their mean."""
+    max_clips: Count | None = None
+    """Clips, evenly spaced over all; not set: all."""
+    least_area: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Objects that cover less of a frame than this share are left out there."""
+    num_objects: Count | None = None
+    """Objects that are discovered (k)."""
+    block: Annotated[int, Field(le=-1)] | None = None
+    """Block whose features discover and track, from the end: -1 is the last."""
+    normalize_patches: bool | None = None
+    """L2-normalize the patch tokens."""
+    num_iterations: Natural | None = None
+    """Of Sinkhorn-Knopp; 0 for none."""
+    epsilon: Positive | None = None
+    """Of Sinkhorn-Knopp."""
+    threshold: Literal["clip", "batch"] | None = None
+    """Rule of the masks."""
+
+
+class ViewsOptions(BesideOptions):
+    """Held-out view matching, on any video."""
+
+    num_scenes: Annotated[int, Field(ge=4)] = 128
+    """Scenes among which each is looked for, at most; fewer where the video is short."""
+    gap_seconds: Positive = 0.5
+    """From a scene to its later frame, in a video."""
+    gap_frames: Count = 12
+    """The same, in a folder of frames."""
+    local_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Side of the local crop, as a share of the frame's short side."""
+    batch_size: Count = 64
+    """Views a forward pass."""
+
+
+TRACKING_OPTIONS = ("num_objects", "block", "normalize_patches", "num_iterations", "epsilon", "threshold")
 OptionsType = type[Options]
 
 

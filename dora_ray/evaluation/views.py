@@ -10,7 +10,7 @@ random mean and contrast, so that average color finds nothing. Chance is 1 / N.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dora_ray import files
 from dora_ray.errors import ConfigError, VideoError
-from dora_ray.evaluation.features import SUFFIXES, center_crop, final_cls, normalize, open_rgb
+from dora_ray.evaluation.features import final_cls, normalize
+from dora_ray.evaluation.images import SUFFIXES, center_crop, open_rgb
 from dora_ray.evaluation.matching import match_views, rank_me
 from dora_ray.evaluation.shots import rgb
 from dora_ray.video.decoders import PyAVDecoder
@@ -71,7 +72,7 @@ def read_views(
         ConfigError: A folder without frames, or too few frames for 4 scenes.
         VideoError: The video cannot be read, or is too short for 4 scenes.
     """
-    pairs = _pairs(Path(data), num_scenes=num_scenes, gap_seconds=gap_seconds, gap_frames=gap_frames)
+    pairs = _pairs(os.fspath(data), num_scenes=num_scenes, gap_seconds=gap_seconds, gap_frames=gap_frames)
     rng = np.random.default_rng(seed)
     views: tuple[list[np.ndarray], ...] = ([], [], [])
     for first, later in pairs:
@@ -86,12 +87,13 @@ def read_views(
 
 
 def _pairs(
-    data: Path, *, num_scenes: int, gap_seconds: float, gap_frames: int
+    data: str, *, num_scenes: int, gap_seconds: float, gap_frames: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield each scene's frame and its later frame, (H, W, 3) uint8."""
-    if data.is_dir() and not (data / FILM).is_file():
-        return _pairs_of_folder(data, num_scenes=num_scenes, gap=gap_frames)
-    film = data / FILM if data.is_dir() else data
+    folder = None if files.is_remote(data) or not Path(data).is_dir() else Path(data)
+    if folder is not None and not (folder / FILM).is_file():
+        return _pairs_of_folder(folder, num_scenes=num_scenes, gap=gap_frames)
+    film = data if folder is None else folder / FILM
     return _pairs_of_video(index_video(files.absolute(film)), num_scenes=num_scenes, gap=gap_seconds)
 
 
@@ -140,7 +142,8 @@ def recolor(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Bring each channel of (S, S, 3) uint8 to a random mean and contrast."""
     values = pixels.astype(np.float64)
     unit = (values - values.mean((0, 1))) / np.maximum(values.std((0, 1)), 1.0)
-    return np.clip(np.rint(unit * rng.uniform(30, 60, 3) + rng.uniform(90, 165, 3)), 0, 255).astype(np.uint8)
+    colored: np.ndarray = np.rint(unit * rng.uniform(30, 60, 3) + rng.uniform(90, 165, 3))
+    return colored.clip(0, 255).astype(np.uint8)
 
 
 @torch.inference_mode()
@@ -163,7 +166,7 @@ def measure_views(backbone: VisionTransformer, views: Views, *, batch_size: int,
 
 def _features(vit: VisionTransformer, pictures: np.ndarray, *, batch_size: int, device: str) -> Tensor:
     encode = final_cls(vit)
-    batches = torch.from_numpy(pictures).split(batch_size)
+    batches = torch.split(torch.from_numpy(pictures), batch_size)
     return torch.cat([encode(normalize(batch.to(device))).float() for batch in batches])
 
 
