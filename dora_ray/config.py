@@ -57,6 +57,11 @@ class ModelConfig(Section):
     """Side of a patch, pixels."""
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Stochastic depth of the last block of the student, rising linearly from 0 (released)."""
+    position_interpolation: Literal["antialiased", "released"] = "antialiased"
+    """How the position embedding is brought to a local view's grid: bicubic and antialiased (timm's), or as in the
+    released code, not antialiased and at a scale computed with 0.1 patch too many."""
+    cls_token_std: Positive = 1e-6
+    """Standard deviation of the CLS token's first values (timm's; released: 0.02)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -149,6 +154,8 @@ class CropsConfig(Section):
     """Side of a local view, pixels (DINO's; released: 112)."""
     local_scale: Interval = (0.05, 0.4)
     """Area of a local view, share of the first crop."""
+    local_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Kernel of the resize to a local view, antialiased (released: bicubic). Other crops are bilinear."""
     aspect_ratio: Interval = (0.75, 4 / 3)
     """Width / height of a crop before it is resized to a square."""
     flip_probability: Fraction = 0.5
@@ -216,6 +223,9 @@ class HeadConfig(Section):
     """Width of the normalized bottleneck."""
     num_outputs: Count = 65536
     """Outputs O."""
+    last_layer_init: Literal["normal", "uniform"] = "normal"
+    """First values of the last layer: of deviation 0.02, rows 0.32 long with a bottleneck of 256; or uniform
+    (released), rows 0.577 long, which AdamW turns 1.8 times as slowly."""
 
 
 class OptimConfig(Section):

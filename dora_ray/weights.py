@@ -137,7 +137,9 @@ def vit_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `build_vit`, from a dumped configuration."""
     model = config["model"]
     names = ("name", "width", "depth", "num_heads", "patch_size", "drop_path")
-    return {name: model[name] for name in names} | {"image_size": config["crops"]["global_size"]}
+    arguments = {name: model[name] for name in names} | {"image_size": config["crops"]["global_size"]}
+    # Checkpoints from before this setting do not have it.
+    return arguments | {"position_interpolation": model.get("position_interpolation", "antialiased")}
 
 
 def network_arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +147,14 @@ def network_arguments(config: dict[str, Any]) -> dict[str, Any]:
     head = config["head"]
     names = ("hidden_width", "bottleneck_width", "num_layers", "num_outputs")
     return vit_arguments(config) | {name: head[name] for name in names}
+
+
+def initial_values(config: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `build_network` that shape new weights alone."""
+    return {
+        "cls_token_std": config["model"]["cls_token_std"],
+        "last_layer_init": config["head"]["last_layer_init"],
+    }
 
 
 def describe_architecture(config: dict[str, Any]) -> str:
@@ -164,7 +174,8 @@ def require_architecture(checkpoint: PathLike, config: dict[str, Any]) -> None:
     """
     saved = read_meta(checkpoint).config
     ours, theirs = network_arguments(config), network_arguments(saved)
-    other = [name for name in ours if name != "drop_path" and ours[name] != theirs[name]]
+    free = ("drop_path", "position_interpolation")
+    other = [name for name in ours if name not in free and ours[name] != theirs[name]]
     if other:
         differences = ", ".join(f"{name} {theirs[name]} (here {ours[name]})" for name in other)
         raise CheckpointError(

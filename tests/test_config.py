@@ -31,6 +31,10 @@ def test_paper_and_released_differ_as_the_method_says() -> None:
         "tracking.heads_per": "slot",
         "loss.reduction": "released",
         "crops.local_size": 112,
+        "crops.local_interpolation": "bicubic",
+        "model.position_interpolation": "released",
+        "model.cls_token_std": 0.02,
+        "head.last_layer_init": "uniform",
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Range = tuple[float, float]
+Interpolation = Literal["bilinear", "bicubic"]
 
 _NUM_ATTEMPTS = 10
 
@@ -81,12 +82,12 @@ def crop_clip(frames: Sequence[np.ndarray], box: Sequence[float] | np.ndarray, s
     return resize_uint8(torch.from_numpy(crops), size).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def resize_uint8(frames: Tensor, size: int) -> Tensor:
+def resize_uint8(frames: Tensor, size: int, interpolation: Interpolation = "bilinear") -> Tensor:
     """(T, h, w, 3) uint8 -> (T, 3, S, S) uint8; the kernel is fastest on interleaved channels, as frames come."""
     from torch.nn.functional import interpolate
 
     channels_first = frames.permute(0, 3, 1, 2)
-    return interpolate(channels_first, (size, size), mode="bilinear", antialias=True)
+    return interpolate(channels_first, (size, size), mode=interpolation, antialias=True)
 
 
 def _largest_box(*, height: int, width: int, ratio: Range) -> tuple[int, int]:

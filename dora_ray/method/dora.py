@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dora_ray.method.attention import Layout
 from dora_ray.method.blocks import cls_of_blocks
-from dora_ray.method.head import DINOHead
+from dora_ray.method.head import DINOHead, LastLayerInit
 from dora_ray.method.losses import Reduction, dino_loss, dora_loss
 from dora_ray.method.measures import Measures, agreement, mask_measures, teacher_measures
 from dora_ray.method.objects import track_objects
@@ -27,6 +27,8 @@ from dora_ray.method.parts import part
 from dora_ray.method.precision import widen
 from dora_ray.method.tracking import Threshold, random_masks
 from dora_ray.method.vit import (
+    TIMM_CLS_STD,
+    PositionInterpolation,
     build_vit,
     cls_features,
     kept_patches,
@@ -75,6 +77,9 @@ def build_network(
     hidden_width: int,
     bottleneck_width: int,
     num_outputs: int,
+    position_interpolation: PositionInterpolation = "antialiased",
+    cls_token_std: float = TIMM_CLS_STD,
+    last_layer_init: LastLayerInit = "normal",
 ) -> Network:
     """A student or a teacher (which has a drop_path of 0); see `build_vit` and `DINOHead` for the arguments."""
     backbone = build_vit(
@@ -85,6 +90,8 @@ def build_network(
         patch_size=patch_size,
         image_size=image_size,
         drop_path=drop_path,
+        position_interpolation=position_interpolation,
+        cls_token_std=cls_token_std,
     )
     head = DINOHead(
         width,
@@ -92,6 +99,7 @@ def build_network(
         bottleneck_width=bottleneck_width,
         num_layers=num_layers,
         num_outputs=num_outputs,
+        last_layer_init=last_layer_init,
     )
     return Network(backbone, head)
 

@@ -6,10 +6,13 @@ Shapes: D width of the encoder, P bottleneck, O outputs.
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LastLayerInit = Literal["normal", "uniform"]
 
 
 class WeightNormLinear(nn.Module):
@@ -18,13 +21,23 @@ class WeightNormLinear(nn.Module):
     Attributes:
         direction: (O, P), of any length.
         gain: (O, 1), length of each row, 1 at the start.
+
+    Args:
+        in_width: P.
+        num_outputs: O.
+        init: first values of the directions: "normal", of standard deviation 0.02, whose rows are 0.02 sqrt(P) long
+            (0.32 for P = 256), or "uniform" in +-1 / sqrt(P), as of any linear layer of torch, whose rows are
+            1 / sqrt(3) = 0.577 long. Only directions count, so the length sets how fast an optimizer turns them.
     """
 
-    def __init__(self, in_width: int, num_outputs: int) -> None:
+    def __init__(self, in_width: int, num_outputs: int, *, init: LastLayerInit = "normal") -> None:
         super().__init__()
         self.direction = nn.Parameter(torch.empty(num_outputs, in_width))
         self.gain = nn.Parameter(torch.ones(num_outputs, 1))
-        nn.init.trunc_normal_(self.direction, std=0.02)
+        if init == "normal":
+            nn.init.trunc_normal_(self.direction, std=0.02)
+        else:
+            nn.init.uniform_(self.direction, -(in_width**-0.5), in_width**-0.5)
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., P) -> (..., O)."""
@@ -44,10 +57,18 @@ class DINOHead(nn.Module):
         bottleneck_width: width P before the last layer.
         num_layers: linear layers of the MLP, at least 1, the last one giving the bottleneck.
         num_outputs: outputs O.
+        last_layer_init: see `WeightNormLinear`.
     """
 
     def __init__(
-        self, in_width: int, *, hidden_width: int, bottleneck_width: int, num_layers: int, num_outputs: int
+        self,
+        in_width: int,
+        *,
+        hidden_width: int,
+        bottleneck_width: int,
+        num_layers: int,
+        num_outputs: int,
+        last_layer_init: LastLayerInit = "normal",
     ) -> None:
         super().__init__()
         widths = [in_width, *[hidden_width] * (num_layers - 1), bottleneck_width]
@@ -55,7 +76,7 @@ class DINOHead(nn.Module):
         for width_in, width_out in itertools.pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
-        self.last_layer = WeightNormLinear(bottleneck_width, num_outputs)
+        self.last_layer = WeightNormLinear(bottleneck_width, num_outputs, init=last_layer_init)
         self.mlp.apply(_initialize)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TypeGuard, cast
+from typing import Literal, TypeGuard, cast
 
 import timm
 import torch
@@ -25,6 +25,9 @@ from dora_ray.method.blocks import cls_of_block, cls_of_blocks, run_block
 from dora_ray.method.precision import full_precision
 
 Grid = tuple[int, int]
+PositionInterpolation = Literal["antialiased", "released"]
+# What timm draws a CLS token with.
+TIMM_CLS_STD = 1e-6
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,16 @@ class Tracked:
 
 
 def build_vit(
-    *, name: str, width: int, depth: int, num_heads: int, patch_size: int, image_size: int, drop_path: float
+    *,
+    name: str,
+    width: int,
+    depth: int,
+    num_heads: int,
+    patch_size: int,
+    image_size: int,
+    drop_path: float,
+    position_interpolation: PositionInterpolation = "antialiased",
+    cls_token_std: float = TIMM_CLS_STD,
 ) -> VisionTransformer:
     """A randomly initialized ViT without classifier that takes images of any multiple of the patch size.
 
@@ -73,6 +85,9 @@ def build_vit(
         patch_size: side of a patch, pixels.
         image_size: side of the images that the position embedding is made for, pixels.
         drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
+        position_interpolation: see `_interpolation`; what this module computes follows it, the model's own forward
+            is timm's, antialiased.
+        cls_token_std: standard deviation of the CLS token's first values.
 
     Raises:
         ConfigError: if timm has no such model, or it is not a plain ViT.
@@ -95,6 +110,9 @@ def build_vit(
     )
     if not is_plain(vit):
         raise ConfigError(f"{name!r} is not a plain ViT with queries and keys: use 'vit_small_patch16_224'")
+    with torch.no_grad():
+        cast(Tensor, vit.cls_token).mul_(cls_token_std / TIMM_CLS_STD)
+    vit.__dict__["position_interpolation"] = position_interpolation
     return vit
 
 
@@ -247,14 +265,15 @@ def _patches(vit: VisionTransformer, images: Tensor, *, with_bias: bool) -> Tens
 def _with_cls(vit: VisionTransformer, patches: Tensor, grid: Grid) -> Tensor:
     """Tokens (B', 1 + N, D) from embedded patches (B', N, D): CLS in front, and every token's position added."""
     cls_token = cast(Tensor, vit.cls_token).expand(len(patches), -1, -1)
-    positions = _positions(cast(Tensor, vit.pos_embed), vit.patch_embed.grid_size, grid)
+    rule = vit.__dict__.get("position_interpolation", "antialiased")
+    positions = _positions(cast(Tensor, vit.pos_embed), vit.patch_embed.grid_size, grid, rule)
     tokens = torch.cat([cls_token, patches], dim=1) + positions
     embedded: Tensor = vit.norm_pre(vit.patch_drop(vit.pos_drop(tokens)))
     return embedded
 
 
 @full_precision
-def _positions(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
+def _positions(pos_embed: Tensor, old: Grid, new: Grid, rule: PositionInterpolation) -> Tensor:
     """The position embedding (1, 1 + N, D) of one grid for another grid.
 
     timm interpolates it with a kernel whose backward adds in any order on a GPU, which would make equal runs differ.
@@ -262,18 +281,30 @@ def _positions(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
     """
     if old == new:
         return pos_embed
-    matrix = _interpolation(old, new, pos_embed.dtype, pos_embed.device)
+    matrix = _interpolation(old, new, rule, pos_embed.dtype, pos_embed.device)
     return torch.cat([pos_embed[:, :1], matrix @ pos_embed[:, 1:]], dim=1)
 
 
 @functools.lru_cache(maxsize=16)
-def _interpolation(old: Grid, new: Grid, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix (new patches, old patches) of timm's bicubic, antialiased interpolation between two grids."""
+def _interpolation(
+    old: Grid, new: Grid, rule: PositionInterpolation, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return the matrix (new patches, old patches) of a bicubic interpolation between two grids.
+
+    "antialiased" is timm's: along each side, patch i of n lies at (i + 1/2) old / n - 1/2 in the old grid. "released"
+    is DINO's and the released DoRA's: not antialiased, and with n + 0.1 in place of n, which was added so that the size
+    computed from the scale is not rounded down. From 14 patches to 7, it moves the last one by 0.18 of an old one.
+    """
     num_old = old[0] * old[1]
     # A tensor made in inference mode could never be used in a backward, and this one is kept.
     with torch.inference_mode(False), torch.no_grad():
         units = torch.eye(num_old, dtype=torch.float64).view(num_old, 1, *old)
-        columns = F.interpolate(units, size=new, mode="bicubic", antialias=True)
+        if rule == "antialiased":
+            columns = F.interpolate(units, size=new, mode="bicubic", antialias=True)
+        else:
+            scales = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])
+            columns = F.interpolate(units, scale_factor=scales, mode="bicubic", recompute_scale_factor=False)
+            assert columns.shape[2:] == new
         return columns.flatten(1).T.contiguous().to(device=device, dtype=dtype)
 
 

@@ -28,7 +28,7 @@ from dora_ray.training.memory import tokens_of_slot
 from dora_ray.training.optim import Rates, clip_each, make_optimizer, rates, set_rates, update_teacher
 from dora_ray.training.reduction import AllReduce, SlotSums, SumResult, next_exponents, raised_exponents
 from dora_ray.views.augment import ViewParameters, draw_views, render, upload_clips
-from dora_ray.weights import network_arguments
+from dora_ray.weights import initial_values, network_arguments
 
 if TYPE_CHECKING:
     from dora_ray.clips.slot import SlotBatch
@@ -62,7 +62,8 @@ class TrainState:
 def initial_state(config: Config, device: torch.device) -> TrainState:
     """Student and teacher start equal, from the seed alone."""
     torch.manual_seed(slot_seed(config.run.seed, 0, 0, Purpose.INITIAL_WEIGHTS))
-    student = build_network(**network_arguments(config.model_dump(mode="json")))
+    dumped = config.model_dump(mode="json")
+    student = build_network(**network_arguments(dumped), **initial_values(dumped))
     student.backbone.set_grad_checkpointing(config.optim.activation_checkpointing)
     teacher = deepcopy(student).requires_grad_(False).eval()
     student, teacher = student.to(device).train(), teacher.to(device)
@@ -202,7 +203,12 @@ def slot_output(
         pixels = upload_clips(clips, rows.numpy(), device)
     with part("augment"):
         globals_ = render(pixels, _take(draws.global_views, rows), size=config.crops.global_size)
-        locals_ = render(pixels, _take(draws.local_views, rows), size=config.crops.local_size)
+        locals_ = render(
+            pixels,
+            _take(draws.local_views, rows),
+            size=config.crops.local_size,
+            interpolation=config.crops.local_interpolation,
+        )
     torch.manual_seed(draws.network_seed)
     half = device.type == "cuda" and config.optim.precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16, enabled=half):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dora_ray.clips.crop import Range, random_boxes
+from dora_ray.clips.crop import Interpolation, Range, random_boxes
 from dora_ray.method.upload import upload
 from dora_ray.views.resample import blur_matrix, resample_by_crop, resample_by_matrix
 
@@ -158,7 +158,9 @@ def upload_clips(clips: np.ndarray, rows: np.ndarray, device: torch.device) -> T
 
 
 @torch.no_grad()
-def render(clips: Tensor, parameters: ViewParameters, *, size: int) -> Tensor:
+def render(
+    clips: Tensor, parameters: ViewParameters, *, size: int, interpolation: Interpolation = "bilinear"
+) -> Tensor:
     """Renders the views of clips: crop, antialiased resize, flip, color, blur, clamp, ImageNet normalization.
 
     On the CPU the crops go one by one through torch's uint8 kernel, which reads only the box and rounds to whole
@@ -171,6 +173,7 @@ def render(clips: Tensor, parameters: ViewParameters, *, size: int) -> Tensor:
         clips: (B, T, H, W, 3) uint8, on any device.
         parameters: the views, see `draw_views`; V may be 0.
         size: S, in pixels.
+        interpolation: kernel of the resize.
 
     Returns:
         (B, V, T, 3, S, S) float32, contiguous, on the clips' device, without gradient.
@@ -188,7 +191,9 @@ def render(clips: Tensor, parameters: ViewParameters, *, size: int) -> Tensor:
     # bfloat16 holds 8 bits, too few for weights times pixels.
     with torch.autocast(clips.device.type, enabled=False):
         resample = resample_by_crop if clips.device.type == "cpu" else resample_by_matrix
-        pixels = resample(clips, parameters.boxes, parameters.flip, size=size).flatten(0, 2)
+        pixels = resample(clips, parameters.boxes, parameters.flip, size=size, interpolation=interpolation).flatten(
+            0, 2
+        )
         color = _normalized_color(pixels, parameters.color.flatten(0, 2))
         _blur(pixels, parameters.sigma.flatten())
         return _paint(pixels.float(), *color).view(*lead, 3, size, size)

@@ -16,14 +16,16 @@ import math
 import torch
 from torch import Tensor
 
-from dora_ray.clips.crop import resize_uint8
+from dora_ray.clips.crop import Interpolation, resize_uint8
 from dora_ray.method.upload import upload
 
 # A Gaussian beyond four standard deviations weighs less than a thousandth of one of 255 levels.
 _BLUR_REACH = 4.0
 
 
-def resample_by_matrix(clips: Tensor, boxes: Tensor, flip: Tensor, *, size: int) -> Tensor:
+def resample_by_matrix(
+    clips: Tensor, boxes: Tensor, flip: Tensor, *, size: int, interpolation: Interpolation = "bilinear"
+) -> Tensor:
     """Crops, resizes and flips by two batched products: ``rows @ frame @ columns.T`` for each view of each frame.
 
     Args:
@@ -31,6 +33,7 @@ def resample_by_matrix(clips: Tensor, boxes: Tensor, flip: Tensor, *, size: int)
         boxes: (B, V, T, 4) top, left, height, width; on the CPU.
         flip: (B, V, T) 1 to mirror left to right, else 0; on the CPU.
         size: S, in pixels.
+        interpolation: kernel of the resize.
 
     Returns:
         (B, V, T, 3, S, S) float16 in [0, 255].
@@ -38,18 +41,23 @@ def resample_by_matrix(clips: Tensor, boxes: Tensor, flip: Tensor, *, size: int)
     batch, frames, height, width, _ = clips.shape
     views = boxes.shape[1]
     top, left, box_height, box_width = upload(boxes, clips.device).unbind(-1)
-    rows = resize_matrix(top, box_height, in_size=height, out_size=size)
-    columns = resize_matrix(left, box_width, in_size=width, out_size=size)
+    matrix = resize_matrix if interpolation == "bilinear" else cubic_matrix
+    rows = matrix(top, box_height, in_size=height, out_size=size)
+    columns = matrix(left, box_width, in_size=width, out_size=size)
     columns = torch.where(upload(flip, clips.device)[..., None, None] > 0, columns.flip(-2), columns)
     # All views of a frame are stacked into one product, which reads the frame once.
     stacked = rows.half().transpose(1, 2).reshape(batch * frames, views * size, height)
     strips = stacked @ clips.reshape(batch * frames, height, width * 3).half()
     strips = strips.view(batch, frames, views, size, width, 3).permute(0, 2, 1, 5, 3, 4)
     pixels = strips.reshape(-1, 3 * size, width) @ columns.half().reshape(-1, size, width).mT
+    if interpolation == "bicubic":  # its weights below 0 leave the range beside an edge
+        pixels.clamp_(0, 255)
     return pixels.view(batch, views, frames, 3, size, size)
 
 
-def resample_by_crop(clips: Tensor, boxes: Tensor, flip: Tensor, *, size: int) -> Tensor:
+def resample_by_crop(
+    clips: Tensor, boxes: Tensor, flip: Tensor, *, size: int, interpolation: Interpolation = "bilinear"
+) -> Tensor:
     """`resample_by_matrix` crop by crop, for the CPU: a matrix product there spends most of its time on zeros.
 
     Takes what `resample_by_matrix` takes, with boxes of whole numbers, and gives the same rounded to whole levels, in
@@ -63,7 +71,7 @@ def resample_by_crop(clips: Tensor, boxes: Tensor, flip: Tensor, *, size: int) -
     for clip, view, frame in itertools.product(range(batch), range(views), range(0, frames, span)):
         top, left, height, width = places[clip][view][frame]
         crop = clips[clip, frame : frame + span, top : top + height, left : left + width]
-        resized = resize_uint8(crop, size)
+        resized = resize_uint8(crop, size, interpolation)
         pixels[clip, view, frame : frame + span] = resized.flip(-1) if mirrored[clip][view][frame] else resized
     return pixels
 
@@ -95,6 +103,29 @@ def resize_matrix(start: Tensor, length: Tensor, *, in_size: int, out_size: int)
     distances = (pixels[..., None, :] - centers[..., None]).abs_().clamp_(max=1.0)
     normalized = 1.0 / (in_size - distances.sum(-1, keepdim=True))
     return torch.addcmul(normalized, distances, normalized, value=-1.0)
+
+
+def cubic_matrix(start: Tensor, length: Tensor, *, in_size: int, out_size: int) -> Tensor:
+    """`resize_matrix` with Keys' cubic kernel of a = -1/2, as PIL and torch have it antialiased.
+
+    The kernel reaches two pixels to either side and is, at the distance x::
+
+        (a + 2) x^3 - (a + 3) x^2 + 1         x <= 1
+        a x^3 - 5 a x^2 + 8 a x - 4 a    1 <= x <= 2
+    """
+    start, length = start[..., None], length[..., None]
+    step = length / out_size
+    reach = step.clamp_min(1.0)
+    outputs = torch.arange(out_size, device=start.device)
+    inputs = torch.arange(in_size, device=start.device)
+    centers = (start + (outputs + 0.5) * step) / reach
+    inside = (inputs >= start) & (inputs < start + length)
+    pixels = ((inputs + 0.5) / reach).masked_fill(~inside, math.inf)
+    x = (pixels[..., None, :] - centers[..., None]).abs_().clamp_(max=2.0)
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    weights = torch.where(x < 1.0, near, far)
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def blur_matrix(sigma: Tensor, *, size: int) -> Tensor:

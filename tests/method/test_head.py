@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dora_ray.method.head import DINOHead
+from dora_ray.method.head import DINOHead, WeightNormLinear
 
 
 def build(num_layers: int = 3) -> DINOHead:
@@ -40,3 +40,12 @@ def test_every_parameter_learns_and_has_a_plain_name():
     names = {name for name, parameter in head.named_parameters() if parameter.grad.abs().max() > 0}
     layers = {f"mlp.{index}.{kind}" for index in (0, 2, 4) for kind in ("weight", "bias")}
     assert names == layers | {"last_layer.direction", "last_layer.gain"}
+
+
+@pytest.mark.parametrize(("init", "length"), [("normal", 0.02 * 256**0.5), ("uniform", 3**-0.5)])
+def test_the_last_layers_rows_begin_as_long_as_the_equation_says(init, length):
+    """256 values of deviation 0.02, or of variance (1 / 256) / 3: 0.32 or 0.577."""
+    torch.manual_seed(0)
+    direction = WeightNormLinear(256, 4096, init=init).direction
+    assert direction.norm(dim=1).square().mean().sqrt().item() == pytest.approx(length, rel=0.01)
+    assert (direction.abs().max() <= 1 / 16) == (init == "uniform")

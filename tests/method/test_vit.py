@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from dora_ray.errors import ConfigError
-from dora_ray.method.vit import build_vit, cls_features, image_features, tracked_features
+from dora_ray.method.vit import build_vit, cls_features, embed, image_features, tracked_features
 from tests.method.networks import NUM_HEADS, build_small
 from tests.oracles import method as oracle
 
@@ -126,3 +128,60 @@ def test_a_vit_with_other_parts_is_read_too():
 def test_what_is_no_plain_vit_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         build_vit(**({"name": "vit_tiny_patch16_224"} | SIZES | changes))
+
+
+def keys_cubic(distance: float, a: float) -> float:
+    """Keys' cubic kernel."""
+    x = abs(distance)
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
+def sampled(values: list[float], num_new: int) -> list[float]:
+    """A line of values at `num_new` places, as the released code has it: four values weigh in, the ends repeat."""
+    num_old = len(values)
+    found = []
+    for place in range(num_new):
+        # Of num_new + 0.1 new values in the length of the old ones, this one's middle.
+        middle = (place + 0.5) * num_old / (num_new + 0.1) - 0.5
+        first = math.floor(middle)
+        found.append(
+            sum(
+                keys_cubic(middle - at, -0.75) * values[min(max(at, 0), num_old - 1)]
+                for at in range(first - 1, first + 3)
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(7, 7), (6, 9), (16, 15)])
+def test_released_positions_are_bicubic_with_a_tenth_of_a_patch_too_many(rows, columns):
+    """Zero images give nothing but positions: those of 14 x 14 patches, sampled by hand in float64."""
+    vit = build_vit(**SIZES | {"image_size": 112}, name="vit_tiny_patch16_224", position_interpolation="released")
+    torch.manual_seed(0)
+    vit = vit.double()
+    torch.nn.init.zeros_(vit.patch_embed.proj.bias)
+    torch.nn.init.normal_(vit.pos_embed)
+    tokens = embed(vit, torch.zeros(1, 3, 8 * rows, 8 * columns, dtype=torch.float64))[0, 1:]
+    for channel in (0, 23):
+        grid = vit.pos_embed[0, 1:, channel].view(14, 14).tolist()
+        across = [sampled(line, columns) for line in grid]
+        both = [sampled(list(line), rows) for line in zip(*across, strict=True)]
+        expected = torch.tensor(both, dtype=torch.float64).T.flatten()
+        torch.testing.assert_close(tokens[:, channel], expected, rtol=1e-9, atol=1e-9)
+    vit.position_interpolation = "antialiased"
+    other = embed(vit, torch.zeros(1, 3, 8 * rows, 8 * columns, dtype=torch.float64))[0, 1:]
+    assert (other - tokens).abs().max() > 0.1
+    whole = embed(vit, torch.zeros(1, 3, 112, 112, dtype=torch.float64))
+    vit.position_interpolation = "released"
+    assert torch.equal(embed(vit, torch.zeros(1, 3, 112, 112, dtype=torch.float64)), whole)
+
+
+@pytest.mark.parametrize("std", [1e-6, 0.02])
+def test_the_cls_token_begins_as_asked(std):
+    torch.manual_seed(0)
+    sizes = SIZES | {"width": 1536}
+    vit = build_vit(**sizes | {"depth": 1}, name="vit_tiny_patch16_224", cls_token_std=std)
+    assert vit.cls_token.std().item() == pytest.approx(std, rel=0.1)
+    assert vit.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)

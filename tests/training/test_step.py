@@ -106,6 +106,22 @@ def test_weights_are_bit_identical_for_every_world_size(kind: str) -> None:
         assert torch.equal(alone.exponents, shared.exponents)
 
 
+def test_the_recipe_released_begins_and_crops_as_the_released_code() -> None:
+    config = load_config("released", *SMALL, "tracking.num_objects=2", "model.num_heads=6", "model.drop_path=0")
+    student = initial_state(config, CPU).student
+    assert student.backbone.cls_token.std().item() == pytest.approx(0.02, rel=0.5)
+    assert student.head.last_layer.direction.abs().max() <= config.head.bottleneck_width**-0.5
+    assert student.backbone.position_interpolation == "released"
+    one = batch(config, 0, 0)
+    for override in ("model.position_interpolation=antialiased", "crops.local_interpolation=bilinear"):
+        other = load_config(config, override)
+        losses = [
+            slot_output(initial_state(each, CPU), one.clips, one.valid, draw_slot(each, 0, 0), each).loss.item()
+            for each in (config, other)
+        ]
+        assert losses[0] != losses[1], override
+
+
 def test_loss_is_the_mean_over_the_clips() -> None:
     """The loss of a slot is the mean of its clips' losses, each with its own draws."""
     config = small_config("model.drop_path=0")
