@@ -165,9 +165,10 @@ def compile_blocks(vit: VisionTransformer, num_tokens: int) -> None:
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # Once each: with and without gradient, dropped paths, fp8, autocast; for a CPU also for few and many tokens.
-    compiled: Callable[..., Tensor] = torch.compile(  # type: ignore[call-overload] # which leaves out the last keyword
-        function, dynamic=True, options=SAME_KERNELS, recompile_limit=MOST_VARIANTS
-    )
+    # The limit is the process's: torch.compile takes one of its own only since 2.13.
+    limits: Any = torch.compiler.config
+    limits.recompile_limit = max(limits.recompile_limit, MOST_VARIANTS)
+    compiled: Callable[..., Tensor] = torch.compile(function, dynamic=True, options=SAME_KERNELS)
     return compiled
 
 

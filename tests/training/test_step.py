@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
 from dora_ray.clips.plan import slots_of_rank
 from dora_ray.clips.slot import SlotBatch
 from dora_ray.config import Config, OptimConfig, load_config
 from dora_ray.errors import ClusterError, DivergenceError
-from dora_ray.method import attention
-from dora_ray.method.dora import slot_forward
 from dora_ray.training.numerics import prepare_torch, require_fp8
 from dora_ray.training.step import (
     TrainState,
@@ -284,53 +280,6 @@ def test_products_in_float32_round_to_tf32_only_beside_bf16(precision, monkeypat
     prepare_torch(torch.device("cuda"), OptimConfig(precision=precision), deterministic=False)
     after, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, before
     assert after == (precision == "bf16")
-
-
-@pytest.fixture
-def strict_gpu():
-    """A GPU set up as in a worker; afterwards torch is as it was."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    device = torch.device("cuda")
-    prepare_torch(device, small_config(*ON_GPU).optim, deterministic=True)
-    yield device
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
-# Heads of 64, as in a ViT-S; 196 patches in an object view and 145 tokens in a local one.
-ON_GPU = (
-    "model.width=384",
-    "crops.clip_size=224",
-    "crops.global_size=224",
-    "crops.local_size=192",
-    "optim.precision=bf16",
-    "model.patch_size=16",
-)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("share", [0.3, 0.9])
-@pytest.mark.parametrize("views", ["masked", "packed"])
-def test_a_slot_on_a_gpu_repeats_bit_for_bit(strict_gpu, monkeypatch, views: str, share: float) -> None:
-    """Packed views of many lengths, some over 128 tokens, go through attention's kernel for unlike lengths."""
-    config = small_config(*ON_GPU, f"tracking.views={views}")
-    state, one = initial_state(config, strict_gpu), batch(config, 0, 0)
-    shape = (config.optim.clips_per_slot, config.tracking.num_objects, config.clip.num_frames, 196)
-    generator = torch.Generator().manual_seed(0)
-    masks = torch.rand(shape, generator=generator) < share * torch.rand((*shape[:3], 1), generator=generator)
-    masks[..., 0] = True
-    forward = partial(slot_forward, masks=masks.float().to(strict_gpu))
-    longest = []
-
-    def kernel(*arguments, **options):
-        longest.append(arguments[6])
-        return varlen_attn(*arguments, **options)
-
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
-    first, again = (slot_quantities(state, one, config, forward) for _ in range(2))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
-    assert any(quantity.any() for quantity in first)
-    assert (min(longest, default=0) > 128) == (views == "packed")
 
 
 def test_a_teacher_in_fp8_gives_the_same_training_for_any_number_of_workers() -> None:

@@ -360,28 +360,6 @@ def test_render_refuses_other_clips(clips, message):
         augment.render(clips, draw(), size=16)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_render_on_a_gpu_agrees_with_the_cpu():
-    clips = random_clips(2, 4, 40, 40)
-    views = augment.render(clips.cuda(), draw(), size=16)
-    # Whole levels on one side, up to 1.2 of them apart; brightness and contrast at most double that.
-    torch.testing.assert_close(views.cpu(), augment.render(clips, draw(), size=16), atol=0.06, rtol=0)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_the_host_waits_for_nothing_while_a_gpu_renders():
-    """The first rendering may: it copies the constants."""
-    clips, parameters = random_clips(2, 4, 40, 40).numpy(), draw()
-    device = torch.device("cuda")
-    augment.render(augment.upload_clips(clips, np.arange(2), device), parameters, size=16)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        augment.render(augment.upload_clips(clips, np.arange(2), device), parameters, size=16)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2], []])
 def test_readable_clips_are_uploaded_whoever_owns_them(rows):
     """Clips that came through Ray's object store can be read alone."""

@@ -1,0 +1,53 @@
+"""A training of heads and lengths as a ViT-S/16 has them, few of them, and its slots."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dora_ray.config import Config, load_config
+from tests.conftest import SMALL
+
+# 196 patches in an object view and 145 tokens in a local one.
+OVERRIDES = (
+    "model.width=384",
+    "model.patch_size=16",
+    "crops.clip_size=224",
+    "crops.global_size=224",
+    "crops.local_size=192",
+    "crops.num_locals=2",
+    "optim.freeze_last_layer_steps=0",
+)
+
+
+def config_of(*overrides: str) -> Config:
+    """Of 4 slots of 2 clips of 2 frames."""
+    return load_config("tiny", *SMALL, *OVERRIDES, *overrides)
+
+
+def batch_of(config: Config, step: int, slot: int) -> Any:
+    """A slot's clips: smooth noise, so that a crop of one resembles the others."""
+    size, count = config.crops.clip_size, config.optim.clips_per_slot
+    rng = np.random.default_rng([step, slot])
+    coarse = rng.integers(0, 256, (count, config.clip.num_frames, size // 16, size // 16, 3), dtype=np.uint8)
+    clips = coarse.repeat(16, axis=2).repeat(16, axis=3)
+    return SimpleNamespace(step=step, slot=slot, clips=clips, valid=np.ones(count, bool))
+
+
+def masks_of(config: Config, share: float) -> Tensor:
+    """(M, K, T, N): each keeps a random share of its patches, up to the given one, and one patch at least."""
+    shape = (config.optim.clips_per_slot, config.tracking.num_objects, config.clip.num_frames, 196)
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(shape, generator=generator) < share * torch.rand((*shape[:3], 1), generator=generator)
+    masks[..., 0] = True
+    return masks.float()
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Euclidean distance over the expected length."""
+    ours, theirs = ours.double(), theirs.double()
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))

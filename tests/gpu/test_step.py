@@ -1,0 +1,102 @@
+"""A step on a GPU: equal bits, whoever adds the slots and however often; nobody waits for the GPU in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+from torch.nn.attention.varlen import varlen_attn
+
+from dora_ray.config import Config
+from dora_ray.method import attention
+from dora_ray.method.dora import slot_forward
+from dora_ray.training.numerics import prepare_torch
+from dora_ray.training.step import apply_step, initial_state, slot_quantities, sum_slots
+from tests.gpu.slots import batch_of, config_of, masks_of
+
+pytestmark = pytest.mark.gpu
+
+NO_RECORDS = torch.zeros(0, dtype=torch.int64)
+VIEWS = pytest.mark.parametrize("views", ["masked", "packed"])
+
+
+@pytest.fixture
+def worker(device: torch.device) -> torch.device:
+    """The device, set up as in a worker that trains in bf16."""
+    prepare_torch(device, config_of("optim.precision=bf16").optim, deterministic=True)
+    return device
+
+
+def train(
+    config: Config, device: torch.device, orders: Sequence[Sequence[int]], all_reduce: Any = None
+) -> list[Tensor]:
+    """Weights, center and measures after a step for each order of the slots."""
+    state, measures = initial_state(config, device), {}
+    for step, order in enumerate(orders):
+        batches = [batch_of(config, step, slot) for slot in order]
+        measures, _ = apply_step(state, sum_slots(state, batches, NO_RECORDS, config, all_reduce), config)
+    return [*(p.detach().cpu() for p in state.student.parameters()), state.center.cpu(), *measures.values()]
+
+
+def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@VIEWS
+def test_exact_sums_give_equal_bits_twice_and_for_two_orders_of_the_slots(worker, views):
+    config = config_of("optim.precision=bf16", "optim.reduction=exact", f"tracking.views={views}")
+    first = train(config, worker, [[0, 1, 2, 3], [0, 1, 2, 3]])
+    assert_equal(train(config, worker, [[0, 1, 2, 3], [0, 1, 2, 3]]), first)
+    assert_equal(train(config, worker, [[2, 0, 3, 1], [3, 2, 1, 0]]), first)
+    before = list(initial_state(config, worker).student.parameters())
+    assert not any(torch.equal(one, other.cpu()) for one, other in zip(first[: len(before)], before, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+@VIEWS
+def test_a_slot_repeats_bit_for_bit(worker, monkeypatch, views, share):
+    """Packed views of many lengths, some over 128 tokens, go through attention's kernel for unlike lengths."""
+    config = config_of("optim.precision=bf16", f"tracking.views={views}")
+    state, one = initial_state(config, worker), batch_of(config, 0, 0)
+    forward = partial(slot_forward, masks=masks_of(config, share).to(worker))
+    longest = []
+
+    def kernel(*arguments: Any, **options: Any) -> Tensor:
+        longest.append(arguments[6])
+        return varlen_attn(*arguments, **options)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    first, again = (slot_quantities(state, one, config, forward) for _ in range(2))
+    assert_equal(first, again)
+    assert any(quantity.any() for quantity in first)
+    assert (min(longest, default=0) > 128) == (views == "packed" and worker.type == "cuda")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_the_host_does_not_wait_within_a_slot_of_masked_views(gpu):
+    """The first slot may: it copies constants, and cuDNN and cuBLAS set themselves up."""
+    config = config_of("optim.precision=bf16")
+    prepare_torch(gpu, config.optim, deterministic=True)
+    state = initial_state(config, gpu)
+    slot_quantities(state, batch_of(config, 0, 0), config)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        slot_quantities(state, batch_of(config, 0, 1), config)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_exact_sums_through_the_collective_are_those_without(worker, tmp_path):
+    """One rank alone, so that one GPU is enough: that NCCL adds int64 is what is seen."""
+    config = config_of("optim.precision=bf16", "optim.reduction=exact")
+    alone = train(config, worker, [[0, 1, 2, 3]])
+    backend = "nccl" if worker.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert_equal(train(config, worker, [[0, 1, 2, 3]], distributed.all_reduce), alone)
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,54 @@
+"""Views rendered on a GPU: those of the CPU to the rounding, and nobody waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dora_ray.views import augment
+
+pytestmark = pytest.mark.gpu
+
+
+def draw() -> augment.ViewParameters:
+    """Of 2 clips x 3 views x 4 frames of 40 px; everything is jittered."""
+    arguments: dict[str, Any] = {"num_clips": 2, "num_views": 3, "num_frames": 4, "clip_size": 40}
+    return augment.draw_views(
+        np.random.default_rng(0),
+        **arguments,
+        scale=(0.05, 0.4),
+        ratio=(3 / 4, 4 / 3),
+        per_frame_boxes=True,
+        flip_probability=0.5,
+        jitter=(0.4, 0.4, 0.2, 0.1),
+        jitter_probability=0.8,
+        gray_probability=0.2,
+        blur_probability=0.5,
+        blur_sigma=(0.1, 2.0),
+    )
+
+
+def clips() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (2, 4, 40, 40, 3), dtype=np.uint8)
+
+
+def test_agree_with_the_cpus(gpu):
+    expected = augment.render(torch.from_numpy(clips()), draw(), size=16)
+    views = augment.render(torch.from_numpy(clips()).to(gpu), draw(), size=16)
+    # Whole levels on one side, up to 1.2 of them apart; brightness and contrast at most double that.
+    torch.testing.assert_close(views.cpu(), expected, atol=0.06, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_the_host_waits_for_nothing(gpu):
+    """The first rendering may: it copies the constants."""
+    rows = np.arange(2)
+    augment.render(augment.upload_clips(clips(), rows, gpu), draw(), size=16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        augment.render(augment.upload_clips(clips(), rows, gpu), draw(), size=16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
