@@ -27,7 +27,10 @@ from dora_ray.method.attention import Layout, cls_attention, self_attention
 COMPILED = "compiled"
 MOST_VARIANTS = 32
 # Kernels by rule and not by their time; none by the number of rows, of which the last block has one a sequence.
-SAME_KERNELS = {"deterministic": True, "triton.mix_order_reduction_non_strict_mode": True}
+SAME_KERNELS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "deterministic": True,
+    "triton.mix_order_reduction_non_strict_mode": True,
+}
 
 
 def run_block(block: Block, tokens: Tensor, layout: Layout) -> Tensor:
