@@ -313,14 +313,26 @@ class RunConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """kNN beside the training, on a folder with train/CLASS/* and test/CLASS/*."""
+    """What a run measures of its teacher, at its end and in between, on data that it is not trained for."""
 
     images: str | None = None
-    """Labeled folder; not set: no evaluation while training."""
+    """Labeled folder with train/CLASS/* and test/CLASS/*, for kNN."""
+    tour: str | None = None
+    """Labeled tour (`data synth tour`), or DAVIS 2017's folder: IoU of the run's own object masks, for object_iou and
+    tracking_iou."""
+    video: str | None = None
+    """Video, labeled tour or folder of frames that was not trained on: scenes known again, for view_matching and
+    rankme."""
     every_steps: Natural = 0
     """Steps between evaluations, on top of the last step; 0: at the last step alone."""
     max_images: Count = 2000
-    """Images of each half that are used while training."""
+    """Images of each half of `images` that are used while training."""
+    max_clips: Annotated[int, Field(ge=4)] = 64
+    """Clips of `tour`, and scenes of `video`, that are used while training, evenly spaced."""
+    tour_frames: Annotated[int, Field(ge=2)] = 4
+    """Frames of a clip of `tour`: objects are discovered in the first and tracked through the others."""
+    tour_short_side: Count | None = None
+    """Short side of the tour's frames that the encoder sees whole, pixels; not set: crops.global_size."""
 
 
 class Config(Section):

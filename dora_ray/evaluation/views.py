@@ -28,6 +28,7 @@ from dora_ray.evaluation.matching import match_views, rank_me
 from dora_ray.evaluation.shots import rgb
 from dora_ray.video.decoders import PyAVDecoder
 from dora_ray.video.index import VideoIndex, index_video
+from dora_ray.video.sources import find_videos
 from dora_ray.video.tour_files import FILM
 
 if TYPE_CHECKING:
@@ -90,11 +91,26 @@ def _pairs(
     data: str, *, num_scenes: int, gap_seconds: float, gap_frames: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield each scene's frame and its later frame, (H, W, 3) uint8."""
-    folder = None if files.is_remote(data) or not Path(data).is_dir() else Path(data)
-    if folder is not None and not (folder / FILM).is_file():
-        return _pairs_of_folder(folder, num_scenes=num_scenes, gap=gap_frames)
-    film = data if folder is None else folder / FILM
-    return _pairs_of_video(index_video(files.absolute(film)), num_scenes=num_scenes, gap=gap_seconds)
+    film = find_film(data)
+    if not files.is_remote(film) and Path(film).is_dir():
+        return _pairs_of_folder(Path(film), num_scenes=num_scenes, gap=gap_frames)
+    return _pairs_of_video(index_video(film), num_scenes=num_scenes, gap=gap_seconds)
+
+
+def find_film(data: str | os.PathLike[str]) -> str:
+    """Give the absolute path or URI of a video, of a tour's film, or of a folder of frames.
+
+    Raises:
+        ConfigError: A glob that matches several videos.
+        VideoError: Nothing is there.
+    """
+    path = files.absolute(data)
+    if not files.is_remote(path) and Path(path).is_dir():
+        return str(Path(path, FILM)) if Path(path, FILM).is_file() else path
+    found = find_videos([os.fspath(data)])
+    if len(found) > 1:
+        raise ConfigError(f"{os.fspath(data)} names {len(found)} videos: give one of them")
+    return found[0]
 
 
 def _pairs_of_folder(folder: Path, *, num_scenes: int, gap: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -64,6 +64,28 @@ PANELS = (
         "Of the teacher's output center. A norm that grows without end comes before collapse.",
     ),
     Panel("kNN accuracy", (("knn", "kNN"),), "Top 1 on the labeled folder, the encoder frozen.", smooth=False),
+    Panel(
+        "Objects against the truth",
+        (
+            ("object_iou", "found in the first frame"),
+            ("tracking_iou", "followed through the others"),
+            ("object_iou_random_masks", "chance: random patches"),
+            ("object_iou_moved_masks", "chance: moved masks"),
+        ),
+        "Mean IoU of the run's own masks with the labeled tour's objects.",
+        smooth=False,
+    ),
+    Panel(
+        "Scenes known again",
+        (
+            ("view_matching", "mean"),
+            ("view_matching_later", "in a later frame"),
+            ("view_matching_local", "in a small crop"),
+        ),
+        "Share of a video's scenes that the encoder finds among all of them.",
+        smooth=False,
+    ),
+    Panel("RankMe", (("rankme", "RankMe"),), "Directions that the features of a video's scenes use.", smooth=False),
     Panel("Throughput", (("clips_per_second", "clips/s"),), "Clips that all workers trained on in a second."),
     Panel(
         "Where a step's time goes",

@@ -46,6 +46,10 @@ MAX_EVENTS = 200
 SHOWN_MEASURES = (
     "loss",
     "knn",
+    "object_iou",
+    "tracking_iou",
+    "view_matching",
+    "rankme",
     "object_agreement",
     "local_agreement",
     "teacher_entropy",

@@ -19,10 +19,10 @@ from dora_ray.clips.segments import SegmentPlan, streamed_videos
 from dora_ray.config import Config, load_config
 from dora_ray.config_source import flatten, parse_yaml
 from dora_ray.errors import CheckpointError, ConfigError, DoRAError, VideoError
-from dora_ray.evaluation.features import find_splits
 from dora_ray.store.frames import StoredVideo, load_index
 from dora_ray.store.ingest import IngestProgress, ingest
 from dora_ray.training.elastic.requests import caught_signals
+from dora_ray.training.measuring import prepare
 from dora_ray.training.memory import estimate_memory_mb
 from dora_ray.training.records.checkpoint import require_plan
 from dora_ray.training.records.journal import CONFIG, add_event, read_metrics, write_status
@@ -79,7 +79,7 @@ def train(
         DivergenceError: a number was not finite.
     """
     run = files.absolute(out if out is not None else _default_run())
-    config = _prepare(load_config(config) if config is not None else saved_config(run, resume=resume))
+    config = prepare(load_config(config) if config is not None else saved_config(run, resume=resume))
     _check_folder(run, config, resume=resume, overwrite=overwrite)
     store = _store(config, run)
     indexes = _check_lengths(config, [load_index(path, store=store) for path in _paths(config)])
@@ -109,7 +109,7 @@ def dry_run(
 ) -> str:
     """What `train` would do, as YAML, after its checks of folder, images and videos, and without writing anything."""
     run = files.absolute(out if out is not None else _default_run())
-    config = _prepare(config)
+    config = prepare(config)
     _check_folder(run, config, resume=resume, overwrite=overwrite)
     indexes = check_videos(config)
     seconds = sum(index.real_seconds for index in indexes)
@@ -187,15 +187,6 @@ def saved_config(run: str, *, resume: bool = True) -> Config:
     if not files.exists(path):
         raise ConfigError(f"{run} has no {CONFIG}, so there is no run to resume: give the run's folder")
     return load_config(parse_yaml(files.read_text(path), path))
-
-
-def _prepare(config: Config) -> Config:
-    """The configuration with the labeled folder as an absolute path, which every worker understands, and checked."""
-    if config.evaluation.images is None:
-        return config
-    images = files.absolute(config.evaluation.images)
-    find_splits(images)
-    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"images": images})})
 
 
 def _prepare_folder(job: Job, config: Config, *, overwrite: bool) -> None:

@@ -13,11 +13,9 @@ from torch import Tensor
 
 from dora_ray.clips.stream import SlotBatch
 from dora_ray.config import Config
-from dora_ray.errors import ConfigError, VideoError
-from dora_ray.evaluation.features import training_size
-from dora_ray.evaluation.knn import evaluate_knn
-from dora_ray.evaluation.options import KnnOptions
+from dora_ray.errors import VideoError
 from dora_ray.training.elastic.requests import Request, here
+from dora_ray.training.measuring import is_due, measure_teacher
 from dora_ray.training.optim import Rates
 from dora_ray.training.records.checkpoint import CheckpointWriter, take_snapshot
 from dora_ray.training.records.collapse import CollapseWatch
@@ -186,8 +184,7 @@ class Loop:
     def _log(self, journal: Journal, rates: Rates) -> None:
         config, step = self.job.config, self.state.step
         last = step == config.optim.steps
-        evaluation = config.evaluation
-        evaluate = bool(evaluation.images) and (last or _divides(evaluation.every_steps, step))
+        evaluate = is_due(config, step)
         if not (last or evaluate or _divides(config.run.log_every_steps, step)):
             return
         clips = config.optim.slots * config.optim.clips_per_slot
@@ -198,29 +195,17 @@ class Loop:
             "bad_clips": float(len(self.state.bad_clips)),
         }
         if evaluate:
-            values |= self._knn(journal)
+            values |= self._measure(journal)
         journal.metrics(step, values)
         if (warning := self._collapse.look(step, values)) is not None:
             journal.event("warning", step=step, message=warning)
 
-    def _knn(self, journal: Journal) -> dict[str, float]:
-        """Accuracy of kNN with the teacher as it is now; the other ranks wait in their next reduction.
-
-        Images that cannot be read, or are too many for the memory, must not end one rank of a training: they are told
-        as a warning.
-        """
-        backbone, evaluation = self.state.teacher.backbone, self.job.config.evaluation
-        assert evaluation.images is not None
-        options = KnnOptions(
-            image_size=training_size(backbone), max_images=evaluation.max_images, device=str(self.world.device)
-        )
-        try:
-            result = evaluate_knn(backbone, evaluation.images, **options.model_dump(exclude={"random_init", "seed"}))
-        except (ConfigError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            message = str(error).partition("\n")[0] or "out of memory"
-            journal.event("warning", step=self.state.step, message=f"no kNN: {message}")
-            return {}
-        return {"knn": float(result["top1"])}
+    def _measure(self, journal: Journal) -> dict[str, float]:
+        """Measure the teacher; the other ranks wait in their next reduction."""
+        values, problems = measure_teacher(self.state.teacher.backbone, self.job.config, device=str(self.world.device))
+        for problem in problems:
+            journal.event("warning", step=self.state.step, message=problem)
+        return values
 
     def _save(self, reason: str) -> None:
         """Begin to write a checkpoint; rank 0 alone has anything to do."""

@@ -1,0 +1,109 @@
+"""What a run measures of its teacher beside the training: kNN, its own objects, scenes known again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dora_ray import files
+from dora_ray.config import Config
+from dora_ray.errors import ConfigError, VideoError
+from dora_ray.evaluation.features import find_splits, training_size
+from dora_ray.evaluation.knn import evaluate_knn
+from dora_ray.evaluation.labeled_clips import find_clips
+from dora_ray.evaluation.objects import evaluate_objects
+from dora_ray.evaluation.options import TRACKING_OPTIONS, KnnOptions, ObjectsOptions, Options, ViewsOptions
+from dora_ray.evaluation.views import evaluate_views, find_film
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+NOT_OF_THE_TASK = {"random_init", "seed", "random_encoders"}
+Values = dict[str, float]
+
+
+def is_due(config: Config, step: int) -> bool:
+    """Tell whether the run measures its teacher after that step."""
+    evaluation = config.evaluation
+    if not (evaluation.images or evaluation.tour or evaluation.video):
+        return False
+    return step == config.optim.steps or (evaluation.every_steps > 0 and step % evaluation.every_steps == 0)
+
+
+def prepare(config: Config) -> Config:
+    """Give the configuration with the data of its measures as absolute paths, which every worker understands.
+
+    Raises:
+        ConfigError: The data is not there, or of another layout.
+        VideoError: There is no such video.
+    """
+    evaluation = config.evaluation
+    paths: dict[str, str] = {}
+    if evaluation.images is not None:
+        paths["images"] = files.absolute(evaluation.images)
+        find_splits(paths["images"])
+    if evaluation.tour is not None:
+        paths["tour"] = files.absolute(evaluation.tour)
+        find_clips(paths["tour"], num_frames=evaluation.tour_frames, stride=1, max_clips=1)
+    if evaluation.video is not None:
+        paths["video"] = find_film(evaluation.video)
+    return config.model_copy(update={"evaluation": evaluation.model_copy(update=paths)}) if paths else config
+
+
+def measure_teacher(backbone: VisionTransformer, config: Config, *, device: str) -> tuple[Values, list[str]]:
+    """Measure the teacher's encoder as it is now.
+
+    Data that cannot be read, or that is too much for the memory, must not end one rank of a training: it is told.
+
+    Returns:
+        knn; object_iou and tracking_iou with their chances; view_matching, its two halves and rankme: those whose data
+        the configuration names. And a sentence for each that could not be measured.
+    """
+    evaluation = config.evaluation
+    tasks: tuple[tuple[str, str | None, Callable[..., Values]], ...] = (
+        ("kNN", evaluation.images, _knn),
+        ("objects", evaluation.tour, _objects),
+        ("view matching", evaluation.video, _views),
+    )
+    values: Values = {}
+    problems: list[str] = []
+    for name, data, measure in tasks:
+        if data is None:
+            continue
+        try:
+            values |= measure(backbone, config, data, device)
+        except (ConfigError, VideoError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            problems.append(f"no {name}: {str(error).partition(chr(10))[0] or 'out of memory'}")
+    return values, problems
+
+
+def _knn(backbone: VisionTransformer, config: Config, data: str, device: str) -> Values:
+    options = KnnOptions(image_size=training_size(backbone), max_images=config.evaluation.max_images, device=device)
+    return {"knn": float(evaluate_knn(backbone, data, **_arguments(options))["top1"])}
+
+
+def _objects(backbone: VisionTransformer, config: Config, data: str, device: str) -> Values:
+    tracking = config.tracking.model_dump(include=set(TRACKING_OPTIONS))
+    options = ObjectsOptions(
+        image_size=config.evaluation.tour_short_side or training_size(backbone),
+        num_frames=config.evaluation.tour_frames,
+        max_clips=config.evaluation.max_clips,
+        device=device,
+    )
+    return _numbers(evaluate_objects(backbone, data, **(_arguments(options) | tracking)))
+
+
+def _views(backbone: VisionTransformer, config: Config, data: str, device: str) -> Values:
+    options = ViewsOptions(image_size=training_size(backbone), num_scenes=config.evaluation.max_clips, device=device)
+    return _numbers(evaluate_views(backbone, data, **_arguments(options)))
+
+
+def _arguments(options: Options) -> dict[str, Any]:
+    return options.model_dump(exclude=NOT_OF_THE_TASK)
+
+
+def _numbers(results: dict[str, Any]) -> Values:
+    """Give the measures alone, without counts and samples."""
+    return {name: value for name, value in results.items() if isinstance(value, float) and name != "chance"}
