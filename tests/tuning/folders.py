@@ -44,6 +44,7 @@ def write_run(folder: Path, *, steps: int = 300, knn_every: int = 100) -> Path:
         }
         if step % knn_every == 0:
             line["knn"] = 0.2 + 0.1 * share
+            line |= {"object_iou": 0.2 + 0.05 * share, "view_matching": 0.3 + 0.2 * share, "rankme": 20 + 9 * share}
         lines.append(json.dumps(line))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     events = [
