@@ -47,6 +47,9 @@ class ModelConfig(Section):
 
     name: str = "vit_small_patch16_224"
     """timm architecture; gives the four sizes below where they are not set (released: ViT-S/16)."""
+    init: str | None = None
+    """Weights to begin with: a run, a checkpoint, an exported encoder, a file of weights (.pth, as the released DoRA
+    and DINO have them), or timm:NAME; not set: drawn from the seed."""
     width: Count = 384
     """Embedding width D."""
     depth: Count = 12

@@ -21,6 +21,7 @@ from dora_ray.config_source import flatten, parse_yaml
 from dora_ray.errors import CheckpointError, ConfigError, DoRAError, VideoError
 from dora_ray.store.frames import StoredVideo, load_index
 from dora_ray.store.ingest import IngestProgress, ingest
+from dora_ray.training.beginning import with_resolved_init
 from dora_ray.training.elastic.requests import caught_signals
 from dora_ray.training.measuring import prepare
 from dora_ray.training.memory import estimate_memory_mb
@@ -81,6 +82,9 @@ def train(
     run = files.absolute(out if out is not None else _default_run())
     config = prepare(load_config(config) if config is not None else saved_config(run, resume=resume))
     _check_folder(run, config, resume=resume, overwrite=overwrite)
+    config, given = with_resolved_init(config, run, resume=resume, overwrite=overwrite)
+    if given is not None:
+        logger.info("%s", given)
     store = _store(config, run)
     indexes = _check_lengths(config, [load_index(path, store=store) for path in _paths(config)])
     with connect(config):
@@ -111,12 +115,14 @@ def dry_run(
     run = files.absolute(out if out is not None else _default_run())
     config = prepare(config)
     _check_folder(run, config, resume=resume, overwrite=overwrite)
+    config, given = with_resolved_init(config, run, resume=resume, overwrite=overwrite)
     indexes = check_videos(config)
     seconds = sum(index.real_seconds for index in indexes)
     workers = config.cluster.num_workers
     half = config.cluster.use_gpu and config.optim.precision == "bf16"
     facts = {
         "run": run,
+        **({} if given is None else {"init": given}),
         "store": _store(config, run),
         "videos": [
             f"{index.path} ({index.width}x{index.height}, {index.codec}, {index.real_seconds:.1f} s)"

@@ -16,7 +16,8 @@ from dora_ray import errors, files
 from dora_ray.checkpoints import checkpoint_name, set_newest
 from dora_ray.clips.plan import slots_of_rank
 from dora_ray.config import Config
-from dora_ray.errors import CheckpointError, ClusterError, DoRAError
+from dora_ray.errors import CheckpointError, ClusterError, ConfigError, DoRAError
+from dora_ray.training.beginning import begin_with_given
 from dora_ray.training.elastic.requests import here
 from dora_ray.training.loop import Loop, watch_for_stalls
 from dora_ray.training.numerics import NOT_DETERMINISTIC, prepare_torch, require_fp8
@@ -92,6 +93,7 @@ def train_loop(job: Job, world: World) -> None:
     world.share(_problem_here(job, world.device))
     state = initial_state(config, world.device)
     refused = _restore(job, world, state)
+    given = _begin(world, state, config) if not state.step else None
     journal = None
     if world.rank == 0:
         journal = Journal(
@@ -102,6 +104,8 @@ def train_loop(job: Job, world: World) -> None:
             entered=entered,
             last_checkpoint=checkpoint_name(state.step) if state.step else None,
         )
+        if given is not None:
+            journal.event("init", step=0, message=given)
         for problem in refused:
             journal.event("warning", step=state.step, message=f"{problem} Training goes on from step {state.step}.")
     slots = slots_of_rank(world.rank, world.size, config.optim.slots)
@@ -127,6 +131,23 @@ def _problem_here(job: Job, device: torch.device) -> ClusterError | None:
         except ClusterError as error:
             return error
     return None
+
+
+def _begin(world: World, state: TrainState, config: Config) -> str | None:
+    """Put the weights of `model.init` into the state, on every rank; say what was taken, None where none are given.
+
+    Raises:
+        ClusterError: a rank cannot read them, on all ranks alike.
+    """
+    given, problem = None, None
+    try:
+        given = begin_with_given(state, config)
+    except (CheckpointError, ConfigError) as error:
+        problem = ClusterError(
+            f"{socket.gethostname()} cannot begin with model.init ({error}): all nodes must see it, or it must be a URI"
+        )
+    world.share(problem)
+    return given
 
 
 def _restore(job: Job, world: World, state: TrainState) -> list[str]:
