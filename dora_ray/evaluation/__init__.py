@@ -1,50 +1,24 @@
-"""How good is a checkpoint's encoder? One function for every protocol; each protocol has its own file."""
+"""How good is a checkpoint's encoder? One function for every protocol; each protocol has its own file.
+
+`tasks` lists them; nothing here imports torch before an encoder is evaluated.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dora_ray import files
-from dora_ray.checkpoints import resolve_checkpoint
 from dora_ray.errors import ConfigError
-from dora_ray.evaluation.beside import beside_random
-from dora_ray.evaluation.corloc import evaluate_corloc
-from dora_ray.evaluation.features import training_size
-from dora_ray.evaluation.knn import evaluate_knn
-from dora_ray.evaluation.linear import evaluate_linear
-from dora_ray.evaluation.objects import evaluate_objects
-from dora_ray.evaluation.options import (
-    TRACKING_OPTIONS,
-    BesideOptions,
-    CorlocOptions,
-    KnnOptions,
-    LinearOptions,
-    ObjectsOptions,
-    OptionsType,
-    ViewsOptions,
-    VosOptions,
-    parse_options,
-)
-from dora_ray.evaluation.views import evaluate_views
-from dora_ray.evaluation.vos import evaluate_vos
-from dora_ray.weights import load_backbone, random_backbone, read_origin
+from dora_ray.evaluation.options import TRACKING_OPTIONS, BesideOptions, ObjectsOptions, Options, parse_options
+from dora_ray.evaluation.tasks import NOT_OF_THE_TASK, TASKS, Task
+from dora_ray.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
 
 __all__ = ["TASKS", "evaluate"]
-
-TASKS: dict[str, tuple[OptionsType, Callable[..., dict[str, Any]]]] = {
-    "knn": (KnnOptions, evaluate_knn),
-    "linear": (LinearOptions, evaluate_linear),
-    "corloc": (CorlocOptions, evaluate_corloc),
-    "vos": (VosOptions, evaluate_vos),
-    "objects": (ObjectsOptions, evaluate_objects),
-    "views": (ViewsOptions, evaluate_views),
-}
-
-NOT_OF_THE_TASK = ("random_init", "seed", "random_encoders")
 
 
 def evaluate(
@@ -68,32 +42,82 @@ def evaluate(
         ConfigError: An unknown task or option, or data in another layout.
         CheckpointError: The checkpoint is missing, incomplete, damaged or of another architecture.
     """
+    from dora_ray.checkpoints import resolve_checkpoint
+    from dora_ray.weights import load_backbone, random_backbone
+
     if task not in TASKS:
         raise ConfigError(f"Unknown evaluation {task!r}; choose from {', '.join(TASKS)}.")
-    kind, run = TASKS[task]
-    parsed = parse_options(kind, task, options)
-    folder = resolve_checkpoint(checkpoint)
+    parsed = parse_options(TASKS[task].options, task, options)
+    source = resolve_checkpoint(checkpoint)
     device = check_device(parsed.device)
-    backbone = random_backbone(folder, seed=parsed.seed) if parsed.random_init else load_backbone(folder)
-    settings = parsed.model_dump()
-    if "image_size" in settings:
-        settings["image_size"] = settings["image_size"] or training_size(backbone)
-    if isinstance(parsed, ObjectsOptions):
-        known = read_origin(folder, backbone).config["tracking"]
-        settings |= {name: known[name] for name in TRACKING_OPTIONS if settings[name] is None}
-    accepted = {name: value for name, value in settings.items() if name not in NOT_OF_THE_TASK}
-    results = run(backbone.to(device), data, **accepted)
+    backbone = random_backbone(source, seed=parsed.seed) if parsed.random_init else load_backbone(source)
+    settings = _complete(parsed, source, backbone)
+    title = f"eval {task}, random encoder" if parsed.random_init else f"eval {task}"
+    results = _run(TASKS[task], backbone.to(device), data, settings, title=title)
     if isinstance(parsed, BesideOptions):
-        seeds = () if parsed.random_init else range(parsed.seed, parsed.seed + parsed.random_encoders)
-        others = (random_backbone(folder, seed=seed).to(device) for seed in seeds)
-        results = beside_random(results, [run(other, data, **accepted) for other in others])
+        results = _beside(TASKS[task], source, data, settings, results)
     return {
         "task": task,
-        "checkpoint": folder,
+        "checkpoint": source,
         "data": files.absolute(data),
         "settings": parsed.model_copy(update=settings).model_dump(mode="json"),
         "results": results,
     }
+
+
+def _complete(parsed: Options, source: str, backbone: VisionTransformer) -> dict[str, Any]:
+    """Return all options, those that were not set being the encoder's own."""
+    from dora_ray.weights import read_origin
+
+    settings = parsed.model_dump()
+    if "image_size" in settings:
+        settings["image_size"] = _image_size(backbone, settings["image_size"])
+    if isinstance(parsed, ObjectsOptions):
+        known = read_origin(source, backbone).config["tracking"]
+        settings |= {name: known[name] for name in TRACKING_OPTIONS if settings[name] is None}
+    return settings
+
+
+def _run(
+    task: Task, backbone: VisionTransformer, data: str | os.PathLike[str], settings: dict[str, Any], *, title: str
+) -> dict[str, Any]:
+    """Carry a task out, and show how far it is."""
+    accepted = {name: value for name, value in settings.items() if name not in NOT_OF_THE_TASK}
+    with Progress(title, unit=task.unit) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.update(step=done, total=total)
+
+        return task.run(backbone, data, progress=progress, **accepted)
+
+
+def _beside(
+    task: Task, source: str, data: str | os.PathLike[str], settings: dict[str, Any], results: dict[str, Any]
+) -> dict[str, Any]:
+    """Put the results of newly drawn encoders beside those of a trained one."""
+    from dora_ray.evaluation.beside import beside_random
+    from dora_ray.weights import random_backbone
+
+    seeds = () if settings["random_init"] else range(settings["seed"], settings["seed"] + settings["random_encoders"])
+    others = (random_backbone(source, seed=seed).to(settings["device"]) for seed in seeds)
+    found = [_run(task, other, data, settings, title="random encoder") for other in others]
+    return beside_random(results, found)
+
+
+def _image_size(backbone: VisionTransformer, asked: int | None) -> int:
+    """Return the side of the images that the encoder is shown, pixels.
+
+    Raises:
+        ConfigError: It is no multiple of the encoder's patches.
+    """
+    from dora_ray.evaluation.features import training_size
+
+    size, patch = asked or training_size(backbone), int(backbone.patch_embed.patch_size[0])
+    if size % patch:
+        below, above = size // patch * patch, (size // patch + 1) * patch
+        near = f"{below} or {above}" if below else str(above)
+        raise ConfigError(f"image_size={size} is no multiple of the encoder's patch of {patch} px; use {near}.")
+    return size
 
 
 def check_device(name: str) -> torch.device:
@@ -102,6 +126,8 @@ def check_device(name: str) -> torch.device:
     Raises:
         ConfigError: No device has that name here.
     """
+    import torch
+
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

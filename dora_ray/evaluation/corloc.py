@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from dora_ray.errors import ConfigError
-from dora_ray.evaluation.features import normalize
+from dora_ray.evaluation.features import Progress, normalize, report_unreadable
 from dora_ray.evaluation.images import open_rgb, whole_size
 from dora_ray.method.vit import tracked_features
 
@@ -185,6 +185,8 @@ def evaluate_corloc(
     num_seeds: int,
     max_images: int | None,
     device: str,
+    skip_unreadable: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Share of a folder's images in which the encoder finds an object.
 
@@ -196,18 +198,37 @@ def evaluate_corloc(
         num_seeds: As `lost_patches`.
         max_images: The first ones of the list; None: all.
         device: Where the encoder runs.
+        skip_unreadable: Leave out images that cannot be read, with a warning.
+        progress: Told the number of images that are done, and of all.
 
     Returns:
         corloc in [0, 1]; whole_image, the same share for the box around the whole image, to compare with; num_images.
 
     Raises:
-        ConfigError: As `find_boxes`, or an image that cannot be read.
+        ConfigError: As `find_boxes`, or images that cannot be read.
     """
     found = find_boxes(data)[:max_images]
     right = whole = 0
-    for path, boxes in found:
-        image = open_rgb(path)
-        box = discover_box(backbone, image, method=method, short_side=short_side, num_seeds=num_seeds, device=device)
-        right += max(box_iou(box, truth) for truth in boxes) >= 0.5
-        whole += max(box_iou((0.0, 0.0, image.width, image.height), truth) for truth in boxes) >= 0.5
-    return {"corloc": right / len(found), "whole_image": whole / len(found), "num_images": len(found)}
+    failures: list[str] = []
+    for number, (path, boxes) in enumerate(found, start=1):
+        try:
+            image = open_rgb(path)
+        except ConfigError as error:
+            failures.append(str(error))
+            continue
+        if skip_unreadable or not failures:
+            box = discover_box(
+                backbone, image, method=method, short_side=short_side, num_seeds=num_seeds, device=device
+            )
+            right += max(box_iou(box, truth) for truth in boxes) >= 0.5
+            whole += max(box_iou((0.0, 0.0, image.width, image.height), truth) for truth in boxes) >= 0.5
+        if progress is not None:
+            progress(number, len(found))
+    report_unreadable(failures, len(found), skip_unreadable=skip_unreadable)
+    read = len(found) - len(failures)
+    return {
+        "corloc": right / read,
+        "whole_image": whole / read,
+        "num_images": read,
+        "num_unreadable": len(failures),
+    }

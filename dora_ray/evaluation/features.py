@@ -253,7 +253,12 @@ def extract(
     """
     features: list[Tensor] = []
     kept: list[int] = []
-    options = {"size": size, "batch_size": batch_size, "num_workers": num_workers, "skip_unreadable": skip_unreadable}
+    options: dict[str, Any] = {
+        "size": size,
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "skip_unreadable": skip_unreadable,
+    }
     for batch in image_batches(images.paths, **options):
         features.append(encode(normalize(batch.pixels.to(device))).float().cpu())
         kept += batch.numbers

@@ -123,7 +123,8 @@ def evaluate_knn(
         progress: Told the number of images that are done, and of all.
 
     Returns:
-        top1 and its k, top1_by_k, k_lowered_to (or None), chance (share of the most frequent test class), counts.
+        top1 and its k, top1_by_k, temperature, k_lowered_to (or None), chance (share of the most frequent test class)
+        and counts.
 
     Raises:
         ConfigError: As `find_splits`, or images that cannot be read.
@@ -153,6 +154,7 @@ def evaluate_knn(
         "top1": accuracies[allowed[0]],
         "k": allowed[0],
         "top1_by_k": {str(k): accuracy for k, accuracy in accuracies.items()},
+        "temperature": temperature,
         "k_lowered_to": num_train if max(neighbors) > num_train else None,
         "chance": most_frequent_share(test.labels),
         **counts(train, test),

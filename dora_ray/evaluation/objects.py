@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from dora_ray.errors import ConfigError
-from dora_ray.evaluation.features import normalize
+from dora_ray.evaluation.features import Progress, normalize
 from dora_ray.evaluation.images import whole_size
 from dora_ray.evaluation.labeled_clips import batched_clips, find_clips
 from dora_ray.method.objects import track_objects
@@ -163,6 +163,7 @@ def evaluate_objects(
     epsilon: float,
     threshold: Threshold,
     device: str,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score the objects that the encoder discovers and tracks in labeled clips, as a training step does.
 
@@ -183,6 +184,7 @@ def evaluate_objects(
         epsilon: As `track_objects`.
         threshold: As `track_objects`.
         device: Where the encoder runs.
+        progress: Told the number of clips that are done, and of all.
 
     Returns:
         object_iou and tracking_iou, each with its two chances (..._random_masks and ..._moved_masks), num_clips, and
@@ -202,6 +204,7 @@ def evaluate_objects(
     }
     clips = find_clips(data, num_frames=num_frames, stride=stride, max_clips=max_clips)
     rows: list[Scores] = []
+    done = 0
     for frames, ids in batched_clips(clips, batch_size=BATCH_SIZE):
         images = _as_images(backbone, frames, image_size=image_size, device=device)
         tracked = tracked_features(backbone, images, block=block)
@@ -217,6 +220,9 @@ def evaluate_objects(
                 of_clip = {kind: masks[number] for kind, masks in kinds.items()}
                 row.extend(_scores(of_clip, truths[number], least_area))
         rows += [_mean(scores) for scores in drawn if scores]
+        done += len(frames)
+        if progress is not None:
+            progress(done, len(clips))
     if not rows:
         raise ConfigError(f"{data}: no clip shows an object of {least_area:.1%} of the frame at its beginning")
     samples = {name: [row[name] for row in rows if name in row] for name in SCORES}

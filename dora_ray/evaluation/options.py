@@ -26,7 +26,14 @@ class Options(Section):
     """Of the newly drawn encoder."""
 
 
-class ImageOptions(Options):
+class FileOptions(Options):
+    """What the tasks on many files take."""
+
+    skip_unreadable: bool = False
+    """Leave out files that cannot be read, with a warning, in place of naming them in an error."""
+
+
+class ImageOptions(FileOptions):
     """What the tasks on labeled images take."""
 
     image_size: Count | None = None
@@ -37,8 +44,6 @@ class ImageOptions(Options):
     """Images a forward pass."""
     num_workers: Count = 4
     """Threads that read images."""
-    skip_unreadable: bool = False
-    """Leave out images that cannot be read, with a warning, in place of stopping at the end."""
 
 
 class KnnOptions(ImageOptions):
@@ -65,7 +70,7 @@ class LinearOptions(ImageOptions):
     """Of the order of the probe's images."""
 
 
-class CorlocOptions(Options):
+class CorlocOptions(FileOptions):
     """Object discovery: one box an image."""
 
     method: Literal["attention", "lost"] = "lost"
@@ -78,9 +83,12 @@ class CorlocOptions(Options):
     """The first images of the list; not set: all."""
 
 
-class VosOptions(Options):
+class VosOptions(FileOptions):
     """Video object segmentation by label propagation (DINO's values)."""
 
+    year: Literal["2016", "2017"] | None = None
+    """Whose list of sequences is used; 2016 scores all objects as one. Not set: the newest list that is there, or all
+    sequences, and each object by itself."""
     short_side: Count = 480
     """Short side of the frames that the encoder sees, pixels."""
     num_frames: Count = 7
@@ -164,6 +172,8 @@ def parse_options(kind: OptionsType, task: str, values: dict[str, Any]) -> Optio
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(f"evaluation {task!r} has no option {name!r}; it has {', '.join(known)}.{hint}")
+    if isinstance(values.get("year"), int):  # as YAML reads year=2016
+        values = values | {"year": str(values["year"])}
     try:
         return kind.model_validate(values)
     except ValidationError as error:

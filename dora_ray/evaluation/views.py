@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dora_ray import files
 from dora_ray.errors import ConfigError, VideoError
-from dora_ray.evaluation.features import final_cls, normalize
+from dora_ray.evaluation.features import Progress, final_cls, normalize
 from dora_ray.evaluation.images import SUFFIXES, center_crop, open_rgb
 from dora_ray.evaluation.matching import match_views, rank_me
 from dora_ray.evaluation.shots import rgb
@@ -57,6 +57,7 @@ def read_views(
     local_scale: float,
     size: int,
     seed: int,
+    progress: Progress | None = None,
 ) -> Views:
     """Read the views of a film's scenes.
 
@@ -68,6 +69,7 @@ def read_views(
         local_scale: Side of a local crop, as a share of the frame's short side.
         size: S.
         seed: Of the crops' places and of the colors.
+        progress: Told the number of scenes that were read, and of all that are wanted.
 
     Raises:
         ConfigError: A folder without frames, or too few frames for 4 scenes.
@@ -76,7 +78,9 @@ def read_views(
     pairs = _pairs(os.fspath(data), num_scenes=num_scenes, gap_seconds=gap_seconds, gap_frames=gap_frames)
     rng = np.random.default_rng(seed)
     views: tuple[list[np.ndarray], ...] = ([], [], [])
-    for first, later in pairs:
+    for number, (first, later) in enumerate(pairs, start=1):
+        if progress is not None:
+            progress(number, num_scenes)
         scene, after = (Image.fromarray(frame) for frame in (first, later))
         for kind, picture in (
             (SCENE, center_crop(scene, size=size)),
@@ -198,6 +202,7 @@ def evaluate_views(
     draw_seed: int,
     batch_size: int,
     device: str,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Match the views of a video's scenes.
 
@@ -212,6 +217,7 @@ def evaluate_views(
         draw_seed: Of the crops' places and of the colors.
         batch_size: Views a forward pass.
         device: Where the encoder runs.
+        progress: As `read_views`.
 
     Returns:
         view_matching, the mean of view_matching_later and view_matching_local; their chance; rankme, of the scenes'
@@ -229,5 +235,6 @@ def evaluate_views(
         local_scale=local_scale,
         size=image_size,
         seed=draw_seed,
+        progress=progress,
     )
     return measure_views(backbone, views, batch_size=batch_size, device=device)

@@ -1,18 +1,19 @@
-"""Video object segmentation without training: the first frame's mask is carried on by like patches (DAVIS 2016).
+"""Video object segmentation without training: the first frame's masks are carried on by like patches (DAVIS).
 
-Legend: T frames, H x W pixels, h x w patches, D width, C frames that labels come from, L labels (background, object).
+Legend: T frames, H x W pixels, h x w patches, D width, K objects.
 
 Protocol (DINO's): frames of short side 480; patch tokens after the final norm, L2-normalized. A patch takes its label
 from the 5 most similar patches at most 12 patches away, in the first frame and the 7 last ones, weighted by
-exp(similarity / 0.1). Scored at the annotation's size, without the first and the last frame, as DAVIS does.
+exp(similarity / 0.1). Scored at the annotation's size, without the first and the last frame; J and F are means over an
+object's frames, then over all objects of all sequences, as DAVIS does.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,198 +24,29 @@ from PIL import Image
 from torch import Tensor
 
 from dora_ray.errors import ConfigError
-from dora_ray.evaluation.features import normalize
+from dora_ray.evaluation.contours import boundary_accuracy, region_similarity, statistics
+from dora_ray.evaluation.davis import Objects, Sequence, choose_sequences, find_sequences, read_mask, read_masks
+from dora_ray.evaluation.features import Progress, normalize, report_unreadable
 from dora_ray.evaluation.images import open_rgb, whole_size
+from dora_ray.evaluation.propagation import segment
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
-LAYOUT = "FOLDER/JPEGImages/480p/SEQUENCE/00000.jpg and FOLDER/Annotations/480p/SEQUENCE/00000.png"
-_TILE = 8  # side of what is compared at a time, patches
-BOUNDARY_TOLERANCE = 0.008  # of the image's diagonal
+__all__ = ["evaluate_vos", "find_sequences", "read_mask"]
 
-
-@dataclass(frozen=True)
-class Sequence:
-    """A sequence's frames and masks, one mask a frame."""
-
-    name: str
-    frames: tuple[Path, ...]
-    masks: tuple[Path, ...]
-
-
-def find_sequences(folder: str | os.PathLike[str]) -> list[Sequence]:
-    """The sequences that have frames and masks, by name.
-
-    Raises:
-        ConfigError: Another layout, or a sequence with unequal numbers of frames and masks, or with fewer than 3.
-    """
-    images, annotations = Path(folder, "JPEGImages", "480p"), Path(folder, "Annotations", "480p")
-    if not images.is_dir() or not annotations.is_dir():
-        raise ConfigError(f"{folder} is not laid out as DAVIS: {LAYOUT}.")
-    names = sorted(entry.name for entry in images.iterdir() if (annotations / entry.name).is_dir())
-    if not names:
-        raise ConfigError(f"{folder} holds no sequence with frames and masks: {LAYOUT}.")
-    found = []
-    for name in names:
-        frames, masks = tuple(sorted((images / name).glob("*.jpg"))), tuple(sorted((annotations / name).glob("*.png")))
-        if [path.stem for path in frames] != [path.stem for path in masks] or len(frames) < 3:
-            raise ConfigError(
-                f"{images / name} has {len(frames)} frames and {len(masks)} masks: a mask for each frame is needed, "
-                "and 3 frames or more."
-            )
-        found.append(Sequence(name, frames, masks))
-    return found
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """A mask as (H, W) bool: every object together is the object.
-
-    Raises:
-        ConfigError: The file cannot be read as an image.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image if image.mode in ("L", "P", "1") else image.convert("L")) > 0
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read as a mask ({error}). Repair or remove it.") from error
-
-
-def propagate(
-    features: Tensor, labels: Tensor, target: Tensor, *, radius: int, num_neighbors: int, temperature: float
-) -> Tensor:
-    """Labels of a frame's patches from those of earlier frames.
-
-        for each patch p of the target:
-            near = patches of the context frames at most `radius` rows and columns from p
-            best = the num_neighbors of them with the largest <feature, target[p]>
-            label[p] = mean of their labels, weighted by exp(<feature, target[p]> / temperature)
-
-    Args:
-        features: (C, h, w, D) of the context frames, L2-normalized.
-        labels: (C, h, w, L) shares of each label.
-        target: (h, w, D), L2-normalized.
-        radius: In patches.
-        num_neighbors: Fewer at the border of very small frames.
-        temperature: Of the weights.
-
-    Returns:
-        (h, w, L), each patch summing to 1 where the labels do.
-    """
-    height, width, num_labels = *target.shape[:2], labels.shape[-1]
-    result = labels.new_zeros(height, width, num_labels)
-    # Tiles, because comparing a whole frame with all it could look at would mostly be thrown away.
-    for y, x in itertools.product(range(0, height, _TILE), range(0, width, _TILE)):
-        tile = target[y : y + _TILE, x : x + _TILE]
-        top, left = max(0, y - radius), max(0, x - radius)
-        window = (slice(None), slice(top, y + _TILE + radius), slice(left, x + _TILE + radius))
-        near, near_labels = features[window], labels[window].flatten(0, 2)
-        similarity = torch.einsum("abd,cyxd->abcyx", tile, near)
-        far_rows = _far(y, tile.shape[0], top, near.shape[1], radius=radius, device=target.device)
-        far_columns = _far(x, tile.shape[1], left, near.shape[2], radius=radius, device=target.device)
-        far = far_rows[:, None, None, :, None] | far_columns[None, :, None, None, :]
-        similarity = similarity.masked_fill_(far, -torch.inf).flatten(2)
-        best, index = similarity.topk(min(num_neighbors, similarity.shape[-1]), dim=-1)
-        weights = torch.softmax(best / temperature, dim=-1)
-        result[y : y + _TILE, x : x + _TILE] = torch.einsum("abn,abnl->abl", weights, near_labels[index])
-    return result
-
-
-def _far(start: int, length: int, near_start: int, near_length: int, *, radius: int, device: torch.device) -> Tensor:
-    """(length, near_length) bool: whether two positions along one axis are more than the radius apart."""
-    ours = torch.arange(start, start + length, device=device)
-    theirs = torch.arange(near_start, near_start + near_length, device=device)
-    return (ours[:, None] - theirs[None, :]).abs() > radius
-
-
-def segment(
-    features: Iterator[Tensor],
-    first_mask: np.ndarray,
-    *,
-    num_frames: int,
-    radius: int,
-    num_neighbors: int,
-    temperature: float,
-) -> Iterator[np.ndarray]:
-    """Masks of all frames but the first.
-
-    Args:
-        features: T of (h, w, D), L2-normalized.
-        first_mask: (H, W) bool.
-        num_frames: Earlier frames beside the first that labels come from.
-        radius: As `propagate`.
-        num_neighbors: As `propagate`.
-        temperature: As `propagate`.
-
-    Yields:
-        T - 1 of (H, W) bool.
-    """
-    first = next(features)
-    share = np.asarray(Image.fromarray(first_mask).resize((first.shape[1], first.shape[0]), Image.Resampling.NEAREST))
-    foreground = torch.from_numpy(share.astype(np.float32)).to(first.device)
-    labels = torch.stack([1 - foreground, foreground], dim=-1)
-    context = [(first, labels)]
-    for target in features:
-        earlier, earlier_labels = (torch.stack(part) for part in zip(*context, strict=True))
-        settings = {"radius": radius, "num_neighbors": num_neighbors}
-        labels = propagate(earlier, earlier_labels, target, **settings, temperature=temperature)
-        yield enlarge_labels(labels, height=first_mask.shape[0], width=first_mask.shape[1])
-        context = [context[0], *[*context[1:], (target, labels)][-num_frames:]]
-
-
-def enlarge_labels(labels: Tensor, *, height: int, width: int) -> np.ndarray:
-    """(h, w, 2) shares to an (H, W) bool mask: both enlarged, stretched to [0, 1], the larger one wins."""
-    size = (height, width)
-    large = F.interpolate(labels.permute(2, 0, 1)[None], size=size, mode="bilinear", align_corners=False)[0]
-    low, high = large.amin(dim=(1, 2), keepdim=True), large.amax(dim=(1, 2), keepdim=True)
-    stretched = (large - low) / (high - low).clamp_min(1e-6)
-    return (stretched[1] > stretched[0]).cpu().numpy()
-
-
-def region_similarity(mask: np.ndarray, truth: np.ndarray) -> float:
-    """J: intersection over union of two (H, W) bool masks; 1 where both are empty."""
-    union = int((mask | truth).sum())
-    return int((mask & truth).sum()) / union if union else 1.0
-
-
-def boundary_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
-    """F: harmonic mean of the shares of each (H, W) mask's boundary within 0.8 % of the diagonal of the other's."""
-    tolerance = int(np.ceil(BOUNDARY_TOLERANCE * np.hypot(*mask.shape)))
-    ours, theirs = boundary(mask), boundary(truth)
-    if not ours.any() or not theirs.any():
-        return float(ours.any() == theirs.any())
-    precision = (ours & dilate(theirs, radius=tolerance)).sum() / ours.sum()
-    recall = (theirs & dilate(ours, radius=tolerance)).sum() / theirs.sum()
-    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
-
-
-def boundary(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a mask (H, W) bool that differ from the right, the lower or the lower right neighbor."""
-    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-    return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
-
-
-def dilate(mask: np.ndarray, *, radius: int) -> np.ndarray:
-    """All pixels at most `radius` from a pixel of the mask (H, W) bool."""
-    height, width = mask.shape
-    result = np.zeros_like(mask)
-    for dy in range(-radius, radius + 1):
-        reach = int(np.sqrt(radius**2 - dy**2))
-        sums = np.pad(np.pad(mask, ((0, 0), (reach, reach))).cumsum(axis=1, dtype=np.int32), ((0, 0), (1, 0)))
-        wide = sums[:, 2 * reach + 1 :] > sums[:, :width]
-        rows = slice(max(0, dy), height + min(0, dy))
-        result[rows] |= wide[max(0, -dy) : height - max(0, dy)]
-    return result
+Carry = Callable[[Iterator[Tensor], np.ndarray], Iterator[np.ndarray]]
+_SHAPE_SLACK = 0.02  # relative difference of width / height that rounding may make
 
 
 def frame_features(vit: VisionTransformer, path: Path, *, short_side: int, device: str) -> Tensor:
-    """One frame's patch tokens after the final norm, L2-normalized: (h, w, D)."""
+    """Return one frame's patch tokens after the final norm, L2-normalized: (h, w, D)."""
     patch = int(vit.patch_embed.patch_size[0])
     image = open_rgb(path)
     width, height = whole_size(image.size, short_side=short_side, patch_size=patch)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
     tokens = vit.forward_features(normalize(torch.from_numpy(pixels.copy())[None].to(device)))
-    grid = tokens[0, vit.num_prefix_tokens :].unflatten(0, (height // patch, width // patch))
+    grid = torch.unflatten(tokens[0, vit.num_prefix_tokens :], 0, (height // patch, width // patch))
     return F.normalize(grid.float(), dim=-1)
 
 
@@ -223,6 +55,7 @@ def evaluate_vos(
     backbone: VisionTransformer,
     data: str | os.PathLike[str],
     *,
+    year: str | None,
     short_side: int,
     num_frames: int,
     radius: int,
@@ -230,12 +63,15 @@ def evaluate_vos(
     temperature: float,
     max_frames: int | None,
     device: str,
+    skip_unreadable: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Label propagation on every sequence of a folder laid out as DAVIS 2016.
+    """Label propagation on the sequences of a folder laid out as DAVIS.
 
     Args:
         backbone: On `device`, in evaluation mode.
         data: The folder.
+        year: As `choose_sequences`; "2016" also scores all objects of a sequence as one.
         short_side: Of the frames that the encoder sees, pixels.
         num_frames: As `segment`.
         radius: As `propagate`.
@@ -243,30 +79,139 @@ def evaluate_vos(
         temperature: As `propagate`.
         max_frames: Of each sequence, from its start; None: all.
         device: Where the encoder and the propagation run.
+        skip_unreadable: Leave out sequences with a frame or mask that cannot be read or scored, with a warning.
+        progress: Told the number of frames that are done, and of all.
 
     Returns:
-        j_mean, f_mean and j_and_f, means over sequences of means over frames, in [0, 1]; and both for each sequence.
+        j_and_f; j_mean, j_recall, j_decay and the same of f, means over objects, in [0, 1]; still_*: the means of a
+        first mask that stays where it is; averaged: the sequences and objects that they are means over; and the
+        scores of each sequence and object.
 
     Raises:
-        ConfigError: As `find_sequences`, or a frame or mask that cannot be read.
+        ConfigError: As `choose_sequences`, or a frame or mask that cannot be read or scored.
     """
-    sequences = {}
-    for sequence in find_sequences(data):
-        frames, masks = sequence.frames[:max_frames], sequence.masks[:max_frames]
-        features = (frame_features(backbone, path, short_side=short_side, device=device) for path in frames)
-        found = segment(
-            features,
-            read_mask(masks[0]),
-            num_frames=num_frames,
-            radius=radius,
-            num_neighbors=num_neighbors,
-            temperature=temperature,
+    chosen = choose_sequences(data, year=year)
+    done, total = 0, sum(len(sequence.frames[:max_frames]) for sequence in chosen.sequences)
+
+    def encode(path: Path) -> Tensor:
+        nonlocal done
+        found = frame_features(backbone, path, short_side=short_side, device=device)
+        done += 1
+        if progress is not None:
+            progress(done, total)
+        return found
+
+    carry = functools.partial(
+        segment, num_frames=num_frames, radius=radius, num_neighbors=num_neighbors, temperature=temperature
+    )
+    scored: dict[str, dict[str, Any]] = {}
+    failures: list[str] = []
+    for sequence in chosen.sequences:
+        part = Sequence(sequence.name, sequence.frames[:max_frames], sequence.masks[:max_frames])
+        try:
+            scored[sequence.name] = score_sequence(part, encode, carry, together=year == "2016")
+        except ConfigError as error:
+            failures.append(str(error))
+    report_unreadable(failures, len(chosen.sequences), skip_unreadable=skip_unreadable)
+    return _means(scored, chosen.averaged, num_left_out=len(failures))
+
+
+def score_sequence(
+    sequence: Sequence, encode: Callable[[Path], Tensor], carry: Carry, *, together: bool
+) -> dict[str, Any]:
+    """Carry a sequence's first mask on, and score each object.
+
+    Args:
+        sequence: Its frames and masks.
+        encode: A frame's file to (h, w, D), L2-normalized.
+        carry: Turns the features of all frames and the first masks (K, H, W) into the masks of the other frames.
+        together: All objects are one.
+
+    Returns:
+        j, f (means over objects), num_frames and objects: for each j and f statistics, and those of the first mask
+        that stays where it is.
+
+    Raises:
+        ConfigError: A frame or mask cannot be read or scored.
+    """
+    masks = read_masks(sequence.masks)
+    _check_shapes(sequence, masks)
+    objects = Objects.of(masks[0], sequence.masks[0], together=together)
+    first, scored = objects.split(masks[0]), masks[1:-1]
+    if not any(objects.split(mask).any() for mask in scored):
+        raise ConfigError(
+            f"{sequence.masks[0].parent}: no object of the first mask ({', '.join(objects.names)}) is in a later one "
+            "that is scored; all masks must number the objects alike."
         )
-        pairs = [(mask, read_mask(path)) for mask, path in zip(found, masks[1:], strict=True)][:-1]
-        sequences[sequence.name] = {
-            "j": float(np.mean([region_similarity(*pair) for pair in pairs])),
-            "f": float(np.mean([boundary_accuracy(*pair) for pair in pairs])),
-            "num_frames": len(frames),
-        }
-    j_mean, f_mean = (float(np.mean([scores[name] for scores in sequences.values()])) for name in ("j", "f"))
-    return {"j_and_f": (j_mean + f_mean) / 2, "j_mean": j_mean, "f_mean": f_mean, "sequences": sequences}
+    values: list[dict[str, list[float]]] = [defaultdict(list) for _ in objects.names]
+    for found, mask in zip(carry(_alike(sequence, encode), first), [*scored, None], strict=True):
+        if mask is not None:
+            seen, truth = ~objects.void(mask), objects.split(mask)
+            for k, measures in enumerate(values):
+                _measure(measures, truth[k], found=found[k] & seen, still=first[k] & seen)
+    scores = {
+        name: {f"{key}_{word}": value for key in measures for word, value in statistics(measures[key]).items()}
+        for name, measures in zip(objects.names, values, strict=True)
+    }
+    return {
+        "j": float(np.mean([score["j_mean"] for score in scores.values()])),
+        "f": float(np.mean([score["f_mean"] for score in scores.values()])),
+        "num_frames": len(sequence.frames),
+        "objects": scores,
+    }
+
+
+def _measure(measures: dict[str, list[float]], truth: np.ndarray, *, found: np.ndarray, still: np.ndarray) -> None:
+    """Add one frame's J and F of one object: of the found mask (H, W) bool, and of the first one."""
+    for prefix, mask in (("", found), ("still_", still)):
+        measures[f"{prefix}j"].append(region_similarity(mask, truth))
+        measures[f"{prefix}f"].append(boundary_accuracy(mask, truth))
+
+
+def _alike(sequence: Sequence, encode: Callable[[Path], Tensor]) -> Iterator[Tensor]:
+    """Yield the features of the frames.
+
+    Raises:
+        ConfigError: A frame is of another shape than the first one.
+    """
+    first: Tensor | None = None
+    for path in sequence.frames:
+        features = encode(path)
+        first = features if first is None else first
+        if features.shape != first.shape:
+            raise ConfigError(f"{path} is of another shape than {sequence.frames[0]}; a sequence has one size.")
+        yield features
+
+
+def _check_shapes(sequence: Sequence, masks: list[np.ndarray]) -> None:
+    """Refuse masks of several sizes, and frames that are not of the masks' shape, before anything is computed.
+
+    Raises:
+        ConfigError: Naming the file.
+    """
+    height, width = masks[0].shape
+    for path, mask in zip(sequence.masks, masks, strict=True):
+        if mask.shape != (height, width):
+            raise ConfigError(
+                f"{path} has {mask.shape[1]}x{mask.shape[0]} pixels, and the sequence's first mask {width}x{height}."
+            )
+    path, size = sequence.frames[0], open_rgb(sequence.frames[0]).size
+    if abs(size[0] / size[1] / (width / height) - 1) > _SHAPE_SLACK:
+        raise ConfigError(f"{path} has {size[0]}x{size[1]} pixels, and its mask another shape, {width}x{height}.")
+
+
+def _means(scored: dict[str, dict[str, Any]], averaged: str, *, num_left_out: int) -> dict[str, Any]:
+    """Return the means over all objects of all sequences, beside each sequence's own scores."""
+    objects = [score for sequence in scored.values() for score in sequence["objects"].values()]
+    means = {name: float(np.mean([score[name] for score in objects])) for name in objects[0]}
+    left_out = f", {num_left_out} left out" if num_left_out else ""
+    return {
+        "j_and_f": (means["j_mean"] + means["f_mean"]) / 2,
+        **{name: value for name, value in means.items() if not name.startswith("still_")},
+        "still_j_and_f": (means["still_j_mean"] + means["still_f_mean"]) / 2,
+        "still_j_mean": means["still_j_mean"],
+        "still_f_mean": means["still_f_mean"],
+        "averaged": f"{averaged}{left_out}, {len(objects)} objects",
+        "num_objects": len(objects),
+        "sequences": scored,
+    }

@@ -130,6 +130,7 @@ def test_corloc_counts_the_images_whose_box_hits(vit, listed):
         "corloc": 1.0,
         "whole_image": 0,
         "num_images": 1,
+        "num_unreadable": 0,
     }
 
 

@@ -1,142 +1,17 @@
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from dora_ray import evaluate
 from dora_ray.errors import ConfigError
-from dora_ray.evaluation import vos
-from dora_ray.evaluation.vos import (
-    boundary,
-    boundary_accuracy,
-    dilate,
-    enlarge_labels,
-    find_sequences,
-    propagate,
-    read_mask,
-    region_similarity,
-    segment,
-)
+from dora_ray.evaluation.davis import find_sequences
+from dora_ray.evaluation.vos import score_sequence
 from tests.evaluation.checkpoints import small_config, write_checkpoint
-
-
-def slow_propagate(features, labels, target, *, radius, num_neighbors, temperature):
-    """Float64, one patch and one neighbor at a time."""
-    num_context, height, width, _ = features.shape
-    result = np.zeros((height, width, labels.shape[-1]))
-    for y in range(height):
-        for x in range(width):
-            near = []
-            for c in range(num_context):
-                for v in range(height):
-                    for u in range(width):
-                        if abs(v - y) <= radius and abs(u - x) <= radius:
-                            near.append((float(features[c, v, u] @ target[y, x]), c, v, u))
-            best = sorted(near, reverse=True)[:num_neighbors]
-            weights = [math.exp(similarity / temperature) for similarity, *_ in best]
-            for weight, (_, c, v, u) in zip(weights, best, strict=True):
-                result[y, x] += weight / sum(weights) * labels[c, v, u]
-    return result
-
-
-@pytest.mark.parametrize("tile", [2, 3, 8])
-@pytest.mark.parametrize(("radius", "num_neighbors"), [(1, 5), (0, 5), (2, 1), (9, 500)])
-def test_propagation_is_the_slow_loop(monkeypatch, radius, num_neighbors, tile):
-    monkeypatch.setattr(vos, "_TILE", tile)
-    generator = torch.Generator().manual_seed(0)
-    features = F.normalize(torch.randn(3, 4, 5, 6, generator=generator, dtype=torch.float64), dim=-1)
-    target = F.normalize(torch.randn(4, 5, 6, generator=generator, dtype=torch.float64), dim=-1)
-    labels = torch.rand(3, 4, 5, 2, generator=generator, dtype=torch.float64)
-    settings = {"radius": radius, "num_neighbors": num_neighbors, "temperature": 0.1}
-    expected = slow_propagate(features.numpy(), labels.numpy(), target.numpy(), **settings)
-    np.testing.assert_allclose(propagate(features, labels, target, **settings), expected, rtol=1e-9)
-
-
-def test_a_moving_object_is_followed():
-    """Patches carry their own identity: the object's features move one column a frame, and its mask must too.
-
-    Background patches also share a direction, so that what the object uncovers is like the rest of the background.
-    """
-    generator = torch.Generator().manual_seed(1)
-    height, width, num_frames = 6, 12, 5
-    scene = F.normalize(torch.randn(height, width, 32, generator=generator) + 8 * torch.eye(32)[0], dim=-1)
-    thing = F.normalize(torch.randn(2, 3, 32, generator=generator), dim=-1)
-    frames, truths = [], []
-    for t in range(num_frames):
-        frame, truth = scene.clone(), np.zeros((height, width), bool)
-        frame[2:4, 2 + t : 5 + t], truth[2:4, 2 + t : 5 + t] = thing, True
-        frames.append(frame)
-        truths.append(truth)
-    settings = {"num_frames": 2, "radius": 3, "num_neighbors": 1, "temperature": 0.1}
-    found = list(segment(iter(frames), truths[0], **settings))
-    assert len(found) == num_frames - 1
-    for mask, truth in zip(found, truths[1:], strict=True):
-        np.testing.assert_array_equal(mask, truth)
-
-
-def test_labels_come_from_the_first_and_the_last_frames_only(monkeypatch):
-    frames = [torch.eye(5)[t].expand(2, 2, 5) for t in range(5)]
-    contexts = []
-
-    def watched(features, labels, target, **settings):
-        contexts.append(features[:, 0, 0].argmax(dim=-1).tolist())
-        return propagate(features, labels, target, **settings)
-
-    monkeypatch.setattr(vos, "propagate", watched)
-    first = np.array([[True, False], [True, False]])
-    list(segment(iter(frames), first, num_frames=2, radius=2, num_neighbors=4, temperature=0.1))
-    assert contexts == [[0], [0, 1], [0, 1, 2], [0, 2, 3]]
-
-
-def test_enlarged_labels_are_stretched_before_they_compete():
-    labels = torch.full((4, 4, 2), 0.1)
-    labels[..., 0] = 0.9
-    labels[1:3, 1:3] = torch.tensor([0.6, 0.4])  # the object never reaches half, but stands out
-    mask = enlarge_labels(labels, height=16, width=16)
-    assert mask[6:10, 6:10].all()
-    assert not mask[0].any()
-
-
-def test_region_similarity_counts_pixels():
-    first, second = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
-    assert region_similarity(first, second) == 1.0
-    first[:2], second[1:3] = True, True
-    assert region_similarity(first, second) == pytest.approx(4 / 12)
-
-
-@pytest.mark.parametrize("radius", [0, 1, 2, 5])
-def test_dilation_is_all_pixels_within_the_radius(radius):
-    mask = np.random.default_rng(0).random((17, 23)) > 0.97
-    rows, columns = np.indices(mask.shape)
-    expected = np.zeros_like(mask)
-    for y, x in np.argwhere(mask):
-        expected |= (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
-    np.testing.assert_array_equal(dilate(mask, radius=radius), expected)
-
-
-def test_a_boundary_is_where_a_mask_changes():
-    mask = np.zeros((6, 6), bool)
-    mask[2:4, 2:4] = True
-    expected = np.zeros((6, 6), bool)
-    expected[1:4, 1:4] = True
-    expected[2, 2] = False
-    np.testing.assert_array_equal(boundary(mask), expected)
-
-
-def test_boundary_accuracy_forgives_small_shifts_only():
-    truth = np.zeros((480, 854), bool)
-    truth[100:300, 200:500] = True
-    assert boundary_accuracy(truth, truth) == 1.0
-    assert boundary_accuracy(np.roll(truth, 8, axis=1), truth) == 1.0
-    assert 0.3 < boundary_accuracy(np.roll(truth, 12, axis=1), truth) < 0.7
-    assert boundary_accuracy(np.zeros_like(truth), truth) == 0.0
-    assert boundary_accuracy(np.zeros_like(truth), np.zeros_like(truth)) == 1.0
 
 
 @pytest.fixture
@@ -172,22 +47,147 @@ def test_vos_through_evaluate(davis, tmp_path_factory):
         ]
         == 3
     )
+    assert numbers["averaged"] == "all 2 sequences (no ImageSets/*/val.txt), 2 objects"
+    assert numbers["num_objects"] == 2
+    assert numbers["still_j_and_f"] < numbers["j_and_f"]
 
 
-def test_palettes_and_gray_masks_are_read_alike(tmp_path):
-    mask = np.zeros((4, 5), np.uint8)
-    mask[1:3, 2:] = 1
-    palette = Image.fromarray(mask, mode=None).convert("P")
-    palette.putpalette([0, 0, 0, 128, 0, 0])
-    palette.save(tmp_path / "p.png")
-    Image.fromarray(mask * 255).save(tmp_path / "l.png")
-    for name in ("p.png", "l.png"):
-        np.testing.assert_array_equal(read_mask(tmp_path / name), mask > 0)
+def write_sequence(folder, masks, *, name="s", size=None):
+    """A sequence of these masks, (T, H, W), over gray frames."""
+    for kind in ("JPEGImages", "Annotations"):
+        (folder / kind / "480p" / name).mkdir(parents=True)
+    for t, mask in enumerate(masks):
+        Image.new("RGB", size or mask.shape[::-1], (90, 90, 90)).save(
+            folder / "JPEGImages" / "480p" / name / f"{t:05d}.jpg"
+        )
+        Image.fromarray(mask).save(folder / "Annotations" / "480p" / name / f"{t:05d}.png")
 
 
-def test_other_layouts_are_refused(davis, tmp_path_factory):
-    with pytest.raises(ConfigError, match="not laid out as DAVIS"):
-        find_sequences(tmp_path_factory.mktemp("empty"))
-    (davis / "Annotations" / "480p" / "one" / "00002.png").unlink()
-    with pytest.raises(ConfigError, match="5 frames and 4 masks"):
-        find_sequences(davis)
+def two_objects():
+    """(6, 48, 64): object 1 stays, object 2 moves right by 4 pixels a frame, and both are 12 x 12."""
+    masks = np.zeros((6, 48, 64), np.uint8)
+    for t in range(6):
+        masks[t, 4:16, 4:16] = 1
+        masks[t, 30:42, 4 + 4 * t : 16 + 4 * t] = 2
+    return masks
+
+
+def score(folder, found, *, together=False) -> dict:
+    """The scores of given masks (T - 1, K, H, W)."""
+    (sequence,) = find_sequences(folder)
+    return score_sequence(sequence, lambda path: torch.zeros(1), lambda features, first: iter(found), together=together)
+
+
+def test_scores_of_several_objects_are_those_worked_out_by_hand(tmp_path):
+    """Both are said to stay where they were. After 4 t pixels, 12 - 4 t of 12 columns of the second one overlap."""
+    masks = two_objects()
+    write_sequence(tmp_path, masks)
+    found = [np.stack([masks[0] == 1, masks[0] == 2])] * 5
+    scores = score(tmp_path, found)["objects"]
+    overlaps = [(12 - 4 * t) / (12 + 4 * t) if t < 3 else 0.0 for t in (1, 2, 3, 4)]  # without the first and last frame
+    assert scores["1"]["j_mean"] == scores["1"]["f_mean"] == scores["1"]["j_recall"] == 1.0
+    assert scores["2"]["j_mean"] == pytest.approx(np.mean(overlaps))
+    assert scores["2"]["j_recall"] == 0.0
+    assert scores["2"]["j_decay"] == pytest.approx(np.mean(overlaps[:2]) - np.mean(overlaps[-2:]))
+    for name in ("1", "2"):
+        assert scores[name]["still_j_mean"] == scores[name]["j_mean"]
+        assert scores[name]["still_f_mean"] == scores[name]["f_mean"]
+
+
+def test_scores_are_those_of_vos_benchmark(tmp_path):
+    evaluator = pytest.importorskip("vos_benchmark.evaluator").Evaluator()
+    masks, rng = two_objects(), np.random.default_rng(0)
+    write_sequence(tmp_path, masks)
+    guesses = [np.roll(mask, rng.integers(-3, 4, size=2), axis=(0, 1)) for mask in masks[1:]]
+    scores = score(tmp_path, [np.stack([guess == 1, guess == 2]) for guess in guesses])
+    for guess, mask in zip(guesses[:-1], masks[1:-1], strict=True):
+        evaluator.feed_frame(guess, mask)
+    j, f = evaluator.conclude()
+    for k in (1, 2):
+        assert 100 * scores["objects"][str(k)]["j_mean"] == pytest.approx(j[k])
+        assert 100 * scores["objects"][str(k)]["f_mean"] == pytest.approx(f[k])
+    assert 100 * scores["j"] == pytest.approx(np.mean(list(j.values())))
+
+
+def test_pixels_that_count_for_nobody_change_no_score(tmp_path):
+    masks = two_objects()
+    found = [np.stack([masks[0] == 1, masks[0] == 2])] * 5
+    write_sequence(tmp_path / "without", masks)
+    masks[:, 20:26] = 255
+    write_sequence(tmp_path / "with", masks)
+    guess = [masks_of.copy() for masks_of in found]
+    for masks_of in guess:
+        masks_of[0, 20:26] = True
+    expected, without = score(tmp_path / "without", found), score(tmp_path / "with", guess)
+    assert without["objects"]["1"]["j_mean"] == expected["objects"]["1"]["j_mean"] == 1.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "step-00000007", small_config())
+
+
+def test_the_score_is_a_mean_over_objects_not_over_sequences(checkpoint, tmp_path):
+    write_sequence(tmp_path, two_objects(), name="two")
+    write_sequence(tmp_path, (two_objects() == 1).astype(np.uint8), name="one")
+    numbers = evaluate(checkpoint, "vos", data=tmp_path, short_side=48)["results"]
+    scores = [score for s in numbers["sequences"].values() for score in s["objects"].values()]
+    assert len(scores) == numbers["num_objects"] == 3
+    for name in ("j_mean", "j_recall", "j_decay", "f_mean", "f_recall", "f_decay"):
+        assert numbers[name] == pytest.approx(np.mean([score[name] for score in scores]))
+
+
+def test_davis_2016_takes_all_objects_as_one(checkpoint, tmp_path):
+    write_sequence(tmp_path, two_objects(), name="two")
+    (tmp_path / "ImageSets" / "2016").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2016" / "val.txt").write_text("two\n")
+    each = evaluate(checkpoint, "vos", data=tmp_path, short_side=48)
+    assert list(each["results"]["sequences"]["two"]["objects"]) == ["1", "2"]
+    merged = evaluate(checkpoint, "vos", data=tmp_path, short_side=48, year=2016)
+    assert list(merged["results"]["sequences"]["two"]["objects"]) == ["all"]
+    assert merged["settings"]["year"] == "2016"
+    with pytest.raises(ConfigError, match=r"year='?2018"):
+        evaluate(checkpoint, "vos", data=tmp_path, year=2018)
+
+
+def test_masks_that_would_give_a_meaningless_score_are_errors(checkpoint, tmp_path):
+    empty_first, vanished = two_objects(), two_objects()
+    empty_first[0] = 0
+    vanished[1:] = 0
+    renumbered = two_objects()
+    renumbered[1:][renumbered[1:] > 0] = 7
+    cut = [mask[:-4] if t == 2 else mask for t, mask in enumerate(two_objects())]
+    for number, (masks, says) in enumerate(
+        (
+            (empty_first, r"00000\.png shows no object"),
+            (np.zeros_like(vanished), r"00000\.png shows no object"),
+            (vanished, r"no object of the first mask \(1, 2\) is in a later one"),
+            (renumbered, "must number the objects alike"),
+            (cut, r"00002\.png has 64x44 pixels.*64x48"),
+        )
+    ):
+        write_sequence(tmp_path / str(number), masks, size=(64, 48))
+        with pytest.raises(ConfigError, match=says):
+            evaluate(checkpoint, "vos", data=tmp_path / str(number), short_side=48)
+
+
+def test_frames_of_another_shape_are_named(checkpoint, tmp_path):
+    write_sequence(tmp_path / "all", two_objects(), size=(64, 64))
+    with pytest.raises(ConfigError, match=r"00000\.jpg has 64x64 pixels, and its mask another shape, 64x48"):
+        evaluate(checkpoint, "vos", data=tmp_path / "all", short_side=48)
+    write_sequence(tmp_path / "one", two_objects())
+    Image.new("RGB", (64, 96)).save(tmp_path / "one" / "JPEGImages" / "480p" / "s" / "00003.jpg")
+    with pytest.raises(ConfigError, match=r"00003\.jpg is of another shape"):
+        evaluate(checkpoint, "vos", data=tmp_path / "one", short_side=48)
+
+
+def test_sequences_that_cannot_be_read_are_all_named_and_can_be_left_out(checkpoint, tmp_path):
+    for name in ("a", "b", "c"):
+        write_sequence(tmp_path, two_objects(), name=name)
+    (tmp_path / "JPEGImages" / "480p" / "a" / "00004.jpg").write_bytes(b"-")
+    (tmp_path / "Annotations" / "480p" / "c" / "00001.png").write_bytes(b"-")
+    with pytest.raises(ConfigError, match=r"2 of 3 files.*a/00004\.jpg.*c/00001\.png.*skip_unreadable=true"):
+        evaluate(checkpoint, "vos", data=tmp_path, short_side=48)
+    numbers = evaluate(checkpoint, "vos", data=tmp_path, short_side=48, skip_unreadable=True)["results"]
+    assert list(numbers["sequences"]) == ["b"]
+    assert "2 left out" in numbers["averaged"]

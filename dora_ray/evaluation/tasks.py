@@ -1,0 +1,152 @@
+"""The evaluation tasks: their options, what they read, and how their results are shown. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from dora_ray.evaluation.options import (
+    CorlocOptions,
+    KnnOptions,
+    LinearOptions,
+    ObjectsOptions,
+    OptionsType,
+    ViewsOptions,
+    VosOptions,
+)
+
+# Options of the evaluation, which the tasks' functions do not see.
+NOT_OF_THE_TASK = ("random_init", "seed", "random_encoders")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One evaluation protocol.
+
+    Attributes:
+        title: A few words for people.
+        options: Class of its options.
+        function: Where it is carried out, as module.function below dora_ray.evaluation. It takes the encoder, the
+            folder, every option but those in NOT_OF_THE_TASK, and `progress`, which is told (done, of how many); it
+            returns results that are ready for JSON.
+        data: Kind of folder that it reads, such as "labelled images".
+        unit: Things that progress counts, in the plural.
+        protocol: One line that says how the score came about; names in braces are options or results.
+        columns: The table's columns, and where their values are in the results; a mapping there gives a column for each
+            of its entries.
+        chance: Lines of the table that need no encoder: name, and where the value of each column is in the results.
+    """
+
+    title: str
+    options: OptionsType
+    function: str
+    data: str
+    unit: str
+    protocol: str
+    columns: dict[str, str]
+    chance: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Callable[..., dict[str, Any]]:
+        """The function."""
+        module, name = self.function.split(".")
+        function: Callable[..., dict[str, Any]] = getattr(import_module(f"dora_ray.evaluation.{module}"), name)
+        return function
+
+
+TASKS: dict[str, Task] = {
+    "knn": Task(
+        title="nearest neighbors",
+        options=KnnOptions,
+        function="knn.evaluate_knn",
+        data="labelled images",
+        unit="images",
+        protocol="{num_test} test images, {num_classes} classes; {num_train} training images vote with weight "
+        "exp(cosine / {temperature:g}); class token after the final norm, center crop of {image_size} px",
+        columns={"top-1, k=": "top1_by_k"},
+        chance={"most frequent class": {"top-1, k=": "chance"}},
+    ),
+    "linear": Task(
+        title="linear probe",
+        options=LinearOptions,
+        function="linear.evaluate_linear",
+        data="labelled images",
+        unit="images",
+        protocol="{num_test} test images, {num_classes} classes; {epochs} epochs of SGD at lr {lr:g} x "
+        "{probe_batch_size} / 256 on {num_train} training images; class tokens of the last {num_blocks} blocks, "
+        "center crop of {image_size} px, no augmentation",
+        columns={"top-1": "top1", "top-5": "top5", "top-1 in training": "train_top1"},
+        chance={"most frequent class": {"top-1": "chance"}},
+    ),
+    "corloc": Task(
+        title="object discovery",
+        options=CorlocOptions,
+        function="corloc.evaluate_corloc",
+        data="VOC folder",
+        unit="images",
+        protocol="{num_images} images; one box each by {method}, right where its overlap with an object's is "
+        "0.5 or more",
+        columns={"CorLoc": "corloc"},
+        chance={"box around the image": {"CorLoc": "whole_image"}},
+    ),
+    "vos": Task(
+        title="video object segmentation",
+        options=VosOptions,
+        function="vos.evaluate_vos",
+        data="DAVIS folder",
+        unit="frames",
+        protocol="mean over {averaged}; frames of {short_side} px; labels of the first frame and the "
+        "{num_frames} last ones, {num_neighbors} neighbors within {radius} patches, temperature {temperature:g}",
+        columns={
+            "J&F": "j_and_f",
+            "J": "j_mean",
+            "J recall": "j_recall",
+            "J decay": "j_decay",
+            "F": "f_mean",
+            "F recall": "f_recall",
+            "F decay": "f_decay",
+        },
+        chance={"first mask kept still": {"J&F": "still_j_and_f", "J": "still_j_mean", "F": "still_f_mean"}},
+    ),
+    "objects": Task(
+        title="the method's own objects",
+        options=ObjectsOptions,
+        function="objects.evaluate_objects",
+        data="labeled tour or DAVIS folder",
+        unit="clips",
+        protocol="{num_clips} clips of {num_frames} frames, {num_objects} masks each, drawn {num_draws} times; frames "
+        "of {image_size} px, threshold {threshold}",
+        columns={"object IoU": "object_iou", "tracking IoU": "tracking_iou"},
+        chance={
+            "random encoder": {"object IoU": "random_object_iou", "tracking IoU": "random_tracking_iou"},
+            "masks at random patches": {
+                "object IoU": "object_iou_random_masks",
+                "tracking IoU": "tracking_iou_random_masks",
+            },
+            "masks moved aside": {"object IoU": "object_iou_moved_masks", "tracking IoU": "tracking_iou_moved_masks"},
+        },
+    ),
+    "views": Task(
+        title="held-out view matching",
+        options=ViewsOptions,
+        function="views.evaluate_views",
+        data="video",
+        unit="scenes",
+        protocol="{num_scenes} scenes; class token after the final norm, views of {image_size} px",
+        columns={
+            "both": "view_matching",
+            "later frame": "view_matching_later",
+            "local crop": "view_matching_local",
+        },
+        chance={
+            "random encoder": {
+                "both": "random_view_matching",
+                "later frame": "random_view_matching_later",
+                "local crop": "random_view_matching_local",
+            },
+            "chance": {"both": "chance", "later frame": "chance", "local crop": "chance"},
+        },
+    ),
+}
