@@ -34,6 +34,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from dora_ray.errors import ClusterError, DoRAError
+from dora_ray.ray_internals import drain_node, living_nodes_at
 
 logger = logging.getLogger(__name__)
 
@@ -170,19 +171,13 @@ def drain(address: str, node_id: str, *, seconds: float, reason: str) -> None:
     Raises:
         ClusterError: Ray does not answer, or refuses.
     """
-    from ray._raylet import GcsClient
-    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
-
     if NODE_ID.fullmatch(node_id) is None:  # Ray would accept it, and drain nothing
         raise ClusterError(f"{node_id!r} is not the id of a node of Ray, which has 56 hexadecimal digits")
-    deadline_ms = int((time.time() + max(0.0, seconds)) * 1000)
     try:
-        accepted, refusal = GcsClient(address=address).drain_node(
-            node_id, DRAIN_NODE_REASON_PREEMPTION, reason, deadline_ms
-        )
+        refusal = drain_node(address, node_id, deadline=time.time() + max(0.0, seconds), reason=reason)
     except Exception as error:  # its errors have no common class below Exception
         raise ClusterError(f"Ray at {address} does not answer: {error}") from error
-    if not accepted:
+    if refusal is not None:
         raise ClusterError(f"Ray at {address} does not drain node {node_id}: {refusal}")
 
 
@@ -193,19 +188,12 @@ def find_node(address: str) -> str:
         ClusterError: there is none, or there are several; or Ray does not answer.
     """
     import ray
-    from ray._raylet import GcsClient
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
     here = ray.util.get_node_ip_address()
     try:
-        nodes = GcsClient(address=address).get_all_node_info()
+        found = living_nodes_at(address, here)
     except Exception as error:  # as above
         raise ClusterError(f"Ray at {address} does not answer: {error}") from error
-    found = [
-        node_id.hex()
-        for node_id, node in nodes.items()
-        if node.node_manager_address == here and node.state == GcsNodeInfo.ALIVE
-    ]
     if len(found) != 1:
         raise ClusterError(
             f"{len(found)} living nodes of Ray at {address} have this machine's address {here}: give --node-id"

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dora_ray.cluster.starting import prepare_ray
+from dora_ray.ray_internals import actors_of, draining_nodes_of, known_address, nodes_of, note_address
 from dora_ray.spot import drain
 from dora_ray.training.trainer import KEPT_WORKERS
 
@@ -46,12 +47,11 @@ class LocalNodes:
 
     def __enter__(self) -> Self:
         os.environ.setdefault("RAY_worker_niceness", "0")
-        from ray._private.utils import read_ray_address
         from ray.cluster_utils import Cluster
 
         prepare_ray(starts=True)
         logging.getLogger("ray").setLevel(logging.WARNING)
-        self._address_before = read_ray_address()
+        self._address_before = known_address()
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         self._cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": HEAD_SETTINGS})
         for _ in range(self._count):
@@ -61,11 +61,9 @@ class LocalNodes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        from ray._private.utils import write_ray_address
-
         self._cluster.shutdown()
         if self._address_before:  # `ray start` on this machine: what connects by address="auto" is to find it again
-            write_ray_address(self._address_before)
+            note_address(self._address_before)
 
     @property
     def address(self) -> str:
@@ -81,19 +79,18 @@ class LocalNodes:
 
     def node_ids(self, *, alive: bool = False) -> list[str]:
         """Ids of the nodes besides the head; with `alive`, of those that Ray takes to be alive."""
-        living = self._cluster.global_state._live_node_ids() if alive else None
+        living = nodes_of(self._cluster) if alive else None
         return [node.node_id for node in self._cluster.worker_nodes if living is None or node.node_id in living]
 
     def draining(self) -> dict[str, int]:
         """Nodes that are being drained, with the deadline in milliseconds since the epoch."""
-        return dict(self._cluster.global_state.get_draining_nodes())
+        return draining_nodes_of(self._cluster)
 
     def train_workers(self) -> dict[str, list[int]]:
         """Process ids of the living training workers, by node id."""
         found: dict[str, list[int]] = {}
-        for actor in self._cluster.global_state.actor_table(None, None, "ALIVE").values():
-            if actor["ActorClassName"].endswith(TRAIN_WORKER):
-                found.setdefault(actor["Address"]["NodeID"], []).append(actor["Pid"])
+        for node, pid in actors_of(self._cluster, TRAIN_WORKER):
+            found.setdefault(node, []).append(pid)
         return found
 
     def pick(self, draw: float) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 from dora_ray.clips.direct import DecodedSegment, decode_segment
 from dora_ray.clips.plan import Plan
 from dora_ray.clips.slot import SlotBatch, SlotKey, read_slots
+from dora_ray.ray_internals import SETUP_HOOK
 from dora_ray.store.supervision import TaskWatch
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,6 @@ class RayEngine:
             decode_seconds: the longest that a clip or a frame may take before its process is ended.
         """
         import ray
-        from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
         # Inside a tuple, so that tasks get the reference itself and every process unpacks the plan once.
         self._plan = (ray.put(plan),)
@@ -78,9 +78,9 @@ class RayEngine:
             "max_retries": MAX_RETRIES,
             "scheduling_strategy": "DEFAULT",
         }
-        if os.environ.get(WORKER_PROCESS_SETUP_HOOK_ENV_VAR):
+        if os.environ.get(SETUP_HOOK):
             # A task's process inherits what a training worker's process imports before it begins: seconds of work.
-            options["runtime_env"] = {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: ""}}
+            options["runtime_env"] = {"env_vars": {SETUP_HOOK: ""}}
         pinned: dict[str, Any] = {"label_selector": {"role": node_label}} if node_label else {}
         anywhere, elsewhere = options | pinned, options | (pinned or {"scheduling_strategy": "SPREAD"})
         # By whether the work is done again.

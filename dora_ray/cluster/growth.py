@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from dora_ray.ray_internals import most_resources
 
 
 def resources_within_reach() -> dict[str, float]:
     """Return, by name, what the cluster has now or could have with all nodes that its node types allow."""
-    ray: Any = importlib.import_module("ray")
-    # Ray has no public way to ask what the autoscaler may add; its own Train and Data ask so. None without one.
-    state: Any = importlib.import_module("ray._private.state").state
+    import ray
+
     found: dict[str, float] = dict(ray.cluster_resources())
-    for name, most in (state.get_max_resources_from_cluster_config() or {}).items():
-        found[name] = max(found.get(name, 0.0), float(most))
+    for name, most in most_resources().items():
+        found[name] = max(found.get(name, 0.0), most)
     return found

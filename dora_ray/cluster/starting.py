@@ -10,10 +10,10 @@ from typing import Any
 
 from dora_ray.errors import ClusterError
 from dora_ray.ray_folder import check_ray_folder
+from dora_ray.ray_internals import token_logger
 
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 CONNECT_SECONDS = 10.0
-TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 
 
 def prepare_ray(*, starts: bool) -> None:
@@ -31,7 +31,7 @@ def prepare_ray(*, starts: bool) -> None:
     if starts:
         check_ray_folder()
     # The mode itself is left alone: Ray reads the variable once, when it is imported, and that may have been long ago.
-    logging.getLogger(TOKEN_LOGGER).addFilter(_is_no_token_notice)
+    token_logger().addFilter(_is_no_token_notice)
 
 
 def _is_no_token_notice(record: logging.LogRecord) -> bool:

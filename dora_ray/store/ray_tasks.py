@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import uuid
@@ -12,6 +11,7 @@ from typing import Any
 
 from dora_ray.cluster.starting import prepare_ray
 from dora_ray.errors import ClusterError
+from dora_ray.ray_internals import call_each_turn, quiet_data
 
 Task = Callable[[str], dict[str, Any]]
 
@@ -77,7 +77,7 @@ def run_tasks(
 def _consume(items: Sequence[str], task: Task, node_label: str | None, results: queue.Queue[Any], job: str) -> None:
     try:
         dataset = _dataset(items, task, node_label)
-        dataset.context.custom_execution_callback_classes.append(_stopper(job))
+        call_each_turn(dataset.context, lambda: _end_if_given_up(job))
         for row in dataset.iter_rows():
             results.put(row)
     except Exception as error:  # noqa: BLE001  it is raised again by the thread that waits for the results
@@ -86,25 +86,17 @@ def _consume(items: Sequence[str], task: Task, node_label: str | None, results: 
         _GIVEN_UP.discard(job)
 
 
-def _stopper(job: str) -> type[Any]:
-    """Ends the job once it is given up: one that waits for nodes which never come would wait on after its caller."""
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
-
-    class Stopper(ExecutionCallback):
-        def on_execution_step(self, executor: Any) -> None:
-            if job in _GIVEN_UP:
-                raise ClusterError("the job was given up")
-
-    return Stopper
+def _end_if_given_up(job: str) -> None:
+    """End a job whose caller has left: one that waits for nodes which never come would wait on."""
+    if job in _GIVEN_UP:
+        raise ClusterError("the job was given up")
 
 
 def _dataset(items: Sequence[str], task: Task, node_label: str | None) -> Any:
     """One block and one task for each item, so that a retry repeats one."""
     import ray.data
 
-    # Our callers' progress speaks for the job: Ray Data's note that its bars are off, and its last line, are left out.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
+    quiet_data()  # our callers' progress speaks for the job
     pinned = {"label_selector": {"role": node_label}} if node_label else {}
     dataset = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
         lambda row: task(row["item"]), num_cpus=_task_cpus(), **pinned

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Protocol
 
 from dora_ray.config import DECODE_ATTEMPTS
+from dora_ray.ray_internals import attempt_number
 from dora_ray.store.watchdog import Attempts, Ended
 
 HANGS = 2
@@ -55,11 +56,10 @@ class TaskWatch(Unwatched):
             seconds: the longest that an item may take.
         """
         import ray
-        from ray._private.worker import global_worker
 
         self._seconds = seconds
         self._attempts: Attempts | None = None
-        if global_worker.core_worker.get_current_task_attempt_number() > 0:
+        if attempt_number() > 0:
             # A task keeps its id when it is run again.
             self._attempts = Attempts(f"task {ray.get_runtime_context().get_task_id()}", limit_seconds=seconds)
         super().__init__(given_up(self._attempts.ended) if self._attempts else ())

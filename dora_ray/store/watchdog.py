@@ -12,7 +12,9 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from dora_ray.ray_internals import delete_value, get_value, put_value
 
 NAMESPACE = "dora-ray-attempts"
 # A task that is ended at its limit begins again this soon. One that begins later was lost with its node, perhaps, and
@@ -52,7 +54,7 @@ class Attempts:
             limit_seconds: the longest that an item may take.
         """
         self._work = work
-        stored = _store()._internal_kv_get(work, namespace=NAMESPACE)
+        stored = get_value(work, namespace=NAMESPACE)
         known, last = json.loads(stored) if stored is not None else ([], None)
         self.ended = [Ended(*fields) for fields in known]
         if last is not None:
@@ -68,15 +70,7 @@ class Attempts:
 
     def forget(self) -> None:
         """The work is done."""
-        _store()._internal_kv_del(self._work, namespace=NAMESPACE)
+        delete_value(self._work, namespace=NAMESPACE)
 
     def _put(self, last: tuple[int, float] | None) -> None:
-        content = json.dumps((self.ended, last))
-        _store()._internal_kv_put(self._work, content, overwrite=True, namespace=NAMESPACE)
-
-
-def _store() -> Any:
-    """The head node's key-value store, which outlives every worker."""
-    from ray.experimental import internal_kv
-
-    return internal_kv
+        put_value(self._work, json.dumps((self.ended, last)), namespace=NAMESPACE)

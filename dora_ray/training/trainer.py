@@ -17,6 +17,7 @@ from dora_ray.cluster.growth import resources_within_reach
 from dora_ray.cluster.starting import join_cluster, prepare_ray
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
+from dora_ray.ray_internals import has_node_types
 from dora_ray.training.worker import ray_worker
 from dora_ray.training.worlds import Job
 
@@ -152,7 +153,7 @@ def check_resources(config: Config) -> None:
         wanted["GPU"] = float(fewest)
     present = ray.cluster_resources()
     missing = {name: count for name, count in wanted.items() if present.get(name, 0.0) < count}
-    if missing and not _can_grow():
+    if missing and not has_node_types():
         found = ", ".join(f"{present.get(name, 0):g} {name}s" for name in missing)
         needed = ", ".join(f"{count:g} {name}s" for name, count in missing.items())
         raise ClusterError(
@@ -161,25 +162,14 @@ def check_resources(config: Config) -> None:
         )
 
 
-def _can_grow() -> bool:
-    """Whether an autoscaler with node types of its own runs here; without one, Ray names a node's type after its id."""
-    import ray
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    nodes = [*status.active_nodes, *status.idle_nodes]
-    return any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
-
-
 def run_on_ray(job: Job) -> None:
     """Train with Ray Train until the last step, through failures and resizes.
 
     Raises:
         DoRAError: what all ranks decided to stop for; or more failures than cluster.max_failures.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     from dora_ray.training.elastic.controller import Elastic, ElasticTrainer, describe, most_telling
     from dora_ray.training.elastic.spares import ENVIRONMENT

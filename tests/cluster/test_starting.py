@@ -9,6 +9,7 @@ import pytest
 
 from dora_ray.cluster import starting
 from dora_ray.errors import ClusterError
+from dora_ray.ray_internals import token_logger
 from tests.cluster.heads import free_ports
 
 
@@ -51,7 +52,7 @@ def test_where_the_token_is_from(tmp_path, monkeypatch):
 
 def test_rays_notice_is_left_out_and_its_warnings_are_not(caplog):
     starting.prepare_ray(starts=True)
-    logger = logging.getLogger(starting.TOKEN_LOGGER)
+    logger = token_logger()
     with caplog.at_level(logging.WARNING, logger.name):
         logger.addHandler(caplog.handler)
         logger.warning("Token authentication is enabled for this Ray cluster. Set ...")

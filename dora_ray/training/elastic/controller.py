@@ -5,8 +5,7 @@ the controller's process. Before a resize or an abort it asks the workers to sav
 notice of a preemption it asks them to save at once, and again before the deadline; after a failure it waits until rank
 0, if it lives, has saved and the lost node is known to be lost, and has the reservations counted again, which Ray does
 every 20 seconds only. The scaling policy below counts no drained node, so that a group moves off it when the notice
-comes. All is built on Ray Train's developer interface and on one call of its autoscaling coordinator, hence the pinned
-version.
+comes. `ray_internals` names what of Ray this leans on.
 """
 
 from __future__ import annotations
@@ -22,16 +21,23 @@ from signal import SIGTERM
 from typing import Any
 
 import ray
-from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
 from ray.exceptions import OutOfMemoryError, RayError
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import DEFAULT_PREEMPTION_DEADLINE_S
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
-from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 
 from dora_ray.errors import DoRAError
+from dora_ray.ray_internals import (
+    DEFAULT_PREEMPTION_DEADLINE_S,
+    ControllerCallback,
+    ElasticScalingPolicy,
+    NoopDecision,
+    ReservedResources,
+    ScalingDecision,
+    WorkerGroupCallback,
+    WorkerGroupPollStatus,
+    WorkerGroupState,
+    count_resources_again,
+    draining_nodes,
+)
 from dora_ray.training.elastic.requests import LEAVE_SECONDS, Request, ask, ask_to_leave, catch_signals, wait_for_end
 from dora_ray.training.elastic.spares import environment, start_spares
 from dora_ray.training.records.journal import add_event
@@ -46,7 +52,7 @@ SPARE_READY_SECONDS = 15.0
 LOST_NODE_SECONDS = 15.0
 # After another rank's end rank 0's next sum fails, at once where the connection was closed; then it saves.
 NOTICE_PEER_SECONDS, SAVE_SECONDS = 2.0, 60.0
-# What Ray's coordinator, and a worker that is asked for a word, answer in.
+# What a worker that is asked for a word answers in.
 ANSWER_SECONDS = 5.0
 
 
@@ -62,7 +68,7 @@ class StayingNodes(ElasticScalingPolicy):
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
         """Every health check; Ray Train's own answer where no worker's node is drained."""
-        if not {worker.metadata.node_id for worker in worker_group_state.workers} & _draining().keys():
+        if not {worker.metadata.node_id for worker in worker_group_state.workers} & draining_nodes().keys():
             return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         count = self._count_possible_workers(self._get_reserved_resources() or {})
         enough = count >= self.scaling_config.min_workers
@@ -70,7 +76,7 @@ class StayingNodes(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: ReservedResources) -> int:
         # What is reserved is counted every 20 seconds only: a node may be gone since.
-        staying = _alive() - _draining().keys()
+        staying = _alive() - draining_nodes().keys()
         count: int = super()._count_possible_workers(
             {node: resources for node, resources in reserved_resources.items() if node in staying}
         )
@@ -152,7 +158,7 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         Ray Train's own watcher is an actor that is started anew with every group: it tells seconds later, and in the
         first ones after a restart nothing.
         """
-        draining = _draining()
+        draining = draining_nodes()
         leaving = {rank: worker.metadata.node_id for rank, worker in enumerate(workers)}
         ends = {rank: draining[node] for rank, node in leaving.items() if node in draining}
         first = min(ends.values(), default=None)
@@ -253,12 +259,6 @@ def _alive() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def _draining() -> dict[str, float]:
-    """Nodes that are drained, each with the seconds since the epoch at which it goes; inf where nobody said when."""
-    milliseconds = ray._private.state.state.get_draining_nodes()
-    return {node: end / 1000 if end else math.inf for node, end in milliseconds.items()}
-
-
 def _unreachable(nodes: Sequence[dict[str, Any]]) -> set[str]:
     """Nodes whose raylet does not answer: dead, though Ray's health check has not found out yet."""
     found = set()
@@ -273,9 +273,6 @@ def _unreachable(nodes: Sequence[dict[str, Any]]) -> set[str]:
 def _count_again(*, wait: bool) -> None:
     """Have the cluster's resources counted and reserved now rather than at the coordinator's next tick."""
     try:
-        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-        counted = coordinator.get_reserved_resources.remote("", recompute=True)
-        if wait:
-            ray.get(counted, timeout=ANSWER_SECONDS)
+        count_resources_again(wait=wait)
     except (RayError, ValueError) as error:
         logger.warning("the cluster's resources are counted at the next tick: %s", error)

@@ -11,15 +11,14 @@ import importlib
 import logging
 from typing import Any
 
-from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+from dora_ray.ray_internals import SETUP_HOOK, start_processes
 
 logger = logging.getLogger(__name__)
 
 # What a worker's process calls first: `preload` in this module.
-ENVIRONMENT = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.preload"}
+ENVIRONMENT = {SETUP_HOOK: f"{__name__}.preload"}
 # Longer than any run: an idle process that is not to be kept is ended for another's sake, and all end with the job.
 KEPT_SECONDS = 90 * 24 * 3600
-ANSWER_SECONDS = 5.0
 
 
 def preload() -> None:
@@ -43,22 +42,6 @@ def start_spares(node: dict[str, Any], runtime_environment: str, count: int) -> 
         runtime_environment: of those workers, see `environment`.
         count: processes.
     """
-    import grpc
-    import ray
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated.common_pb2 import Language
-    from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
-    from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
-
-    request = PrestartWorkersRequest(
-        language=Language.PYTHON,
-        job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
-        keep_alive_duration_secs=KEPT_SECONDS,
-        num_workers=count,
-    )
-    request.runtime_env_info.serialized_runtime_env = runtime_environment
-    try:
-        with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
-            NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER_SECONDS)
-    except grpc.RpcError as error:
-        logger.warning("no spare worker on %s: %s", node["NodeManagerAddress"], error)
+    why_not = start_processes(node, runtime_environment, count, keep_seconds=KEPT_SECONDS)
+    if why_not:
+        logger.warning("no spare worker on %s: %s", node["NodeManagerAddress"], why_not)

@@ -63,7 +63,7 @@ def test_resources_are_counted_on_demand(ray_cluster: Any, caplog: pytest.LogCap
 
 def test_no_node_is_lost_or_leaving(ray_cluster: Any) -> None:
     assert len(elastic._alive()) == 1
-    assert not elastic._draining()
+    assert not elastic.draining_nodes()
     assert not elastic._unreachable(ray_cluster.nodes())
     gone = ray_cluster.nodes()[0] | {"NodeManagerPort": 1}
     assert elastic._unreachable([gone]) == elastic._alive()
@@ -99,9 +99,9 @@ def test_no_worker_is_counted_onto_a_node_that_goes(monkeypatch: pytest.MonkeyPa
     reserved = {"a": {"CPU": 4.0}, "b": {"CPU": 5.0}, "c": {"CPU": 1.0}}
     alive = {"a", "b", "c"}
     monkeypatch.setattr(elastic, "_alive", lambda: alive)
-    monkeypatch.setattr(elastic, "_draining", dict)
+    monkeypatch.setattr(elastic, "draining_nodes", dict)
     assert policy._count_possible_workers(reserved) == 4
-    monkeypatch.setattr(elastic, "_draining", lambda: {"b": time.time() + 3600})
+    monkeypatch.setattr(elastic, "draining_nodes", lambda: {"b": time.time() + 3600})
     assert policy._count_possible_workers(reserved) == 2
     alive.remove("a")
     assert policy._count_possible_workers(reserved) == 0
@@ -118,7 +118,7 @@ def test_a_group_leaves_a_drained_node_at_once(monkeypatch: pytest.MonkeyPatch) 
         policy = elastic.StayingNodes(scaling)
         monkeypatch.setattr(policy, "_get_reserved_resources", lambda: reserved)
         monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
-        monkeypatch.setattr(elastic, "_draining", lambda: draining)
+        monkeypatch.setattr(elastic, "draining_nodes", lambda: draining)
         decision = policy.make_decision_for_running_worker_group(group, None)
         return getattr(decision, "num_workers", None)
 

@@ -1,0 +1,329 @@
+"""Private and developer interfaces of Ray; no other file of the package uses any.
+
+Ray may change these in any release, hence the pinned minor version; tests/test_ray_internals.py holds a contract for
+each. Every docstring says what the call is for and what a public interface would give instead. Ray is imported by the
+calls: a decode process that wants one of them does not pay for the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+    from ray.data import DataContext
+    from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+    from ray.train.v2._internal.constants import DEFAULT_PREEMPTION_DEADLINE_S
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingDecision
+    from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+    from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+
+__all__ = [
+    "DEFAULT_PREEMPTION_DEADLINE_S",
+    "ControllerCallback",
+    "ElasticScalingPolicy",
+    "ExecutionCallback",
+    "NoopDecision",
+    "ReservedResources",
+    "ResizeDecision",
+    "ScalingDecision",
+    "WorkerGroupCallback",
+    "WorkerGroupPollStatus",
+    "WorkerGroupState",
+]
+
+# The environment variable that names what a worker process calls before anything else. Publicly it is set for all of a
+# job (runtime_env={"worker_process_setup_hook": ...}); the variable sets it for the training workers alone.
+SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
+ANSWER_SECONDS = 5.0
+PACE_SECONDS = 0.005
+
+# Classes and constants of Ray's own, by where they are. The public fallback of those of Ray Train is
+# `ray.train.UserCallback`, which hears of failures and reports but not of resizes, drains and aborts, so that each of
+# these would lose the steps since the last checkpoint; that of ExecutionCallback is to stop iterating over the dataset.
+_RAYS_OWN = {
+    "ReservedResources": "ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator",
+    "ExecutionCallback": "ray.data._internal.execution.execution_callback",
+    "DEFAULT_PREEMPTION_DEADLINE_S": "ray.train.v2._internal.constants",
+    "ControllerCallback": "ray.train.v2._internal.execution.callback",
+    "WorkerGroupCallback": "ray.train.v2._internal.execution.callback",
+    "NoopDecision": "ray.train.v2._internal.execution.scaling_policy",
+    "ResizeDecision": "ray.train.v2._internal.execution.scaling_policy",
+    "ScalingDecision": "ray.train.v2._internal.execution.scaling_policy",
+    "ElasticScalingPolicy": "ray.train.v2._internal.execution.scaling_policy.elastic",
+    "WorkerGroupPollStatus": "ray.train.v2._internal.execution.worker_group",
+    "WorkerGroupState": "ray.train.v2._internal.execution.worker_group",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import one of Ray's own when it is first asked for."""
+    if name not in _RAYS_OWN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_RAYS_OWN[name]), name)
+
+
+# Ray Data
+
+
+def call_each_turn(context: DataContext, call: Callable[[], object]) -> None:
+    """Have `call` called in each turn of the loop that schedules a dataset's tasks; what it raises ends the execution.
+
+    Public fallback: none; an execution that waits for nodes which never come cannot be ended from outside.
+
+    Args:
+        context: of the dataset, before it is iterated over.
+        call: pickled with the context where the loop runs in an actor of its own, as `streaming_split` has it.
+    """
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class EachTurn(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            call()
+
+    context.custom_execution_callback_classes.append(EachTurn)
+
+
+def pace_execution(context: DataContext) -> None:
+    """Have the scheduling loop sleep 5 ms a turn: where the consumer is slower than the tasks it spins on a core.
+
+    Public fallback: leave it out, at the cost of that core.
+    """
+    call_each_turn(context, functools.partial(time.sleep, PACE_SECONDS))
+
+
+def quiet_data() -> None:
+    """Leave out Ray Data's note that its progress bars are off, and its last line.
+
+    Public fallback: leave it out; the lines stand between ours.
+    """
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
+
+
+# Tasks, and what outlives their processes
+
+
+def attempt_number() -> int:
+    """How many times Ray has begun the task that runs here before; 0 in its first attempt.
+
+    Public fallback: none for tasks; note the beginning of each attempt in `put_value`'s store, at the price of a call
+    to the head for every task.
+    """
+    from ray._private.worker import global_worker
+
+    return int(global_worker.core_worker.get_current_task_attempt_number())
+
+
+def put_value(key: str, value: str | bytes, *, namespace: str) -> None:
+    """Store a small value on the head node, where it outlives every worker; replaces what was there.
+
+    Public fallback of these three: a detached actor with a dict, which is a process more.
+    """
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_put(key, value, overwrite=True, namespace=namespace)
+
+
+def get_value(key: str, *, namespace: str) -> bytes | None:
+    """Look up what `put_value` stored; None where there is nothing."""
+    from ray.experimental import internal_kv
+
+    value: bytes | None = internal_kv._internal_kv_get(key, namespace=namespace)
+    return value
+
+
+def delete_value(key: str, *, namespace: str) -> None:
+    """Forget what `put_value` stored, if anything."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_del(key, namespace=namespace)
+
+
+# Nodes
+
+
+def draining_nodes() -> dict[str, float]:
+    """Ids of nodes that are being drained, each with the time.time() at which it goes; inf where nobody said when.
+
+    Public fallback: `ray.train.get_preemption_info()` in the workers, which is a barrier and tells seconds later.
+    """
+    import ray
+
+    milliseconds = ray._private.state.state.get_draining_nodes()
+    return {node: end / 1000 if end else math.inf for node, end in milliseconds.items()}
+
+
+def drain_node(address: str, node_id: str, *, deadline: float, reason: str) -> str | None:
+    """Have Ray drain a node for a preemption.
+
+    Public fallback: the command `ray drain-node`, which does the same in a process that takes a second to start.
+
+    Args:
+        address: host:port of the cluster's control plane.
+        node_id: the node's id, in hexadecimal.
+        deadline: when the node goes away, as time.time().
+        reason: said in Ray's own messages.
+
+    Returns:
+        None when Ray has taken note; the reason when it refuses.
+    """
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+
+    client = GcsClient(address=address)
+    accepted, refusal = client.drain_node(node_id, DRAIN_NODE_REASON_PREEMPTION, reason, int(deadline * 1000))
+    return None if accepted else str(refusal)
+
+
+def living_nodes_at(address: str, ip: str) -> list[str]:
+    """Ids of the living nodes at an IP address.
+
+    Public fallback: `ray.nodes()`, for which this process would have to connect as a driver.
+
+    Args:
+        address: host:port of the cluster's control plane.
+        ip: of the machine asked for.
+    """
+    from ray._raylet import GcsClient
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+    nodes = GcsClient(address=address).get_all_node_info().items()
+    return [key.hex() for key, node in nodes if node.node_manager_address == ip and node.state == GcsNodeInfo.ALIVE]
+
+
+def has_node_types() -> bool:
+    """Whether an autoscaler with node types of its own runs here; without one, Ray names a node's type after its id.
+
+    Public fallback: take every cluster to be able to grow, and wait for what may never come.
+    """
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    nodes = [*status.active_nodes, *status.idle_nodes]
+    return any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
+
+
+def most_resources() -> dict[str, float]:
+    """Resources that the cluster has with all nodes that its autoscaler's node types allow; empty without one.
+
+    Public fallback: `ray.cluster_resources()`, those of the nodes that are there.
+    """
+    import ray
+
+    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return {name: float(count) for name, count in most.items()}
+
+
+def token_logger() -> logging.Logger:
+    """The logger that says at every start that Ray uses a token.
+
+    Public fallback: leave the line in.
+    """
+    return logging.getLogger("ray._private.authentication.authentication_token_setup")
+
+
+def start_processes(node: Mapping[str, Any], runtime_environment: str, count: int, *, keep_seconds: int) -> str | None:
+    """Have a node start worker processes ahead of time, which it gives to the next actors with that environment.
+
+    Public fallback: leave it out; those actors then take as long to start as the first ones did.
+
+    Args:
+        node: as `ray.nodes()` describes it.
+        runtime_environment: as `ray.get_runtime_context().get_runtime_env_string()` says it in such a worker.
+        count: processes.
+        keep_seconds: before an idle one may be ended.
+
+    Returns:
+        None when they are started; the reason when they are not.
+    """
+    import grpc
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.common_pb2 import Language
+    from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
+    from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
+
+    request = PrestartWorkersRequest(
+        language=Language.PYTHON,
+        job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
+        keep_alive_duration_secs=keep_seconds,
+        num_workers=count,
+    )
+    request.runtime_env_info.serialized_runtime_env = runtime_environment
+    try:
+        with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+            NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER_SECONDS)
+    except grpc.RpcError as error:
+        return str(error)
+    return None
+
+
+def count_resources_again(*, wait: bool) -> None:
+    """Have the resources that a training may reserve counted now, rather than at the next tick.
+
+    Public fallback: leave it out and wait for the tick, which comes every 20 seconds.
+
+    Args:
+        wait: return when it is done.
+
+    Raises:
+        RayError: no answer. ValueError: nobody has reserved anything on this cluster.
+    """
+    import ray
+
+    coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+    counted = coordinator.get_reserved_resources.remote("", recompute=True)
+    if wait:
+        ray.get(counted, timeout=ANSWER_SECONDS)
+
+
+# Clusters on this machine, for `dora-ray chaos`
+
+
+def known_address() -> str | None:
+    """Address of the cluster that `ray start` noted on this machine, for those that connect with address="auto".
+
+    Public fallback of these two: none; a cluster that ends here makes the other one be found by its address only.
+    """
+    from ray._private.utils import read_ray_address
+
+    address: str | None = read_ray_address()
+    return address
+
+
+def note_address(address: str) -> None:
+    """Note a cluster's address as `ray start` does."""
+    from ray._private.utils import write_ray_address
+
+    write_ray_address(address)
+
+
+def nodes_of(cluster: Cluster) -> set[str]:
+    """Ids of a local cluster's living nodes.
+
+    Public fallback of these three: `ray.nodes()` and `ray.util.state`, in a process that is connected to it.
+    """
+    return set(cluster.global_state._live_node_ids())
+
+
+def draining_nodes_of(cluster: Cluster) -> dict[str, int]:
+    """Ids of a local cluster's nodes that are being drained, with the deadline in milliseconds since the epoch."""
+    return dict(cluster.global_state.get_draining_nodes())
+
+
+def actors_of(cluster: Cluster, class_suffix: str) -> list[tuple[str, int]]:
+    """Node and process id of a local cluster's living actors of classes whose names end so."""
+    actors = cluster.global_state.actor_table(None, None, "ALIVE").values()
+    return [
+        (actor["Address"]["NodeID"], actor["Pid"]) for actor in actors if actor["ActorClassName"].endswith(class_suffix)
+    ]
