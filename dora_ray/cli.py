@@ -317,7 +317,7 @@ def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
         help="what the step trains; not given: the recipe paper on a GPU, a smaller network on a CPU",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="of the step; not given: a GPU where there is one")
-    parser.add_argument("--quick", action="store_true", help="a minute or two on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     _add_json(parser)
 
 

@@ -269,7 +269,7 @@ class OptimConfig(Section):
     """Keep only the inputs of the student's blocks, compute the rest again in the backward: less memory, more time."""
     compile: bool = False
     """Compile what a block does to single tokens with torch.compile: a minute on each new node, then from its cache.
-    It pays on a GPU (`dora-ray bench step` prints compiled_ratio), not on a CPU."""
+    It pays on a GPU (`dora-ray bench step` prints compiled_speedup), not on a CPU."""
 
 
 class ClusterConfig(Section):

@@ -7,47 +7,37 @@ kept, the loss one pair of outputs at a time. All else of the step is the same f
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from dora_ray.bench.products import Products, record, square_flops_per_second, synchronize
+from dora_ray.bench.noise import TOO_NOISY, noise, noisy_paths, refuse
+from dora_ray.bench.products import Products, record, square_flops_per_second
 from dora_ray.bench.ranks import all_reduce_seconds
 from dora_ray.bench.saving import Saving, cost
+from dora_ray.bench.timed import ALONE, KEEP_SHARE, Timed
 from dora_ray.bench.yardstick import Yardstick
 from dora_ray.config import Config, load_config
 from dora_ray.errors import ConfigError
 from dora_ray.method.dora import slot_forward
-from dora_ray.method.parts import watched
 from dora_ray.method.reference import reference_slot_forward
-from dora_ray.training.memory import estimate_memory_mb, peak_mb
+from dora_ray.training.memory import estimate_memory_mb
 from dora_ray.training.numerics import has_fp8, prepare_torch
-from dora_ray.training.reduction import SlotSums, next_exponents
-from dora_ray.training.step import SlotForward, apply_step, initial_state, sum_slots
 
-# One slot a step, in the exact form. On a CPU a ViT-Ti/16 with a small head; on a GPU the recipe `paper` as it is.
-ALONE = (
-    "optim.slots=1",
-    "optim.freeze_last_layer_steps=0",
-    "cluster.num_workers=0",
-    "tracking.views=masked",
-    "tracking.every_steps=1",
-)
+# On a CPU a ViT-Ti/16 with a small head; on a GPU the recipe `paper` as it is.
 ON_CPU = ("model.name=vit_tiny_patch16_224", "head.num_outputs=4096", "optim.clips_per_slot=2")
-# Share of its patches that an object view keeps where packed views are timed.
-KEEP_SHARE = 0.4
+
+# Told before each measurement: how many are done, how many there are, and the next one's name.
+Report = Callable[[int, int, str], None]
 
 
-def run(*, quick: bool, config: Config | None = None, device_name: str | None = None) -> dict[str, Any]:
+def run(
+    *, quick: bool, config: Config | None = None, device_name: str | None = None, report: Report | None = None
+) -> dict[str, Any]:
     """Seconds of a step: ours, with the options that save arithmetic, and the reference's; medians over rounds.
 
     The paths take turns within a round. Whatever the recipe says of the cluster, a GPU is used where there is one.
@@ -56,13 +46,16 @@ def run(*, quick: bool, config: Config | None = None, device_name: str | None = 
         quick: two rounds, with one checkpoint, instead of five of each.
         config: what to train; not given: the recipe `paper` on a GPU, ViT-Ti/16 with 4096 outputs and 2 clips on a CPU.
         device_name: "cpu" or "cuda", to use that.
+        report: told of the progress.
 
     Returns:
-        seconds_per_step, reference_seconds_per_step and ratio (ours / reference).
+        seconds_per_step, reference_seconds_per_step, and noise: by how much the median round of ours exceeds the
+        fastest, as a share.
 
-        Of the options, how many steps they make in the time of one of ours: packed_ratio, at a keep share of 0.4;
-        every_second_ratio, the mean of a step with objects and one without; bf16_teacher_ratio, where a GPU computes in
-        float32; fp8_teacher_ratio, where it has fp8; compiled_ratio, on a GPU.
+        Every comparison is a speed-up, more than 1 where something is gained. speedup: the reference's seconds over
+        ours. Of the options, ours over theirs: packed_speedup, at a keep share of 0.4; every_second_speedup, with the
+        mean of a step with objects and one without; bf16_teacher_speedup, where a GPU computes in float32;
+        fp8_teacher_speedup, where it has fp8; compiled_speedup, on a GPU.
 
         tflop_per_step and matmul_share: what the products of networks and tracker take by themselves, one after the
         other, over what the step of the same round takes, with several types of number also for each (on a GPU float32
@@ -79,12 +72,14 @@ def run(*, quick: bool, config: Config | None = None, device_name: str | None = 
         The seconds of the step's parts, augment_share of them (without the clips' upload), peak memory, clips a
         second, and the setting.
 
+        Where the machine was too busy to compare, "too noisy" in place of a number, and a note; see `noise.refuse`.
+
     Raises:
         ConfigError: for "cuda" without a GPU.
     """
     config, device = _setting(config, device_name)
     prepare_torch(device, config.optim, deterministic=config.run.deterministic)
-    timed = _Timed(config, device)
+    timed = Timed(config, device)
     ours = functools.partial(timed.step, config, slot_forward)
     # The first step of ours is the one whose products are written down.
     products = record(ours)
@@ -96,7 +91,7 @@ def run(*, quick: bool, config: Config | None = None, device_name: str | None = 
     for name, option in options.items():
         forward = functools.partial(slot_forward, masks=timed.masks()) if name == "packed" else slot_forward
         # These change the networks themselves.
-        of = _Timed(option, device) if name in ("fp8_teacher", "compiled") else timed
+        of = Timed(option, device) if name in ("fp8_teacher", "compiled") else timed
         # Of every second step, step 0 is as ours: what is timed is step 1, without objects.
         paths[name] = functools.partial(of.step, option, forward, number=int(name == "every_second"))
     for kind, some in products.by_type().items():
@@ -107,12 +102,14 @@ def run(*, quick: bool, config: Config | None = None, device_name: str | None = 
     paths["reference"] = reference
     # The first call compiles, on a GPU it also chooses kernels and asks for memory.
     first = list(paths) if device.type == "cuda" else ["ours"] if config.optim.compile else []
-    failed = _call_once(paths, first, options)
+    num_rounds = 2 if quick else 5
+    told = _told(paths, report, total=len(first) + num_rounds * len(paths))
+    failed = _call_once(told, first, options)
     with tempfile.TemporaryDirectory() as folder:
         saving = Saving(ours, timed.state, config, folder)
-        paths["saving"] = saving.seconds
-        counts = dict.fromkeys(paths, 2 if quick else 5)
-        seconds, of_process = timed.rounds(paths, counts | ({"saving": 1} if quick else {}))
+        told |= _told({"saving": saving.seconds}, None, total=0)
+        counts = dict.fromkeys(told, num_rounds)
+        seconds, of_process = timed.rounds(told, counts | ({"saving": 1} if quick else {}))
     # The reference's first step asks for memory that ours had no need of.
     seconds["reference"] = seconds["reference"][1:]
     checkpoints = cost(saving.written, seconds["ours"][: len(saving.written)])
@@ -121,8 +118,36 @@ def run(*, quick: bool, config: Config | None = None, device_name: str | None = 
         | _memory(config, device, of_process | peak)
         | _shares(products, seconds, device)
     )
+    result |= checkpoints | timed.parts(config)
     sums = {f"all_reduce_{kind}_seconds": found for kind, found in all_reduce_seconds(timed.sizes).items()}
-    return result | checkpoints | sums | failed | timed.parts(config)
+    return _without_noise(result, seconds) | sums | failed
+
+
+def _told(
+    paths: dict[str, Callable[[], float]], report: Report | None, *, total: int
+) -> dict[str, Callable[[], float]]:
+    """The paths, each of which says that it begins."""
+    numbers = itertools.count()
+
+    def tell(name: str, path: Callable[[], float]) -> float:
+        if report is not None:
+            report(next(numbers), total, name)
+        return path()
+
+    return {name: functools.partial(tell, name, path) for name, path in paths.items()}
+
+
+def _without_noise(result: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """The result without comparisons that the machine was too busy for, and a note that says so."""
+    quiet = refuse(result, noisy_paths(seconds))
+    refused = [name for name, value in quiet.items() if value == TOO_NOISY]
+    if not refused:
+        return quiet
+    return quiet | {
+        "note": f"too noisy to compare: {', '.join(refused)}. The median round of ours took "
+        f"{noise(seconds['ours']):.0%} more than the fastest: other programs ran meanwhile. Run it again on an idle "
+        "machine."
+    }
 
 
 def _call_once(paths: dict[str, Callable[[], float]], names: Iterable[str], options: Collection[str]) -> dict[str, str]:
@@ -167,106 +192,6 @@ def _options(config: Config, device: torch.device) -> dict[str, Config]:
     return {name: load_config(config, *words) for name, words in found.items()}
 
 
-class _Timed:
-    """A training that repeats its first step on the same clips.
-
-    Args:
-        config: of the run; a step is one slot.
-        device: where it is computed.
-    """
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.state = initial_state(config, device)
-        size, rng = config.crops.clip_size, np.random.default_rng(0)
-        shape = (config.optim.clips_per_slot, config.clip.num_frames, size, size, 3)
-        clips = rng.integers(0, 256, shape, dtype=np.uint8)
-        self.batch: Any = SimpleNamespace(step=0, slot=0, clips=clips, valid=np.ones(shape[0], bool))
-
-    @property
-    def sizes(self) -> list[int]:
-        """Elements of each quantity that slots add: gradients, and the teacher's outputs."""
-        return [*(p.numel() for p in self.state.student.parameters()), self.state.center.numel()]
-
-    def step(self, config: Config, forward: SlotForward, *, number: int = 0) -> float:
-        """Seconds of the step with a number."""
-        self.state.step = self.batch.step = number
-        records = torch.zeros(0, dtype=torch.int64)
-        synchronize(self.device)
-        started = time.perf_counter()
-        apply_step(self.state, sum_slots(self.state, [self.batch], records, config, None, forward), config)
-        synchronize(self.device)
-        return time.perf_counter() - started
-
-    def peaks(self, paths: dict[str, Callable[[], float]]) -> dict[str, float]:
-        """Peak megabytes of each path on a GPU, one after the other."""
-        found = {}
-        for name, path in paths.items():
-            torch.cuda.reset_peak_memory_stats(self.device)
-            path()
-            found[name] = torch.cuda.max_memory_allocated(self.device) / 2**20
-            torch.cuda.empty_cache()
-        return found
-
-    def rounds(
-        self, paths: dict[str, Callable[[], float]], counts: dict[str, int]
-    ) -> tuple[dict[str, list[float]], dict[str, float]]:
-        """Seconds of each path in each round, and the process's peak megabytes after its first; counts of rounds."""
-        seconds: dict[str, list[float]] = defaultdict(list)
-        peak: dict[str, float] = {}
-        for number in range(max(counts.values())):
-            for name, path in paths.items():
-                if number < counts[name]:
-                    seconds[name].append(path())
-                    peak.setdefault(name, peak_mb())
-        return dict(seconds), peak
-
-    def masks(self) -> Tensor:
-        """(M, K, T, N) masks of random patches, each with its own share around the stated one."""
-        config = self.config
-        count = (config.crops.global_size // config.model.patch_size) ** 2
-        shape = (config.optim.clips_per_slot, config.tracking.num_objects, config.clip.num_frames)
-        generator = torch.Generator().manual_seed(0)
-        shares = KEEP_SHARE * (0.5 + torch.rand(*shape, 1, generator=generator))
-        shares *= KEEP_SHARE / shares.mean()
-        ranks = torch.rand(*shape, count, generator=generator).argsort(dim=-1)
-        return (ranks < (shares * count).round()).float().to(self.device)
-
-    def parts(self, config: Config) -> dict[str, Any]:
-        """Seconds of each part of one step, the device waited for at both ends, and of both kinds of reduction."""
-        seconds: dict[str, float] = defaultdict(float)
-
-        @contextmanager
-        def watch(name: str) -> Iterator[None]:
-            synchronize(self.device)
-            started = time.perf_counter()
-            yield
-            synchronize(self.device)
-            seconds[name] += time.perf_counter() - started
-
-        with watched(watch):
-            whole = self.step(config, slot_forward)
-        seconds.pop("reduction")
-        reductions = {f"reduction_{kind}": self._reduction(kind) for kind in ("exact", "float32")}
-        return {"augment_share": seconds["augment"] / whole, "parts": dict(seconds) | reductions}
-
-    def _reduction(self, kind: Any) -> float:
-        """Seconds of adding one slot's quantities and converting the sum back."""
-        sizes = self.sizes
-        quantities = [torch.full((size,), 0.5, device=self.device) for size in sizes]
-        exponents = torch.zeros(len(sizes), dtype=torch.int32)
-        found = []
-        for _ in range(2):
-            synchronize(self.device)
-            started = time.perf_counter()
-            sums = SlotSums(sizes, num_records=0, num_slots=1, reduction=kind, exponents=exponents, device=self.device)
-            sums.add(quantities)
-            next_exponents(sums.all_reduce(None).quantities, exponents, first=True)
-            synchronize(self.device)
-            found.append(time.perf_counter() - started)
-        return min(found)
-
-
 def _speeds(config: Config, device: torch.device, seconds: dict[str, list[float]]) -> dict[str, Any]:
     """The setting, what a step takes, and the ratios."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -279,20 +204,21 @@ def _speeds(config: Config, device: torch.device, seconds: dict[str, list[float]
         f"{config.crops.global_size} and {config.crops.local_size} px",
         "seconds_per_step": ours,
         "reference_seconds_per_step": median["reference"],
-        "ratio": ours / median["reference"],
+        "speedup": median["reference"] / ours,
+        "noise": noise(seconds["ours"]),
         "clips_per_second": config.optim.clips_per_slot / ours,
     }
     if "packed" in median:
         result |= {
             "packed_seconds_per_step": median["packed"],
-            "packed_ratio": ours / median["packed"],
+            "packed_speedup": ours / median["packed"],
             "packed_keep_share": KEEP_SHARE,
         }
     if "every_second" in median:
         mean = (ours + median["every_second"]) / 2
-        result |= {"every_second_seconds_per_step": mean, "every_second_ratio": ours / mean}
+        result |= {"every_second_seconds_per_step": mean, "every_second_speedup": ours / mean}
     for name in {"bf16_teacher", "fp8_teacher", "compiled"} & median.keys():
-        result[f"{name}_ratio"] = ours / median[name]
+        result[f"{name}_speedup"] = ours / median[name]
     return result
 
 

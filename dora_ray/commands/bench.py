@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from dora_ray.commands import words
-from dora_ray.commands.output import write_facts, write_json
+from dora_ray.commands.output import Stages, write_facts, write_json
 from dora_ray.errors import ConfigError
 
 
@@ -24,7 +24,17 @@ def run(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     bench: Any = import_module(f"dora_ray.bench.{options.what}")
     if options.what == "step":
-        return dict(bench.run(quick=options.quick, config=words.load(options.words), device_name=options.device))
+        with Stages() as stages:
+            return dict(
+                bench.run(
+                    quick=options.quick,
+                    config=words.load(options.words),
+                    device_name=options.device,
+                    report=lambda done, total, name: stages.at("bench step", "measurements").update(
+                        step=done, total=total, now=name
+                    ),
+                )
+            )
     if options.words:
         raise ConfigError(f"bench {options.what} takes no configuration ({' '.join(options.words)}); bench step does")
     if options.device:

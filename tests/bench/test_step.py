@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from dora_ray.bench import step
+from dora_ray.bench.noise import TOO_NOISY, noise, noisy_paths, refuse
 from dora_ray.bench.products import record
 from dora_ray.bench.saving import Written, cost
+from dora_ray.bench.timed import ALONE, KEEP_SHARE, Timed
 from dora_ray.config import load_config
 from dora_ray.errors import ConfigError
 from dora_ray.method.dora import slot_forward
@@ -37,44 +39,76 @@ OF_FORWARD_AND_BACKWARD = {"teacher", "tracker", "student_forward", "loss", "mea
 PARTS = {"upload", "augment", "optimizer", "ema"} | OF_FORWARD_AND_BACKWARD
 
 
-def test_reports_all_paths() -> None:
-    config = load_config("paper", *SMALL)
-    result = step.run(quick=True, config=config)
-    assert result["ratio"] == pytest.approx(result["seconds_per_step"] / result["reference_seconds_per_step"])
-    assert result["packed_ratio"] == pytest.approx(result["seconds_per_step"] / result["packed_seconds_per_step"])
+def test_reports_all_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other programs on this machine make its times uneven, which is another test's."""
+    monkeypatch.setattr(step, "noisy_paths", lambda seconds: set())
+    config, told = load_config("paper", *SMALL), []
+    result = step.run(quick=True, config=config, report=lambda *progress: told.append(progress))
+    ours = result["seconds_per_step"]
+    assert result["speedup"] == pytest.approx(result["reference_seconds_per_step"] / ours)
+    assert result["packed_speedup"] == pytest.approx(ours / result["packed_seconds_per_step"])
     every_second = result["every_second_seconds_per_step"]
-    assert result["every_second_ratio"] == pytest.approx(result["seconds_per_step"] / every_second)
-    assert every_second > result["seconds_per_step"] / 2
+    assert result["every_second_speedup"] == pytest.approx(ours / every_second)
+    assert every_second > ours / 2
     assert set(result["parts"]) == PARTS | {"reduction_exact", "reduction_float32"}
     assert all(seconds > 0 for seconds in result["parts"].values())
     assert 0 < result["augment_share"] < 1
     assert result["tflop_per_step"] > 0
-    assert 0 < result["matmul_share"] < 1
+    assert result["matmul_share"] == TOO_NOISY or 0 < result["matmul_share"] <= 1
     assert 0 < result["peak_memory_mb"] <= result["reference_peak_memory_mb"]
     sizes = estimate_memory_mb(config, half=torch.cuda.is_available())
     assert result["estimated_memory_mb"] == pytest.approx(sizes["total"] - sizes["snapshot"])
     assert result["all_reduce_exact_seconds"] > 0
     assert result["all_reduce_float32_seconds"] > 0
-    lost = result["checkpoint_held_seconds"] + result["checkpoint_slowdown_seconds"]
-    assert result["checkpoint_share"] == pytest.approx(lost / 30)
+    slower = result["checkpoint_slowdown_seconds"]
+    if slower != TOO_NOISY:
+        assert result["checkpoint_share"] == pytest.approx((result["checkpoint_held_seconds"] + slower) / 30)
     assert result["checkpoint_write_seconds"] > 0
+    assert [done for done, _, _ in told] == list(range(len(told)))
+    assert len({total for _, total, _ in told}) == 1
+    assert len(told) == told[0][1]
+    assert {"ours", "packed", "every_second", "reference"} < {name for _, _, name in told}
+
+
+def test_a_busy_machine_is_told_in_place_of_nonsense() -> None:
+    seconds = {"ours": [1.0, 1.1, 1.05], "packed": [0.5, 0.9, 0.9], "reference": [2.0, 2.0]}
+    assert noise(seconds["packed"]) == pytest.approx(0.8)
+    assert noisy_paths(seconds) == {"packed"}
+    result = {
+        "seconds_per_step": 1.05,
+        "speedup": 1.9,
+        "packed_speedup": 1.17,
+        "matmul_share": 1.176,
+        "timm_matmul_share": 0.7,
+        "checkpoint_share": -0.18,
+        "checkpoint_slowdown_seconds": -5.4,
+    }
+    told = step._without_noise(result, seconds)
+    assert told.pop("note").startswith(
+        "too noisy to compare: packed_speedup, matmul_share, checkpoint_share, checkpoint_slowdown_seconds."
+    )
+    refused = ("packed_speedup", "matmul_share", "checkpoint_share", "checkpoint_slowdown_seconds")
+    assert told == result | dict.fromkeys(refused, TOO_NOISY)
+    nothing = refuse(result, {"ours"})
+    assert {name for name, value in nothing.items() if value != TOO_NOISY} == {"seconds_per_step"}
+    assert step._without_noise({"speedup": 1.9}, seconds) == {"speedup": 1.9}
 
 
 def test_the_baseline_has_no_options() -> None:
-    baseline = load_config("paper", *SMALL, *step.ALONE, "tracking.kind=none")
+    baseline = load_config("paper", *SMALL, *ALONE, "tracking.kind=none")
     seconds, device = {"ours": [4.0], "reference": [8.0]}, torch.device("cpu")
     assert step._options(baseline, device) == {}
-    assert "tracker" not in step._Timed(baseline, device).parts(baseline)["parts"]
+    assert "tracker" not in Timed(baseline, device).parts(baseline)["parts"]
     assert not any(name.startswith(("packed", "every")) for name in step._speeds(baseline, device, seconds))
 
 
 def test_the_share_of_a_compiled_step_is_told_beside_that_of_ours() -> None:
-    config, device = load_config("paper", *SMALL, *step.ALONE), torch.device("cpu")
+    config, device = load_config("paper", *SMALL, *ALONE), torch.device("cpu")
     products = record(lambda: torch.ones(8, 8) @ torch.ones(8, 8))
     seconds = {"ours": [4.0], "compiled": [2.0], "products_float32": [1.0], "timm_matmul_share": [0.5]}
     found = step._shares(products, seconds, device)
     assert (found["matmul_share"], found["compiled_matmul_share"]) == (0.25, 0.5)
-    assert step._speeds(config, device, seconds | {"reference": [8.0]})["compiled_ratio"] == 2
+    assert step._speeds(config, device, seconds | {"reference": [8.0]})["compiled_speedup"] == 2
 
 
 def test_an_option_that_cannot_run_is_named_and_what_must_run_is_not_hidden() -> None:
@@ -103,7 +137,7 @@ def test_options_where_they_can_be_set_and_change_anything(monkeypatch: pytest.M
     monkeypatch.setattr(step, "has_fp8", lambda device: device.type in chips)
 
     def names(device: str, *overrides: str) -> set[str]:
-        return set(step._options(load_config("paper", *SMALL, *step.ALONE, *overrides), torch.device(device)))
+        return set(step._options(load_config("paper", *SMALL, *ALONE, *overrides), torch.device(device)))
 
     assert names("cpu") == {"packed", "every_second"}
     assert names("cuda") == {"packed", "every_second", "fp8_teacher", "compiled"}
@@ -114,7 +148,7 @@ def test_options_where_they_can_be_set_and_change_anything(monkeypatch: pytest.M
 
 
 def test_every_second_step_has_no_objects() -> None:
-    timed = step._Timed(load_config("paper", *SMALL, *step.ALONE), torch.device("cpu"))
+    timed = Timed(load_config("paper", *SMALL, *ALONE), torch.device("cpu"))
     option = step._options(timed.config, timed.device)["every_second"]
 
     def parts(number: int) -> set[str]:
@@ -140,10 +174,10 @@ def test_what_a_checkpoint_costs() -> None:
 
 
 def test_masks_keep_the_stated_share_each_its_own() -> None:
-    timed = step._Timed(load_config("paper", *SMALL, "crops.global_size=224", *step.ALONE), torch.device("cpu"))
+    timed = Timed(load_config("paper", *SMALL, "crops.global_size=224", *ALONE), torch.device("cpu"))
     masks = timed.masks()
     assert masks.shape == (1, 3, 2, 14 * 14)
-    assert float(masks.mean()) == pytest.approx(step.KEEP_SHARE, abs=0.01)
+    assert float(masks.mean()) == pytest.approx(KEEP_SHARE, abs=0.01)
     assert len(masks.sum(dim=-1).unique()) > 3
 
 

@@ -1,0 +1,42 @@
+"""Figures that a busy machine cannot give: they are refused rather than printed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+TOO_NOISY = "too noisy"
+# On an idle machine the median of five rounds is a few per cent above the fastest.
+MOST_NOISE = 0.25
+
+
+def noise(seconds: Sequence[float]) -> float:
+    """Time by which the median round exceeds the fastest, as a share of the fastest."""
+    return statistics.median(seconds) / min(seconds) - 1.0
+
+
+def noisy_paths(seconds: Mapping[str, Sequence[float]]) -> set[str]:
+    """Names of what was timed too unevenly to be compared with anything."""
+    return {name for name, values in seconds.items() if noise(values) > MOST_NOISE}
+
+
+def refuse(result: Mapping[str, Any], noisy: Collection[str]) -> dict[str, Any]:
+    """Replace comparisons that mean nothing by "too noisy".
+
+    A speed-up or a share compares "ours" with another path. It means nothing when either was timed unevenly, nor when a
+    share is not between 0 and 1.
+
+    Args:
+        result: figures by name. `NAME_speedup` compares with path NAME, `speedup` with "reference".
+        noisy: paths that were timed unevenly.
+    """
+    return {name: TOO_NOISY if _is_refused(name, value, noisy) else value for name, value in result.items()}
+
+
+def _is_refused(name: str, value: Any, noisy: Collection[str]) -> bool:
+    if name.endswith("speedup"):
+        return bool({"ours", name.removesuffix("speedup").rstrip("_") or "reference"} & set(noisy))
+    if name.endswith("_share") or "_share_" in name:
+        return "ours" in noisy or any(path.startswith("products") for path in noisy) or not 0.0 <= value <= 1.0
+    return name == "checkpoint_slowdown_seconds" and ("ours" in noisy or value < 0.0)
