@@ -12,16 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from dora_ray.video.nal import START_CODE, Bits, Packet, length_bytes, units
+
 SLICES = frozenset((1, 2, 3, 4, 5))
 # Parameter sets and their extensions change how later pictures are read.
 SEQUENCE_PARAMETERS = 7
 PARAMETER_SETS = frozenset((7, 8, 13, 15))
-START_CODE = b"\0\0\1"
 OBU_SEQUENCE, OBU_FRAME_HEADER, OBU_FRAME, OBU_REDUNDANT_HEADER = 1, 3, 6, 7
 KEY_FRAME, INTRA_ONLY, SWITCH = 0, 2, 3
 SELECT = 2
-
-Packet = bytes | memoryview
 
 
 def reference_test(codec: str, extradata: bytes | None) -> Callable[[Packet], bool]:
@@ -32,8 +31,8 @@ def reference_test(codec: str, extradata: bytes | None) -> Callable[[Packet], bo
         extradata: the stream's parameters as the container holds them.
     """
     if codec == "h264":
-        length_bytes = _length_bytes(extradata or b"")
-        return lambda packet: _h264_is_reference(packet, length_bytes)
+        size = length_bytes(codec, extradata)
+        return lambda packet: _h264_is_reference(packet, size)
     sequence = _sequence(extradata) if codec == "av1" else None
     return (lambda packet: _av1_is_reference(packet, sequence)) if sequence else (lambda packet: True)
 
@@ -42,27 +41,26 @@ def sequence_parameters(packet: Packet, codec: str, extradata: bytes | None) -> 
     """The sequence parameter sets (sizes, formats) that travel in a packet of H.264; empty for other codecs."""
     if codec != "h264":
         return frozenset()
-    content, length_bytes = bytes(packet), _length_bytes(extradata or b"")
-    units = _sized(content, length_bytes) if length_bytes else content.split(START_CODE)
-    return frozenset(unit.rstrip(b"\0") for unit in units if unit and unit[0] & 31 == SEQUENCE_PARAMETERS)
+    found = units(bytes(packet), length_bytes(codec, extradata))
+    return frozenset(bytes(unit).rstrip(b"\0") for unit in found if unit[0] & 31 == SEQUENCE_PARAMETERS)
 
 
-def _length_bytes(extradata: bytes) -> int:
-    """Bytes of the length before every NAL unit (MP4, Matroska), 0 where start codes divide them (MPEG-TS, AVI)."""
-    return (extradata[4] & 3) + 1 if len(extradata) > 4 and extradata[0] == 1 else 0
+def av1_begins_anew(packet: Packet) -> bool:
+    """Whether a packet that FFmpeg takes for a key frame begins with one, and shows it.
+
+    One that another packet shows later refreshes nothing until then.
+    """
+    try:
+        found = [content for kind, content in _units(packet) if kind in (OBU_FRAME, OBU_FRAME_HEADER)]
+    except ValueError:
+        return True
+    bits = Bits(found[0] if found else b"\x80")
+    return not bits(1) and bits(2) == KEY_FRAME and bits(1) == 1
 
 
-def _sized(packet: bytes, length_bytes: int) -> Iterator[bytes]:
-    position = 0
-    while position < len(packet):
-        start = position + length_bytes
-        position = start + int.from_bytes(packet[position:start], "big")
-        yield packet[start:position]
-
-
-def _h264_is_reference(packet: Packet, length_bytes: int) -> bool:
+def _h264_is_reference(packet: Packet, size: int) -> bool:
     """False when every slice says nal_ref_idc = 0 and no parameter set travels along."""
-    headers = list(_sized_units(packet, length_bytes) if length_bytes else _start_code_units(bytes(packet)))
+    headers = list(_sized_units(packet, size) if size else _start_code_units(bytes(packet)))
     slices = [header for header in headers if header & 31 in SLICES]
     return (
         not slices
@@ -96,18 +94,6 @@ class _Sequence:
     order_hint_bits: int
 
 
-class _Bits:
-    """Reads a header from its highest bit on; past the end come zeros, so nothing is read twice."""
-
-    def __init__(self, content: bytes) -> None:
-        self._value = int.from_bytes(content, "big")
-        self._left = 8 * len(content)
-
-    def __call__(self, count: int) -> int:
-        self._left -= count
-        return (self._value >> self._left if self._left >= 0 else 0) & ((1 << count) - 1)
-
-
 def _units(packet: Packet) -> Iterator[tuple[int, bytes]]:
     """Type and first 32 bytes of each OBU; ValueError where one has no size or does not fit."""
     position = 0
@@ -134,10 +120,10 @@ def _sequence(extradata: bytes | None) -> _Sequence | None:
         headers = [content for kind, content in _units((extradata or b"")[4:]) if kind == OBU_SEQUENCE]
     except ValueError:
         return None
-    return _read_sequence(_Bits(headers[0])) if headers else None
+    return _read_sequence(Bits(headers[0])) if headers else None
 
 
-def _read_sequence(bits: _Bits) -> _Sequence | None:
+def _read_sequence(bits: Bits) -> _Sequence | None:
     """5.5.1, up to the order hint; None for still pictures, timing information and frame numbers."""
     bits(4)
     if bits(1) or bits(1):
@@ -170,10 +156,10 @@ def _av1_is_reference(packet: Packet, sequence: _Sequence) -> bool:
         return True
     frames = [content for kind, content in units if kind in (OBU_FRAME, OBU_FRAME_HEADER)]
     others = any(kind in (OBU_SEQUENCE, OBU_REDUNDANT_HEADER) for kind, _ in units)
-    return not frames or others or any(_refreshes(_Bits(content), sequence) for content in frames)
+    return not frames or others or any(_refreshes(Bits(content), sequence) for content in frames)
 
 
-def _refreshes(bits: _Bits, sequence: _Sequence) -> bool:
+def _refreshes(bits: Bits, sequence: _Sequence) -> bool:
     """5.9.2, up to refresh_frame_flags."""
     if bits(1):
         return True

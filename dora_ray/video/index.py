@@ -9,15 +9,13 @@ F frames of the file, G key frames.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -25,15 +23,21 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from dora_ray import files
-from dora_ray.errors import VideoError
-from dora_ray.video.bitstream import sequence_parameters
-from dora_ray.video.sources import file_stamp, find_videos, open_container, video_stream
+from dora_ray.video.orientation import Orientation, orientation
+from dora_ray.video.remarks import remarks
+from dora_ray.video.scan import Scan, scan
+from dora_ray.video.sources import file_stamp, film_streams, find_videos, open_container, video_stream
+from dora_ray.video.timeline import timeline
 
 __all__ = ["Segment", "VideoIndex", "find_videos", "index_video"]
 
-INDEX_FORMAT = 2
-LOST_SECONDS = 1.0
-HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
+INDEX_FORMAT = 3
+ARRAYS = ("pts", "key_pts", "packet_pts")
+# 1: key frames were those that the container marks, the first video stream was read, a frame had one packet with a time
+# of its own, and mirrored pictures were shown as stored. 2: since then, none of that.
+DECODING_RULES = 2
+# The least parts that a file is cut into where each part has to be read from the start of the file.
+PARTS_READ_FROM_THE_START = 16
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,20 @@ class VideoIndex:
         key_pts: (G,) int64 ascending, ticks: frames that decoding can start at.
         width, height: as displayed, after rotation and non-square pixels; coded_width, coded_height: as stored.
         rotation: degrees counterclockwise from the stored picture to the displayed one: 0, 90, 180 or 270.
+        mirrored: left and right of the stored picture are exchanged before it is turned.
         leading_frames: some frames are stored after a key frame and shown before it (open groups of pictures, mostly).
+        timed: False where packets carry decoding times only (H.264 in AVI): the frames that a decoder gives from a
+            start on then have the times of `pts`, in that order.
+        packet_pts: (N,) int64, ticks: the times of all packets, where they are not those that the file says, since its
+            clock goes back or times are missing; such a file is read from its start. Empty for all others.
+        field_pairs: some frames are coded as two fields in two packets.
+        false_marks: packets that are marked as key frames, and that decoding cannot start at.
+        holes: places where no frame is shown for very long: hardly pauses, rather jumps of a clock.
+        streams: video streams of the file, without covers.
         discarded: packets that the container's edit list hides.
         declared_seconds: what the header promises, 0 where it says nothing; real_seconds: what the packets hold.
         resized: the parameters of the pictures, such as their size, change within the file (told for H.264).
+        rules: the oldest DECODING_RULES by which all frames of the file are right.
         warnings: sentences for people: a file that lost its end, a high-dynamic-range transfer.
     """
 
@@ -79,14 +93,22 @@ class VideoIndex:
     coded_width: int
     coded_height: int
     rotation: int
+    mirrored: bool
     color_range: int
     color_space: int
     average_rate: float
     declared_seconds: float
     real_seconds: float
     leading_frames: bool
+    timed: bool
+    packet_pts: np.ndarray
+    field_pairs: bool
+    false_marks: int
+    holes: int
+    streams: int
     discarded: int
     resized: bool
+    rules: int
     warnings: tuple[str, ...]
 
     @property
@@ -122,12 +144,15 @@ class VideoIndex:
         """
         times = self.times
         slack = min(self.tick / 2, 1e-3) + 1e-9
-        num_points = int(np.floor((times[-1] + slack) * frames_per_second)) + 1
-        grid = np.arange(num_points) / frames_per_second
-        return np.unique(np.searchsorted(times, grid + slack, side="right") - 1)
+        # Of each frame, the first point that it may be on screen at; the next frame's is the first that it is not.
+        first = np.maximum(0, np.ceil((times - slack) * frames_per_second))
+        last = np.floor((times[-1] + slack) * frames_per_second) + 1
+        return np.flatnonzero(first < np.append(first[1:], last))
 
     def segments(self, seconds: float) -> list[Segment]:
         """The video cut at key frames into parts of at least `seconds` each (the last may be shorter)."""
+        if len(self.packet_pts):
+            seconds = max(seconds, (int(self.pts[-1]) - int(self.pts[0])) * self.tick / PARTS_READ_FROM_THE_START)
         starts = [int(self.key_pts[0])]
         for key in self.key_pts[1:].tolist():
             if (key - starts[-1]) * self.tick >= seconds:
@@ -141,14 +166,13 @@ class VideoIndex:
 
     def to_bytes(self) -> bytes:
         """The index as a NumPy .npz file; times as differences, which compress to a few bytes a second."""
-        record = {k: v for k, v in asdict(self).items() if k not in ("pts", "key_pts")}
+        record = {k: v for k, v in asdict(self).items() if k not in ARRAYS}
         text = json.dumps({"format": INDEX_FORMAT, **record})
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
             record=np.frombuffer(text.encode(), np.uint8),
-            pts=np.diff(self.pts, prepend=0),
-            key_pts=np.diff(self.key_pts, prepend=0),
+            **{name: np.diff(getattr(self, name), prepend=0) for name in ARRAYS},
         )
         return buffer.getvalue()
 
@@ -158,14 +182,14 @@ class VideoIndex:
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as archive:
                 record = json.loads(archive["record"].tobytes())
-                pts, key_pts = archive["pts"].cumsum(), archive["key_pts"].cumsum()
+                arrays = {name: archive[name].cumsum() for name in ARRAYS}
         except (OSError, KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"not a video index: {error}") from error
         if record.pop("format") != INDEX_FORMAT:
             raise ValueError("a video index of another format")
         record["time_base"] = tuple(record["time_base"])
         record["warnings"] = tuple(record["warnings"])
-        return cls(pts=pts, key_pts=key_pts, **record)
+        return cls(**arrays, **record)
 
 
 def index_video(path: str) -> VideoIndex:
@@ -177,127 +201,61 @@ def index_video(path: str) -> VideoIndex:
     path = files.absolute(path)
     with open_container(path) as container:
         stream = video_stream(container, path)
-        scan = _scan(container, stream)
-        return _build_index(path, container, stream, scan)
+        return _build_index(path, container, stream, scan(container, stream))
 
 
-@dataclass
-class _Scan:
-    """What the pass collects, in the order of the file."""
-
-    pts: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    keys: list[bool] = field(default_factory=list)
-    heads: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
-    hidden: list[bool] = field(default_factory=list)
-    parameters: set[frozenset[bytes]] = field(default_factory=set)
-    without_time: int = 0
-    last_duration: int = 0
-    broken: str = ""
-    picture: av.VideoFrame | None = None
-
-
-def _scan(container: InputContainer, stream: VideoStream) -> _Scan:
-    scan = _Scan()
-    context = stream.codec_context
-    codec, extradata = context.codec.canonical_name, context.extradata
-    try:
-        for packet in container.demux(stream):
-            if packet.size == 0:
-                continue
-            if packet.pts is None:
-                scan.without_time += 1
-                continue
-            scan.pts.append(packet.pts)
-            scan.sizes.append(packet.size)
-            scan.keys.append(packet.is_keyframe)
-            scan.hidden.append(packet.is_discard)
-            scan.last_duration = packet.duration or scan.last_duration
-            if packet.is_keyframe:
-                scan.heads.update(memoryview(packet)[:1024])
-                scan.parameters.add(sequence_parameters(memoryview(packet)[:1024], codec, extradata))
-            if scan.picture is None and len(scan.pts) <= 64:
-                scan.picture = _first_picture(packet)
-    except av.FFmpegError as error:
-        scan.broken = error.strerror
-    return scan
-
-
-def _first_picture(packet: av.Packet) -> av.VideoFrame | None:
-    """The rotation and the true size are only certain on a decoded picture; damage here shows again at ingest."""
-    try:
-        return next(iter(packet.decode()), None)
-    except av.FFmpegError:
-        return None
-
-
-def _build_index(path: str, container: InputContainer, stream: VideoStream, scan: _Scan) -> VideoIndex:
-    pts, key_pts, leading = _timeline(path, scan)
-    base = stream.time_base or Fraction(1, 90000)
-    real = float((int(pts[-1]) - int(pts[0]) + _last_duration(pts, scan)) * base)
-    declared = _declared_seconds(container, stream)
-    context, picture = stream.codec_context, scan.picture
+def _build_index(path: str, container: InputContainer, stream: VideoStream, packets: Scan) -> VideoIndex:
+    context, picture = stream.codec_context, packets.picture
+    codec, base = context.codec.canonical_name, stream.time_base or Fraction(1, 90000)
+    times = timeline(path, codec, float(base), packets)
+    step = packets.last_duration or int(np.median(np.diff(times.pts)))
+    real = float((int(times.pts[-1]) - int(times.pts[0]) + step) * base)
     coded = (picture.width, picture.height) if picture else (context.width, context.height)
-    rotation = round((picture.rotation if picture else 0) / 90) * 90 % 360
-    width, height = _displayed(coded, stream.sample_aspect_ratio, rotation)
+    shown = orientation(picture) if picture else Orientation()
+    width, height = _displayed(coded, stream.sample_aspect_ratio, shown.rotation)
     size_bytes, mtime_ns = file_stamp(path)
+    streams, declared = film_streams(container), _declared_seconds(container, stream)
+    field_pairs, false_marks = bool(packets.column("second").any()), _false_marks(packets)
+    unusual = field_pairs or false_marks or shown.mirrored or any(packets.skipped) or stream.index != streams[0].index
     return VideoIndex(
         path=path,
         size_bytes=size_bytes,
         mtime_ns=mtime_ns,
-        digest=_digest(scan, stream, (width, height, rotation)),
+        digest=_digest(packets, stream, (width, height, shown.rotation), mirrored=shown.mirrored),
         container=container.format.name,
-        codec=context.codec.canonical_name,
+        codec=codec,
         pixel_format=str(context.pix_fmt),
         time_base=(base.numerator, base.denominator),
-        pts=pts,
-        key_pts=key_pts,
+        pts=times.pts,
+        key_pts=times.key_pts,
         width=width,
         height=height,
         coded_width=coded[0],
         coded_height=coded[1],
-        rotation=rotation,
+        rotation=shown.rotation,
+        mirrored=shown.mirrored,
         color_range=int(context.color_range),
         color_space=int(context.colorspace),
-        average_rate=float(stream.average_rate or 0) or (len(pts) / real if real else 0.0),
+        average_rate=float(stream.average_rate or 0) or (len(times.pts) / real if real else 0.0),
         declared_seconds=declared,
         real_seconds=real,
-        leading_frames=leading,
-        discarded=sum(scan.hidden),
-        resized=len(scan.parameters - {frozenset()}) > 1,
-        warnings=_warnings(path, scan, declared, real, int(context.color_trc), str(context.pix_fmt)),
+        leading_frames=times.leading,
+        timed=times.timed,
+        packet_pts=times.packet_times,
+        field_pairs=field_pairs,
+        false_marks=false_marks,
+        holes=len(times.holes),
+        streams=len(streams),
+        discarded=sum(packets.hidden),
+        resized=len(packets.parameters - {frozenset()}) > 1,
+        rules=DECODING_RULES if unusual or not times.plain else 1,
+        warnings=remarks(path, streams, stream, packets, times, shown, declared_seconds=declared, real_seconds=real),
     )
 
 
-def _timeline(path: str, scan: _Scan) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(F,) and (G,) ascending times, and whether some frames are stored after a key frame and shown before it."""
-    if not scan.pts and scan.without_time:
-        raise VideoError(
-            f"{path}: its frames carry no presentation times; copy it into Matroska: ffmpeg -i IN -c copy OUT.mkv"
-        )
-    order, keys = np.array(scan.pts, np.int64), np.array(scan.keys, bool)
-    if not keys.any():
-        detail = f" ({scan.broken})" if scan.broken else ""
-        raise VideoError(
-            f"{path}: no key frame among {len(order)} packets{detail}, so it cannot be decoded; get the file again"
-        )
-    hidden = np.array(scan.hidden, bool)
-    if (np.diff(order[keys & ~hidden]) < 0).any():
-        raise VideoError(
-            f"{path}: its times go back in the middle (files joined byte by byte?), so its frames have no order; join"
-            " the parts anew: ffmpeg -f concat -i LIST.txt -c copy OUT.mkv"
-        )
-    key_pts = np.unique(order[keys])
-    latest_key = np.maximum.accumulate(np.where(keys, order, np.iinfo(np.int64).min))
-    # A frame that an edit list hides is not shown, and may still be the key frame that others are decoded from.
-    pts = np.unique(order[~hidden & (order >= key_pts[0])])
-    if len(pts) < 2:
-        raise VideoError(f"{path}: has {len(pts)} frame; a video needs at least 2")
-    return pts, key_pts, bool(np.any((order < latest_key) & (order >= key_pts[0])))
-
-
-def _last_duration(pts: np.ndarray, scan: _Scan) -> int:
-    return scan.last_duration or int(np.median(np.diff(pts)))
+def _false_marks(packets: Scan) -> int:
+    """Packets that are marked as key frames and are no place to start at."""
+    return int((packets.column("marked") & (packets.column("starts") == 0) & ~packets.column("second")).sum())
 
 
 def _declared_seconds(container: InputContainer, stream: VideoStream) -> float:
@@ -306,8 +264,12 @@ def _declared_seconds(container: InputContainer, stream: VideoStream) -> float:
         return float(stream.duration * stream.time_base)
     parts = stream.metadata.get("DURATION", "").split(":")
     if len(parts) == 3:
-        return float(parts[0]) * 3600 + float(parts[1]) * 60 + float(parts[2])
-    return float(container.duration or 0) / av.time_base
+        seconds = float(parts[0]) * 3600 + float(parts[1]) * 60 + float(parts[2])
+    else:
+        seconds = float(container.duration or 0) / av.time_base
+    # Matroska counts from 0, wherever the first frame is.
+    begins = float((stream.start_time or 0) * stream.time_base) if "matroska" in container.format.name else 0.0
+    return max(0.0, seconds - max(0.0, begins))
 
 
 def _displayed(coded: tuple[int, int], pixel_aspect: Fraction | None, rotation: int) -> tuple[int, int]:
@@ -317,30 +279,12 @@ def _displayed(coded: tuple[int, int], pixel_aspect: Fraction | None, rotation: 
     return (height, width) if rotation % 180 else (width, height)
 
 
-def _digest(scan: _Scan, stream: VideoStream, shown: tuple[int, int, int]) -> str:
+def _digest(packets: Scan, stream: VideoStream, shown: tuple[int, int, int], *, mirrored: bool) -> str:
     """Of times, sizes, the beginnings of key frames, and how the pictures are shown: width, height, rotation."""
     context = stream.codec_context
-    state = scan.heads.copy()
-    state.update(f"{context.name} {context.width}x{context.height} {stream.time_base}".encode())
+    facts = [f"{context.name} {context.width}x{context.height} {stream.time_base}"]
     if shown != (context.width, context.height, 0):
-        state.update(" {}x{} {}".format(*shown).encode())
-    for column, kind in ((scan.pts, "<i8"), (scan.sizes, "<i8"), (scan.keys, "u1"), (scan.hidden, "u1")):
-        state.update(np.array(column, kind).tobytes())
-    return str(state.hexdigest())
-
-
-def _warnings(
-    path: str, scan: _Scan, declared: float, real: float, transfer: int, pixel_format: str
-) -> tuple[str, ...]:
-    found = []
-    if declared - real > LOST_SECONDS:
-        found.append(
-            f"{path}: its header promises {declared:.1f} s, {real:.1f} s are there: the end is lost"
-            " (a broken download?); what is there is used"
-        )
-    if scan.broken:
-        found.append(f"{path}: reading stopped at {real:.1f} s ({scan.broken}); what comes before is used")
-    if transfer in HDR_TRANSFERS:
-        name = HDR_TRANSFERS[transfer]
-        found.append(f"{path}: high dynamic range ({name}, {pixel_format}) is not tone-mapped; colors will look flat")
-    return tuple(found)
+        facts.append(" {}x{} {}".format(*shown))
+    if mirrored:
+        facts.append(" mirrored")
+    return packets.digest(*facts)

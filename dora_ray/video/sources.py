@@ -13,7 +13,8 @@ from typing import Any
 
 import av
 import fsspec
-from av.container import InputContainer
+from av.container import Flags, InputContainer
+from av.stream import Disposition
 from av.video.stream import VideoStream
 from fsspec.core import url_to_fs
 
@@ -29,6 +30,8 @@ SUFFIXES = frozenset(
     )
 )
 PACKAGE = "package:"
+# Codecs whose presentation times FFmpeg would generate in the order of decoding.
+UNGUESSED_ORDER = frozenset(("h264", "hevc", "vvc"))
 WHOLE_FILES = (
     "its server sends whole files only (no range requests), and a video is read in parts; download it and name the"
     " local file"
@@ -135,18 +138,39 @@ def _remote_file(path: str) -> Any:
 
 
 def video_stream(container: InputContainer, path: str) -> VideoStream:
-    """The first moving-picture stream.
+    """The stream that is shown, chosen as ffmpeg does: the largest of those that play by default, else the largest.
+
+    A single picture is chosen only where there is nothing else, and a cover never. Presentation times are not made up
+    where FFmpeg would do so without looking at the order of the pictures.
 
     Raises:
         VideoError: a still picture, or sound only (a song's cover is not a video).
     """
     if "image2" in container.format.name or container.format.name.endswith("_pipe"):
         raise VideoError(f"{path}: is a still picture ({container.format.name}), not a video; name a video file")
-    for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            return stream
-    kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-    raise VideoError(f"{path}: has no video stream (it holds: {kinds}); name a file with pictures")
+    streams = film_streams(container)
+    if not streams:
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        raise VideoError(f"{path}: has no video stream (it holds: {kinds}); name a file with pictures")
+    chosen = max([stream for stream in streams if stream.frames != 1] or streams, key=_ffmpeg_score)
+    if chosen.codec_context.codec.canonical_name in UNGUESSED_ORDER:
+        container.flags &= ~Flags.gen_pts.value
+    return chosen
+
+
+def film_streams(container: InputContainer) -> list[VideoStream]:
+    """The video streams that FFmpeg can decode, without covers."""
+    return [
+        stream
+        for stream in container.streams.video
+        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
+    ]
+
+
+def _ffmpeg_score(stream: VideoStream) -> int:
+    """As in FFmpeg's program, fftools/ffmpeg_mux_init.c; the first of equals is chosen."""
+    context = stream.codec_context
+    return context.width * context.height + 5_000_000 * bool(stream.disposition & Disposition.default)
 
 
 def _check_there(path: str) -> None:

@@ -27,7 +27,14 @@ def streamed(num_frames: int, group: int, name: str) -> StreamedVideo:
     pts = np.arange(num_frames)
     keys = np.arange(0, num_frames, group)
     index = SimpleNamespace(
-        pts=pts, key_pts=keys, tick=1 / RATE, time_base=(1, RATE), video_id=name, path=f"{name}.mp4", digest=name
+        pts=pts,
+        key_pts=keys,
+        packet_pts=(),
+        tick=1 / RATE,
+        time_base=(1, RATE),
+        video_id=name,
+        path=f"{name}.mp4",
+        digest=name,
     )
     index.segments = lambda seconds: VideoIndex.segments(index, seconds)
     return StreamedVideo(index, pts, pts / RATE, 64, 48)

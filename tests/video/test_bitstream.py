@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_ray.video import decoders
+from dora_ray.video import pyav_decoder
 from dora_ray.video.bitstream import reference_test
 from dora_ray.video.decoders import get_decoder
 from dora_ray.video.index import index_video
@@ -71,14 +71,14 @@ def test_any_choice_of_frames_gives_the_pixels_of_the_whole(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", sorted(SPARSE))
 def test_pictures_that_nothing_needs_are_not_decoded(kind, tmp_path, monkeypatch):
-    path, decoded, sound_frames = SPARSE[kind](tmp_path), [], decoders._sound_frames
+    path, decoded, sound_frames = SPARSE[kind](tmp_path), [], pyav_decoder._sound_frames
 
     def noted(packets):
         for packet in packets:
             decoded.extend([packet.pts] if packet.size else [])
             yield packet
 
-    monkeypatch.setattr(decoders, "_sound_frames", lambda packets: sound_frames(noted(packets)))
+    monkeypatch.setattr(pyav_decoder, "_sound_frames", lambda packets, keys: sound_frames(noted(packets), keys))
     index, leant_on = index_video(str(path)), marks(path)
     wanted = index.pts[[0, len(index.pts) // 2, -1]]
     assert len(list(get_decoder("pyav").decode(index, wanted, short_side=64))) == 3

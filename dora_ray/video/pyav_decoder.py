@@ -1,0 +1,225 @@
+"""FFmpeg through PyAV: the decoder that reads every file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from dora_ray.errors import VideoError
+from dora_ray.video.bitstream import reference_test
+from dora_ray.video.fields import FieldPairs
+from dora_ray.video.frames import DecodedFrame, scaled_size, stored_plane
+from dora_ray.video.index import VideoIndex
+from dora_ray.video.orientation import upright
+from dora_ray.video.scan import NO_TIME
+from dora_ray.video.sources import open_container, video_stream
+
+MAX_READ_ERRORS = 16
+# Unspecified color matrices: players take BT.709 from 720 lines on, BT.601 below.
+HD_LINES = 720
+UNSPECIFIED = 2
+# Frames behind the last one wanted that are looked at before those still lacking are given up: a decoder gives frames
+# in the order in which they are shown, which times that a muxer got wrong do not follow.
+FRAMES_BEHIND = 64
+
+
+class PyAVDecoder:
+    """FFmpeg through PyAV: seeks to the segment's key frame, decodes on, and drops what damage may have touched.
+
+    Pictures that no other leans on are decoded only where they are wanted (H.264 and AV1). That changes no pixel of the
+    others, while FFmpeg's own skip_frame=NONREF, which saves hardly more, would show a neighbor in their place.
+    """
+
+    name = "pyav"
+
+    def refusal(self, index: VideoIndex) -> str | None:
+        """PyAV refuses no file that has an index."""
+        return None
+
+    def decode(self, index: VideoIndex, pts: Sequence[int], *, short_side: int) -> Iterator[DecodedFrame]:
+        """See `Decoder.decode`."""
+        wanted = {int(p) for p in pts}
+        if not wanted:
+            return
+        scaler, last, behind = _Scaler(index, short_side), max(wanted), 0
+        packets = _packets(index, index.key_before(min(wanted)))
+        for frame in _frames(index, packets, frozenset(wanted)):
+            if frame.pts in wanted:
+                wanted.remove(frame.pts)
+                yield scaler(frame)
+            behind += frame.pts > last
+            if not wanted or behind > FRAMES_BEHIND:
+                return
+
+
+class _Scaler:
+    """AREA downscale (antialiased, as fast as bilinear), to JPEG's color matrix and range, turned upright."""
+
+    def __init__(self, index: VideoIndex, short_side: int) -> None:
+        width, height = scaled_size(index.width, index.height, short_side)
+        self._mirrored, self._rotation = index.mirrored, index.rotation
+        self._size = (height, width) if index.rotation % 180 else (width, height)
+        self._guess = "ITU709" if index.coded_height >= HD_LINES else "ITU601"
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> DecodedFrame:
+        picture = self._reformatter.reformat(
+            frame,
+            *self._size,
+            format="yuvj420p",
+            interpolation="AREA",
+            src_colorspace=self._guess if frame.colorspace == UNSPECIFIED else None,
+            dst_colorspace="ITU601",
+            dst_color_range="JPEG",
+            threads=1,
+        )
+        return DecodedFrame(frame.pts, *(self._upright(stored_plane(plane)) for plane in picture.planes))
+
+    def _upright(self, plane: np.ndarray) -> np.ndarray:
+        if not (self._mirrored or self._rotation):
+            return plane
+        return upright(plane, mirrored=self._mirrored, rotation=self._rotation)
+
+
+def _frames(index: VideoIndex, packets: Iterator[av.Packet], wanted: frozenset[int]) -> Iterator[av.VideoFrame]:
+    """Sound frames with their times, in the order shown."""
+    keys = frozenset(index.key_pts.tolist())
+    if index.timed:
+        return _sound_frames(_needed(packets, wanted), keys)
+    return _in_order(index, _sound_frames(packets, keys, keep_order=True))
+
+
+def _in_order(index: VideoIndex, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """Frames that have the time of their packet's decoding get their own: from each start on, one after the other."""
+    start, place = None, 0
+    for frame in frames:
+        key = index.key_before(frame.pts)
+        if key != start:
+            start, place = key, int(np.searchsorted(index.pts, key))
+        frame.pts = int(index.pts[place])
+        place += 1
+        yield frame
+
+
+def _packets(index: VideoIndex, key: int) -> Iterator[av.Packet]:
+    """The packets from the start `key` to the end.
+
+    Some containers seek by decoding time, to some place before, or not at all: a seek that lands behind is repeated two
+    seconds earlier, then the file is read from its start.
+    """
+    from_start = len(index.packet_pts) or key <= index.key_pts[0]
+    for start in (None,) if from_start else (key, key - round(2.0 / index.tick), None):
+        found = False
+        for packet in _packets_after(index, start):
+            found = found or packet.pts == key
+            if found:
+                yield packet
+            elif packet.is_keyframe and packet.pts is not None and packet.pts > key and start is not None:
+                break
+        if found:
+            return
+    raise VideoError(
+        f"{index.path}: the key frame at {key} is gone; the file changed after it was indexed: start again"
+    )
+
+
+def _packets_after(index: VideoIndex, start: int | None) -> Iterator[av.Packet]:
+    """Packets from a seek to `start` ticks, or from the beginning, with the times of the index.
+
+    Steps over a bounded number of unreadable places.
+    """
+    with open_container(index.path) as container:
+        stream = video_stream(container, index.path)
+        stream.thread_count = 1
+        if start is not None:
+            try:
+                container.seek(start, stream=stream, backward=True)
+            except av.FFmpegError:
+                return
+        timed = _Timed(index, stream)
+        for _ in range(MAX_READ_ERRORS):
+            try:
+                yield from map(timed, container.demux(stream))
+                return
+            except av.FFmpegError:
+                continue
+
+
+class _Timed:
+    """Gives packets the times that the index has for them; the second field of a frame gets that of the first."""
+
+    def __init__(self, index: VideoIndex, stream: av.VideoStream) -> None:
+        self._index, self._number, self._last = index, 0, None
+        context = stream.codec_context
+        self._pairs = FieldPairs(context.codec.canonical_name, context.extradata) if index.field_pairs else None
+
+    def __call__(self, packet: av.Packet) -> av.Packet:
+        if not packet.size:
+            return packet
+        if len(self._index.packet_pts):
+            time = self._index.packet_pts[min(self._number, len(self._index.packet_pts) - 1)]
+            packet.pts = None if time == NO_TIME else int(time)
+        elif not self._index.timed:
+            packet.pts = packet.dts
+        if self._pairs and self._pairs.is_second(memoryview(packet)):
+            packet.pts = self._last
+        self._number, self._last = self._number + 1, packet.pts
+        return packet
+
+
+def _needed(packets: Iterator[av.Packet], wanted: frozenset[int]) -> Iterator[av.Packet]:
+    """Without the packets whose picture is neither wanted nor leant on by another; the empty last one stays.
+
+    The packets of a picture, which have one time, stay or go together.
+    """
+    is_reference: Callable[[memoryview], bool] | None = None
+    for pts, group in groupby(packets, key=lambda packet: packet.pts):
+        picture = list(group)
+        if is_reference is None:
+            context = picture[0].stream.codec_context
+            is_reference = reference_test(context.codec.canonical_name, context.extradata)
+        if pts in wanted or any(not packet.size or is_reference(memoryview(packet)) for packet in picture):
+            yield from picture
+
+
+def _sound_frames(
+    packets: Iterator[av.Packet], keys: frozenset[int], *, keep_order: bool = False
+) -> Iterator[av.VideoFrame]:
+    """Frames in the order shown, without those that damage may have reached.
+
+    Damage lasts until the next start; frames stored after that start and shown before it still lean on what was
+    damaged. The last packet is empty and makes the decoder give what it holds.
+
+    Args:
+        packets: from a start on.
+        keys: the times of starts.
+        keep_order: whether a frame that is lost makes those behind it, up to the next start, unknown.
+    """
+    suspects: set[int | None] = {None}
+    waiting: set[int | None] = set()
+    broken, tainted_before, last = False, None, None
+    for packet in packets:
+        if packet.pts in keys and packet.pts != last:
+            tainted_before, broken = (packet.pts if broken else None), False
+        last = packet.pts
+        broken = broken or packet.is_corrupt
+        waiting.add(packet.pts)
+        if broken or (tainted_before is not None and packet.pts is not None and packet.pts < tainted_before):
+            suspects.add(packet.pts)
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            broken = True
+            suspects |= waiting if keep_order else {packet.pts}
+            continue
+        for frame in frames:
+            waiting.discard(frame.pts)
+            if frame.is_corrupt:
+                broken = True
+                suspects |= waiting
+            elif frame.pts not in suspects:
+                yield frame

@@ -1,0 +1,222 @@
+"""From a file's packets, in their order, to the times of its frames and of the places where decoding may start.
+
+N packets of a file, P that hold frames, F frames that can be shown, G starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_ray.errors import VideoError
+from dora_ray.video.keyframes import Start
+from dora_ray.video.scan import NO_TIME, Scan
+from dora_ray.video.sources import UNGUESSED_ORDER
+
+# No picture is stored so many packets after one that is shown later: 16 frames at most, of two fields each.
+REORDER_PACKETS = 64
+# A hole as long as this, and as this many frames, is hardly a pause of the camera's.
+JUMP_SECONDS, JUMP_FRAMES = 3600.0, 1000
+MAX_BREAKS = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """When frames are shown, and where decoding may start.
+
+    Attributes:
+        pts: (F,) int64 ascending, ticks.
+        key_pts: (G,) int64 ascending, ticks.
+        leading: some frames are stored after a start and shown before it.
+        timed: False where packets carry decoding times only: the frames that a decoder gives from a start on have these
+            times, in ascending order.
+        packet_times: (N,) int64 ticks: the times of all packets of the file, NO_TIME where there is none; empty where
+            they are those that the file says, presentation or decoding times.
+        breaks: how often the clock goes back.
+        lost_start: frames before the first start, which cannot be decoded.
+        without_time: frames that have no time, and are left out.
+        doubled: frames that have the time of another one, and are left out.
+        holes: (seconds from the first frame, length in seconds) where no frame is shown for very long.
+    """
+
+    pts: NDArray[np.int64]
+    key_pts: NDArray[np.int64]
+    leading: bool
+    timed: bool
+    packet_times: NDArray[np.int64]
+    breaks: int
+    lost_start: int
+    without_time: int
+    doubled: int
+    holes: tuple[tuple[float, float], ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether every frame has a time of its own, and times go forward."""
+        return self.timed and not (self.breaks or self.without_time or self.doubled)
+
+
+def timeline(path: str, codec: str, tick: float, scan: Scan) -> Timeline:
+    """Order the frames.
+
+    Args:
+        path: the file, for messages.
+        codec: FFmpeg's name.
+        tick: its seconds.
+        scan: the packets.
+
+    Raises:
+        VideoError: there is no order, or no start.
+    """
+    places = np.flatnonzero(~scan.column("second") & ~scan.column("skipped"))
+    times, starts = scan.column("pts")[places], scan.column("starts")[places]
+    timed = codec not in UNGUESSED_ORDER or not (times == NO_TIME).any()
+    filled = False
+    if not timed:
+        times, starts = scan.column("dts")[places], np.where(starts == Start.CLOSED, starts, 0)
+        filled = bool((times == NO_TIME).any())
+        times = _fill(times, scan.last_duration)
+    if len(times) and (times == NO_TIME).all():
+        raise VideoError(
+            f"{path}: its frames carry no times, only their order; code it anew at the rate that it was recorded with:"
+            " ffmpeg -r RATE -i IN OUT.mkv"
+        )
+    first, wait = _beginning(path, scan, places, starts)
+    places, times, starts = places[first:], times[first:], starts[first:]
+    # The first picture counts as a start even where only its mark says so: what a whole decode shows begins there.
+    starts[0] = starts[0] or Start.OPEN
+    with_time, hidden = times != NO_TIME, scan.column("hidden")[places]
+    places, times, starts, hidden = places[with_time], times[with_time], starts[with_time], hidden[with_time]
+    step = scan.last_duration or _usual_step(times)
+    breaks = _breaks(path, tick, step, times[~hidden], starts[~hidden], places[~hidden], timed=timed)
+    times = times + _added(breaks, places)
+    packet_times = np.full(len(scan.pts) if breaks or filled else 0, NO_TIME)
+    if len(packet_times):
+        packet_times[places] = times
+    starts = _still_starts(times, starts)
+    shown = ~hidden & (times >= times[min(wait, len(times) - 1)])
+    pts = np.unique(times[shown])
+    if len(pts) < 2:
+        raise VideoError(f"{path}: has {len(pts)} frame; a video needs at least 2")
+    latest_start = np.maximum.accumulate(np.where(starts > 0, times, NO_TIME))
+    return Timeline(
+        pts=pts,
+        key_pts=np.unique(times[starts > 0]),
+        leading=bool(np.any((times < latest_start) & (times >= times[0]))),
+        timed=timed,
+        packet_times=packet_times,
+        breaks=len(breaks),
+        lost_start=first + wait,
+        without_time=int((~with_time).sum()),
+        doubled=int(shown.sum()) - len(pts),
+        holes=_holes(pts, tick),
+    )
+
+
+def _beginning(path: str, scan: Scan, places: NDArray[np.int64], starts: NDArray[np.int8]) -> tuple[int, int]:
+    """The first packet to decode, as a number among `places`, and the frames from there until pictures are whole."""
+    waits = np.array([scan.waits.get(place, 0) for place in places.tolist()], np.int64)
+    marked = scan.column("marked")[places]
+    for candidates in ((starts > 0) | (waits > 0), marked):
+        if candidates.any():
+            first = int(np.argmax(candidates))
+            return first, 0 if starts[first] else int(waits[first])
+    detail = f" ({scan.broken})" if scan.broken else ""
+    raise VideoError(
+        f"{path}: no key frame among {len(scan.pts)} packets{detail}, so it cannot be decoded; get the file again"
+    )
+
+
+def _fill(times: NDArray[np.int64], step: float) -> NDArray[np.int64]:
+    """Decoding times that are missing, evenly between their neighbors, in steps at both ends; all missing stay so."""
+    known = np.flatnonzero(times != NO_TIME)
+    if not 0 < len(known) < len(times):
+        return times
+    numbers = np.arange(len(times))
+    if len(known) > 1:
+        step = float(times[known[-1]] - times[known[0]]) / float(known[-1] - known[0])
+    ends = np.where(numbers < known[0], numbers - known[0], np.maximum(0, numbers - known[-1])) * step
+    # Relative to the first: a float has no room for the ticks of a clock that began years ago.
+    between = np.interp(numbers, known, (times[known] - times[known[0]]).astype(float))
+    return np.rint(between + ends).astype(np.int64) + times[known[0]]
+
+
+def _added(breaks: Sequence[tuple[int, int]], packets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The ticks that breaks add to the times of packets, which are given by their numbers in the file."""
+    shifts = np.array([0, *(shift for _, shift in breaks)], np.int64)
+    return shifts[np.searchsorted([packet for packet, _ in breaks], packets, side="right")]
+
+
+def _usual_step(times: NDArray[np.int64]) -> int:
+    steps = np.diff(np.unique(times))
+    return int(np.median(steps)) if len(steps) else 1
+
+
+def _breaks(
+    path: str,
+    tick: float,
+    step: int,
+    times: NDArray[np.int64],
+    starts: NDArray[np.int8],
+    places: NDArray[np.int64],
+    *,
+    timed: bool,
+) -> list[tuple[int, int]]:
+    """Where the clock goes back: (packet of the file, ticks to add from there on so that it goes on by `step`).
+
+    Files joined byte by byte begin anew at a start, whose group then follows the frames before it. Where the clock goes
+    back elsewhere, the order of the frames is not known.
+    """
+    times, breaks, total = times.copy(), [], 0
+    while (place := _goes_back(times, starts, timed=timed)) is not None:
+        latest = int(times[:place].max())
+        if not starts[place] or not timed or len(breaks) == MAX_BREAKS:
+            raise VideoError(
+                f"{path}: its clock goes back by {(latest - int(times[place])) * tick:.3f} s in the middle,"
+                f" {(latest - int(times[0])) * tick:.1f} s from its start, so its frames have no order; code it anew at"
+                " a constant rate: ffmpeg -i IN -vf setpts=N/RATE/TB -r RATE OUT.mkv"
+            )
+        following = np.flatnonzero(starts[place + 1 :])
+        group = times[place : place + 1 + int(following[0])] if len(following) else times[place:]
+        shift = latest + step - int(group.min())
+        times[place:] += shift
+        total += shift
+        breaks.append((int(places[place]), total))
+    return breaks
+
+
+def _goes_back(times: NDArray[np.int64], starts: NDArray[np.int8], *, timed: bool) -> int | None:
+    """The first packet that is shown before what must precede it."""
+    latest = np.maximum.accumulate(times)
+    early = np.zeros(len(times), bool)
+    if timed:
+        early[1:] = (times[1:] < latest[:-1]) & (starts[1:] == Start.CLOSED)
+    else:
+        early[1:] = times[1:] <= latest[:-1]
+    far = REORDER_PACKETS
+    early[far:] |= times[far:] < latest[:-far]
+    if not early.any():
+        return None
+    place = int(np.argmax(early))
+    # A break at a start may be seen at a later packet only.
+    near = np.arange(max(1, place - far), place + 1)
+    behind = near[(starts[near] > 0) & (times[near] < latest[near - 1])]
+    return int(behind[0]) if len(behind) else place
+
+
+def _still_starts(times: NDArray[np.int64], starts: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Without starts that something stored before is shown after: that would be lost to their segment."""
+    latest = np.maximum.accumulate(times)
+    kept = starts.copy()
+    kept[1:][times[1:] < latest[:-1]] = Start.NO
+    return kept
+
+
+def _holes(pts: NDArray[np.int64], tick: float) -> tuple[tuple[float, float], ...]:
+    steps = np.diff(pts)
+    longest = max(JUMP_SECONDS / tick, JUMP_FRAMES * float(np.median(steps)))
+    places = np.flatnonzero(steps > longest)[:MAX_BREAKS]
+    return tuple((float(pts[place] - pts[0]) * tick, float(steps[place]) * tick) for place in places.tolist())
