@@ -10,8 +10,10 @@ ways to a box: `attention`, the CLS attention of the last block, mean over heads
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 Method = Literal["attention", "lost"]
+# More patches of an image cannot be compared with each other: attention takes 2.4 GB with 6 heads.
+MOST_PATCHES = 10_000
 LAYOUT = (
     "Pascal VOC's (FOLDER/JPEGImages/*.jpg, FOLDER/Annotations/*.xml, and FOLDER/ImageSets/Main/trainval.txt if there "
     'is one), or FOLDER/images/* and FOLDER/boxes.json {"image.jpg": [[left, top, right, bottom], ...]}'
@@ -53,6 +57,11 @@ def find_boxes(folder: str | os.PathLike[str]) -> list[tuple[Path, list[Box]]]:
         ]
     else:
         raise ConfigError(f"{root} has no known layout of images and boxes. Use {LAYOUT}.")
+    for path, boxes in found:
+        for left, top, right, bottom in boxes:
+            if not (left < right and top < bottom):
+                box = f"left {left:g}, top {top:g}, right {right:g}, bottom {bottom:g}"
+                raise ConfigError(f"{path} has a box without an area ({box}); correct its annotation.")
     found = [(path, boxes) for path, boxes in found if boxes]
     if not found:
         raise ConfigError(f"{root} names no image with a box. Use {LAYOUT}.")
@@ -105,6 +114,11 @@ def box_iou(first: Box, second: Box) -> float:
     return shared / (areas[0] + areas[1] - shared)
 
 
+def is_hit(box: Box, truths: Sequence[Box]) -> bool:
+    """Tell a box that overlaps with a true one by half of their union, or more."""
+    return max(box_iou(box, truth) for truth in truths) >= 0.5
+
+
 def attention_patches(attention: Tensor) -> tuple[Tensor, int]:
     """From CLS attention (H, N): patches (N,) bool above the mean, heads being averaged, and the largest patch."""
     mean = attention.mean(dim=0)
@@ -149,7 +163,14 @@ def patch_box(patches: np.ndarray, *, width: int, height: int) -> Box:
 
 
 def discover_box(
-    vit: VisionTransformer, image: Image.Image, *, method: Method, short_side: int | None, num_seeds: int, device: str
+    vit: VisionTransformer,
+    image: Image.Image,
+    *,
+    method: Method,
+    short_side: int | None,
+    long_side: int,
+    num_seeds: int,
+    device: str,
 ) -> Box:
     """The box of the object that the encoder finds in an image.
 
@@ -157,12 +178,23 @@ def discover_box(
         vit: On `device`, in evaluation mode.
         image: RGB.
         method: "attention" or "lost".
-        short_side: Of what the encoder sees, pixels; None: the image's own. Sides are rounded to whole patches.
+        short_side: Of what the encoder sees, pixels; None: the image's own, or less, so that its long side is at most
+            `long_side`. Sides are rounded to whole patches.
+        long_side: Pixels.
         num_seeds: As `lost_patches`.
         device: Of the encoder.
+
+    Raises:
+        ConfigError: The image has so many patches at this size that comparing them all takes gigabytes.
     """
     patch = int(vit.patch_embed.patch_size[0])
-    width, height = whole_size(image.size, short_side=short_side or min(image.size), patch_size=patch)
+    shown = short_side or max(1, round(min(image.size) * min(1.0, long_side / max(image.size))))
+    width, height = whole_size(image.size, short_side=shown, patch_size=patch)
+    if width * height > MOST_PATCHES * patch**2:
+        raise ConfigError(
+            f"{width}x{height} pixels are {width * height // patch**2:,} patches of {patch} px, and {MOST_PATCHES:,} "
+            f"can be compared; lower {'short_side' if short_side else 'long_side'}."
+        )
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).copy()
     frames = normalize(torch.from_numpy(pixels)[None].to(device))[None]
     tracked = tracked_features(vit, frames, block=-1)
@@ -182,6 +214,7 @@ def evaluate_corloc(
     *,
     method: Method,
     short_side: int | None,
+    long_side: int,
     num_seeds: int,
     max_images: int | None,
     device: str,
@@ -195,6 +228,7 @@ def evaluate_corloc(
         data: The folder of images and boxes.
         method: As `discover_box`.
         short_side: As `discover_box`.
+        long_side: As `discover_box`.
         num_seeds: As `lost_patches`.
         max_images: The first ones of the list; None: all.
         device: Where the encoder runs.
@@ -207,28 +241,33 @@ def evaluate_corloc(
     Raises:
         ConfigError: As `find_boxes`, or images that cannot be read.
     """
+    discover = functools.partial(
+        discover_box,
+        backbone,
+        method=method,
+        short_side=short_side,
+        long_side=long_side,
+        num_seeds=num_seeds,
+        device=device,
+    )
     found = find_boxes(data)[:max_images]
-    right = whole = 0
+    hits: list[tuple[bool, bool]] = []
     failures: list[str] = []
     for number, (path, boxes) in enumerate(found, start=1):
         try:
             image = open_rgb(path)
+            if skip_unreadable or not failures:
+                whole = (0.0, 0.0, image.width, image.height)
+                hits.append((is_hit(discover(image), boxes), is_hit(whole, boxes)))
         except ConfigError as error:
-            failures.append(str(error))
-            continue
-        if skip_unreadable or not failures:
-            box = discover_box(
-                backbone, image, method=method, short_side=short_side, num_seeds=num_seeds, device=device
-            )
-            right += max(box_iou(box, truth) for truth in boxes) >= 0.5
-            whole += max(box_iou((0.0, 0.0, image.width, image.height), truth) for truth in boxes) >= 0.5
+            failures.append(str(error) if str(path) in str(error) else f"{path}: {error}")
         if progress is not None:
             progress(number, len(found))
     report_unreadable(failures, len(found), skip_unreadable=skip_unreadable)
-    read = len(found) - len(failures)
+    right, whole_right = (int(np.sum(column)) for column in zip(*hits, strict=True))
     return {
-        "corloc": right / read,
-        "whole_image": whole / read,
-        "num_images": read,
+        "corloc": right / len(hits),
+        "whole_image": whole_right / len(hits),
+        "num_images": len(hits),
         "num_unreadable": len(failures),
     }

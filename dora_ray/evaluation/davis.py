@@ -227,4 +227,5 @@ class Objects:
 
     def void(self, mask: np.ndarray) -> np.ndarray:
         """Return the pixels (H, W) bool that count for nobody."""
-        return mask == (VOID if VOID not in self.values else -1)
+        nobody: np.ndarray = mask == (VOID if VOID not in self.values else -1)
+        return nobody

@@ -76,7 +76,9 @@ class CorlocOptions(FileOptions):
     method: Literal["attention", "lost"] = "lost"
     """How a box is found: mean CLS attention above its mean, or LOST."""
     short_side: Count | None = None
-    """Short side of what the encoder sees, pixels; not set: the image's own (LOST)."""
+    """Short side of what the encoder sees, pixels; not set: the image's own (LOST), within `long_side`."""
+    long_side: Count = 640
+    """Where short_side is not set, the longest that the encoder sees, pixels: images of Pascal VOC have 500 at most."""
     num_seeds: Count = 100
     """Patches of lowest degree that may join the seed (LOST)."""
     max_images: Count | None = None

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dora_ray import evaluate
 from dora_ray.errors import ConfigError
+from dora_ray.evaluation import corloc
 from dora_ray.evaluation.corloc import (
     attention_patches,
     box_iou,
@@ -19,7 +20,7 @@ from dora_ray.evaluation.corloc import (
     lost_patches,
     patch_box,
 )
-from dora_ray.method.vit import build_vit
+from dora_ray.method.vit import build_vit, tracked_features
 from tests.evaluation.checkpoints import small_config, write_checkpoint
 
 VOC_XML = """<annotation><object><name>dog</name><bndbox><xmin>11</xmin><ymin>21</ymin><xmax>30</xmax><ymax>60</ymax>
@@ -114,14 +115,16 @@ def test_other_layouts_are_refused(listed, tmp_path_factory):
 def test_a_found_box_lies_in_the_image(vit, method, size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, size=(*size[::-1], 3), dtype=np.uint8))
     with torch.no_grad():
-        left, top, right, bottom = discover_box(vit, image, method=method, short_side=None, num_seeds=5, device="cpu")
+        left, top, right, bottom = discover_box(
+            vit, image, method=method, short_side=None, long_side=640, num_seeds=5, device="cpu"
+        )
     assert 0 <= left < right <= size[0]
     assert 0 <= top < bottom <= size[1]
 
 
 def test_corloc_counts_the_images_whose_box_hits(vit, listed):
     """The truth of `a` is what the encoder finds there; that of `b` is nowhere near."""
-    settings = {"method": "lost", "short_side": None, "num_seeds": 100, "device": "cpu"}
+    settings = {"method": "lost", "short_side": None, "long_side": 640, "num_seeds": 100, "device": "cpu"}
     with torch.no_grad():
         box = discover_box(vit, Image.open(listed / "images" / "a.png"), **settings)
     (listed / "boxes.json").write_text(json.dumps({"a.png": [[0, 0, 1, 1], box], "b.png": [[0, 0, 1, 1]]}))
@@ -142,3 +145,52 @@ def test_corloc_through_evaluate(listed, tmp_path_factory):
     assert result["results"]["whole_image"] == 0.5
     with pytest.raises(ConfigError, match="method"):
         evaluate(checkpoint, "corloc", data=listed, method="magic")
+
+
+def seen_sizes(vit, monkeypatch, size, **options):
+    """Sizes (height, width) of what the encoder is shown of a photograph."""
+    sizes = []
+
+    def watched(model, frames, *, block):
+        sizes.append(tuple(frames.shape[-2:]))
+        return tracked_features(model, frames, block=block)
+
+    monkeypatch.setattr(corloc, "tracked_features", watched)
+    settings = {"method": "attention", "num_seeds": 5, "device": "cpu", "short_side": None, "long_side": 640, **options}
+    with torch.no_grad():
+        discover_box(vit, Image.new("RGB", size), **settings)
+    return sizes
+
+
+def test_a_photograph_is_seen_within_a_bounded_size(vit, monkeypatch):
+    """12 megapixels, which took 16 GB as 187,500 patches, are 80 x 60 of them; Pascal VOC's keep their size."""
+    assert seen_sizes(vit, monkeypatch, (4000, 3000)) == [(480, 640)]
+    assert seen_sizes(vit, monkeypatch, (500, 375)) == [(376, 496)]
+    assert seen_sizes(vit, monkeypatch, (4000, 3000), short_side=96) == [(96, 128)]
+    assert seen_sizes(vit, monkeypatch, (20000, 10)) == [(8, 640)]
+
+
+def test_too_many_patches_are_refused_with_the_files_name(listed, tmp_path_factory):
+    Image.new("RGB", (3000, 300)).save(listed / "images" / "b.png")
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("run") / "step-00000007", small_config())
+    with pytest.raises(ConfigError, match=r"b\.png: 3200x320 pixels are [\d,]+ patches .* lower short_side"):
+        evaluate(checkpoint, "corloc", data=listed, short_side=320, method="attention")
+
+
+def test_all_unreadable_images_are_named_and_can_be_left_out(listed, tmp_path_factory):
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("run") / "step-00000007", small_config())
+    (listed / "boxes.json").write_text(
+        json.dumps({f"{name}.png": [[0, 0, 64, 48]] for name in ("a", "b", "gone", "text")})
+    )
+    (listed / "images" / "text.png").write_text("no image")
+    with pytest.raises(ConfigError, match=r"2 of 4 files.*gone\.png.*text\.png"):
+        evaluate(checkpoint, "corloc", data=listed, short_side=32)
+    numbers = evaluate(checkpoint, "corloc", data=listed, short_side=32, skip_unreadable=True)["results"]
+    assert (numbers["num_images"], numbers["num_unreadable"]) == (2, 2)
+    assert numbers["whole_image"] == 1.0
+
+
+def test_a_box_without_an_area_is_named(listed):
+    (listed / "boxes.json").write_text(json.dumps({"a.png": [[5, 5, 5, 9]]}))
+    with pytest.raises(ConfigError, match=r"a\.png has a box without an area \(left 5, top 5, right 5"):
+        find_boxes(listed)
