@@ -188,7 +188,7 @@ def discover_box(
         ConfigError: The image has so many patches at this size that comparing them all takes gigabytes.
     """
     patch = int(vit.patch_embed.patch_size[0])
-    shown = short_side or max(1, round(min(image.size) * min(1.0, long_side / max(image.size))))
+    shown = short_side or min(image.size) * min(1.0, long_side / max(image.size))
     width, height = whole_size(image.size, short_side=shown, patch_size=patch)
     if width * height > MOST_PATCHES * patch**2:
         raise ConfigError(

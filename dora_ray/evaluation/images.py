@@ -139,7 +139,7 @@ def _shortened(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def whole_size(size: tuple[int, int], *, short_side: int, patch_size: int) -> tuple[int, int]:
+def whole_size(size: tuple[int, int], *, short_side: float, patch_size: int) -> tuple[int, int]:
     """The (width, height) in whole patches nearest to `size` scaled to that short side, for images seen whole."""
     scale = short_side / min(size)
     width, height = (max(1, round(side * scale / patch_size)) * patch_size for side in size)
