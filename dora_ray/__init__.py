@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dora_ray.config import Config, load_config
     from dora_ray.evaluation import evaluate
+    from dora_ray.evaluation.embedding import embed
     from dora_ray.training.launch import Run, train
     from dora_ray.tuning.sweep import Sweep, sweep
     from dora_ray.weights import export, load_backbone
@@ -24,6 +25,7 @@ _HOMES = {
     "train": "dora_ray.training.launch",
     "Sweep": "dora_ray.tuning.sweep",
     "sweep": "dora_ray.tuning.sweep",
+    "embed": "dora_ray.evaluation.embedding",
     "evaluate": "dora_ray.evaluation",
     "export": "dora_ray.weights",
     "load_backbone": "dora_ray.weights",
@@ -34,6 +36,7 @@ __all__ = [
     "Run",
     "Sweep",
     "__version__",
+    "embed",
     "evaluate",
     "export",
     "load_backbone",

@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_eval,
         _add_data,
         _add_show,
+        _add_embed,
         _add_export,
         _add_report,
         _add_config,
@@ -286,6 +287,21 @@ def _add_show(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--clips", type=int, metavar="N", help="clips to draw")
     parser.add_argument("--seed", type=int, metavar="N", help="of the clips and the attention heads")
+
+
+def _add_embed(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "embed", "write an encoder's features of images or of a video's frames")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_ENCODER)
+    parser.add_argument("data", metavar="DATA", help="an image, a video, or a folder of them")
+    parser.add_argument("--out", metavar="FILE", required=True, help="FILE.parquet or FILE.npz, new")
+    parser.add_argument("--patches", action="store_true", help="write the patch tokens beside CLS")
+    parser.add_argument("--whole", action="store_true", help="see each picture whole, not its center square")
+    parser.add_argument(
+        "--size", type=int, metavar="PIXELS", help="side of what the encoder sees; not given: as trained"
+    )
+    parser.add_argument("--fps", type=float, default=1.0, metavar="N", help="frames a second of a video (1)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="such as cuda (cpu)")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
 
 
 def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -1,0 +1,27 @@
+"""dora-ray embed."""
+
+from __future__ import annotations
+
+import argparse
+
+from dora_ray.commands.output import Stages, write_facts
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write features."""
+    from dora_ray.evaluation.embedding import embed
+
+    with Stages() as stages:
+        result = embed(
+            options.checkpoint,
+            options.data,
+            out=options.out,
+            patches=options.patches,
+            whole=options.whole,
+            image_size=options.size,
+            frames_per_second=options.fps,
+            device=options.device,
+            skip_unreadable=options.skip_unreadable,
+            progress=lambda done, total: stages.at("embed", "pictures").update(step=done, total=total),
+        )
+    write_facts(result)
