@@ -10,7 +10,6 @@ import functools
 import operator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 from dora_ray.method.attention import Layout
 from dora_ray.method.blocks import cls_of_blocks
 from dora_ray.method.head import DINOHead, LastLayerInit
-from dora_ray.method.losses import Reduction, dino_loss, dora_loss
+from dora_ray.method.losses import dino_loss, dora_loss
 from dora_ray.method.measures import Measures, agreement, mask_measures, teacher_measures
 from dora_ray.method.objects import track_objects
 from dora_ray.method.parts import part
 from dora_ray.method.precision import widen
-from dora_ray.method.tracking import Threshold, random_masks
+from dora_ray.method.settings import MethodSettings
+from dora_ray.method.tracking import random_masks
 from dora_ray.method.vit import (
     TIMM_CLS_STD,
     PositionInterpolation,
@@ -36,9 +36,6 @@ from dora_ray.method.vit import (
     tracked_features,
     whole_images,
 )
-
-Kind = Literal["dora", "none", "random"]
-Views = Literal["masked", "packed"]
 
 
 class Network(nn.Module):
@@ -139,18 +136,12 @@ class Targets:
 @torch.no_grad()
 def teacher_forward(
     teacher: Network,
+    settings: MethodSettings,
     *,
     globals_: Tensor,
     heads: Tensor,
     noise: Tensor | None,
-    kind: Kind,
-    block: int,
-    normalize_patches: bool,
-    num_iterations: int,
-    epsilon: float,
-    threshold: Threshold,
     object_weight: float,
-    teacher_dtype: torch.dtype | None,
     masks: Tensor | None,
 ) -> Targets:
     """The teacher's outputs on whole frames, and the masks of the objects found with it.
@@ -158,33 +149,31 @@ def teacher_forward(
     Takes what `slot_forward` takes.
 
     Raises:
-        ValueError: for another kind, several global views beside objects, or kind "random" without noise.
+        ValueError: for several global views beside objects, or kind "random" without noise.
     """
-    if kind not in ("dora", "random", "none"):
-        raise ValueError(f"kind={kind!r}: use 'dora', 'random' or 'none'")
-    if kind != "none" and globals_.shape[1] != 1:
+    if settings.kind != "none" and globals_.shape[1] != 1:
         raise ValueError(f"{globals_.shape[1]} global views: objects are tracked in exactly 1")
     teacher.eval()
-    device = globals_.device.type
-    narrow = nullcontext() if teacher_dtype is None else torch.autocast(device, teacher_dtype)
-    if kind == "none" or object_weight == 0.0:
+    dtype = settings.teacher_dtype
+    narrow = nullcontext() if dtype is None else torch.autocast(globals_.device.type, dtype)
+    if settings.kind == "none" or object_weight == 0.0:
         with narrow, part("teacher"):
             outputs = widen(teacher(globals_.flatten(0, 2)))
         return Targets(torch.unflatten(outputs, 0, globals_.shape[:3]), None, {})
     with narrow, part("teacher"):
-        tracked = tracked_features(teacher.backbone, globals_[:, 0], block=block)
+        tracked = tracked_features(teacher.backbone, globals_[:, 0], block=settings.block)
         outputs = widen(teacher.project(tracked.cls))
     with part("tracker"):
         objects = track_objects(
             tracked,
             heads,
-            normalize_patches=normalize_patches,
-            num_iterations=num_iterations,
-            epsilon=epsilon,
-            threshold=threshold,
+            normalize_patches=settings.normalize_patches,
+            num_iterations=settings.num_iterations,
+            epsilon=settings.epsilon,
+            threshold=settings.threshold,
         )
         if masks is None:
-            masks = objects.masks if kind == "dora" else random_masks(objects.masks, _given(noise))
+            masks = objects.masks if settings.kind == "dora" else random_masks(objects.masks, _given(noise))
         measures = mask_measures(masks) | {"sinkhorn_residual": objects.residual}
     return Targets(outputs.unsqueeze(1), masks, measures)
 
@@ -193,23 +182,20 @@ def student_forward(
     student: Network,
     targets: Targets,
     center: Tensor,
+    settings: MethodSettings,
     *,
     globals_: Tensor,
     locals_: Tensor,
-    kind: Kind,
-    views: Views,
-    student_temperature: float,
-    teacher_temperature: float,
-    reduction: Reduction,
     object_weight: float,
 ) -> SlotOutput:
     """The student's views through its encoder in one batch of sequences, and the loss.
 
     Takes what `slot_forward` takes, and what `teacher_forward` gives.
     """
-    temperatures = {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
+    kind, temperature = settings.kind, settings.teacher_temperature
+    temperatures = {"student_temperature": settings.student_temperature, "teacher_temperature": temperature}
     with part("student_forward"):
-        large, small = student_bottlenecks(student, globals_, locals_, targets.masks, kind=kind, views=views)
+        large, small = student_bottlenecks(student, globals_, locals_, targets.masks, settings)
         rows = student.head.last_layer.rows()
     with part("loss"):
         if kind == "none":
@@ -223,7 +209,7 @@ def student_forward(
                 of_frame,
                 center,
                 rows=rows,
-                reduction=reduction,
+                reduction=settings.reduction,
                 object_weight=object_weight,
                 **temperatures,
             )
@@ -235,27 +221,22 @@ def student_forward(
             for name, features in ((large_name, large), ("local_agreement", small))
             if features.shape[1] > 0
         }
-        of_teacher = teacher_measures(targets.outputs, center, temperature=teacher_temperature)
+        of_teacher = teacher_measures(targets.outputs, center, temperature=temperature)
         measures = {"loss": loss.detach(), **of_teacher, **targets.measures, **agreements}
     return SlotOutput(loss, targets.outputs.sum(dim=(0, 1, 2), dtype=torch.float32), measures)
 
 
 def student_bottlenecks(
-    student: Network, globals_: Tensor, locals_: Tensor, masks: Tensor | None, *, kind: Kind, views: Views
+    student: Network, globals_: Tensor, locals_: Tensor, masks: Tensor | None, settings: MethodSettings
 ) -> tuple[Tensor, Tensor]:
     """What the student's last layer gets for the large views and for the local views: (B, V, T, P) and (B, L, T, P).
 
     All sequences go through the encoder together. The large views are the global views for kind "none", else the
     objects', of which there are none (V of 0) without masks.
-
-    Raises:
-        ValueError: for views that are neither "masked" nor "packed".
     """
-    if views not in ("masked", "packed"):
-        raise ValueError(f"views={views!r}: use 'masked' or 'packed'")
     num_clips, num_globals, num_frames = globals_.shape[:3]
-    num_large = num_globals if kind == "none" else 0 if masks is None else masks.shape[1]
-    tokens, layout, places = _sequences(student.backbone, globals_, locals_, masks, kind=kind, views=views)
+    num_large = num_globals if settings.kind == "none" else 0 if masks is None else masks.shape[1]
+    tokens, layout, places = _sequences(student.backbone, globals_, locals_, masks, settings)
     cls = cls_of_blocks(student.backbone, tokens, layout)
     features = widen(student.head.bottleneck(cls))
     count = num_clips * num_large * num_frames
@@ -267,13 +248,13 @@ def student_bottlenecks(
 
 
 def _sequences(
-    vit: VisionTransformer, globals_: Tensor, locals_: Tensor, masks: Tensor | None, *, kind: Kind, views: Views
+    vit: VisionTransformer, globals_: Tensor, locals_: Tensor, masks: Tensor | None, settings: MethodSettings
 ) -> tuple[Tensor, Layout, Tensor | None]:
     """The tokens (P, D) of all views, their layout, and the places of packed objects, see `kept_patches`."""
     parts, places = [], None
-    if kind == "none":
+    if settings.kind == "none":
         parts.append(whole_images(vit, globals_.flatten(0, 2)))
-    elif masks is not None and views == "packed":
+    elif masks is not None and settings.views == "packed":
         kept, layout, places = kept_patches(vit, globals_[:, 0], masks)
         parts.append((kept, layout))
     elif masks is not None:
@@ -288,23 +269,13 @@ def slot_forward(
     student: Network,
     teacher: Network,
     center: Tensor,
+    settings: MethodSettings,
     *,
     globals_: Tensor,
     locals_: Tensor,
     heads: Tensor,
     noise: Tensor | None,
-    kind: Kind,
-    views: Views,
-    block: int,
-    normalize_patches: bool,
-    num_iterations: int,
-    epsilon: float,
-    threshold: Threshold,
-    student_temperature: float,
-    teacher_temperature: float,
-    reduction: Reduction,
     object_weight: float,
-    teacher_dtype: torch.dtype | None,
     masks: Tensor | None = None,
 ) -> SlotOutput:
     """The forward of one slot: a pure function of its arguments but for the student's drop path.
@@ -313,55 +284,22 @@ def slot_forward(
         student: in training mode.
         teacher: is put in evaluation mode: it never drops paths.
         center: (O,) running mean of the teacher's outputs.
+        settings: the method's, the same for every slot.
         globals_: (B, G, T, C, H, W) normalized global views; one where there are objects.
         locals_: (B, L, T, C, h, w) normalized local views; L may be 0.
         heads: (B, K) int64 drawn heads; unused with kind "none".
         noise: (B, K, T, N) in [0, 1) that places the masks of kind "random", else None.
-        kind: "dora" tracked objects, "random" masks of the same area anywhere, "none" DINO without objects.
-        views: of the objects: "masked" whole frames, 0 but for the object (equation 5), or "packed" the object's
-            patches alone.
-        block: block of the teacher that objects are discovered in, from the end.
-        normalize_patches: see `track_objects`.
-        num_iterations: of Sinkhorn-Knopp.
-        epsilon: of Sinkhorn-Knopp.
-        threshold: rule of the masks.
-        student_temperature: temperature of the student's softmax.
-        teacher_temperature: temperature of the teacher's softmax.
-        reduction: of `dora_loss`.
         object_weight: of `dora_loss`; with 0 no objects are looked for.
-        teacher_dtype: autocast type of the teacher's networks; None: as the caller's.
         masks: (B, K, T, N) to use in place of those of the objects found, for comparisons.
 
     Raises:
-        ValueError: for another kind or views, several global views beside objects, or kind "random" without noise.
+        ValueError: for several global views beside objects, or kind "random" without noise.
     """
     targets = teacher_forward(
-        teacher,
-        globals_=globals_,
-        heads=heads,
-        noise=noise,
-        kind=kind,
-        block=block,
-        normalize_patches=normalize_patches,
-        num_iterations=num_iterations,
-        epsilon=epsilon,
-        threshold=threshold,
-        object_weight=object_weight,
-        teacher_dtype=teacher_dtype,
-        masks=masks,
+        teacher, settings, globals_=globals_, heads=heads, noise=noise, object_weight=object_weight, masks=masks
     )
     return student_forward(
-        student,
-        targets,
-        center,
-        globals_=globals_,
-        locals_=locals_,
-        kind=kind,
-        views=views,
-        student_temperature=student_temperature,
-        teacher_temperature=teacher_temperature,
-        reduction=reduction,
-        object_weight=object_weight,
+        student, targets, center, settings, globals_=globals_, locals_=locals_, object_weight=object_weight
     )
 
 

@@ -19,10 +19,11 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from dora_ray.method.dora import Kind, Network, SlotOutput, Views
+from dora_ray.method.dora import Network, SlotOutput
 from dora_ray.method.losses import Reduction
 from dora_ray.method.measures import Measures, mask_measures, sinkhorn_residual, teacher_measures
 from dora_ray.method.precision import widen
+from dora_ray.method.settings import MethodSettings
 from dora_ray.method.tracking import Threshold
 from dora_ray.method.vit import embed
 
@@ -177,72 +178,63 @@ def reference_slot_forward(
     student: Network,
     teacher: Network,
     center: Tensor,
+    settings: MethodSettings,
     *,
     globals_: Tensor,
     locals_: Tensor,
     heads: Tensor,
     noise: Tensor | None,
-    kind: Kind,
-    views: Views,
-    block: int,
-    normalize_patches: bool,
-    num_iterations: int,
-    epsilon: float,
-    threshold: Threshold,
-    student_temperature: float,
-    teacher_temperature: float,
-    reduction: Reduction,
     object_weight: float,
-    teacher_dtype: torch.dtype | None,
     masks: Tensor | None = None,
 ) -> SlotOutput:
     """What `slot_forward` computes, with the same arguments and results, one frame and one view at a time."""
     teacher.eval()
     num_globals, num_frames = globals_.shape[1:3]
-    narrow = nullcontext() if teacher_dtype is None else torch.autocast(globals_.device.type, teacher_dtype)
+    dtype, temperature = settings.teacher_dtype, settings.teacher_temperature
+    narrow = nullcontext() if dtype is None else torch.autocast(globals_.device.type, dtype)
     with torch.no_grad(), narrow:
         features = [
             [naive_features(teacher.backbone, globals_[:, g, t]) for t in range(num_frames)] for g in range(num_globals)
         ]
         outputs = [[widen(teacher.project(frame.tokens[:, 0])) for frame in view] for view in features]
     with torch.no_grad():
-        targets = [[torch.softmax((output - center) / teacher_temperature, dim=-1) for output in v] for v in outputs]
+        targets = [[torch.softmax((output - center) / temperature, dim=-1) for output in v] for v in outputs]
     of_locals = _student_outputs(student, locals_)
     stacked = torch.stack([torch.stack(view, dim=1) for view in outputs], dim=1)
-    measures = teacher_measures(stacked, center, temperature=teacher_temperature)
-    if kind == "none":
+    measures = teacher_measures(stacked, center, temperature=temperature)
+    if settings.kind == "none":
         of_globals = _student_outputs(student, globals_)
-        loss = naive_dino_loss(of_globals + of_locals, targets, temperature=student_temperature)
+        loss = naive_dino_loss(of_globals + of_locals, targets, temperature=settings.student_temperature)
         students = {"global_agreement": of_globals, "local_agreement": of_locals}
     else:
         with torch.no_grad():
             maps, assignments = naive_maps(
                 features[0],
                 heads,
-                block=block,
-                normalize_patches=normalize_patches,
-                num_iterations=num_iterations,
-                epsilon=epsilon,
+                block=settings.block,
+                normalize_patches=settings.normalize_patches,
+                num_iterations=settings.num_iterations,
+                epsilon=settings.epsilon,
             )
-            found = naive_masks(maps, threshold)
-            if kind == "random" and noise is not None:
+            found = naive_masks(maps, settings.threshold)
+            if settings.kind == "random" and noise is not None:
                 found = naive_random_masks(found, noise)
             masks = found if masks is None else masks
         of_objects = (
             _packed_outputs(student, globals_[:, 0], masks)
-            if views == "packed"
+            if settings.views == "packed"
             else _student_outputs(student, _object_views(globals_[:, 0], masks))
         )
         loss = naive_dora_loss(
             of_objects,
             of_locals,
             targets[0],
-            temperature=student_temperature,
-            reduction=reduction,
+            temperature=settings.student_temperature,
+            reduction=settings.reduction,
             object_weight=object_weight,
         )
         students = {"object_agreement": of_objects, "local_agreement": of_locals}
-        residual = sinkhorn_residual(assignments) if num_iterations > 0 else loss.new_zeros(())
+        residual = sinkhorn_residual(assignments) if settings.num_iterations > 0 else loss.new_zeros(())
         measures |= mask_measures(masks) | {"sinkhorn_residual": residual}
     measures |= {"loss": loss.detach(), **_agreements(stacked.mean(dim=1), students)}
     return SlotOutput(loss, stacked.sum(dim=(0, 1, 2), dtype=torch.float32), measures)

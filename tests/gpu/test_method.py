@@ -17,9 +17,9 @@ from dora_ray.method.fp8 import Fp8Linear, use_fp8
 from dora_ray.method.reference import reference_slot_forward
 from dora_ray.method.vit import cls_features
 from dora_ray.training.numerics import has_fp8, require_fp8
-from dora_ray.training.step import forward_settings, initial_state
+from dora_ray.training.step import initial_state, method_settings
 from tests.gpu.slots import config_of, masks_of, relative_error
-from tests.method.networks import PAPER, RELEASED, build_small, draw_center, draw_slot
+from tests.method.networks import PAPER, RELEASED, build_small, call, draw_slot
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +34,7 @@ def of_slot(forward: Any, slot: dict[str, Tensor], settings: dict[str, Any], dev
     """Loss and gradients of a forward of small networks, always the same ones."""
     student, teacher = (build_small(seed, dtype=dtype).to(device) for seed in (0, 1))
     moved = {name: tensor.to(device) for name, tensor in slot.items()}
-    output = forward(student.train(), teacher, draw_center(dtype).to(device), **moved, **settings)
+    output = call(forward, student.train(), teacher, moved, settings)
     return output, torch.autograd.grad(output.loss, list(student.parameters()), materialize_grads=True)
 
 
@@ -64,13 +64,13 @@ def of_large(forward: Any, device: torch.device, masks: Tensor, *overrides: str,
             state.student,
             state.teacher,
             state.center,
+            method_settings(config),
             globals_=torch.randn(clips, 1, frames, 3, size, size, generator=generator).to(device),
             locals_=torch.randn(clips, count, frames, 3, small, small, generator=generator).to(device),
             heads=torch.arange(3, device=device).expand(clips, -1),
             noise=None,
             object_weight=1.0,
             masks=masks.to(device),
-            **forward_settings(config),
         )
     parameters = dict(state.student.named_parameters())
     gradients = torch.autograd.grad(output.loss, list(parameters.values()), materialize_grads=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dora_ray.method import vit
-from dora_ray.method.dora import Network, build_network
+from dora_ray.method.dora import Network, SlotOutput, build_network
+from dora_ray.method.settings import MethodSettings
 
 NUM_HEADS, NUM_PATCHES, NUM_OUTPUTS = 6, 16, 12
 
@@ -59,6 +60,7 @@ def draw_center(dtype: torch.dtype = torch.float64) -> Tensor:
     return 0.1 * torch.randn(NUM_OUTPUTS, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
 
 
+# Of MethodSettings, and the weight of a step's objects.
 PAPER: dict[str, Any] = {
     "kind": "dora",
     "views": "masked",
@@ -74,6 +76,20 @@ PAPER: dict[str, Any] = {
     "teacher_dtype": None,
 }
 RELEASED = PAPER | {"block": -1, "threshold": "batch", "reduction": "released"}
+
+
+def call(
+    forward: Callable[..., SlotOutput],
+    student: Network,
+    teacher: Network,
+    slot: dict[str, Any],
+    settings: dict[str, Any],
+) -> SlotOutput:
+    """The forward of a slot with settings such as PAPER; the center has the slot's type."""
+    fixed = {name: value for name, value in settings.items() if name != "object_weight"}
+    center = draw_center(slot["locals_"].dtype).to(slot["locals_"].device)
+    weight = settings["object_weight"]
+    return forward(student, teacher, center, MethodSettings(**fixed), **slot, object_weight=weight)
 
 
 @contextmanager

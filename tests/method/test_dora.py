@@ -9,7 +9,7 @@ from dora_ray.method.dora import slot_forward
 from dora_ray.method.objects import track_objects
 from dora_ray.method.reference import naive_features, naive_maps, naive_masks, reference_slot_forward
 from dora_ray.method.vit import tracked_features
-from tests.method.networks import NUM_OUTPUTS, PAPER, RELEASED, build_small, draw_center, draw_slot
+from tests.method.networks import NUM_OUTPUTS, PAPER, RELEASED, build_small, call, draw_slot
 from tests.oracles import method as oracle
 
 ALWAYS = {"loss", "teacher_entropy", "teacher_kl_uniform", "teacher_diversity"}
@@ -19,7 +19,7 @@ OF_OBJECTS = {"mask_area", "object_overlap", "sinkhorn_residual", "object_agreem
 def run(forward, slot, settings, *, dtype=torch.float64):
     """Results and gradients of a forward on networks that are always the same."""
     student, teacher = build_small(0, dtype=dtype).train(), build_small(1, dtype=dtype)
-    output = forward(student, teacher, draw_center(dtype), **slot, **settings)
+    output = call(forward, student, teacher, slot, settings)
     output.loss.backward()
     return output, {name: parameter.grad for name, parameter in student.named_parameters()}
 
@@ -182,7 +182,7 @@ def test_recomputed_activations_give_the_same_gradients():
         student, teacher = build_small(0, drop_path=0.5).train(), build_small(1)
         student.backbone.set_grad_checkpointing(recompute)
         torch.manual_seed(3)
-        slot_forward(student, teacher, draw_center(), **slot, **settings).loss.backward()
+        call(slot_forward, student, teacher, slot, settings).loss.backward()
         return [parameter.grad for parameter in student.parameters()]
 
     for views in ("masked", "packed"):
@@ -199,7 +199,7 @@ def test_drop_path_is_a_function_of_the_seed(views):
 
     def loss(seed):
         torch.manual_seed(seed)
-        return slot_forward(student, teacher, draw_center(), **slot, **PAPER | {"views": views}).loss.item()
+        return call(slot_forward, student, teacher, slot, PAPER | {"views": views}).loss.item()
 
     assert loss(1) == loss(1)
     assert loss(1) != loss(2)
@@ -236,7 +236,7 @@ def test_draws_nothing_and_leaves_the_teacher_alone():
     slot = draw_slot(num_frames=2, num_objects=3)
     student, teacher = build_small(0), build_small(1, drop_path=0.9).train()
     before = torch.random.get_rng_state()
-    output = slot_forward(student, teacher, draw_center(), **slot, **PAPER)
+    output = call(slot_forward, student, teacher, slot, PAPER)
     assert torch.equal(torch.random.get_rng_state(), before)
     output.loss.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dora_ray.config import load_config
 from dora_ray.method import attention
 from dora_ray.method.dora import SlotOutput, slot_forward
-from dora_ray.training.step import forward_settings, initial_state
+from dora_ray.training.step import initial_state, method_settings
 from tests.method.networks import no_numbers, without_numbers
 
 DEPTH = 3
@@ -54,12 +54,12 @@ def forward(*overrides: str) -> tuple[SlotOutput, Counter[str]]:
             without_numbers(state.student),
             without_numbers(state.teacher),
             torch.empty(config.head.num_outputs),
+            method_settings(config),
             globals_=torch.empty(clips, 1, *of_frames, crops.global_size, crops.global_size),
             locals_=torch.empty(clips, crops.num_locals, *of_frames, crops.local_size, crops.local_size),
             heads=torch.zeros(clips, config.tracking.num_objects, dtype=torch.int64),
             noise=None,
             object_weight=1.0,
-            **forward_settings(config),
         )
     return output, operators.counts
 

@@ -19,7 +19,7 @@ from dora_ray.config import Config, load_config
 from dora_ray.method import reference
 from dora_ray.method.dora import slot_forward
 from dora_ray.training.memory import estimate_memory_mb
-from dora_ray.training.step import SlotForward, forward_settings, initial_state
+from dora_ray.training.step import SlotForward, initial_state, method_settings
 from tests.method.networks import no_numbers, without_numbers
 
 SMALL = (
@@ -120,9 +120,9 @@ def counted_mb(config: Config, forward: SlotForward) -> float:
                 "locals_": torch.empty(clips, crops.num_locals, frames, 3, crops.local_size, crops.local_size),
             }
             heads = torch.zeros(clips, config.tracking.num_objects, dtype=torch.int64)
-            settings = forward_settings(config) | {"object_weight": 1.0, "masks": masks, "heads": heads, "noise": None}
+            drawn = {"object_weight": 1.0, "masks": masks, "heads": heads, "noise": None}
             with torch.autocast("cpu", torch.bfloat16):
-                output = forward(student, teacher, center, **views, **settings)
+                output = forward(student, teacher, center, method_settings(config), **views, **drawn)
             views.clear()
             torch.autograd.grad(output.loss, list(student.parameters()), materialize_grads=True)
     return live.most / 2**20

@@ -13,11 +13,11 @@ from dora_ray.clips.plan import slots_of_rank
 from dora_ray.clips.slot import SlotBatch
 from dora_ray.config import Config, OptimConfig, load_config
 from dora_ray.errors import ClusterError, DivergenceError
+from dora_ray.training.draws import draw_slot
 from dora_ray.training.numerics import prepare_torch, require_fp8
 from dora_ray.training.step import (
     TrainState,
     apply_step,
-    draw_slot,
     initial_state,
     measure_names,
     slot_output,

@@ -1,0 +1,99 @@
+"""Random numbers of a slot: its views, its heads, the noise of random masks.
+
+Shapes: M clips a slot, T frames, G global and L local views, K objects, N patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dora_ray.clips.plan import Purpose, slot_generator, slot_seed
+from dora_ray.config import Config
+from dora_ray.views.augment import ViewParameters, draw_views
+
+
+def object_weight(config: Config, step: int) -> float:
+    """What the objects' term of the loss is multiplied with: over `tracking.every_steps` steps its mean is 1."""
+    every = config.tracking.every_steps
+    return float(every) if step % every == 0 else 0.0
+
+
+@dataclass(frozen=True)
+class SlotDraws:
+    """Everything random of a slot besides its clips, drawn on the CPU before the forward.
+
+    Attributes:
+        global_views: for G views.
+        local_views: for L views.
+        heads: (M, K) int64, distinct attention heads of each clip.
+        noise: (M, K, T, N) in [0, 1), for random masks; None otherwise.
+        network_seed: for what layers draw themselves (drop path).
+        object_weight: see `object_weight`; not random, but a function of the step too.
+    """
+
+    global_views: ViewParameters
+    local_views: ViewParameters
+    heads: Tensor
+    noise: Tensor | None
+    network_seed: int
+    object_weight: float
+
+
+def draw_slot(config: Config, step: int, slot: int) -> SlotDraws:
+    """The draws of one slot: a pure function of (seed, step, slot)."""
+    crops, tracking, num_clips = config.crops, config.tracking, config.optim.clips_per_slot
+
+    def generator(purpose: Purpose) -> np.random.Generator:
+        return slot_generator(config.run.seed, step, slot, purpose)
+
+    shared: dict[str, Any] = {
+        "num_clips": num_clips,
+        "num_frames": config.clip.num_frames,
+        "clip_size": crops.clip_size,
+        "ratio": crops.aspect_ratio,
+        "jitter": crops.jitter,
+        "jitter_probability": crops.jitter_probability,
+        "gray_probability": crops.gray_probability,
+        "blur_sigma": crops.blur_sigma,
+    }
+    global_views = draw_views(
+        generator(Purpose.GLOBAL_VIEWS),
+        num_views=config.num_globals,
+        scale=crops.global_scale,
+        per_frame_boxes=False,
+        flip_probability=crops.flip_probability,
+        blur_probability=crops.global_blur_probability,
+        **shared,
+    )
+    local_views = draw_views(
+        generator(Purpose.LOCAL_VIEWS),
+        num_views=crops.num_locals,
+        scale=crops.local_scale,
+        per_frame_boxes=True,
+        flip_probability=0.0,
+        blur_probability=crops.local_blur_probability,
+        **shared,
+    )
+    num_objects = min(tracking.num_objects, config.model.num_heads)
+    draws = num_clips if tracking.heads_per == "clip" else 1
+    rng = generator(Purpose.HEADS)
+    heads = np.stack([rng.permutation(config.model.num_heads)[:num_objects] for _ in range(draws)])
+    return SlotDraws(
+        global_views=global_views,
+        local_views=local_views,
+        heads=torch.from_numpy(np.broadcast_to(heads, (num_clips, num_objects)).copy()),
+        noise=_mask_noise(config, generator(Purpose.RANDOM_MASKS)) if tracking.kind == "random" else None,
+        network_seed=slot_seed(config.run.seed, step, slot, Purpose.NETWORK),
+        object_weight=object_weight(config, step),
+    )
+
+
+def _mask_noise(config: Config, rng: np.random.Generator) -> Tensor:
+    num_patches = (config.crops.global_size // config.model.patch_size) ** 2
+    shape = (config.optim.clips_per_slot, config.tracking.num_objects, config.clip.num_frames, num_patches)
+    return torch.from_numpy(rng.random(shape, dtype=np.float32))
