@@ -123,17 +123,3 @@ def test_nothing_is_opened_to_the_world(cluster):
         )
         assert node["node_config"]["IamInstanceProfile"], "without it Ray gives the head full rights to EC2 and S3"
         assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
-
-
-def test_what_is_to_be_edited_is_marked(cluster):
-    marked = [line for line in PATH.read_text().splitlines() if line.rstrip().endswith("EDIT") or "# EDIT;" in line]
-    for word in (
-        "region",
-        "availability_zone",
-        "image",
-        "SubnetIds",
-        "SecurityGroupIds",
-        "IamInstanceProfile",
-        "ssh_proxy_command",
-    ):
-        assert any(word in line for line in marked), word

@@ -28,6 +28,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_cluster_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the commands about the machines that a run is on."""
     _add_doctor(commands)
+    _add_plan(commands)
     _add_submit(commands)
 
 
@@ -39,6 +40,37 @@ def _add_doctor(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="videos, stores or runs that every node must reach")
     parser.add_argument("--address", metavar="HOST:PORT", help="the cluster's head; not given: RAY_ADDRESS, if set")
+    add_json(parser)
+
+
+def _add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = command(commands, "plan", "estimate disk, time, cores, memory, and what limits a training", spill="words")
+    parser.add_argument(
+        "words", nargs="*", metavar="RECIPE | FILE.yaml | key=value", help="as for train, with data.videos=[...]"
+    )
+    parser.add_argument(
+        "--film", action="append", default=[], metavar="SPEC", help="in place of videos: 6600s,3840x2160,60,vp9"
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="that train; not given: the recipe's workers")
+    parser.add_argument("--cpus", type=float, metavar="N", help="cores that read and decode; not given: this machine's")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(8)")
+    parser.add_argument("--node-memory", type=float, metavar="GIB", help="of a training node; not given: as here")
+    parser.add_argument(
+        "--interruptions", type=float, default=0.0, metavar="N", help="spot interruptions of a node an hour (0)"
+    )
+    parser.add_argument(
+        "--announced", type=float, default=1.0, metavar="SHARE", help="of them with a notice, which lose no step (1)"
+    )
+    parser.add_argument(
+        "--price-file", metavar="FILE", help="YAML: currency, gpu_hour, cpu_hour (a core), storage_gb_month"
+    )
+    parser.add_argument(
+        "--figures",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="of `bench data` or `bench step --json`",
+    )
     add_json(parser)
 
 

@@ -13,7 +13,7 @@ from dora_ray.errors import ConfigError
 def run(options: argparse.Namespace) -> None:
     """Train, or say what training would do."""
     from dora_ray.config import load_config
-    from dora_ray.training.launch import dry_run, saved_config, train
+    from dora_ray.training.launch import check, saved_config, train
 
     names, overrides = split(options.words)
     if options.resume and not names:
@@ -29,7 +29,9 @@ def run(options: argparse.Namespace) -> None:
             )
         config = found
     if options.dry_run:
-        write(dry_run(config, out=options.out, resume=options.resume, overwrite=options.overwrite))
+        from dora_ray.planning.report import dry_run
+
+        write(dry_run(config, check(config, out=options.out, resume=options.resume, overwrite=options.overwrite)))
         return
     with Stages() as stages:
         result = train(

@@ -24,7 +24,6 @@ from dora_ray.store.ingest import IngestProgress, ingest
 from dora_ray.training.beginning import with_resolved_init
 from dora_ray.training.elastic.requests import caught_signals
 from dora_ray.training.measuring import prepare
-from dora_ray.training.memory import estimate_memory_mb
 from dora_ray.training.records.checkpoint import require_plan
 from dora_ray.training.records.journal import CONFIG, add_event, read_metrics, write_status
 from dora_ray.training.records.tail import RunTail
@@ -108,41 +107,31 @@ def _default_run() -> str:
     return f"~/dora-ray/{name}" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else name
 
 
-def dry_run(
+@dataclass(frozen=True)
+class Checked:
+    """A run that could start.
+
+    Attributes:
+        run, store: absolute folders or URIs.
+        given: what its weights begin with, in words; None for random ones.
+        indexes: of its videos.
+    """
+
+    run: str
+    store: str
+    given: str | None
+    indexes: list[VideoIndex]
+
+
+def check(
     config: Config, *, out: str | os.PathLike[str] | None = None, resume: bool = False, overwrite: bool = False
-) -> str:
-    """What `train` would do, as YAML, after its checks of folder, images and videos, and without writing anything."""
+) -> Checked:
+    """Make the checks of `train`: folder, images and videos; without Ray, and without writing anything."""
     run = files.absolute(out if out is not None else _default_run())
     config = prepare(config)
     _check_folder(run, config, resume=resume, overwrite=overwrite)
     config, given = with_resolved_init(config, run, resume=resume, overwrite=overwrite)
-    indexes = check_videos(config)
-    seconds = sum(index.real_seconds for index in indexes)
-    workers = config.cluster.num_workers
-    half = config.cluster.use_gpu and config.optim.precision == "bf16"
-    facts = {
-        "run": run,
-        **({} if given is None else {"init": given}),
-        "store": _store(config, run),
-        "videos": [
-            f"{index.path} ({index.width}x{index.height}, {index.codec}, {index.real_seconds:.1f} s)"
-            for index in indexes
-        ],
-        "frames_to_keep": round(seconds * config.data.frames_per_second),
-        "clips_a_step": config.optim.slots * config.optim.clips_per_slot,
-        "epochs": round(
-            config.optim.steps
-            * config.optim.slots
-            * config.optim.clips_per_slot
-            / max(1.0, seconds * config.data.frames_per_second),
-            2,
-        ),
-        "workers": workers if isinstance(workers, int) else list(workers),
-        "gpus": (config.max_workers if config.cluster.use_gpu else 0),
-        "cpus": config.max_workers * config.cluster.cpus_per_worker + config.cluster.decode_cpus,
-        "memory_mb_per_worker": round(estimate_memory_mb(config, half=half)["total"]),
-    }
-    return str(yaml.safe_dump({"config": config.model_dump(mode="json"), "would_do": facts}, sort_keys=False))
+    return Checked(run, _store(config, run), given, check_videos(config))
 
 
 def make_plan(config: Config, videos: Sequence[Video]) -> Plan:

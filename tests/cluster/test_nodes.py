@@ -60,7 +60,7 @@ def test_an_odd_node_a_wrong_token_and_another_version_are_named(tmp_path):
                     break
                 time.sleep(3)
         assert done.returncode == 1, done.stderr
-        assert "dora-ray" in said
+        assert "PROBLEM  versions" in said, done.stderr
         assert "9.9.9 on decode 127.0.0.2" in said, said
         assert f"not readable on decode 127.0.0.2: {videos}/walk.mp4: there is no such file" in said, said
         assert "ok       dashboard" in said, said

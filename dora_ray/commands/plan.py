@@ -1,0 +1,40 @@
+"""dora-ray plan."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from dora_ray.commands.output import write, write_json
+from dora_ray.commands.words import load
+from dora_ray.errors import ConfigError
+
+
+def run(options: argparse.Namespace) -> None:
+    """Say what a training would need and take, without running anything."""
+    from dora_ray.planning.figures import load_figures
+    from dora_ray.planning.model import Cluster
+    from dora_ray.planning.report import GIB, Question, load_prices, long_form, plan_of, this_machine
+    from dora_ray.planning.workload import film_of, parse_film
+    from dora_ray.training.launch import check_videos
+
+    config = load(options.words)
+    if config is None:
+        raise ConfigError("no configuration was given: name a recipe (paper, released, tiny) or a YAML file")
+    films = [parse_film(text) for text in options.film] or [film_of(index) for index in check_videos(config)]
+    gpus = options.gpus if options.gpus is not None else (config.max_workers if config.cluster.use_gpu else 0)
+    if gpus < 0 or (options.cpus is not None and options.cpus <= 0):
+        raise ConfigError(f"--gpus {gpus} --cpus {options.cpus}: a number of machines is at least 0, of cores above 0")
+    cluster = Cluster(
+        workers=gpus or config.max_workers,
+        gpus=gpus > 0,
+        cores=options.cpus or os.cpu_count() or 1,
+        workers_per_node=options.gpus_per_node if gpus else config.max_workers,
+        interruptions=options.interruptions,
+        announced=options.announced,
+    )
+    memory = options.node_memory * GIB if options.node_memory else this_machine()
+    prices = load_prices(options.price_file) if options.price_file else {}
+    plan = plan_of(config, films, load_figures(options.figures), Question(cluster, memory, prices))
+    write(long_form(plan, gpus=cluster.gpus, cores=cluster.cores, currency=str(prices.get("currency", "cost"))))
+    write_json(options.json, plan)

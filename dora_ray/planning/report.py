@@ -1,0 +1,279 @@
+"""A plan in words: what a run needs, how long it takes on several clusters, and what to look out for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from dora_ray import files
+from dora_ray.config import Config
+from dora_ray.config_source import parse_yaml
+from dora_ray.errors import ConfigError
+from dora_ray.planning.figures import Figures, load_figures
+from dora_ray.planning.model import (
+    HOUR,
+    Cluster,
+    Estimate,
+    Film,
+    Workload,
+    estimate,
+    ingest_core_seconds,
+    split_finer,
+    store_bytes,
+)
+from dora_ray.planning.workload import film_of, workload_of
+from dora_ray.training.launch import Checked
+from dora_ray.training.memory import MB, estimate_memory_mb
+
+GB, GIB = 1e9, 2**30
+GPU_COUNTS = (1, 8, 64, 1024)
+# More than this often, a film is learnt by heart; the paper's runs show theirs 100 times.
+MANY_EPOCHS = 1000
+# A training process beside its tensors: Python, torch, Ray.
+PROCESS_BYTES = 1.2 * GIB
+PRICES = ("currency", "gpu_hour", "cpu_hour", "storage_gb_month")
+HOURS_A_MONTH = 730
+SHOWN_VIDEOS = 5
+LIMITS = {
+    "training": "the workers' arithmetic",
+    "reading": "reading clips: more --cpus",
+    "network": "the training nodes' network",
+    "head": "the head, which hands out slots",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked beside the recipe.
+
+    Attributes:
+        cluster: the machines.
+        node_bytes: memory of a training node.
+        prices: by name, as PRICES lists them; empty: no money.
+    """
+
+    cluster: Cluster
+    node_bytes: float
+    prices: Mapping[str, Any]
+
+
+def load_prices(path: str) -> dict[str, Any]:
+    """Return the prices of a YAML file.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    try:
+        found = parse_yaml(files.read_text(path), path)
+    except OSError as error:
+        raise ConfigError(f"--price-file {path} cannot be read: {error}") from error
+    unknown = set(found) - set(PRICES)
+    wrong = [name for name in PRICES[1:] if not isinstance(found.get(name, 0.0), int | float)]
+    if unknown or wrong:
+        raise ConfigError(
+            f"--price-file {path}: {', '.join(sorted(unknown) + wrong)} is not understood; allowed are currency (a "
+            "word) and, as numbers, gpu_hour, cpu_hour (a core), storage_gb_month"
+        )
+    return dict(found)
+
+
+def this_machine() -> float:
+    """Bytes of memory here."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def plan_of(config: Config, films: Sequence[Film], figures: Figures, question: Question) -> dict[str, Any]:
+    """Return everything that is told, as plain values."""
+    work, cluster = workload_of(config, films), question.cluster
+    counts = sorted({cluster.workers, *(GPU_COUNTS if cluster.gpus else ())})
+    rows = [
+        _row(split, figures, replace(cluster, workers=count), question)
+        for count in counts
+        for split in (work, *([split_finer(work, count)] if count > work.slots and cluster.gpus else ()))
+    ]
+    asked = next(row for row in rows if row["workers_asked"] == cluster.workers)
+    memory = _memory(config, question)
+    return {
+        "films": [asdict(film) for film in films],
+        "store_gb": store_bytes(work, figures.rates) / GB,
+        "ingest_core_hours": ingest_core_seconds(work, figures.rates) / HOUR,
+        "ingest_hours": ingest_core_seconds(work, figures.rates) / HOUR / cluster.cores,
+        "kept_frames": work.kept_frames,
+        "epochs": work.epochs,
+        "tflop_per_clip": work.tflop_per_clip,
+        "checkpoint_gb": work.checkpoint_bytes / GB,
+        **memory,
+        "asked": asked,
+        "rows": rows,
+        "warnings": _warnings(work, asked, memory, cluster),
+        "origins": figures.origins,
+    }
+
+
+def _row(work: Workload, figures: Figures, cluster: Cluster, question: Question) -> dict[str, Any]:
+    found: Estimate = estimate(work, figures.rates, cluster)
+    return {
+        "workers_asked": cluster.workers,
+        "slots": work.slots,
+        "clips_per_slot": work.clips_per_slot,
+        **asdict(found),
+        "checkpoint_gb_an_hour": found.checkpoint_bytes_per_hour / GB,
+        "cost": _cost(work, figures, cluster, found.hours, question.prices),
+    }
+
+
+def _cost(work: Workload, figures: Figures, cluster: Cluster, hours: float, prices: Mapping[str, Any]) -> float | None:
+    """Money for the run and for the store while it lasts; machines that idle are paid for too."""
+    if not prices or math.isinf(hours):
+        return None
+    gpus = cluster.workers * prices.get("gpu_hour", 0.0) if cluster.gpus else 0.0
+    cores = cluster.cores * prices.get("cpu_hour", 0.0)
+    ingest = ingest_core_seconds(work, figures.rates) / HOUR * prices.get("cpu_hour", 0.0)
+    kept = store_bytes(work, figures.rates) / GB * prices.get("storage_gb_month", 0.0) * hours / HOURS_A_MONTH
+    return float((gpus + cores) * hours + ingest + kept)
+
+
+def _memory(config: Config, question: Question) -> dict[str, Any]:
+    """Bytes of a worker's tensors, and of all workers of a node against what it has."""
+    sizes = estimate_memory_mb(config, half=question.cluster.gpus and config.optim.precision == "bf16")
+    tensors, snapshot = sizes["total"] * MB, sizes["snapshot"] * MB
+    here = min(question.cluster.workers, config.optim.slots, question.cluster.workers_per_node)
+    each = PROCESS_BYTES + (snapshot if question.cluster.gpus else tensors)
+    return {
+        "worker_gib": tensors / GIB,
+        "node_needs_gib": here * each / GIB,
+        "node_workers": here,
+        "node_has_gib": question.node_bytes / GIB,
+    }
+
+
+def _warnings(work: Workload, asked: dict[str, Any], memory: dict[str, Any], cluster: Cluster) -> list[str]:
+    """Sentences about what will not work, or is a waste."""
+    found = []
+    if memory["node_needs_gib"] > memory["node_has_gib"]:
+        found.append(
+            f"{memory['node_workers']} workers on a node need {memory['node_needs_gib']:.1f} GiB, and it has "
+            f"{memory['node_has_gib']:.1f} GiB: lower optim.clips_per_slot (and raise optim.slots), set "
+            "optim.activation_checkpointing=true, or run fewer workers a node"
+        )
+    if work.epochs > MANY_EPOCHS:
+        seconds = sum(film.seconds for film in work.films)
+        found.append(
+            f"{work.epochs:,.0f} epochs of {seconds:,.0f} s of video: the same pictures over and over. Add videos, or "
+            "lower optim.steps (and optim.warmup_steps)"
+        )
+    if asked["used_workers"] < cluster.workers:
+        kind = "GPUs" if cluster.gpus else "workers"
+        found.append(
+            f"{cluster.workers - asked['used_workers']} of {cluster.workers} {kind} idle: a step has optim.slots="
+            f"{work.slots} slots"
+        )
+    elif work.slots % asked["used_workers"]:
+        rounds = math.ceil(work.slots / asked["used_workers"])
+        found.append(
+            f"{work.slots} slots on {asked['used_workers']} workers take {rounds} rounds, the last one not full: "
+            "workers that divide optim.slots waste nothing"
+        )
+    if math.isinf(asked["hours"]):
+        found.append("interruptions come sooner than recoveries end: the run never finishes; use fewer or calmer nodes")
+    return found
+
+
+def short_form(plan: Mapping[str, Any]) -> str:
+    """Return the few lines of `train --dry-run`."""
+    asked = plan["asked"]
+    lines = [
+        f"store       {plan['kept_frames']:,} frames, {plan['store_gb']:.3g} GB; ingest about "
+        f"{_time(plan['ingest_hours'])}",
+        f"training    {plan['epochs']:,.4g} epochs, about {_time(asked['hours'])} at "
+        f"{asked['clips_per_second']:.3g} clips/s, limited by {LIMITS[asked['limit']]}",
+        f"memory      {plan['worker_gib']:.1f} GiB of tensors a worker",
+        f"checkpoint  {plan['checkpoint_gb']:.2g} GB, {asked['checkpoint_gb_an_hour']:.3g} GB an hour",
+    ]
+    return "\n".join(lines + [f"WARNING     {warning}" for warning in plan["warnings"]])
+
+
+def dry_run(config: Config, checked: Checked) -> str:
+    """Return what `train` would do on this machine, or where RAY_ADDRESS is."""
+    gpus = torch.cuda.device_count()
+    use_gpu = gpus >= 1 if config.cluster.use_gpu is None else config.cluster.use_gpu
+    workers = config.cluster.num_workers
+    cores = float(os.cpu_count() or 1)
+    cluster = Cluster(config.max_workers, use_gpu, cores, workers_per_node=config.max_workers)
+    films = [film_of(index) for index in checked.indexes]
+    plan = plan_of(config, films, load_figures(), Question(cluster, this_machine(), {}))
+    videos = [
+        f"video       {index.path} ({index.width}x{index.height}, {index.codec}, {index.real_seconds:.1f} s)"
+        for index in checked.indexes
+    ]
+    count = "in this process" if workers == 0 else f"{workers}" if isinstance(workers, int) else f"{list(workers)}"
+    cpus = config.max_workers * config.cluster.cpus_per_worker + config.cluster.decode_cpus
+    return "\n".join(
+        [
+            f"run         {checked.run}",
+            *([] if checked.given is None else [f"weights     {checked.given}"]),
+            f"store       {checked.store}",
+            *(videos if len(videos) <= SHOWN_VIDEOS else [*videos[:SHOWN_VIDEOS], f"            {len(videos)} in all"]),
+            f"workers     {count}, {'a GPU each' if use_gpu else 'without GPUs'}; with decoding {cpus:g} CPUs of Ray",
+            short_form(plan),
+            "Nothing was written. `dora-ray config` prints the configuration, `dora-ray plan` other clusters.",
+        ]
+    )
+
+
+def long_form(plan: Mapping[str, Any], *, gpus: bool, cores: float, currency: str) -> str:
+    """Return the whole plan."""
+    films = [
+        f"film        {_time(film['seconds'] / HOUR)}, {film['width']}x{film['height']}, "
+        f"{film['frames_per_second']:.4g} frames/s, {film['codec']}"
+        for film in plan["films"]
+    ]
+    head = f"{'GPUs' if gpus else 'workers':>8} {'used':>5} {'slots':>9} {'s/step':>8} "
+    head += f"{'clips/s':>9} {'hours':>9} {'cores':>7}"
+    money = any(row["cost"] is not None for row in plan["rows"])
+    table = [head + f" {'lost':>6}" + (f" {currency:>11}" if money else "") + "  limited by"]
+    for row in plan["rows"]:
+        cost = f" {row['cost']:>11,.0f}" if row["cost"] is not None else " " * 12 if money else ""
+        table.append(
+            f"{row['workers_asked']:>8,} {row['used_workers']:>5} {_slots(row):>9} {row['step_seconds']:>8.3g} "
+            f"{row['clips_per_second']:>9,.4g} {row['hours']:>9,.4g} {row['read_cores']:>7.3g} "
+            f"{row['lost_share']:>6.1%}{cost}  {_limit(row)}"
+        )
+    origins: dict[str, list[str]] = {}
+    for name, origin in plan["origins"].items():
+        origins.setdefault(origin, []).append(name)
+    return "\n".join(
+        [
+            *films,
+            short_form(plan),
+            "",
+            f"With {cores:g} cores for reading; `cores`: those that would read as quickly as the workers train.",
+            "Rows with more slots split the same batch finer (optim.slots x optim.clips_per_slot): another run.",
+            *table,
+            "",
+            "The figures behind it:",
+            *(f"  {', '.join(names)}: {origin}" for origin, names in origins.items()),
+        ]
+    )
+
+
+def _slots(row: Mapping[str, Any]) -> str:
+    return f"{row['slots']} x {row['clips_per_slot']}"
+
+
+def _limit(row: Mapping[str, Any]) -> str:
+    idle = row["workers_asked"] - row["used_workers"]
+    return LIMITS[row["limit"]] + (f"; {idle:,} idle, there are {row['slots']} slots" if idle else "")
+
+
+def _time(hours: float) -> str:
+    if math.isinf(hours):
+        return "for ever"
+    if hours < 1 / 60:
+        return f"{hours * HOUR:.0f} s"
+    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:,.1f} h"
