@@ -205,7 +205,7 @@ def test_words_may_stand_between_and_after_options(run, tmp_path):
     words = ["train", "--out", tmp_path / "run", "tiny", "--dry-run", "optim.steps=70", "optim.warmup_steps=7"]
     status, out, err = run(*words)
     assert status == 0, err
-    assert yaml.safe_load(out)["config"]["optim"]["steps"] == 70
+    assert "70 steps of 16 clips" in out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -104,6 +104,8 @@ def plan_of(config: Config, films: Sequence[Film], figures: Figures, question: Q
         "ingest_core_hours": ingest_core_seconds(work, figures.rates) / HOUR,
         "ingest_hours": ingest_core_seconds(work, figures.rates) / HOUR / cluster.cores,
         "kept_frames": work.kept_frames,
+        "steps": work.steps,
+        "clips_per_step": work.clips_per_step,
         "epochs": work.epochs,
         "tflop_per_clip": work.tflop_per_clip,
         "checkpoint_gb": work.checkpoint_bytes / GB,
@@ -190,8 +192,8 @@ def short_form(plan: Mapping[str, Any]) -> str:
     lines = [
         f"store       {plan['kept_frames']:,} frames, {plan['store_gb']:.3g} GB; ingest about "
         f"{_time(plan['ingest_hours'])}",
-        f"training    {plan['epochs']:,.4g} epochs, about {_time(asked['hours'])} at "
-        f"{asked['clips_per_second']:.3g} clips/s, limited by {LIMITS[asked['limit']]}",
+        f"training    {plan['steps']:,} steps of {plan['clips_per_step']} clips, {_count(plan['epochs'])} epochs: about "
+        f"{_time(asked['hours'])} at {asked['clips_per_second']:.3g} clips/s, limited by {LIMITS[asked['limit']]}",
         f"memory      {plan['worker_gib']:.1f} GiB of tensors a worker",
         f"checkpoint  {plan['checkpoint_gb']:.2g} GB, {asked['checkpoint_gb_an_hour']:.3g} GB an hour",
     ]
@@ -269,6 +271,10 @@ def _slots(row: Mapping[str, Any]) -> str:
 def _limit(row: Mapping[str, Any]) -> str:
     idle = row["workers_asked"] - row["used_workers"]
     return LIMITS[row["limit"]] + (f"; {idle:,} idle, there are {row['slots']} slots" if idle else "")
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _time(hours: float) -> str:

@@ -126,3 +126,17 @@ def test_counts_of_a_recipe():
     assert work.stored_pixels == round(512 * 512 * 16 / 9)
     assert work.clip_bytes == 8 * 300 * 300 * 3
     assert 0.5 < work.tflop_per_clip < 1.5
+
+
+def test_a_dry_run_is_short_warns_and_writes_nothing(capsys, tmp_path):
+    words = ["train", "tiny", *SMALL, f"data.videos=[{BIKES}]", "--out", str(tmp_path / "run"), "--dry-run"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) < 15
+    assert f"run         {tmp_path / 'run'}" in said
+    assert "bikes.mp4 (640x272, h264, 10.0 s)" in said
+    assert "workers     in this process, without GPUs" in said
+    assert "WARNING" not in said
+    assert list(tmp_path.iterdir()) == []
+    assert main([*words, "optim.steps=600000"]) == 0
+    assert "80,000 epochs of 10 s of video" in capsys.readouterr().out

@@ -16,7 +16,6 @@ import yaml
 import dora_ray
 from dora_ray import files
 from dora_ray.errors import CheckpointError, ConfigError, DivergenceError, VideoError
-from dora_ray.training.launch import dry_run
 from dora_ray.training.records.journal import Journal, read_history, read_lines, read_metrics
 from tests.training.records.test_journal import read_scalars
 
@@ -164,12 +163,6 @@ def test_online_knn(tmp_path: Path, small: tuple[str, ...]) -> None:
         "tiny", *small, "optim.steps=2", f"evaluation.images={tmp_path / 'photos'}", "evaluation.max_images=40"
     )
     assert 0 <= dora_ray.train(config, out=tmp_path / "run").metrics["knn"] <= 1
-
-
-def test_dry_run_writes_nothing(tmp_path: Path, small: tuple[str, ...]) -> None:
-    text = dry_run(dora_ray.load_config("tiny", *small), out=tmp_path / "run")
-    assert yaml.safe_load(text)["would_do"]["clips_a_step"] == 8
-    assert not (tmp_path / "run").exists()
 
 
 def test_labeled_folder_is_checked_first(tmp_path: Path, small: tuple[str, ...]) -> None:
