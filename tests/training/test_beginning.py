@@ -15,7 +15,7 @@ from dora_ray.config import Config, load_config
 from dora_ray.errors import CheckpointError, ConfigError
 from dora_ray.method.vit import build_vit
 from dora_ray.training.beginning import begin_with_given, with_resolved_init
-from dora_ray.training.launch import dry_run
+from dora_ray.training.launch import check
 from dora_ray.training.records.journal import read_events
 from dora_ray.training.step import initial_state
 from tests.conftest import SMALL
@@ -134,7 +134,7 @@ def test_a_run_begins_with_another_and_resumes_without_it(small: tuple[str, ...]
     """The plan is the same with and without given weights; the run's folder says what it began with."""
     other, out = source.parent.parent, tmp_path / "run"
     config = load_config("tiny", *small, f"model.init={other}", "optim.steps=2", "optim.lr=1e-9")
-    assert f"Training begins with the weights of {source}" in " ".join(dry_run(config, out=out).split())
+    assert f"Training begins with the weights of {source}" in str(check(config, out=out).given)
     result = train(config, out=out)
     given, trained = load_backbone(source), load_backbone(result.checkpoint)
     torch.testing.assert_close(trained.pos_embed, given.pos_embed, rtol=0, atol=1e-5)
