@@ -193,7 +193,8 @@ def short_form(plan: Mapping[str, Any]) -> str:
         f"store       {plan['kept_frames']:,} frames, {plan['store_gb']:.3g} GB; ingest about "
         f"{_time(plan['ingest_hours'])}",
         f"training    {plan['steps']:,} steps of {plan['clips_per_step']} clips, {_count(plan['epochs'])} epochs: "
-        f"about {_time(asked['hours'])} at {asked['clips_per_second']:.3g} clips/s, limited by {LIMITS[asked['limit']]}",
+        f"about {_time(asked['hours'])} at {asked['clips_per_second']:.3g} clips/s",
+        f"limit       {LIMITS[asked['limit']]}",
         f"memory      {plan['worker_gib']:.1f} GiB of tensors a worker",
         f"checkpoint  {plan['checkpoint_gb']:.2g} GB, {asked['checkpoint_gb_an_hour']:.3g} GB an hour",
     ]
