@@ -82,11 +82,14 @@ def test_a_film_is_written_in_one_way(spec):
 
 def test_products_are_counted_as_the_bench_records_them():
     """The closed form beside every matrix product that one step of a small network computes."""
+    import torch
+
     from dora_ray.bench.products import record
-    from dora_ray.bench.step import ALONE, _Timed, slot_forward, torch
+    from dora_ray.bench.timed import ALONE, Timed
+    from dora_ray.method.dora import slot_forward
 
     config = dora_ray.load_config("tiny", *SMALL, *ALONE, "model.depth=6", "model.width=96")
-    timed = _Timed(config, torch.device("cpu"))
+    timed = Timed(config, torch.device("cpu"))
     recorded = record(lambda: timed.step(config, slot_forward)).flops
     assert flop_of_slot(config) == pytest.approx(recorded, rel=0.15)
 
