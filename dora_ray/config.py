@@ -1,4 +1,4 @@
-"""Every setting of dora_ray, its unit, its origin and its default: this file is the only home of a default.
+"""Every setting of dora_ray, its unit, its origin and its default; those of the network are in `config_network`.
 
 The defaults are the recipe `paper`: the method of arXiv 2310.08584, and where the paper gives no value, the released
 code's. "Released" below means that code's value. A recipe or a user's YAML file holds only what differs.
@@ -6,81 +6,16 @@ code's. "Released" below means that code's value. A recipe or a user's YAML file
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, model_validator
 
-from dora_ray.config_source import flatten, load_values, with_override
-from dora_ray.errors import ConfigError
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Interval = tuple[float, float]
-# How often a task that hangs is begun before it is given up: twice for each of two clips (data.supervision).
-DECODE_ATTEMPTS = 4
-# What products in fp8 want the lengths of rows to be a multiple of (method.fp8).
-FP8_MULTIPLE = 16
-ARCHITECTURES: dict[str, dict[str, int]] = {
-    "vit_tiny_patch16_224": {"width": 192, "depth": 12, "num_heads": 3, "patch_size": 16},
-    "vit_small_patch16_224": {"width": 384, "depth": 12, "num_heads": 6, "patch_size": 16},
-    "vit_small_patch8_224": {"width": 384, "depth": 12, "num_heads": 6, "patch_size": 8},
-    "vit_base_patch16_224": {"width": 768, "depth": 12, "num_heads": 12, "patch_size": 16},
-    "vit_base_patch8_224": {"width": 768, "depth": 12, "num_heads": 12, "patch_size": 8},
-    "vit_large_patch16_224": {"width": 1024, "depth": 24, "num_heads": 16, "patch_size": 16},
-}
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class ModelConfig(Section):
-    """The encoder: a timm VisionTransformer."""
-
-    name: str = "vit_small_patch16_224"
-    """timm architecture; gives the four sizes below where they are not set (released: ViT-S/16)."""
-    init: str | None = None
-    """Weights to begin with: a run, a checkpoint, an exported encoder, a file of weights (.pth, as the released DoRA
-    and DINO have them), or timm:NAME; not set: drawn from the seed."""
-    width: Count = 384
-    """Embedding width D."""
-    depth: Count = 12
-    """Number of blocks."""
-    num_heads: Count = 6
-    """Attention heads a block: the pool that objects are drawn from."""
-    patch_size: Count = 16
-    """Side of a patch, pixels."""
-    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    """Stochastic depth of the last block of the student, rising linearly from 0 (released)."""
-    position_interpolation: Literal["antialiased", "released"] = "antialiased"
-    """How the position embedding is brought to a local view's grid: bicubic and antialiased (timm's), or as in the
-    released code, not antialiased and at a scale computed with 0.1 patch too many."""
-    cls_token_std: Positive = 1e-6
-    """Standard deviation of the CLS token's first values (timm's; released: 0.02)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sizes_of_the_architecture(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        name = values.get("name", "vit_small_patch16_224")
-        if not isinstance(name, str) or name not in ARCHITECTURES:
-            raise ValueError(f"model.name={name!r} is not known; choose from {', '.join(ARCHITECTURES)}")
-        return {**ARCHITECTURES[name], **values}
-
-    @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> Self:
-        if self.width % self.num_heads:
-            raise ValueError(f"model.width={self.width} is not a multiple of model.num_heads={self.num_heads}")
-        return self
+from dora_ray.config_network import HeadConfig, ModelConfig
+from dora_ray.config_rules import broken_rules
+from dora_ray.config_section import Count, Fraction, Interval, Natural, Positive, Section, checked
+from dora_ray.config_source import load_values, with_override
 
 
 class DataConfig(Section):
@@ -213,22 +148,6 @@ class LossConfig(Section):
     """Momentum of the teacher's output center (released)."""
     reduction: Literal["mean", "released"] = "mean"
     """Mean over objects and local views, or the released code's running sum."""
-
-
-class HeadConfig(Section):
-    """The projection head (released: DINO's)."""
-
-    num_layers: Count = 3
-    """Layers of the MLP before the prototypes."""
-    hidden_width: Count = 2048
-    """Width of the hidden layers."""
-    bottleneck_width: Count = 256
-    """Width of the normalized bottleneck."""
-    num_outputs: Count = 65536
-    """Outputs O."""
-    last_layer_init: Literal["normal", "uniform"] = "normal"
-    """First values of the last layer: of deviation 0.02, rows 0.32 long with a bottleneck of 256; or uniform
-    (released), rows 0.577 long, which AdamW turns 1.8 times as slowly."""
 
 
 class OptimConfig(Section):
@@ -366,117 +285,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        problems = [message for holds, message in self._rules() if not holds]
-        if problems:
+        if problems := broken_rules(self):
             raise ValueError("; ".join(problems))
         return self
-
-    def _rules(self) -> list[tuple[bool, str]]:
-        """What must hold between sections, each with the sentence that says so when it does not."""
-        model, crops, tracking, optim, workers = (
-            self.model,
-            self.crops,
-            self.tracking,
-            self.optim,
-            self.cluster.num_workers,
-        )
-        objects = tracking.kind != "none"
-        sizes = {"crops.global_size": crops.global_size, "crops.local_size": crops.local_size}
-        scales = {name: getattr(crops, name) for name in ("clip_scale", "global_scale", "local_scale", "aspect_ratio")}
-        rules = [
-            (
-                not objects or tracking.num_objects <= model.num_heads,
-                f"tracking.num_objects={tracking.num_objects} is more than the encoder's {model.num_heads} "
-                "attention heads, of "
-                f"which each object needs its own: use at most {model.num_heads}, or raise model.num_heads",
-            ),
-            (
-                -tracking.block <= model.depth,
-                f"tracking.block={tracking.block} is outside the encoder's {model.depth} blocks: use "
-                f"-{model.depth} to -1",
-            ),
-            (
-                self.max_workers <= optim.slots,
-                f"cluster.num_workers={workers} asks for more workers than the {optim.slots} slots of a step: use "
-                "at most "
-                f"{optim.slots} workers, or raise optim.slots",
-            ),
-            (
-                isinstance(workers, int) or 1 <= workers[0] <= workers[1],
-                f"cluster.num_workers={workers} must be [fewest, most] with 1 <= fewest <= most",
-            ),
-            (
-                not objects or self.num_globals == 1,
-                f"crops.num_globals={crops.num_globals} with tracking.kind={tracking.kind}: objects are tracked "
-                "in 1 global view",
-            ),
-            (
-                objects or self.num_globals == 2,
-                "crops.num_globals=1 with tracking.kind=none: DINO compares 2 global views",
-            ),
-            (
-                self.data.source == "store" or not self.clip.avoid_cuts,
-                "clip.avoid_cuts=true with data.source=video: where shots begin is known only after decoding; set "
-                "clip.avoid_cuts=false (a walking tour has no cuts), or data.source=store",
-            ),
-            (
-                self.data.source == "video" or self.data.crops_per_clip == 1,
-                f"data.crops_per_clip={self.data.crops_per_clip} with data.source=store: a stored clip costs nearly "
-                "nothing to read; set data.crops_per_clip=1, or data.source=video",
-            ),
-            (
-                self.cluster.stall_seconds > DECODE_ATTEMPTS * self.data.decode_seconds,
-                f"cluster.stall_seconds={self.cluster.stall_seconds:g} with data.decode_seconds="
-                f"{self.data.decode_seconds:g}: a step may wait for {DECODE_ATTEMPTS} attempts that hang before "
-                f"its clips are given up; set more than {DECODE_ATTEMPTS * self.data.decode_seconds:g}, or lower "
-                "data.decode_seconds",
-            ),
-            (
-                optim.warmup_steps <= optim.steps,
-                f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}: lower the "
-                "warm-up too",
-            ),
-            (
-                self.data.frames_per_second * self.clip.stride_seconds >= 1,
-                f"clip.stride_seconds={self.clip.stride_seconds} is shorter than the time between the "
-                f"{self.data.frames_per_second:g} frames a second that are kept: raise one of the two",
-            ),
-            (
-                optim.teacher_precision != "fp8" or model.width % FP8_MULTIPLE == 0,
-                f"optim.teacher_precision=fp8 with model.width={model.width}: products in fp8 want a multiple of "
-                f"{FP8_MULTIPLE}; use bf16, or another width",
-            ),
-            (
-                tracking.views != "packed" or tracking.threshold != "soft",
-                "tracking.views=packed with tracking.threshold=soft: a soft mask leaves nothing out; use clip or batch",
-            ),
-            (
-                tracking.every_steps == 1 or not objects or crops.num_locals > 0,
-                f"tracking.every_steps={tracking.every_steps} with crops.num_locals=0: the steps without objects would "
-                "have no loss",
-            ),
-            (
-                tracking.every_steps == 1 or self.loss.reduction == "mean",
-                f"tracking.every_steps={tracking.every_steps} with loss.reduction=released: its running sum needs the "
-                "objects of every step",
-            ),
-            (
-                self.loss.reduction != "released" or not objects or crops.num_locals != 1,
-                "loss.reduction=released drops the first local view: use crops.num_locals of 0, or of 2 and more",
-            ),
-        ]
-        rules += [
-            (size % model.patch_size == 0, f"{name}={size} is not a multiple of the patch size {model.patch_size}")
-            for name, size in sizes.items()
-        ]
-        rules += [
-            (
-                0 < low <= high and (name == "aspect_ratio" or high <= 1),
-                f"crops.{name}={[low, high]} must be [low, high], 0 < low <= high",
-            )
-            for name, (low, high) in scales.items()
-        ]
-        return rules
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config = "tiny", *overrides: str) -> Config:
@@ -493,41 +304,4 @@ def load_config(source: str | Path | Mapping[str, Any] | Config = "tiny", *overr
     values = source.model_dump(mode="json") if isinstance(source, Config) else load_values(source)
     for override in overrides:
         values = with_override(values, override)
-    return _validate(values)
-
-
-def known_keys() -> list[str]:
-    """All dotted keys of the configuration."""
-    return list(flatten(Config().model_dump()))
-
-
-def nearest_key(key: str) -> str:
-    """' Did you mean X?' for the nearest known key, or where the keys are listed."""
-    close = difflib.get_close_matches(key, known_keys() + list(Config.model_fields), n=1, cutoff=0.5)
-    tail = key.rsplit(".", 1)[-1]
-    same_tail = [name for name in known_keys() if name.rsplit(".", 1)[-1] == tail]
-    best = same_tail[:1] or close
-    return f" Did you mean {best[0]}?" if best else " `dora-ray config` lists all keys."
-
-
-def _validate(values: Mapping[str, Any]) -> Config:
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
-
-
-def _explain(detail: ErrorDetails) -> str:
-    """One error of pydantic in a sentence: the key, what it got, what is allowed."""
-    key = ".".join(str(part) for part in detail["loc"] if str(part) in _known_words())
-    if detail["type"] == "extra_forbidden":
-        key = ".".join(str(part) for part in detail["loc"])
-        return f"unknown configuration key {key}.{nearest_key(key)}"
-    if detail["type"] == "value_error":
-        return str(detail.get("ctx", {}).get("error", detail["msg"]))
-    return f"{key}={detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
-
-
-def _known_words() -> set[str]:
-    """Section and key names."""
-    return {word for key in known_keys() for word in key.split(".")}
+    return checked(Config, values, "configuration key")

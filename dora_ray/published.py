@@ -27,7 +27,7 @@ import safetensors.torch
 
 from dora_ray import files
 from dora_ray.checkpoints import TIMM
-from dora_ray.config import ARCHITECTURES
+from dora_ray.config_network import ARCHITECTURES
 from dora_ray.errors import CheckpointError
 from dora_ray.timm_folder import IMAGENET_MEAN, IMAGENET_STD, input_facts, state_inputs
 

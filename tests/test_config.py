@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dora_ray.config import Config, known_keys, load_config
+from dora_ray.config import Config, load_config
+from dora_ray.config_section import keys_of
 from dora_ray.config_source import flatten, recipe_names
 from dora_ray.errors import ConfigError
 
@@ -111,7 +112,7 @@ def test_fixed_names_exist() -> None:
         "evaluation.images",
         "evaluation.every_steps",
     ]
-    assert set(fixed) <= set(known_keys())
+    assert set(fixed) <= set(keys_of(Config))
 
 
 def test_every_field_is_documented() -> None:

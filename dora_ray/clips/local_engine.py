@@ -20,7 +20,7 @@ from dora_ray.clips.direct import decode_segment
 from dora_ray.clips.plan import Plan
 from dora_ray.clips.segments import SegmentPlan
 from dora_ray.clips.slot import SlotBatch, SlotKey, read_slots
-from dora_ray.config import DECODE_ATTEMPTS
+from dora_ray.config_rules import DECODE_ATTEMPTS
 from dora_ray.store.supervision import EVERYTHING, Watch
 
 LOOK_SECONDS = 1.0

@@ -6,13 +6,11 @@ them.
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from dora_ray.config import Count, Natural, Positive, Section
-from dora_ray.errors import ConfigError
+from dora_ray.config_section import Count, Natural, Positive, Section, checked
 
 
 class Options(Section):
@@ -168,17 +166,6 @@ def parse_options(kind: OptionsType, task: str, values: dict[str, Any]) -> Optio
     Raises:
         ConfigError: An unknown option (all known ones are listed) or a value that is not allowed.
     """
-    known = list(kind.model_fields)
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"evaluation {task!r} has no option {name!r}; it has {', '.join(known)}.{hint}")
     if isinstance(values.get("year"), int):  # as YAML reads year=2016
         values = values | {"year": str(values["year"])}
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        detail = error.errors()[0]
-        name = ".".join(str(part) for part in detail["loc"])
-        raise ConfigError(f"evaluation option {name}={detail['input']!r}: {detail['msg']}.") from None
+    return checked(kind, values, f"option of evaluation {task!r}:")

@@ -14,7 +14,7 @@ from collections.abc import Container, Sequence
 from types import TracebackType
 from typing import Protocol
 
-from dora_ray.config import DECODE_ATTEMPTS
+from dora_ray.config_rules import DECODE_ATTEMPTS
 from dora_ray.ray_internals import attempt_number
 from dora_ray.store.watchdog import Attempts, Ended
 

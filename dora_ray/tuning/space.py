@@ -6,7 +6,6 @@ the same draws, so that grid values are compared like with like.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import zlib
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from dora_ray.config import Config, Count, Natural, Section, known_keys, load_config, nearest_key
+from dora_ray.config import Config, load_config
+from dora_ray.config_section import Count, Natural, Section, checked, keys_of, unknown_key
 from dora_ray.config_source import flatten, parse_override, parse_yaml
 from dora_ray.errors import ConfigError
 
@@ -182,8 +182,8 @@ def _normalize_axis(key: str, axis: Any) -> dict[str, list[Any]]:
         raise ConfigError(
             "run.seed is not part of the space: list the seeds under `seeds`, so that the report can average over them"
         )
-    if key not in known_keys():
-        raise ConfigError(f"space: unknown configuration key {key}.{nearest_key(key)}")
+    if key not in keys_of(Config):
+        raise ConfigError(f"space: {unknown_key(key, Config, 'configuration key')}")
     axis = {"grid": axis} if isinstance(axis, list) else axis
     if not isinstance(axis, Mapping) or len(axis) != 1 or next(iter(axis)) not in KINDS:
         raise ConfigError(f"space: {key}: {axis!r} is not one of {', '.join(f'{{{kind}}}' for kind in KINDS.values())}")
@@ -209,22 +209,10 @@ def _check_interval(key: str, kind: str, values: list[Any]) -> None:
 
 
 def _validate(values: Mapping[str, Any]) -> SweepSpec:
-    try:
-        spec = SweepSpec.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(detail)) for detail in error.errors())) from None
+    spec = checked(SweepSpec, values, "key of a sweep's file:")
     if spec.num_samples > 1 and all("grid" in axis for axis in spec.space.values()):
         raise ConfigError(
             f"num_samples={spec.num_samples} would repeat the same points, since all of the space is grids. "
             "To see how much is chance, list more `seeds`."
         )
     return spec
-
-
-def _explain(detail: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, list(SweepSpec.model_fields), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        return f"a sweep's file has no key {key!r}; it has {', '.join(SweepSpec.model_fields)}.{hint}"
-    return f"{key}={detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"

@@ -87,7 +87,7 @@ def test_fewer_images_and_another_size_can_be_asked_for(checkpoint, images):
     ("task", "options", "message"),
     [
         ("nearest", {}, "choose from knn, linear, corloc, vos"),
-        ("knn", {"epochs": 3}, "knn.*has no option 'epochs'.*neighbors"),
+        ("knn", {"epochs": 3}, "option of evaluation .knn.: epochs.*neighbors"),
         ("knn", {"neighbours": (3,)}, "Did you mean neighbors"),
         ("knn", {"neighbors": ()}, "neighbors"),
         ("knn", {"neighbors": (0,)}, "neighbors"),

@@ -72,7 +72,7 @@ GOOD = {"tracking.num_objects": {"grid": [1, 2]}}
         ({"space": {"optim.lr": {"uniform": ["1e-4", 1.0]}}}, "write 1.0e-3"),
         ({"space": {"optim.lr": {"grid": []}}}, "needs a list of values"),
         ({"space": GOOD, "num_samples": 3}, "would repeat the same points"),
-        ({"space": GOOD, "sede": [1]}, "no key 'sede'"),
+        ({"space": GOOD, "sede": [1]}, "unknown key of a sweep's file: sede."),
         ({"space": GOOD, "sedes": [1]}, "Did you mean seeds?"),
         ({"space": GOOD, "mode": "best"}, "mode='best'"),
         ({"space": GOOD, "seeds": []}, "seeds="),
