@@ -45,7 +45,8 @@ class DataConfig(Section):
     """Time that decoding one clip, or ten seconds of video at ingest, may take before its process is ended and the
     work is given to another; after a second end the frames count as unreadable."""
     max_bad_fraction: Fraction = 0.01
-    """Share of a run's clips that may be unreadable before it stops."""
+    """Share of a video's frames that may be missing after its ingest, and of a run's clips that may be unreadable
+    before it stops."""
     prefetch_slots: Count = 4
     """Slots decoded ahead of each training worker."""
     slots_per_task: Count = 1

@@ -15,6 +15,7 @@ from dora_ray.errors import ConfigError
 def run_index(options: argparse.Namespace) -> None:
     """Print what one pass over each video tells."""
     from dora_ray.store.frames import load_index
+    from dora_ray.store.losses import stored_frames
     from dora_ray.video.index import find_videos, index_video
 
     rows: list[dict[str, Any]] = []
@@ -25,6 +26,7 @@ def run_index(options: argparse.Namespace) -> None:
             "codec": index.codec,
             "size": f"{index.width}x{index.height}",
             "rotation": index.rotation,
+            "mirrored": index.mirrored,
             "color": index.pixel_format,
             "frames": len(index.pts),
             "key_frames": len(index.key_pts),
@@ -33,6 +35,8 @@ def run_index(options: argparse.Namespace) -> None:
             "declared_seconds": round(float(index.declared_seconds), 3),
             "warnings": list(index.warnings),
         }
+        if options.store:
+            facts["stored"] = stored_frames(files.absolute(options.store), index.video_id)
         if rows:
             write("")
         write_facts(facts)
@@ -43,6 +47,7 @@ def run_index(options: argparse.Namespace) -> None:
 def run_ingest(options: argparse.Namespace) -> None:
     """Bring videos into a frame store."""
     from dora_ray.config import load_config
+    from dora_ray.store.losses import losses
     from dora_ray.training.launch import ingest_videos
     from dora_ray.training.trainer import connect
 
@@ -53,9 +58,9 @@ def run_ingest(options: argparse.Namespace) -> None:
     named = config.model_copy(update={"data": config.data.model_copy(update={"videos": tuple(videos)})})
     with Stages() as stages, connect(named):
         stored = ingest_videos(named, options.store, stages.ingest)
-    write_facts(
-        {"store": files.absolute(options.store)} | {video.path: f"{len(video.times)} frames" for video in stored}
-    )
+    missing = losses(stored)
+    frames = {v.path: f"{len(v)} frames" + (f"; {missing[v.path]}" if v.path in missing else "") for v in stored}
+    write_facts({"store": files.absolute(options.store)} | frames)
 
 
 def run_analyze(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from dora_ray.config_source import flatten
 from dora_ray.errors import ConfigError
 from dora_ray.reporting.figures import PANELS, draw_key, draw_panel, series
 from dora_ray.training.records.journal import read_events, read_metrics
+from dora_ray.training.records.status import missing_frames
 from dora_ray.tuning.results import (
     Line,
     Row,
@@ -118,6 +119,7 @@ def _run_page(folder: str) -> str:
         folder=folder,
         state=status.get("state", "unknown"),
         tiles=_tiles(lines, status),
+        missing=missing_frames(read_events(folder)),
         panels=[(panel, Markup(html)) for panel, html in panels if html],
         pictures=_pictures(files.join(folder, "pictures")),
         events=_events(folder),

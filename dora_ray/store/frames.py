@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,14 +35,18 @@ from dora_ray.remote import refusal
 from dora_ray.store import cuts
 from dora_ray.store.cache import local_copy
 from dora_ray.video.decoders import DecodedFrame, scaled_size
-from dora_ray.video.index import VideoIndex, index_video
+from dora_ray.video.index import DECODING_RULES, VideoIndex, index_video
 from dora_ray.video.sources import file_stamp
 
 # Ray forks only to exec its daemons at once, which is safe; lance warns at every fork of a process that imported it.
 warnings.filterwarnings("ignore", message="lance is not fork-safe")
 
+logger = logging.getLogger(__name__)
+
 INDEX_NAME = "index.npz"
 OPEN_DATASETS = 64
+# Where a dataset says which rules of decoding it is filled by; without a word, by the first ones.
+RULES = "dora_ray.decoding_rules"
 # How Lance says that there is none; whatever else keeps it from opening one is a ValueError too.
 NO_DATASET = "Dataset at path"
 SCHEMA = pa.schema(
@@ -139,17 +144,30 @@ def open_videos(
 
 
 def unstored_frames(index: VideoIndex, uri: str, *, frames_per_second: float) -> np.ndarray:
-    """Ticks of the kept frames that the dataset at `uri` has no row for, ascending."""
+    """Ticks of the kept frames that the dataset at `uri` has no row for, ascending.
+
+    Raises:
+        VideoError: the dataset holds frames that older rules of decoding showed wrong.
+    """
     wanted = index.pts[index.kept_frames(frames_per_second)]
     dataset = _latest(uri)
+    _check_rules(index, dataset)
     stored = _columns(dataset, ["pts"])["pts"].to_numpy() if dataset else np.empty(0, np.int64)
     return np.setdiff1d(wanted, stored)
 
 
 def has_frames(uri: str) -> bool:
     """Whether the dataset holds a frame that could be decoded."""
+    return count_frames(uri)[0] > 0
+
+
+def count_frames(uri: str) -> tuple[int, int]:
+    """Frames of a dataset that could be decoded, and those that could not."""
     dataset = _latest(uri)
-    return dataset is not None and dataset.count_rows("signature IS NOT NULL") > 0
+    if dataset is None:
+        return 0, 0
+    readable = int(dataset.count_rows("signature IS NOT NULL"))
+    return readable, int(dataset.count_rows()) - readable
 
 
 def fetch(video: StoredVideo) -> None:
@@ -196,7 +214,8 @@ def create_dataset(uri: str) -> None:
     """Make an empty dataset, unless there is one."""
     if _latest(uri) is None:
         try:
-            lance.write_dataset(SCHEMA.empty_table(), uri, mode="create")
+            schema = SCHEMA.with_metadata({RULES: str(DECODING_RULES)})
+            lance.write_dataset(schema.empty_table(), uri, mode="create")
         except OSError as error:
             # Another ingest may have made it between the look and the writing.
             if _latest(uri) is None:
@@ -279,6 +298,26 @@ def _columns(dataset: lance.LanceDataset, names: list[str]) -> pa.Table:
         raise _failure(dataset.uri, error, reason) from error
 
 
+def _check_rules(index: VideoIndex, dataset: lance.LanceDataset | None) -> None:
+    """Frames that were stored by rules that showed this kind of file wrong are not trained on."""
+    if dataset is None:
+        return
+    rules = int((dataset.schema.metadata or {}).get(RULES.encode(), b"1"))
+    if rules < index.rules:
+        raise VideoError(
+            f"{dataset.uri}: was stored by rules of decoding (number {rules}; now {DECODING_RULES}) that leave out or"
+            f" misplace frames of files such as {index.path}; remove that folder, and run dora-ray data ingest again"
+        )
+    if rules < DECODING_RULES:
+        logger.warning(
+            "%s: was stored by older rules of decoding (number %d; now %d), which read files such as this one alike;"
+            " to be sure of it, remove that folder and run dora-ray data ingest again",
+            dataset.uri,
+            rules,
+            DECODING_RULES,
+        )
+
+
 def _failure(uri: str, error: Exception, reason: str) -> VideoError:
     """Lance's error as ours: what the place refuses, where that is it, else the reason given."""
     return VideoError(f"{uri}: {refusal(uri, error) or reason}")
@@ -292,6 +331,7 @@ def _reason(error: Exception) -> str:
 def _open_video(index: VideoIndex, store: str, setting: dict[str, float]) -> StoredVideo:
     uri = dataset_uri(store, index.video_id, **setting)
     dataset = _latest(uri)
+    _check_rules(index, dataset)
     wanted = index.pts[index.kept_frames(setting["frames_per_second"])]
     table = _columns(dataset, ["pts", "signature"]) if dataset else SCHEMA.empty_table()
     # Of two ingests side by side one may have stored a frame and the other given it up: the first picture counts.

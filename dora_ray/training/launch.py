@@ -21,11 +21,12 @@ from dora_ray.config_source import flatten, parse_yaml
 from dora_ray.errors import CheckpointError, ConfigError, DoRAError, VideoError
 from dora_ray.store.frames import StoredVideo, load_index
 from dora_ray.store.ingest import IngestProgress, ingest
+from dora_ray.store.losses import losses, refuse_losses
 from dora_ray.training.beginning import with_resolved_init
 from dora_ray.training.elastic.requests import caught_signals
 from dora_ray.training.measuring import prepare
 from dora_ray.training.records.checkpoint import require_plan
-from dora_ray.training.records.journal import CONFIG, add_event, read_metrics, write_status
+from dora_ray.training.records.journal import CONFIG, MISSING_FRAMES, add_event, read_metrics, write_status
 from dora_ray.training.records.tail import RunTail
 from dora_ray.training.trainer import check_resources, connect, on_devices, run_on_ray
 from dora_ray.training.worker import record_failure, train_loop
@@ -192,6 +193,9 @@ def _prepare_folder(job: Job, config: Config, *, overwrite: bool) -> None:
         files.write_text(files.join(job.run, CONFIG), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         write_status(job.run, state="starting")
         add_event(job.run, "launch")
+        stored = [video for video in job.plan.videos if isinstance(video, StoredVideo)]
+        for path, text in losses(stored).items():
+            add_event(job.run, MISSING_FRAMES, video=path, missing=text)
     except OSError as error:
         raise ConfigError(f"{job.run} cannot be written ({error}): give another --out") from error
 
@@ -271,9 +275,13 @@ def _planned_videos(
 
 
 def ingest_videos(config: Config, store: str, on_ingest: OnIngest | None = None) -> list[StoredVideo]:
-    """Bring the configuration's videos into the store."""
+    """Bring the configuration's videos into the store.
+
+    Raises:
+        VideoError: a video cannot be read, or too much of one is missing.
+    """
     data = config.data
-    return ingest(
+    stored = ingest(
         data.videos,
         store=store,
         decoder=data.decoder,
@@ -286,6 +294,8 @@ def ingest_videos(config: Config, store: str, on_ingest: OnIngest | None = None)
         cache=files.absolute(data.cache) if data.cache else None,
         progress=on_ingest,
     )
+    refuse_losses(stored, max_bad_fraction=data.max_bad_fraction)
+    return stored
 
 
 def _check_resume(run: str, config: Config, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from statistics import fmean
@@ -63,6 +64,14 @@ def test_a_runs_page_shows_curves_events_and_configuration(tmp_path):
         assert text in page.texts, text
     assert all(address.startswith("data:") for address in page.fetched)
     assert len(page.fetched) == 1
+
+
+def test_a_runs_page_says_what_its_videos_lack(tmp_path):
+    run = write_run(tmp_path / "venice")
+    line = {"time": 1.0, "event": "missing_frames", "video": "/films/a.mp4", "missing": "3 of 90 frames are missing"}
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert "Not whole: /films/a.mp4: 3 of 90 frames are missing" in read_page(report(run)).texts
 
 
 def test_a_page_carries_plotly_once_and_fetches_nothing(tmp_path):

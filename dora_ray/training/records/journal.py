@@ -33,6 +33,8 @@ METRICS, EVENTS, STATUS, LEDGER, TENSORBOARD = (
 )
 # What others than rank 0 note of a run in an object store, where a file has one writer.
 OTHER_EVENTS = "events-controller.jsonl"
+# An event of a launch: a video of the run is not whole.
+MISSING_FRAMES = "missing_frames"
 LEDGER_END_BYTES = 1 << 16
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dora_ray import files
 from dora_ray.errors import ConfigError
-from dora_ray.training.records.journal import CONFIG, STATUS, read_events, read_metrics, read_status
+from dora_ray.training.records.journal import CONFIG, MISSING_FRAMES, STATUS, read_events, read_metrics, read_status
 
 # A run writes at every logged step, and when workers end and start; after this long without a word, or after as many
 # times the time between its last lines, it has most likely been killed.
@@ -23,7 +23,8 @@ def summarize(run: str) -> dict[str, Any]:
         run, state (starting, running, done, failed, or what else status.json says; "silent" in place of running when
         nothing has been heard for long), step, steps, world_size, clips_per_second, loss, attempt, last_checkpoint,
         last_checkpoint_step, last_checkpoint_seconds (its age), failures, resizes, restarts, recovery_seconds (of each
-        restart), steps_lost, written_seconds (since the last word), error, message.
+        restart), steps_lost, missing_frames (of videos that are not whole), written_seconds (since the last word),
+        error, message.
 
     Raises:
         ConfigError: the folder is no run's, or its status.json is damaged.
@@ -43,6 +44,7 @@ def summarize(run: str) -> dict[str, Any]:
         **{name: known.get(name) for name in ("step", "steps", *FROM_METRICS[1:], "attempt")},
         **_checkpoint(events, known.get("last_checkpoint"), now),
         **_interruptions(events),
+        "missing_frames": missing_frames(events) or None,
         "written_seconds": round(silence, 1) if silence is not None else None,
         **{name: known.get(name) for name in ("error", "message")},
     }
@@ -81,6 +83,12 @@ def _checkpoint(events: Sequence[dict[str, Any]], name: str | None, now: float) 
         "last_checkpoint_step": last["step"],
         "last_checkpoint_seconds": round(now - last["time"], 1),
     }
+
+
+def missing_frames(events: Sequence[dict[str, Any]]) -> list[str]:
+    """What is missing of the run's videos, a sentence each."""
+    found = {line["video"]: line["missing"] for line in events if line["event"] == MISSING_FRAMES}
+    return [f"{video}: {missing}" for video, missing in found.items()]
 
 
 def _interruptions(events: Sequence[dict[str, Any]]) -> dict[str, Any]:

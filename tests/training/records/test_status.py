@@ -50,6 +50,12 @@ def test_interruptions_are_counted_and_the_last_checkpoint_has_an_age(tmp_path):
     assert (facts["recovery_seconds"], facts["steps_lost"]) == ([11.5], 4)
 
 
+def test_videos_that_are_not_whole_are_told_once(tmp_path):
+    lines = [{"time": n, "event": "missing_frames", "video": "/a.mp4", "missing": f"{n} of 9"} for n in (1, 2)]
+    assert summarize(write(tmp_path / "run", events=lines))["missing_frames"] == ["/a.mp4: 2 of 9"]
+    assert "missing_frames" not in summarize(write(tmp_path / "other", events=[]))
+
+
 @pytest.mark.parametrize(("age", "state"), [(100, "running"), (400, "silent")])
 def test_a_run_that_says_running_is_believed_for_a_while(tmp_path, age, state):
     status = {"time": time.time() - age, "state": "running", "step": 5, "steps": 9}

@@ -1,0 +1,86 @@
+"""What is missing of a video is said, and refused above a limit; frames stored by older rules of decoding are known."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import lance
+import pytest
+
+from dora_ray.errors import VideoError
+from dora_ray.store import frames as frame_store
+from dora_ray.store.frames import load_index, open_videos
+from dora_ray.store.losses import losses, missing_share, refuse_losses, stored_frames
+from dora_ray.video.index import DECODING_RULES
+from tests.store.test_frames import SETTING, fill, uri_of
+from tests.video import odd_videos, videos
+
+
+@pytest.fixture
+def films(tmp_path):
+    """A store with a film of 14 kept frames that lacks two, and one that is whole."""
+    store = str(tmp_path / "store")
+    torn, whole = (load_index(str(make(tmp_path)), store=store) for make in (videos.h264, videos.h264_b_frames))
+    lost = torn.pts[torn.kept_frames(SETTING["frames_per_second"])][[3, 7]].tolist()
+    fill(torn, store, lost=lost)
+    fill(whole, store)
+    return store, open_videos([torn, whole], store=store, **SETTING)
+
+
+def test_what_is_missing_is_a_sentence(films):
+    store, (torn, whole) = films
+    assert losses([torn, whole]) == {
+        torn.path: "2 of 14 frames (14.3%) are missing: they cannot be decoded, or damage may have reached them"
+    }
+    assert (missing_share(torn), missing_share(whole)) == (2 / 14, 0)
+    assert stored_frames(store, whole.video_id) == ["f10-s64-q90: 14 frames"]
+    assert stored_frames(store, torn.video_id)[0].startswith("f10-s64-q90: 12 frames; 2 of 14 frames (14.3%) are")
+
+
+def test_more_than_is_allowed_is_an_error_that_names_every_such_video(films, caplog):
+    _, (torn, whole) = films
+    with caplog.at_level(logging.WARNING):
+        refuse_losses([torn, whole], max_bad_fraction=0.2)
+    assert f"{torn.path}: 2 of 14 frames" in caplog.text
+    assert whole.path not in caplog.text
+    other = replace(torn, path="other.mp4")
+    with pytest.raises(VideoError, match=r"h264\.mp4: 2 of 14 .*; other\.mp4: 2 of 14 .*max_bad_fraction=0\.1 allows"):
+        refuse_losses([torn, whole, other], max_bad_fraction=0.1)
+    refuse_losses([whole], max_bad_fraction=0.0)
+
+
+def by_older_rules(uri: str) -> None:
+    """The dataset as it was made before it said which rules filled it."""
+    lance.write_dataset(frame_store.SCHEMA.empty_table(), uri, mode="create")
+
+
+def test_frames_that_older_rules_showed_wrong_are_offered_for_another_ingest(tmp_path):
+    store = str(tmp_path / "store")
+    index = load_index(str(odd_videos.marked_mpeg4(tmp_path)), store=store)
+    assert index.rules == DECODING_RULES == 2
+    uri = uri_of(index, store)
+    by_older_rules(uri)
+    fill(index, store)
+    words = r"rules of decoding \(number 1; now 2\).*remove that folder.*ingest again"
+    with pytest.raises(VideoError, match=words):
+        open_videos([index], store=store, **SETTING)
+    with pytest.raises(VideoError, match=words):
+        frame_store.unstored_frames(index, uri, frames_per_second=10.0)
+
+
+def test_frames_that_older_rules_showed_right_are_read_with_a_word(tmp_path, caplog):
+    store = str(tmp_path / "store")
+    index = load_index(str(videos.h264(tmp_path)), store=store)
+    by_older_rules(uri_of(index, store))
+    fill(index, store)
+    with caplog.at_level(logging.WARNING):
+        (video,) = open_videos([index], store=store, **SETTING)
+    assert len(video) == 14
+    assert "older rules of decoding (number 1; now 2), which read files such as this one alike" in caplog.text
+
+
+def test_a_store_made_now_says_nothing(films, caplog):
+    store, (torn, _) = films
+    open_videos([torn.path], store=store, **SETTING)
+    assert "rules" not in caplog.text
