@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 
 from dora_ray.clips.crop import random_boxes
 from dora_ray.errors import VideoError
+
+logger = logging.getLogger(__name__)
 
 
 class Purpose(IntEnum):
@@ -155,18 +158,24 @@ class Plan:
         return len(self.starts)
 
     def check(self) -> None:
-        """VideoError when no clip can be drawn."""
-        if self.clips_per_epoch:
-            return
-        needed = (self.num_frames - 1) * self.stride_seconds
-        longest = max((video.times[-1] - video.times[0] for video in self.videos if len(video.times)), default=0.0)
-        uncut = " without a shot cut in it (clip.avoid_cuts=true)" if self.avoid_cuts and longest >= needed else ""
-        raise VideoError(
-            f"no clip fits: a clip spans {needed:g} s ({self.num_frames} frames, {self.stride_seconds:g} s "
-            f"apart){uncut}, and the "
-            f"longest of the {len(self.videos)} videos has {longest:.2f} s. Lower clip.num_frames or "
-            "clip.stride_seconds, or add "
-            "longer videos."
+        """Warn of videos that give no clip, because a shot cut or a missing frame is in the way of each.
+
+        Raises:
+            VideoError: no clip can be drawn.
+        """
+        giving = set(self.starts[:, 0].tolist())
+        reasons = {
+            video.path: no_clip(video.times, self.num_frames, self.stride_seconds) or self._in_the_way()
+            for number, video in enumerate(self.videos)
+            if number not in giving
+        }
+        refuse_without_clips(reasons, num_videos=len(self.videos))
+
+    def _in_the_way(self) -> str:
+        cut = "a shot cut (clip.avoid_cuts=true) or " if self.avoid_cuts else ""
+        return (
+            f"every stretch of {(self.num_frames - 1) * self.stride_seconds:g} s, a clip's length, has {cut}a missing"
+            " frame in it; lower clip.num_frames or clip.stride_seconds"
         )
 
     def clip(self, number: int) -> Clip:
@@ -207,6 +216,54 @@ class Plan:
 def _video_digest(video: Video) -> str:
     parts = (video.digest.encode(), np.asarray(video.times).tobytes(), np.packbits(video.cuts).tobytes())
     return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
+
+
+def refuse_without_clips(reasons: Mapping[str, str], *, num_videos: int) -> None:
+    """Warn of videos that give no clip.
+
+    Args:
+        reasons: why, of each such video, by its path.
+        num_videos: all of them, with those that give clips.
+
+    Raises:
+        VideoError: none gives any.
+    """
+    if len(reasons) == num_videos:
+        path, reason = next(iter(reasons.items()))
+        more = f"; the {num_videos - 1} other videos give none either" if num_videos > 1 else ""
+        raise VideoError(f"no clip fits: {path}: {reason}{more}")
+    for path, reason in reasons.items():
+        logger.warning("%s gives no clip: %s", path, reason)
+
+
+def no_clip(times: NDArray[np.float64], num_frames: int, stride_seconds: float) -> str:
+    """Say why a video without cuts gives no clip, and what helps; empty where it gives one.
+
+    Args:
+        times: (F,) seconds of its kept frames, ascending.
+        num_frames: T.
+        stride_seconds: time between a clip's frames.
+    """
+    if len(clip_table(times, np.zeros(len(times), np.bool_), num_frames, stride_seconds, avoid_cuts=False)):
+        return ""
+    step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    length, needed = float(times[-1] - times[0]) if len(times) else 0.0, (num_frames - 1) * stride_seconds
+    if step > stride_seconds:
+        most = int(length / step) + 1
+        fewer = f", and clip.num_frames at most {most}" if most < num_frames else ""
+        return (
+            f"a frame is shown each {step:.4g} s, and clip.stride_seconds={stride_seconds:g} would find the same one"
+            f" twice: it must be at least {step:.4g}{fewer}"
+        )
+    if length < needed:
+        return (
+            f"lasts {length:.2f} s, and a clip of clip.num_frames={num_frames} frames, clip.stride_seconds="
+            f"{stride_seconds:g} apart, needs {needed:g} s; lower one of the two"
+        )
+    return (
+        f"its frames are at such times that none is near {stride_seconds:g} s after another: it is full of holes; lower"
+        " clip.num_frames, or change clip.stride_seconds"
+    )
 
 
 def clip_table(

@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 import yaml
 
 from dora_ray import files
 from dora_ray.checkpoints import CHECKPOINTS, complete_checkpoints, newest_meta
-from dora_ray.clips.plan import Plan, Video
+from dora_ray.clips.plan import Plan, Video, no_clip, refuse_without_clips
 from dora_ray.clips.segments import SegmentPlan, streamed_videos
 from dora_ray.config import Config, load_config
 from dora_ray.config_source import flatten, parse_yaml
-from dora_ray.errors import CheckpointError, ConfigError, DoRAError, VideoError
+from dora_ray.errors import CheckpointError, ConfigError, DoRAError
 from dora_ray.store.frames import StoredVideo, load_index
 from dora_ray.store.ingest import IngestProgress, ingest
 from dora_ray.store.losses import losses, refuse_losses
@@ -238,20 +239,24 @@ def check_videos(config: Config) -> list[VideoIndex]:
 
 
 def _check_lengths(config: Config, indexes: list[VideoIndex]) -> list[VideoIndex]:
-    """The videos, if one is long enough for a clip: found out before anything is decoded.
+    """The videos, if one gives a clip: found out before anything is decoded.
 
     Raises:
-        VideoError: all are shorter.
+        VideoError: none does; it says what helps.
     """
-    needed = (config.clip.num_frames - 1) * config.clip.stride_seconds
-    longest = max(indexes, key=lambda index: index.real_seconds)
-    if longest.real_seconds < needed:
-        raise VideoError(
-            f"{longest.path} lasts {longest.real_seconds:.2f} s, and no video is longer; a clip of clip.num_frames="
-            f"{config.clip.num_frames} frames, clip.stride_seconds={config.clip.stride_seconds:g} apart, needs "
-            f"{needed:g} s. Lower "
-            "one of the two, or add longer videos."
-        )
+    reasons = {}
+    for index in indexes:
+        times = index.times[index.kept_frames(config.data.frames_per_second)]
+        reason = no_clip(times, config.clip.num_frames, config.clip.stride_seconds)
+        stride, steps, kept_steps = config.clip.stride_seconds, np.diff(index.times), np.diff(times)
+        if reason and len(kept_steps) and np.median(steps) <= stride < np.median(kept_steps):
+            reason = (
+                f"data.frames_per_second={config.data.frames_per_second:g} keeps too few frames for"
+                f" clip.stride_seconds={stride:g}; raise one of the two"
+            )
+        if reason:
+            reasons[index.path] = reason
+    refuse_without_clips(reasons, num_videos=len(indexes))
     return indexes
 
 

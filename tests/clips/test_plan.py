@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_ray.clips.plan import Plan, Purpose, clip_table, slot_generator, slot_seed, slots_of_rank
+from dora_ray.clips.plan import (
+    Plan,
+    Purpose,
+    clip_table,
+    no_clip,
+    refuse_without_clips,
+    slot_generator,
+    slot_seed,
+    slots_of_rank,
+)
 from dora_ray.errors import VideoError
 from dora_ray.store.frames import StoredVideo
 
@@ -163,9 +173,9 @@ def test_digest_names_every_input() -> None:
 
 
 def test_too_short_says_what_to_do() -> None:
-    with pytest.raises(VideoError, match=r"a clip spans 0\.5 s.*longest.*0\.33 s.*Lower clip\.num_frames"):
+    with pytest.raises(VideoError, match=r"no clip fits: a\.mp4: lasts 0\.33 s.* needs 0\.5 s; lower one"):
         make_plan(stored(3)).check()
-    with pytest.raises(VideoError, match="without a shot cut"):
+    with pytest.raises(VideoError, match=r"every stretch of 0\.5 s, a clip's length, has a shot cut"):
         make_plan(stored(4, cuts=(1, 2, 3))).check()
 
 
@@ -174,3 +184,35 @@ def test_no_clip_shows_a_frame_twice() -> None:
     times = np.arange(20.0)
     assert len(clip_table(times, np.zeros(20, bool), 2, 0.5, avoid_cuts=False)) == 0
     assert len(clip_table(times, np.zeros(20, bool), 2, 1.0, avoid_cuts=False)) == 19
+
+
+@pytest.mark.parametrize(
+    ("times", "num_frames", "stride", "says"),
+    [
+        (np.arange(60.0), 2, 0.5, r"a frame is shown each 1 s, .* it must be at least 1$"),
+        (np.arange(6) * 30.0, 8, 1.0, r"must be at least 30, and clip\.num_frames at most 6"),
+        (
+            np.arange(20) / 6,
+            8,
+            1.0,
+            r"lasts 3\.17 s, and a clip of clip\.num_frames=8 .* needs 7 s; lower one of the two",
+        ),
+        (np.array([0, 0.1, 0.2, 9.0, 9.1, 9.2]), 2, 1.0, "full of holes"),
+        (np.zeros(1), 2, 1.0, r"lasts 0\.00 s"),
+    ],
+)
+def test_the_advice_is_the_one_that_helps(times, num_frames, stride, says):
+    assert re.search(says, no_clip(times, num_frames, stride))
+
+
+def test_the_advised_stride_gives_clips():
+    times = np.arange(60.0)
+    assert no_clip(times, 2, 1.0) == ""
+    assert no_clip(times, 8, 1.0) == ""
+
+
+def test_a_video_without_a_clip_is_named_among_others_and_refused_alone(caplog):
+    refuse_without_clips({"/a.mp4": "why"}, num_videos=2)
+    assert "/a.mp4 gives no clip: why" in caplog.text
+    with pytest.raises(VideoError, match=r"no clip fits: /a\.mp4: why; the 1 other videos give none either"):
+        refuse_without_clips({"/a.mp4": "why", "/b.mp4": "why"}, num_videos=2)
