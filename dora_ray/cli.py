@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from dora_ray import __version__
-from dora_ray.commands.arguments import Commands, add_cluster_commands
+from dora_ray.commands.arguments import ENCODER, Commands, add_cluster_commands, add_eval
 from dora_ray.commands.arguments import add_json as _add_json
 from dora_ray.commands.arguments import command as _command
 from dora_ray.errors import DoRAError
@@ -27,7 +27,6 @@ _EXIT_STATUS = """\
 exit status:
   0 done   1 failed   2 bad configuration or usage   3 bad data   4 bad checkpoint   5 not enough resources   130 Ctrl-C
 """
-_ENCODER = "a checkpoint, a run's folder, an exported encoder, a file of weights (.pth), or timm:NAME"
 _OVERRIDES = "section.key=value, such as optim.steps=300; `dora-ray config` lists all keys"
 
 
@@ -92,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         _add_train,
         _add_sweep,
-        _add_eval,
+        add_eval,
         _add_data,
         _add_show,
         _add_embed,
@@ -134,30 +133,6 @@ def _add_sweep(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="folder or URI of the sweep; not given: runs/sweep-<time>")
     parser.add_argument("--resume", action="store_true", help="run what is missing or failed in DIR")
-
-
-def _add_eval(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "eval", "evaluate a checkpoint's encoder, frozen", spill="options")
-    parser.add_argument(
-        "task",
-        choices=("knn", "linear", "corloc", "vos", "objects", "views"),
-        help="neighbors, linear probe, boxes, video objects, the method's own masks, scenes known again",
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_ENCODER)
-    parser.add_argument(
-        "options",
-        nargs="*",
-        metavar="option=value",
-        help="a setting of the task, such as device=cuda or random_init=true",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="DIR",
-        required=True,
-        help="labeled images: DIR/train/CLASS/* and DIR/test/CLASS/*; for objects a tour of `data synth`"
-        " or DAVIS; for views any video",
-    )
-    _add_json(parser)
 
 
 def _add_data(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -278,7 +253,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def _add_show(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "show", "draw what a checkpoint's teacher discovers and tracks in a video")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_ENCODER)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=ENCODER)
     parser.add_argument("video", metavar="VIDEO")
     parser.add_argument(
         "--out",
@@ -306,7 +281,7 @@ def _add_embed(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "export", "write a checkpoint's encoder as a timm model folder")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_ENCODER)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=ENCODER)
     parser.add_argument("--out", metavar="DIR", required=True, help="a new or empty folder")
 
 

@@ -112,7 +112,8 @@ def test_bad_usage_is_status_2_with_usage(run, words):
         (["train", "tiny", "data.videos=[missing.mp4]", "--dry-run"], 3, "missing.mp4"),
         (["sweep", "missing.yaml"], 2, "there is no sweep file missing.yaml"),
         (["eval", "knn", "nothing", "--data", "nowhere"], 4, "nothing"),
-        (["eval", "knn", "nothing", "oops", "--data", "nowhere"], 2, "write key=value"),
+        (["eval", "knn", "nothing", "k=3", "--data", "nowhere"], 2, "has no option 'k'"),
+        (["eval", "knn", "neighbors=[3]", "--data", "nowhere"], 2, "no encoder was given"),
         (["data", "index", "missing.mp4"], 3, "missing.mp4"),
         (["data", "ingest", "data.short_side=9", "--store", "s"], 2, "no video was given"),
         (["data", "synth", "video", "v.mp4", "--size", "33x20"], 2, "both must be even"),
@@ -274,3 +275,58 @@ def test_doctor_names_what_it_looked_at(run):
     for name in ("Python", "packages", "processors", "memory", "GPUs", "decoders", "Ray", "disk", "run folder"):
         assert name in out
     assert status == (1 if "PROBLEM" in out else 0)
+
+
+@pytest.fixture
+def encoders(tmp_path):
+    """Two runs of unlike encoders, and images of two colors."""
+    from PIL import Image
+
+    from tests.evaluation.checkpoints import small_config, write_checkpoint
+
+    for name, width in (("one", 24), ("two", 48)):
+        write_checkpoint(tmp_path / name / "checkpoints" / "step-00000007", small_config(f"model.width={width}"))
+        (tmp_path / name / "config.yaml").write_text("{}")
+    for part in ("train", "test"):
+        for color in ("red", "blue"):
+            (tmp_path / "images" / part / color).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (40, 40), color).save(tmp_path / "images" / part / color / f"{number}.png")
+    return tmp_path
+
+
+def test_eval_prints_a_table_and_keeps_what_it_measured(run, encoders):
+    one, data, out = encoders / "one", encoders / "images", encoders / "k.json"
+    status, text, err = run("eval", "knn", one, "neighbors=[3]", "--data", data, "--json", out)
+    assert status == 0, err
+    assert "{" not in text
+    for words in ("nearest neighbors, labeled images", "one (step-00000007)", "random encoder", "most frequent class"):
+        assert words in text
+    assert "eval knn: 16/16 images (100%)" in err
+    result = json.loads(out.read_text())
+    assert result["task"] == "knn"
+    assert result["results"]["top1"] == 1.0
+    assert result["random"][0]["settings"]["random_init"] is True
+    assert len((one / "evaluations.jsonl").read_text().splitlines()) == 2
+
+
+def test_eval_compares_several_encoders(run, encoders):
+    words = (encoders / "one", encoders / "two", f"random:{encoders / 'two'}", "neighbors=[1]", "--data")
+    status, text, err = run("eval", "knn", *words, encoders / "images", "--json", encoders / "k.json")
+    assert status == 0, err
+    rows = [line for line in text.splitlines() if "step-00000007" in line]
+    assert len(rows) == 4  # one, two, random two, and random one beside
+    content = json.loads((encoders / "k.json").read_text())
+    assert [entry["settings"]["random_init"] for entry in content["encoders"]] == [False, False, True]
+    assert len(content["random"]) == 1
+    status, _, err = run("eval", "knn", encoders / "one", encoders / "gone", "--data", encoders / "images")
+    assert status == 4
+    assert "eval knn:" not in err, "the first one must not be evaluated in vain"
+
+
+def test_eval_names_every_option_in_its_help(run):
+    status, text, _ = run("eval", "vos", "--help")
+    assert status == 0
+    assert "radius (12): Largest distance" in text
+    assert "epochs" not in text
+    assert "epochs (100)" in run("eval", "--help")[1]

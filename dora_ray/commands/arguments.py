@@ -1,21 +1,29 @@
-"""Arguments of the command line: parts that all commands share, and the commands that are about clusters."""
+"""Arguments of the command line: parts that all commands share, evaluation, and the commands about clusters."""
 
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
 Commands = argparse._SubParsersAction  # argparse gives its type no public name
 
 
 def command(
-    commands: Commands[argparse.ArgumentParser], name: str, summary: str, *, handler: str = "", spill: str = ""
+    commands: Commands[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    *,
+    handler: str = "",
+    spill: str = "",
+    add_help: bool = True,
 ) -> argparse.ArgumentParser:
     """A command's parser; it is carried out by `run` of the module of dora_ray.commands with the command's name.
 
     `handler` names another module and function, as module.function; `spill` names the list that takes the words
-    between and after the options.
+    between and after the options; without `add_help` the command brings its own.
     """
-    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    description = summary[0].upper() + summary[1:] + "."
+    parser = commands.add_parser(name, help=summary, description=description, add_help=add_help)
     parser.set_defaults(handler=handler or f"{name}.run", spill=spill)
     return parser
 
@@ -100,3 +108,46 @@ def submit_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--name", default=absent, metavar="NAME", help="of the job; not given: command and time")
     parser.add_argument("--no-wait", action="store_true", default=absent, help="do not follow the log")
     return parser
+
+
+ENCODER = "a checkpoint, a run's folder, an exported encoder, a file of weights (.pth), or timm:NAME"
+_ENCODERS = f"{ENCODER}; random:CHECKPOINT draws its weights anew; several make one table"
+EVALUATIONS = ("knn", "linear", "corloc", "vos", "objects", "views")  # as evaluation.tasks has them
+
+
+class _EvalHelp(argparse.Action):
+    """Print the help with the options of the task, or of all, which are looked up when they are asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object) -> None:
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.epilog = import_module("dora_ray.evaluation.tasks").describe_options(getattr(namespace, "task", None))
+        parser.print_help()
+        parser.exit()
+
+
+def add_eval(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add the evaluation of encoders."""
+    parser = command(commands, "eval", "evaluate encoders, frozen, in one table", spill="words", add_help=False)
+    parser.add_argument("-h", "--help", action=_EvalHelp, nargs=0, help="show this and every task's options")
+    parser.add_argument(
+        "task",
+        choices=EVALUATIONS,
+        help="neighbors, linear probe, boxes, video objects, the method's own masks, scenes known again",
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CHECKPOINT | option=value",
+        help=_ENCODERS,
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        required=True,
+        help="knn, linear: labeled images, DIR/train/CLASS/* and DIR/test/CLASS/*; corloc: VOC folder; vos: DAVIS"
+        " folder; objects: a tour of `data synth` or DAVIS; views: any video",
+    )
+    parser.add_argument(
+        "--no-random", dest="random", action="store_false", help="leave out the random encoders beside the given ones"
+    )
+    add_json(parser)

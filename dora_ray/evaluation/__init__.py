@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_ray import files
 from dora_ray.errors import ConfigError
-from dora_ray.evaluation.options import TRACKING_OPTIONS, BesideOptions, ObjectsOptions, Options, parse_options
+from dora_ray.evaluation.options import TRACKING_OPTIONS, ObjectsOptions, Options, parse_options
 from dora_ray.evaluation.tasks import NOT_OF_THE_TASK, TASKS, Task
 from dora_ray.progress import Progress
 
@@ -36,13 +36,16 @@ def evaluate(
         **options: The task's settings; `dora_ray.evaluation.options` lists them with their defaults.
 
     Returns:
-        task, checkpoint, data, settings (all options as used) and results (shares in [0, 1]); ready for JSON.
+        task, checkpoint, encoder (its architecture in words), data, settings (all options as used) and results (shares
+        in [0, 1]); ready for JSON. The evaluation of a run's checkpoint is kept in the run's evaluations.jsonl.
 
     Raises:
         ConfigError: An unknown task or option, or data in another layout.
         CheckpointError: The checkpoint is missing, incomplete, damaged or of another architecture.
     """
     from dora_ray.checkpoints import resolve_checkpoint
+    from dora_ray.evaluation.kept import keep
+    from dora_ray.timm_folder import describe
     from dora_ray.weights import load_backbone, random_backbone
 
     if task not in TASKS:
@@ -54,15 +57,18 @@ def evaluate(
     settings = _complete(parsed, source, backbone)
     title = f"eval {task}, random encoder" if parsed.random_init else f"eval {task}"
     results = _run(TASKS[task], backbone.to(device), data, settings, title=title)
-    if isinstance(parsed, BesideOptions):
+    if TASKS[task].beside:
         results = _beside(TASKS[task], source, data, settings, results)
-    return {
+    evaluation = {
         "task": task,
         "checkpoint": source,
+        "encoder": describe(backbone),
         "data": files.absolute(data),
         "settings": parsed.model_copy(update=settings).model_dump(mode="json"),
         "results": results,
     }
+    keep(evaluation)
+    return evaluation
 
 
 def _complete(parsed: Options, source: str, backbone: VisionTransformer) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from dora_ray.errors import ConfigError
 from dora_ray.evaluation.features import Progress, normalize, report_unreadable
 from dora_ray.evaluation.images import open_rgb, whole_size
+from dora_ray.evaluation.intervals import share_interval
 from dora_ray.method.vit import tracked_features
 
 if TYPE_CHECKING:
@@ -236,7 +237,8 @@ def evaluate_corloc(
         progress: Told the number of images that are done, and of all.
 
     Returns:
-        corloc in [0, 1]; whole_image, the same share for the box around the whole image, to compare with; num_images.
+        corloc in [0, 1] and its 95 % interval; whole_image, the same share for the box around the whole image, to
+        compare with; num_images.
 
     Raises:
         ConfigError: As `find_boxes`, or images that cannot be read.
@@ -267,6 +269,7 @@ def evaluate_corloc(
     right, whole_right = (int(np.sum(column)) for column in zip(*hits, strict=True))
     return {
         "corloc": right / len(hits),
+        "corloc_interval": share_interval(right, len(hits)),
         "whole_image": whole_right / len(hits),
         "num_images": len(hits),
         "num_unreadable": len(failures),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dora_ray.errors import ConfigError
 from dora_ray.evaluation.features import Progress, counts, extract_splits, final_cls
+from dora_ray.evaluation.intervals import share_interval
 
 if TYPE_CHECKING:
     import os
@@ -123,8 +124,8 @@ def evaluate_knn(
         progress: Told the number of images that are done, and of all.
 
     Returns:
-        top1 and its k, top1_by_k, temperature, k_lowered_to (or None), chance (share of the most frequent test class)
-        and counts.
+        top1, its 95 % interval and its k, top1_by_k, temperature, k_lowered_to (or None), chance (share of the most
+        frequent test class) and counts.
 
     Raises:
         ConfigError: As `find_splits`, or images that cannot be read.
@@ -152,6 +153,7 @@ def evaluate_knn(
     )
     return {
         "top1": accuracies[allowed[0]],
+        "top1_interval": share_interval(accuracies[allowed[0]] * len(test.paths), len(test.paths)),
         "k": allowed[0],
         "top1_by_k": {str(k): accuracy for k, accuracy in accuracies.items()},
         "temperature": temperature,

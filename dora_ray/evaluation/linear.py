@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_ray.evaluation.features import Progress, counts, extract_splits, last_cls
+from dora_ray.evaluation.intervals import share_interval
 from dora_ray.evaluation.knn import most_frequent_share
 from dora_ray.method.schedules import cosine
 
@@ -130,7 +131,7 @@ def evaluate_linear(
         progress: Told the number of images that are done, and of all.
 
     Returns:
-        top1, top5, train_top1, chance (share of the most frequent test class) and counts.
+        top1 and its 95 % interval, top5, train_top1, chance (share of the most frequent test class) and counts.
 
     Raises:
         ConfigError: As `find_splits`, or images that cannot be read.
@@ -161,6 +162,7 @@ def evaluate_linear(
     )
     return {
         **scores,
+        "top1_interval": share_interval(scores["top1"] * len(test.paths), len(test.paths)),
         "chance": most_frequent_share(test.labels),
         **counts(train, test),
         "num_blocks": num_blocks,

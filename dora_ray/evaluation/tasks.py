@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 from dora_ray.evaluation.options import (
+    BesideOptions,
     CorlocOptions,
     KnnOptions,
     LinearOptions,
     ObjectsOptions,
+    Options,
     OptionsType,
     ViewsOptions,
     VosOptions,
@@ -31,12 +35,14 @@ class Task:
         function: Where it is carried out, as module.function below dora_ray.evaluation. It takes the encoder, the
             folder, every option but those in NOT_OF_THE_TASK, and `progress`, which is told (done, of how many); it
             returns results that are ready for JSON.
-        data: Kind of folder that it reads, such as "labelled images".
+        data: Kind of folder that it reads, such as "labeled images".
         unit: Things that progress counts, in the plural.
         protocol: One line that says how the score came about; names in braces are options or results.
         columns: The table's columns, and where their values are in the results; a mapping there gives a column for each
             of its entries.
         chance: Lines of the table that need no encoder: name, and where the value of each column is in the results.
+        parts: Table of the parts that the scores are means over: name of a part, where they are in the results, and the
+            columns, as above, in each part.
     """
 
     title: str
@@ -47,6 +53,12 @@ class Task:
     protocol: str
     columns: dict[str, str]
     chance: dict[str, dict[str, str]] = field(default_factory=dict)
+    parts: tuple[str, str, dict[str, str]] | None = None
+
+    @property
+    def beside(self) -> bool:
+        """Tell a task that measures random encoders itself, on the same clips."""
+        return issubclass(self.options, BesideOptions)
 
     @property
     def run(self) -> Callable[..., dict[str, Any]]:
@@ -61,18 +73,18 @@ TASKS: dict[str, Task] = {
         title="nearest neighbors",
         options=KnnOptions,
         function="knn.evaluate_knn",
-        data="labelled images",
+        data="labeled images",
         unit="images",
         protocol="{num_test} test images, {num_classes} classes; {num_train} training images vote with weight "
         "exp(cosine / {temperature:g}); class token after the final norm, center crop of {image_size} px",
-        columns={"top-1, k=": "top1_by_k"},
-        chance={"most frequent class": {"top-1, k=": "chance"}},
+        columns={"top-1": "top1", "k=": "top1_by_k"},
+        chance={"most frequent class": {"top-1": "chance", "k=": "chance"}},
     ),
     "linear": Task(
         title="linear probe",
         options=LinearOptions,
         function="linear.evaluate_linear",
-        data="labelled images",
+        data="labeled images",
         unit="images",
         protocol="{num_test} test images, {num_classes} classes; {epochs} epochs of SGD at lr {lr:g} x "
         "{probe_batch_size} / 256 on {num_train} training images; class tokens of the last {num_blocks} blocks, "
@@ -109,6 +121,7 @@ TASKS: dict[str, Task] = {
             "F decay": "f_decay",
         },
         chance={"first mask kept still": {"J&F": "still_j_and_f", "J": "still_j_mean", "F": "still_f_mean"}},
+        parts=("sequence", "sequences", {"J": "j", "F": "f", "frames": "num_frames"}),
     ),
     "objects": Task(
         title="the method's own objects",
@@ -150,3 +163,22 @@ TASKS: dict[str, Task] = {
         },
     ),
 }
+
+
+def describe_options(only: str | None = None) -> str:
+    """Return the options of one task, or of all, with their defaults and meanings, for `dora-ray eval --help`."""
+    general = set(Options.model_fields)
+    parts = ["options of all tasks, as option=value:", *_option_lines(Options, set())]
+    for name, task in TASKS.items() if only is None else [(only, TASKS[only])]:
+        parts += ["", f"{name}: {task.title} (--data: {task.data})", *_option_lines(task.options, general)]
+    return "\n".join(parts)
+
+
+def _option_lines(options: OptionsType, left_out: set[str]) -> list[str]:
+    lines = []
+    for name, option in options.model_fields.items():
+        if name not in left_out:
+            default = "not set" if option.default is None else json.dumps(option.default)
+            text = " ".join((option.description or "").split())
+            lines += textwrap.wrap(f"{name} ({default}): {text}", 110, initial_indent="  ", subsequent_indent="      ")
+    return lines

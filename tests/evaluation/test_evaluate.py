@@ -93,6 +93,8 @@ def test_fewer_images_and_another_size_can_be_asked_for(checkpoint, images):
         ("knn", {"neighbors": (0,)}, "neighbors"),
         ("linear", {"lr": -1}, "lr=-1"),
         ("knn", {"device": "toaster"}, "device='toaster'"),
+        ("knn", {"image_size": 50}, "image_size=50 is no multiple of the encoder's patch of 8 px; use 48 or 56"),
+        ("linear", {"image_size": 3}, "patch of 8 px; use 8"),
     ],
 )
 def test_what_is_not_known_or_allowed_is_refused(checkpoint, images, task, options, message):
@@ -105,3 +107,19 @@ def test_missing_data_and_checkpoints_have_their_own_errors(checkpoint, images, 
         evaluate(checkpoint, "knn", data=tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="no such folder"):
         evaluate(tmp_path / "nothing", "knn", data=images)
+
+
+def test_wide_gray_images_give_the_score_of_the_same_images_in_8_bits(checkpoint, tmp_path):
+    """Light and dark stripes: cut off at 255, as Pillow converts them, all would be white."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 8), ("test", 6)):
+        for name, level in (("dark", 60), ("light", 150)):
+            for index in range(count):
+                gray = np.clip(rng.normal(level, 30, size=(40, 40)), 0, 255).astype(np.uint8)
+                for kind, values in (("8", gray), ("16", gray.astype(np.uint16) * 257)):
+                    folder = tmp_path / kind / part / name
+                    folder.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(values).save(folder / f"{index}.png")
+    scores = [evaluate(checkpoint, "knn", data=tmp_path / kind, neighbors=(3,))["results"] for kind in ("8", "16")]
+    assert scores[0] == scores[1]
+    assert scores[0]["top1"] > 0.8
