@@ -266,7 +266,7 @@ def _add_show(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _add_embed(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "embed", "write an encoder's features of images or of a video's frames")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_ENCODER)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=ENCODER)
     parser.add_argument("data", metavar="DATA", help="an image, a video, or a folder of them")
     parser.add_argument("--out", metavar="FILE", required=True, help="FILE.parquet or FILE.npz, new")
     parser.add_argument("--patches", action="store_true", help="write the patch tokens beside CLS")
