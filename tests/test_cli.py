@@ -112,7 +112,7 @@ def test_bad_usage_is_status_2_with_usage(run, words):
         (["train", "tiny", "data.videos=[missing.mp4]", "--dry-run"], 3, "missing.mp4"),
         (["sweep", "missing.yaml"], 2, "there is no sweep file missing.yaml"),
         (["eval", "knn", "nothing", "--data", "nowhere"], 4, "nothing"),
-        (["eval", "knn", "nothing", "k=3", "--data", "nowhere"], 2, "has no option 'k'"),
+        (["eval", "knn", "nothing", "k=3", "--data", "nowhere"], 2, "unknown option of evaluation 'knn': k"),
         (["eval", "knn", "neighbors=[3]", "--data", "nowhere"], 2, "no encoder was given"),
         (["data", "index", "missing.mp4"], 3, "missing.mp4"),
         (["data", "ingest", "data.short_side=9", "--store", "s"], 2, "no video was given"),
