@@ -132,7 +132,10 @@ def _add_sweep(commands: Commands[argparse.ArgumentParser]) -> None:
         "overrides", nargs="*", metavar="key=value", help=f"for all trials: {_OVERRIDES}; or metric=knn, seeds=[0,1]"
     )
     parser.add_argument("--out", metavar="DIR", help="folder or URI of the sweep; not given: runs/sweep-<time>")
-    parser.add_argument("--resume", action="store_true", help="run what is missing or failed in DIR")
+    parser.add_argument("--resume", action="store_true", help="run what is missing, new or failed in DIR")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print trials, workers, disk and time by a measured step; write nothing"
+    )
 
 
 def _add_data(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -313,8 +316,8 @@ def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_status(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "status", "tell how a run is doing")
-    parser.add_argument("run", metavar="RUN", help="the run's folder or URI")
+    parser = _command(commands, "status", "tell how a run or a sweep is doing")
+    parser.add_argument("run", metavar="RUN_OR_SWEEP", help="the folder or URI of the run or sweep")
     _add_json(parser)
 
 

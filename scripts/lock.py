@@ -13,7 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXTRAS = ("demo", "dev", "s3")
+EXTRAS = ("demo", "dev", "optuna", "s3")
 # Wheels that exist for one platform only. Elsewhere pip takes what torch's own metadata asks for there.
 X86_LINUX = "platform_machine == 'x86_64' and sys_platform == 'linux'"
 PLATFORM_BOUND = ("nvidia-", "cuda-", "triton", "decord")

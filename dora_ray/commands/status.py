@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 
+from dora_ray import files
 from dora_ray.commands.output import write, write_facts, write_json
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print how a run is doing, and what to do when it has most likely been killed."""
+    """Print how a run or a sweep is doing, and what to do when it was killed."""
+    if files.exists(files.join(options.run, "sweep.yaml")):
+        _sweep(options)
+    else:
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     from dora_ray.training.records.status import summarize
 
     facts = summarize(options.run)
@@ -18,8 +27,27 @@ def run(options: argparse.Namespace) -> None:
     }
     shown = facts | ages
     write_facts({name.replace("_", " ").removesuffix(" seconds"): value for name, value in shown.items()})
-    if facts["state"] == "silent":
-        write(
-            f"\nNothing has been heard for {facts['written_seconds']:.0f} s: the run was probably killed. "
-            f"Go on with: dora-ray train --resume --out {options.run}"
-        )
+    go_on = f"Go on with: dora-ray train --resume --out {options.run}"
+    if facts["state"] == "dead":
+        write(f"\nThe process that launched the run is gone: it was killed. {go_on}")
+    elif facts["state"] == "silent":
+        write(f"\nNothing has been heard for {facts['written_seconds']:.0f} s: the run was probably killed. {go_on}")
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from dora_ray.tuning.progress import summarize_sweep
+
+    facts = summarize_sweep(options.run)
+    write_json(options.json, facts)
+    shown = dict(facts)
+    running = shown.pop("running", {})
+    if "eta_seconds" in shown:
+        shown["eta"] = datetime.timedelta(seconds=shown.pop("eta_seconds"))
+    if "written_seconds" in shown:
+        shown["written"] = f"{shown.pop('written_seconds'):.0f} s ago"
+    write_facts({name.replace("_", " "): value for name, value in shown.items()} | running)
+    go_on = f"dora-ray sweep FILE.yaml --resume --out {options.run}"
+    if facts["state"] == "dead":
+        write(f"\nThe process that ran the sweep is gone: it was killed. Go on with: {go_on}")
+    elif facts["state"] in ("interrupted", "failed"):
+        write(f"\nRun what is missing or failed with: {go_on}")

@@ -3,35 +3,62 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from typing import TYPE_CHECKING
 
 from dora_ray import files
 from dora_ray.commands.output import Stages, write, write_facts
+from dora_ray.errors import DoRAError
+
+if TYPE_CHECKING:
+    from dora_ray.tuning.progress import SweepProgress
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run a sweep and print its best point."""
-    from dora_ray.reporting.pages import answer
-    from dora_ray.tuning.space import expand, load_sweep
+    """Run a sweep and print its best point; or, with --dry-run, what it would take.
+
+    Raises:
+        DoRAError: a trial has failed; the others are in the table.
+    """
+    if options.dry_run:
+        _dry_run(options)
+        return
+    from dora_ray.reporting.analysis import analyze, verdict
+    from dora_ray.tuning.baseline import read_baseline
+    from dora_ray.tuning.results import read_spec
     from dora_ray.tuning.sweep import sweep
 
-    spec = load_sweep(options.file, *options.overrides)
-    total = len(expand(spec))
-    ended: list[str] = []
     with Stages() as stages:
 
-        def on_trial(name: str, status: str) -> None:
-            ended.append(name)
-            stages.at("sweep", "trials").update(step=len(ended), total=total, last=f"{name} {status}")
+        def on_progress(progress: SweepProgress) -> None:
+            ended = f"{len(progress.ended)}/{progress.trials}"
+            failed = sum(status == "failed" for status in progress.ended.values())
+            shown = stages.at("sweep", "steps")
+            shown.update(step=progress.steps_done, total=progress.steps, trials=ended, failed=failed or None)
 
-        result = sweep(options.file, *options.overrides, out=options.out, resume=options.resume, on_trial=on_trial)
+        result = sweep(
+            options.file, *options.overrides, out=options.out, resume=options.resume, on_progress=on_progress
+        )
     counts = {status: sum(row.status == status for row in result.results) for status in ("done", "stopped", "failed")}
-    tally = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     write_facts(
         {
             "sweep": result.path,
-            "trials": tally,
+            "trials": ", ".join(f"{count} {status}" for status, count in counts.items() if count),
             "table": files.join(result.path, "results.csv"),
             "report": files.join(result.path, "report.html"),
         }
     )
-    write("\n" + answer(result.results, spec))
+    write("\n" + verdict(analyze(result.results, read_spec(result.path), read_baseline(result.path))))
+    if counts["failed"]:
+        first = next(row for row in result.results if row.status == "failed")
+        again = shlex.join(["dora-ray", "sweep", options.file, *options.overrides, "--resume", "--out", result.path])
+        raise DoRAError(
+            f"{counts['failed']} of {len(result.results)} trials failed. The first, {first.name}: {first.error}. "
+            f"Try them again with: {again}"
+        )
+
+
+def _dry_run(options: argparse.Namespace) -> None:
+    from dora_ray.tuning.forecast import forecast
+
+    write_facts(forecast(options.file, *options.overrides, out=options.out, resume=options.resume))

@@ -107,13 +107,21 @@ def load_index(path: str, *, store: str) -> VideoIndex:
         VideoError: the file cannot be read.
     """
     path = files.absolute(path)
+    if known := known_index(path, store=store):
+        return known
+    index = index_video(path)
+    files.write_bytes(files.join(store, index.video_id, INDEX_NAME), index.to_bytes())
+    return index
+
+
+def known_index(path: str, *, store: str) -> VideoIndex | None:
+    """The index of a video file that a store has; None where it has none, or the file is another one now."""
+    path = files.absolute(path)
     for name in files.list_names(store):
         known = stored_index(store, name) if name[:-8] == VideoIndex.name_of(path) + "-" else None
         if known and known.path == path and _same_file(known):
             return known
-    index = index_video(path)
-    files.write_bytes(files.join(store, index.video_id, INDEX_NAME), index.to_bytes())
-    return index
+    return None
 
 
 def stored_index(store: str, video_id: str) -> VideoIndex | None:

@@ -20,13 +20,14 @@ from dora_ray.clips.segments import SegmentPlan, streamed_videos
 from dora_ray.config import Config, load_config
 from dora_ray.config_source import flatten, parse_yaml
 from dora_ray.errors import CheckpointError, ConfigError, DoRAError
-from dora_ray.store.frames import StoredVideo, load_index
+from dora_ray.store.frames import StoredVideo, known_index, load_index
 from dora_ray.store.ingest import IngestProgress, ingest
 from dora_ray.store.losses import losses, refuse_losses
 from dora_ray.training.beginning import with_resolved_init
 from dora_ray.training.elastic.requests import caught_signals
 from dora_ray.training.measuring import prepare
 from dora_ray.training.records.checkpoint import require_plan
+from dora_ray.training.records.heartbeat import Heartbeat
 from dora_ray.training.records.journal import CONFIG, MISSING_FRAMES, add_event, read_metrics, write_status
 from dora_ray.training.records.tail import RunTail
 from dora_ray.training.trainer import check_resources, connect, on_devices, run_on_ray
@@ -98,7 +99,7 @@ def train(
         job = Job(placed, plan, run)
         logger.info("%d videos, %d places where a clip may start", len(indexes), plan.clips_per_epoch)
         _prepare_folder(job, config, overwrite=overwrite)
-        with RunTail(run, on_metrics):
+        with Heartbeat(run), RunTail(run, on_metrics):
             _execute(job)
     return _finished(run)
 
@@ -234,8 +235,14 @@ def _paths(config: Config) -> list[str]:
 
 
 def check_videos(config: Config) -> list[VideoIndex]:
-    """Every video, looked at without writing anything: VideoError where one cannot be read or all are too short."""
-    return _check_lengths(config, [index_video(path) for path in _paths(config)])
+    """Every video, looked at without writing anything, and not again where the configuration's store has its index.
+
+    Raises:
+        VideoError: one cannot be read, or all are too short.
+    """
+    store = files.absolute(config.data.store) if config.data.store else None
+    known = {path: known_index(path, store=store) if store else None for path in _paths(config)}
+    return _check_lengths(config, [index or index_video(path) for path, index in known.items()])
 
 
 def _check_lengths(config: Config, indexes: list[VideoIndex]) -> list[VideoIndex]:

@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from dora_ray import files
-from dora_ray.training.records.journal import STATUS, read_metrics
-from dora_ray.tuning.space import SEED_KEY, SweepSpec, Trial
+from dora_ray.config_source import parse_yaml
+from dora_ray.training.records.journal import read_metrics, read_status
+from dora_ray.tuning.space import SEED_KEY, SweepSpec, Trial, load_sweep
 
 Line = dict[str, Any]
 BOOKKEEPING = frozenset({"step", "time", "attempt"})
@@ -43,15 +44,14 @@ class Row:
     error: str = ""
 
     @property
+    def short_id(self) -> str:
+        """The end of the name, which tells the trials apart."""
+        return self.name.rsplit("_", 1)[-1]
+
+    @property
     def point(self) -> tuple[tuple[str, Any], ...]:
         """The values without the seed: trials that share them are repetitions."""
         return tuple((key, value) for key, value in self.values.items() if key != SEED_KEY)
-
-
-def read_status(run: str) -> dict[str, Any]:
-    """A run's status.json; empty when there is none."""
-    path = files.join(run, STATUS)
-    return dict(json.loads(files.read_text(path))) if files.exists(path) else {}
 
 
 def final_metrics(lines: Sequence[Line]) -> dict[str, float]:
@@ -62,7 +62,19 @@ def final_metrics(lines: Sequence[Line]) -> dict[str, float]:
     late = [line for line in lines if line["step"] > newest - max(1, round(FINAL_SHARE * newest))]
     names = {name: None for line in lines for name in line if name not in BOOKKEEPING}
     final = {name: _finite(late, name) or _finite(lines, name)[-1:] for name in names}
-    return {name: fmean(values) for name, values in final.items() if values}
+    figures = {name: fmean(values) for name, values in final.items() if values}
+    return figures | _cost(lines) if "step_seconds" in names else figures
+
+
+def _cost(lines: Sequence[Line]) -> dict[str, float]:
+    """Seconds of training, starts and evaluations left out: of the steps, and times the workers."""
+    before = [0, *(line["step"] for line in lines)]
+    steps = [(line["step"] - last, line) for last, line in zip(before, lines, strict=False)]
+    seconds = [(count * line.get("step_seconds", 0.0), line.get("world_size", 1)) for count, line in steps]
+    return {
+        "train_seconds": sum(taken for taken, _ in seconds),
+        "worker_seconds": sum(taken * workers for taken, workers in seconds),
+    }
 
 
 def _finite(lines: Iterable[Line], name: str) -> list[float]:
@@ -129,6 +141,40 @@ def write_csv(path: str, rows: Sequence[Row]) -> None:
     files.write_text(path, buffer.getvalue())
 
 
+def write_parquet(path: str, rows: Sequence[Row]) -> None:
+    """results.parquet: the same columns as results.csv, numbers as numbers."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    records = [
+        {
+            "name": row.name,
+            **{
+                key: value if isinstance(value, int | float | str) else json.dumps(value)
+                for key, value in row.values.items()
+            },
+            "status": row.status,
+            **row.metrics,
+            "path": row.path,
+            "error": row.error,
+        }
+        for row in rows
+    ]
+    names = _union(records)
+    columns = {name: _column([record.get(name) for record in records]) for name in names}
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pa.table(columns), buffer)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def _column(values: list[Any]) -> list[Any]:
+    """Values of one type: text where a factor mixes numbers and words."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float}:
+        return [None if value is None else float(value) for value in values] if float in kinds else values
+    return values if len(kinds) <= 1 else [None if value is None else str(value) for value in values]
+
+
 def read_csv(path: str) -> list[Row]:
     """The rows of results.csv. A varied key has a dot in its name, a metric has none."""
     rows = []
@@ -149,6 +195,11 @@ def write_spec(path: str, spec: SweepSpec) -> None:
     files.write_text(path, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
 
 
+def read_spec(folder: str) -> SweepSpec:
+    """Return the sweep's file as its folder has it."""
+    return load_sweep(parse_yaml(files.read_text(files.join(folder, "sweep.yaml")), "sweep.yaml"))
+
+
 def best_point(rows: Sequence[Row], metric: str, mode: str) -> list[Row]:
     """The trials of the point whose mean over seeds is best; empty when no trial has the metric."""
     groups = group_points(rows, metric)
@@ -163,9 +214,10 @@ def group_points(rows: Sequence[Row], metric: str) -> dict[tuple[tuple[str, Any]
     groups: dict[tuple[tuple[str, Any], ...], list[Row]] = {}
     for row in rows:
         if row.status == "done" and metric in row.metrics:
-            groups.setdefault(_hashable(row.point), []).append(row)
+            groups.setdefault(hashable(row.point), []).append(row)
     return groups
 
 
-def _hashable(point: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+def hashable(point: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+    """Return a point whose lists are tuples, so that it can be a key."""
     return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in point)

@@ -1,16 +1,19 @@
 """A sweep's file, and the trials that follow from it: pure, the same at every call, nothing started.
 
 Trials are the product of all grids, times `num_samples` draws of what is drawn, times the seeds. Every grid point sees
-the same draws, so that grid values are compared like with like.
+the same draws, so that grid values are compared like with like. A trial is named by its values, so that a sweep that
+grows keeps the trials it has.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from dora_ray.config import Config, load_config
-from dora_ray.config_section import Count, Natural, Section, checked, keys_of, unknown_key
+from dora_ray.config_section import Count, Natural, Positive, Section, checked, keys_of, unknown_key
 from dora_ray.config_source import flatten, parse_override, parse_yaml
 from dora_ray.errors import ConfigError
 
@@ -29,6 +32,29 @@ KINDS = {
     "loguniform": "loguniform: [low, high]",
 }
 SEED_KEY = "run.seed"
+# The key under which Ray Tune's Repeater numbers the trials of one point.
+REPETITION = "__trial_index__"
+NAME_LENGTH = 100
+
+
+class TourSpec(Section):
+    """The labeled tours of a sweep: a film that all trials train on, and one of another seed that they are measured on.
+
+    They are made once, as by `dora-ray data synth tour`; see there.
+    """
+
+    seconds: Positive = 60.0
+    """Length of the film to train on; the other one is a quarter as long, at least ten seconds."""
+    width: Count = 320
+    """Pixels."""
+    height: Count = 180
+    """Pixels."""
+    frames_per_second: Count = 12
+    """Frames a second."""
+    num_objects: Count = 4
+    """Objects that move at a time."""
+    seed: Natural = 0
+    """Of the film to train on; the other one's is the next."""
 
 
 class SweepSpec(Section):
@@ -54,15 +80,29 @@ class SweepSpec(Section):
     """Trials at a time; not set: as many as the cluster holds workers for."""
     photographs: bool = False
     """Where evaluation.images is not set: kNN on crops of ten photographs that packages of the extra `demo` ship."""
+    tour: TourSpec | None = None
+    """Train on a labeled tour made for the sweep, and measure objects and views on another one, where data.videos,
+    evaluation.tour and evaluation.video say nothing else (extra: demo)."""
     scheduler: Literal["none", "asha"] = "none"
     """asha stops the worse trials early; it needs a metric that is reported at every step."""
+    search: Literal["all", "tpe"] = "all"
+    """all: every point of the space. tpe: Optuna proposes `num_samples` points, each after those that ended before it;
+    a grid is then a choice (extra: optuna)."""
+
+    @property
+    def count(self) -> int:
+        """Trials of the sweep."""
+        if self.search == "tpe":
+            return self.num_samples * len(self.seeds)
+        grids = [len(axis["grid"]) for axis in self.space.values() if "grid" in axis]
+        return prod(grids) * self.num_samples * len(self.seeds)
 
 
 class Trial(Section):
     """One run of a sweep.
 
     Attributes:
-        name: its folder under trials/.
+        name: its folder under trials/: the values in words, and the id.
         values: what distinguishes it: dotted key -> value, run.seed included.
         config: its whole configuration.
     """
@@ -70,6 +110,11 @@ class Trial(Section):
     name: str
     values: dict[str, Any]
     config: Config
+
+    @property
+    def short_id(self) -> str:
+        """Six hexadecimal digits that follow from the values alone."""
+        return self.name.rsplit("_", 1)[-1]
 
 
 def load_sweep(source: str | Path | Mapping[str, Any], *overrides: str) -> SweepSpec:
@@ -85,6 +130,8 @@ def load_sweep(source: str | Path | Mapping[str, Any], *overrides: str) -> Sweep
     values = dict(source) if isinstance(source, Mapping) else parse_yaml(_read(Path(source)), str(source))
     own = [text for text in overrides if _key_of(text) in SweepSpec.model_fields]
     values |= {_key_of(text): _value_of(text) for text in own}
+    if values.get("tour") is True:
+        values["tour"] = {}
     values["overrides"] = [
         *_as_overrides(values.get("overrides") or []),
         *(text for text in overrides if text not in own),
@@ -92,15 +139,46 @@ def load_sweep(source: str | Path | Mapping[str, Any], *overrides: str) -> Sweep
     return _validate({**values, "space": _normalize_space(values.get("space"))})
 
 
+def base_config(spec: SweepSpec) -> Config:
+    """What every trial starts from.
+
+    Raises:
+        ConfigError: it cannot be used, or sets a key that the sweep varies.
+    """
+    swept = [text for text in spec.overrides if _key_of(text) in {*spec.space, SEED_KEY}]
+    if swept:
+        axis = "seeds" if _key_of(swept[0]) == SEED_KEY else f"space: {spec.space[_key_of(swept[0])]}"
+        raise ConfigError(
+            f"{swept[0]} sets a key that this sweep varies ({axis}), so it would be without effect. "
+            "Leave it out, or change the space in the sweep's file; seeds are set with seeds=[0,1]."
+        )
+    return load_config(spec.base, *spec.overrides)
+
+
 def expand(spec: SweepSpec) -> list[Trial]:
-    """All trials, each with its checked configuration.
+    """All trials, each with its checked configuration; with search=tpe one for each value of the space, as a check.
 
     Raises:
         ConfigError: a value that the configuration refuses, or workers that may change their number.
     """
-    points = list(_points(spec))
-    width = max(2, len(str(len(points) - 1)))
-    return [_trial(spec, f"{index:0{width}d}", point) for index, point in enumerate(points)]
+    base = base_config(spec)
+    points = _samples(spec) if spec.search == "tpe" else _points(spec)
+    return [make_trial(base, point) for point in points]
+
+
+def _samples(spec: SweepSpec) -> Iterator[dict[str, Any]]:
+    """Each value, or end, of every axis once."""
+    first = {key: values[0] for key, axis in spec.space.items() for values in axis.values()}
+    for key, axis in spec.space.items():
+        for value in next(iter(axis.values())):
+            yield {**first, key: value, SEED_KEY: spec.seeds[0]}
+
+
+def with_seed(point: Mapping[str, Any], spec: SweepSpec) -> dict[str, Any]:
+    """The values of a trial that Ray Tune proposes: its own, or Optuna's, whose repetitions are numbered."""
+    values = dict(point)
+    repetition = values.pop(REPETITION, None)
+    return values if repetition is None else {**values, SEED_KEY: spec.seeds[repetition]}
 
 
 def _points(spec: SweepSpec) -> Iterator[dict[str, Any]]:
@@ -126,10 +204,15 @@ def _draw(key: str, axis: Mapping[str, list[Any]], sample: int) -> Any:
     return float(f"{np.exp(rng.uniform(np.log(low), np.log(high))):.4g}")
 
 
-def _trial(spec: SweepSpec, number: str, point: dict[str, Any]) -> Trial:
-    texts = [f"{key}={json.dumps(value)}" for key, value in point.items()]
+def make_trial(base: Config, values: Mapping[str, Any]) -> Trial:
+    """The trial of these values.
+
+    Raises:
+        ConfigError: the configuration refuses one, or lets the number of workers change.
+    """
+    texts = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     try:
-        config = load_config(spec.base, *spec.overrides, *texts)
+        config = load_config(base, *texts)
     except ConfigError as error:
         raise ConfigError(f"the sweep's point {', '.join(texts)} cannot be run: {error}") from error
     if not isinstance(config.cluster.num_workers, int):
@@ -137,10 +220,19 @@ def _trial(spec: SweepSpec, number: str, point: dict[str, Any]) -> Trial:
             f"cluster.num_workers={list(config.cluster.num_workers)} lets a trial change its size, "
             "and trials would take each other's workers. Give all a fixed number, such as cluster.num_workers=1."
         )
-    words = [f"{key.rsplit('.', 1)[-1]}-{value}" for key, value in point.items()]
-    return Trial(
-        name="_".join([number, *(re.sub(r"[^A-Za-z0-9.-]+", "-", word) for word in words)]), values=point, config=config
-    )
+    return Trial(name=name_of(values), values=dict(values), config=config)
+
+
+def name_of(values: Mapping[str, Any]) -> str:
+    """A trial's name: its values in words, cut where they are many, and an id that tells all trials apart."""
+    words = [f"{key.rsplit('.', 1)[-1].replace('_', '-')}-{_word(value)}" for key, value in values.items()]
+    digest = hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:6]
+    text = "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", word) for word in words)
+    return f"{text[:NAME_LENGTH]}_{digest}"
+
+
+def _word(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _read(path: Path) -> str:
@@ -210,7 +302,12 @@ def _check_interval(key: str, kind: str, values: list[Any]) -> None:
 
 def _validate(values: Mapping[str, Any]) -> SweepSpec:
     spec = checked(SweepSpec, values, "key of a sweep's file:")
-    if spec.num_samples > 1 and all("grid" in axis for axis in spec.space.values()):
+    lists = [key for key, axis in spec.space.items() if any(isinstance(v, list) for v in next(iter(axis.values())))]
+    if spec.search == "tpe" and lists:
+        raise ConfigError(f"space: {lists[0]}: search=tpe cannot choose among lists: use search=all")
+    if spec.search == "tpe" and spec.scheduler != "none":
+        raise ConfigError(f"search=tpe compares whole trials: scheduler={spec.scheduler} would stop them early")
+    if spec.search == "all" and spec.num_samples > 1 and all("grid" in axis for axis in spec.space.values()):
         raise ConfigError(
             f"num_samples={spec.num_samples} would repeat the same points, since all of the space is grids. "
             "To see how much is chance, list more `seeds`."

@@ -21,7 +21,7 @@ def write_run(folder: Path, *, steps: int = 300, knn_every: int = 100) -> Path:
     lines = []
     for step in range(1, steps + 1):
         share = step / steps
-        line = {
+        line: dict[str, float] = {
             "step": step,
             "time": 1.7e9 + step,
             "attempt": int(share > 0.5),

@@ -25,6 +25,25 @@ def test_a_grid_is_the_product_of_its_values_and_the_seeds():
     assert len({trial.name for trial in trials}) == len(trials)
 
 
+def test_a_sweep_that_grows_keeps_the_names_of_its_trials():
+    space = {"tracking.num_objects": [1, 3], "optim.lr": {"loguniform": [1.0e-4, 1.0e-2]}}
+    few = expand(load_sweep({"space": space, "num_samples": 2}))
+    grown = {**space, "tracking.num_objects": [2, 1, 3]}
+    many = expand(load_sweep({"space": grown, "num_samples": 3, "seeds": [0, 1]}))
+    named = {trial.name: trial for trial in many}
+    assert len(named) == len(many) == 18
+    assert all(named[trial.name] == trial for trial in few)
+    assert all(trial.name.endswith(trial.short_id) and len(trial.short_id) == 6 for trial in many)
+
+
+def test_optuna_gets_every_value_checked_before_anything_starts():
+    space = {"optim.lr": {"loguniform": [1.0e-4, 1.0e-2]}, "tracking.num_objects": {"grid": [1, 99]}}
+    spec = load_sweep({"space": space, "search": "tpe", "num_samples": 5, "seeds": [0, 1]})
+    assert spec.count == 10
+    with pytest.raises(ConfigError, match="num_objects=99"):
+        expand(spec)
+
+
 def test_draws_repeat_and_are_the_same_for_every_grid_point():
     spec = load_sweep(
         {
@@ -72,6 +91,8 @@ GOOD = {"tracking.num_objects": {"grid": [1, 2]}}
         ({"space": {"optim.lr": {"uniform": ["1e-4", 1.0]}}}, "write 1.0e-3"),
         ({"space": {"optim.lr": {"grid": []}}}, "needs a list of values"),
         ({"space": GOOD, "num_samples": 3}, "would repeat the same points"),
+        ({"space": GOOD, "search": "tpe", "scheduler": "asha"}, "search=tpe compares whole trials"),
+        ({"space": {"crops.clip_scale": [[0.1, 1.0]]}, "search": "tpe"}, "cannot choose among lists"),
         ({"space": GOOD, "sede": [1]}, "unknown key of a sweep's file: sede."),
         ({"space": GOOD, "sedes": [1]}, "Did you mean seeds?"),
         ({"space": GOOD, "mode": "best"}, "mode='best'"),

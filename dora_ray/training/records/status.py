@@ -8,11 +8,14 @@ from typing import Any
 
 from dora_ray import files
 from dora_ray.errors import ConfigError
+from dora_ray.training.records.heartbeat import is_dead
 from dora_ray.training.records.journal import CONFIG, MISSING_FRAMES, STATUS, read_events, read_metrics, read_status
 
 # A run writes at every logged step, and when workers end and start; after this long without a word, or after as many
 # times the time between its last lines, it has most likely been killed.
 SILENT_SECONDS, SILENT_LINES = 300.0, 10.0
+# States that only a process that lives can leave.
+UNFINISHED = ("starting", "running", "waiting")
 FROM_METRICS = ("step", "world_size", "clips_per_second", "loss")
 
 
@@ -20,11 +23,11 @@ def summarize(run: str) -> dict[str, Any]:
     """What there is to say about a run, in the order in which one asks; what is unknown is left out.
 
     Returns:
-        run, state (starting, running, done, failed, or what else status.json says; "silent" in place of running when
-        nothing has been heard for long), step, steps, world_size, clips_per_second, loss, attempt, last_checkpoint,
-        last_checkpoint_step, last_checkpoint_seconds (its age), failures, resizes, restarts, recovery_seconds (of each
-        restart), steps_lost, missing_frames (of videos that are not whole), written_seconds (since the last word),
-        error, message.
+        run, state (starting, running, done, failed, or what else status.json says; in place of running "dead" when the
+        process that launched it is gone, "silent" when nothing has been heard for long), step, steps, world_size,
+        clips_per_second, loss, attempt, last_checkpoint, last_checkpoint_step, last_checkpoint_seconds (its age),
+        failures, resizes, restarts, recovery_seconds (of each restart), steps_lost, missing_frames (of videos that
+        are not whole), written_seconds (since the last word), error, message.
 
     Raises:
         ConfigError: the folder is no run's, or its status.json is damaged.
@@ -36,8 +39,11 @@ def summarize(run: str) -> dict[str, Any]:
     silence = now - heard if heard else None
     last = {name: metrics[-1].get(name) for name in FROM_METRICS} if metrics else {}
     known = {**last, **{name: value for name, value in status.items() if value is not None}}
-    if known.get("state") == "running" and silence is not None and silence > _patience(metrics):
-        known["state"] = "silent"
+    if known.get("state", "starting") in UNFINISHED:
+        if is_dead(path):
+            known["state"] = "dead"
+        elif known.get("state") == "running" and silence is not None and silence > _patience(metrics):
+            known["state"] = "silent"
     facts = {
         "run": path,
         "state": known.pop("state", "starting"),

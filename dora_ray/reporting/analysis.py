@@ -1,0 +1,257 @@
+"""What a sweep's table says of its question: the verdict in words, and the figures that the page draws."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+from dora_ray.tuning.results import Row, group_points
+from dora_ray.tuning.space import SEED_KEY, SweepSpec
+from dora_ray.tuning.statistics import Comparison, Level, Observation, compare, effects, share_half
+
+# PED-ANOVA needs that many trials to say anything.
+MIN_IMPORTANCE_TRIALS = 20
+SHARES = ("knn", "linear", "iou", "view_matching", "corloc", "top1")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A sweep's table, seen through its metric.
+
+    Attributes:
+        spec: the sweep's file.
+        rows: all trials.
+        comparison: of the points.
+        observations: what both follow from.
+        effects: factor -> how much each of its values moves the metric.
+        random: figures of random encoders of the same architecture.
+        chance: figure of guessing.
+        images: test images behind each trial's figure.
+    """
+
+    spec: SweepSpec
+    rows: Sequence[Row]
+    comparison: Comparison
+    observations: Sequence[Observation]
+    effects: Mapping[str, list[Level]]
+    random: tuple[float, ...] = ()
+    chance: float | None = None
+    images: int | None = None
+    factors: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def groups(self) -> dict[Hashable, list[Row]]:
+        """Trials that ended with the metric, by point."""
+        return dict(group_points(self.rows, self.spec.metric))
+
+    @property
+    def done(self) -> list[Row]:
+        """Trials that ended with the metric."""
+        return [row for members in self.groups.values() for row in members]
+
+    def show(self, value: float, *, sign: bool = False) -> str:
+        """Return a figure of the metric for reading: a percentage where it is a share."""
+        if is_share(self.spec.metric):
+            return f"{100 * value:{'+' if sign else ''}.1f} %"
+        return f"{value:{'+' if sign else ''}.4g}"
+
+    def show_half(self, half: float) -> str:
+        """Return a half width for reading."""
+        if not math.isfinite(half):
+            return "unknown"
+        return f"{100 * half:.1f}" if is_share(self.spec.metric) else f"{half:.2g}"
+
+    def outer(self, value: float) -> float:
+        """Return the half width over test images of a figure; 0 where they are not known."""
+        return share_half(min(1.0, max(0.0, value)), self.images) if self.images else 0.0
+
+    def label(self, point: Hashable) -> str:
+        """Return a point in words: the last part of each key, and its value."""
+        varied = [(key, value) for key, value in _pairs(point) if key in self.factors or not self.factors]
+        return ", ".join(f"{key.rsplit('.', 1)[-1]} {_word(value)}" for key, value in varied) or "the only point"
+
+    def value_of(self, key: str) -> Callable[[Hashable], Any]:
+        """Return what reads a factor's value from a point."""
+        return lambda point: dict(_pairs(point))[key]
+
+
+def _pairs(point: Hashable) -> tuple[tuple[str, Any], ...]:
+    assert isinstance(point, tuple)
+    return point
+
+
+def _word(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def is_share(metric: str) -> bool:
+    """Return whether a metric is a share of 1, which is read as a percentage."""
+    return any(word in metric for word in SHARES)
+
+
+def analyze(rows: Sequence[Row], spec: SweepSpec, baseline: Mapping[str, Any] | None = None) -> Analysis:
+    """Return what a table says.
+
+    Args:
+        rows: of results.csv.
+        spec: the sweep's file.
+        baseline: content of baseline.json, see `dora_ray.tuning.baseline`.
+    """
+    groups = group_points(rows, spec.metric)
+    found = [
+        Observation(point, row.values[SEED_KEY], row.metrics[spec.metric])
+        for point, members in groups.items()
+        for row in members
+    ]
+    factors = tuple(key for key in spec.space if len({str(dict(point).get(key)) for point in groups}) > 1)
+    facts = (baseline or {}).get(spec.metric, {})
+    return Analysis(
+        spec,
+        rows,
+        compare(found, mode=spec.mode),
+        found,
+        effects(found, {key: _reader(key) for key in factors}),
+        tuple(facts.get("random", ())),
+        facts.get("chance", _measured_chance(rows, spec.metric)),
+        facts.get("images"),
+        factors,
+    )
+
+
+def _reader(key: str) -> Callable[[Hashable], Any]:
+    return lambda point: dict(_pairs(point))[key]
+
+
+def _measured_chance(rows: Sequence[Row], metric: str) -> float | None:
+    """Guessing, where each trial has measured it on its own images: masks of as many random patches."""
+    found = [row.metrics[f"{metric}_random_masks"] for row in rows if f"{metric}_random_masks" in row.metrics]
+    return fmean(found) if found else None
+
+
+def verdict(found: Analysis) -> str:
+    """Answer the sweep's question in a few sentences that claim no more than seeds and test images carry."""
+    spec, comparison = found.spec, found.comparison
+    if not comparison.points:
+        return f"No trial has finished with a {spec.metric} yet."
+    (best, estimate), others = next(iter(comparison.points.items())), len(comparison.points) - 1
+    name, value = found.label(best), found.show(estimate.value)
+    if not comparison.repeated:
+        return (
+            f"{name} has the best {spec.metric}, {value}, of {others + 1} points with one seed each: this cannot tell "
+            "how much of it is chance. Run it again with --resume and more seeds, such as seeds=[0,1,2]."
+            + _beside(found)
+        )
+    first = f"{name}: {spec.metric} {value} ± {found.show_half(estimate.half)} over seeds"
+    if outer := found.outer(estimate.value):
+        first += f", ± {found.show_half(outer)} over {found.images} test images"
+    if not others:
+        return f"{first}. It is the only point that finished.{_beside(found)}"
+    if comparison.winner is not None:
+        runner, behind = next(iter(comparison.behind.items()))
+        gap = f"{found.show(behind.value)} ± {found.show_half(behind.half)}"
+        all_others = f"all {others} others; the next" if others > 1 else "the other"
+        first += f". It is better than {all_others}, {found.label(runner)}, by {gap}."
+        return first + _beside(found)
+    tied = len(comparison.tied)
+    listed = "; ".join(found.label(point) for point in comparison.tied[:3])
+    more = f"; and {tied - 3} more" if tied > 3 else ""
+    largest = max(behind.high for behind in comparison.behind.values())
+    which = f"{tied} of {others} others" if others > 1 else "the other"
+    text = f"{first}; not separable from {which} ({listed}{more})."
+    if tied == others:
+        text += f" No difference is shown; one of more than {found.show(largest)} would be unlikely to hide here."
+    return text + _beside(found)
+
+
+def _beside(found: Analysis) -> str:
+    """How the best point stands beside random encoders and chance."""
+    estimate = next(iter(found.comparison.points.values()))
+    parts = []
+    if found.random:
+        low, high = min(found.random), max(found.random)
+        sign = 1 if found.spec.mode == "max" else -1
+        reach = estimate.low if sign > 0 else estimate.high
+        above = math.isfinite(reach) and sign * (reach - (high if sign > 0 else low)) > 0
+        word = "beyond" if above else "not clearly beyond"
+        span = found.show(low) if low == high else f"{found.show(low)} to {found.show(high)}"
+        parts.append(f"it is {word} {len(found.random)} random encoders ({span})")
+    if found.chance is not None:
+        parts.append(f"chance is {found.show(found.chance)}")
+    text = "; ".join(parts)
+    return f" {text[0].upper()}{text[1:]}." if text else ""
+
+
+def caution(spec: SweepSpec) -> str:
+    """Say why the metric may not mean what the reader hopes; empty for a figure that is measured on other data."""
+    if is_share(spec.metric) or spec.metric == "rankme":
+        return ""
+    return (
+        f"{spec.metric} is measured against each trial's own teacher, on its own views: "
+        "a better value is not a better encoder. To compare encoders, give a labeled folder: evaluation.images=DIR, "
+        "metric=knn, mode=max."
+    )
+
+
+def importances(found: Analysis) -> tuple[dict[str, float], str]:
+    """Return each factor's share of what moves the metric, and how it was found.
+
+    PED-ANOVA asks what tells the best trials from all; with few trials the range of a factor's effects says as much.
+    """
+    rows = found.done
+    if len(found.factors) < 2:
+        return {}, ""
+    if len(rows) >= MIN_IMPORTANCE_TRIALS and importlib.util.find_spec("optuna"):
+        return _ped_anova(found, rows), f"PED-ANOVA (Optuna) over {len(rows)} trials: what tells the best from all."
+    spans = {
+        key: max(level.effect.value for level in levels) - min(level.effect.value for level in levels)
+        for key, levels in found.effects.items()
+    }
+    total = sum(spans.values())
+    shares = {key: span / total for key, span in spans.items()} if total else {}
+    return shares, "Shares of the ranges of the effects above; their errors are there."
+
+
+def _ped_anova(found: Analysis, rows: Sequence[Row]) -> dict[str, float]:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="maximize" if found.spec.mode == "max" else "minimize")
+    names = {key: sorted({json.dumps(row.values[key]) for row in rows}) for key in found.factors}
+    kinds: dict[str, Any] = {}
+    for key, axis in ((key, found.spec.space[key]) for key in found.factors):
+        ((kind, values),) = axis.items()
+        drawn = kind in ("uniform", "loguniform")
+        if drawn:
+            kinds[key] = optuna.distributions.FloatDistribution(*values, log=kind == "loguniform")
+        else:
+            kinds[key] = optuna.distributions.CategoricalDistribution(names[key])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is experimental there
+        for row in rows:
+            values = {
+                key: row.values[key]
+                if isinstance(kinds[key], optuna.distributions.FloatDistribution)
+                else json.dumps(row.values[key])
+                for key in kinds
+            }
+            study.add_trial(
+                optuna.trial.create_trial(params=values, distributions=kinds, value=row.metrics[found.spec.metric])
+            )
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+def costs(found: Analysis) -> dict[Hashable, float]:
+    """Return the mean worker-seconds of each point's trials, where they are known."""
+    known = {
+        point: [row.metrics["worker_seconds"] for row in rows if "worker_seconds" in row.metrics]
+        for point, rows in found.groups.items()
+    }
+    return {point: fmean(values) for point, values in known.items() if values}

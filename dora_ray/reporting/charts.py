@@ -1,0 +1,175 @@
+"""The drawings of a sweep's page: points with intervals, effects, interactions, cost against quality, parallel axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dora_ray.reporting import svg
+from dora_ray.reporting.svg import WIDTH, Scale, number
+
+ROW, STACKED_ROW, LEGEND_ROW = 22, 38, 18
+LABEL_SHARE = 0.42
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One line of a chart of intervals.
+
+    Attributes:
+        label: what it is.
+        value: the estimate.
+        half: half width of the interval over seeds; may be infinite.
+        outer: half width of the interval over test images; 0 where there is none.
+        kind: class of its mark.
+    """
+
+    label: str
+    value: float
+    half: float
+    outer: float = 0.0
+    kind: str = "c0"
+
+
+def intervals(
+    bars: Sequence[Bar], *, title: str, label: str, references: Sequence[tuple[str, float]] = (), zero: bool = False
+) -> str:
+    """Draw estimates with their intervals, one below the other, and named lines to compare them with."""
+    longest = max((len(bar.label) for bar in bars), default=0) * svg.FONT_WIDTH + 8
+    # Labels that are too long to stand beside the bars stand above them.
+    stacked = longest > WIDTH * LABEL_SHARE
+    left, row = (4.0, STACKED_ROW) if stacked else (longest, ROW)
+    top, height = 6 + LEGEND_ROW * len(references), row * len(bars)
+    ends = [end for bar in bars for half in (bar.half, bar.outer) for end in (bar.value - half, bar.value + half)]
+    values = [*(end for end in ends if math.isfinite(end)), *(bar.value for bar in bars)]
+    scale = Scale.of([*values, *(value for _, value in references), *([0.0] if zero else [])], left + 6, WIDTH - 10)
+    bottom = top + height
+    parts = [svg.x_axis(scale, bottom, top, title)]
+    if zero:
+        parts.append(svg.line(scale.at(0), top, scale.at(0), bottom, "zero"))
+    for index, (name, value) in enumerate(references):
+        x = scale.at(value)
+        middle = x < (left + WIDTH) / 2
+        parts.append(svg.line(x, 6 + LEGEND_ROW * index, x, bottom, "reference"))
+        shown = f"{name} {number(value)}"
+        parts.append(
+            svg.text(x + (4 if middle else -4), 17 + LEGEND_ROW * index, shown, anchor="start" if middle else "end")
+        )
+    for index, bar in enumerate(bars):
+        y = top + row * (index + (0.75 if stacked else 0.5))
+        if stacked:
+            parts.append(svg.text(left, y - 10, bar.label, kind="halo"))
+        else:
+            parts.append(svg.text(left, y + 4, bar.label, anchor="end"))
+        if bar.outer:
+            parts.append(
+                svg.line(scale.at(bar.value - bar.outer), y, scale.at(bar.value + bar.outer), y, f"outer {bar.kind}")
+            )
+        if math.isfinite(bar.half):
+            parts.append(
+                svg.line(scale.at(bar.value - bar.half), y, scale.at(bar.value + bar.half), y, f"inner {bar.kind}")
+            )
+        parts.append(svg.dot(scale.at(bar.value), y, f"mark {bar.kind}", f"{bar.label}: {_with(bar)}"))
+    return svg.drawing(parts, height=bottom + 38, label=label)
+
+
+def _with(bar: Bar) -> str:
+    return f"{number(bar.value)} ± {number(bar.half)}" if math.isfinite(bar.half) else number(bar.value)
+
+
+def heat_map(cells: Mapping[tuple[Any, Any], float], *, rows: str, columns: str, metric: str) -> str:
+    """Draw the mean of each pair of two factors' values; the number stands in each cell."""
+    firsts, seconds = (ordered([pair[index] for pair in cells]) for index in (0, 1))
+    low, high = min(cells.values()), max(cells.values())
+    left = min(WIDTH * 0.3, max(len(_word(value)) for value in firsts) * svg.FONT_WIDTH + 12)
+    width, top = (WIDTH - left - 4) / len(seconds), 22
+    tall = 34
+    parts = [svg.text(0, 14, rows.rsplit(".", 1)[-1], kind="title")]
+    for index, value in enumerate(firsts):
+        y = top + tall * index
+        parts.append(svg.text(left - 6, y + tall / 2 + 4, _word(value), anchor="end"))
+        for place, other in enumerate(seconds):
+            if (value, other) not in cells:
+                continue
+            mean = cells[value, other]
+            shade = (mean - low) / (high - low) if high > low else 0.5
+            x = left + width * place
+            inside = f'fill-opacity="{0.06 + 0.36 * shade:.2f}"'
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{width - 2:.1f}" height="{tall - 2}" class="cell" {inside}/>'
+            )
+            parts.append(svg.text(x + width / 2 - 1, y + tall / 2 + 4, number(mean), anchor="middle"))
+    bottom = top + tall * len(firsts)
+    for place, other in enumerate(seconds):
+        parts.append(svg.text(left + width * (place + 0.5), bottom + 14, _word(other), anchor="middle"))
+    parts.append(svg.text((left + WIDTH) / 2, bottom + 30, columns.rsplit(".", 1)[-1], anchor="middle", kind="title"))
+    said = f"Mean {metric} by {rows} (down) and {columns} (across), from {number(low)} to {number(high)}."
+    return svg.drawing(parts, height=bottom + 38, label=said)
+
+
+def cost_and_quality(points: Mapping[str, tuple[float, float, bool]], *, metric: str, cost: str) -> str:
+    """Draw each point's cost and figure; those that none beats in both are joined."""
+    costs = Scale.of((x for x, _, _ in points.values()), 52, WIDTH - 10)
+    values = Scale.of((y for _, y, _ in points.values()), 216, 10)
+    parts = [svg.y_axis(values, 52, WIDTH - 10), svg.x_axis(costs, 216, 10, cost)]
+    front = sorted((costs.at(x), values.at(y)) for x, y, best in points.values() if best)
+    parts.append(svg.path(front, "front"))
+    for name, (x, y, best) in points.items():
+        said = f"{name}: {number(y)} for {number(x)}"
+        parts.append(svg.dot(costs.at(x), values.at(y), "mark c1" if best else "mark c0 pale", said))
+    names = ", ".join(name for name, (_, _, best) in points.items() if best)
+    return svg.drawing(parts, height=254, label=f"{metric} against {cost}. Not beaten in both: {names}.")
+
+
+def parallel(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], *, metric: str, mode: str) -> str:
+    """Draw one line a trial across an axis a factor, the figure being the last axis; the better ones are stronger."""
+    names = [*axes, metric]
+    places = [30 + (WIDTH - 60) * index / (len(names) - 1) for index in range(len(names))]
+    scales = {name: _axis([row[name] for row in rows]) for name in names}
+    ranked = sorted(rows, key=lambda row: row[metric], reverse=mode == "min")
+    parts = []
+    for rank, row in enumerate(ranked):
+        kind = "ray best" if rank >= len(ranked) * 0.8 else "ray"
+        points = [(x, scales[name][0](row[name])) for x, name in zip(places, names, strict=True)]
+        parts.append(svg.path(points, kind))
+    for index, (x, name) in enumerate(zip(places, names, strict=True)):
+        parts.append(svg.line(x, 24, x, 206, "axis"))
+        anchor = "start" if index == 0 else "end" if index == len(names) - 1 else "middle"
+        shift = -26 if index == 0 else 26 if index == len(names) - 1 else 0
+        parts.append(
+            svg.text(x + shift, 14 if index % 2 == 0 else 236, name.rsplit(".", 1)[-1], anchor=anchor, kind="title")
+        )
+        for y, shown in scales[name][1]:
+            last = index == len(names) - 1
+            parts.append(
+                svg.text(x + (-5 if last else 5), y + 4, shown, anchor="end" if last else "start", kind="halo")
+            )
+    said = f"{len(rows)} trials across {', '.join(axes)} to {metric}; the best fifth are drawn stronger."
+    return svg.drawing(parts, height=244, label=said)
+
+
+def _axis(values: Sequence[Any]) -> tuple[Any, list[tuple[float, str]]]:
+    """From a value to its height, and the labels beside the axis."""
+    distinct = ordered(values)
+    if len(distinct) <= 6:
+        step = 182 / max(1, len(distinct) - 1)
+        heights = {
+            str(value): 206 - step * index if len(distinct) > 1 else 115.0 for index, value in enumerate(distinct)
+        }
+        return (lambda value: heights[str(value)]), [(heights[str(value)], _word(value)) for value in distinct]
+    wide = min(distinct) > 0 and max(distinct) / min(distinct) >= 10
+    scale = Scale.of(distinct, 206, 24, log=wide)
+    return scale.at, [(scale.at(value), number(value)) for value in scale.ticks(4)]
+
+
+def ordered(values: Sequence[Any]) -> list[Any]:
+    """Return the distinct values, numbers by size and words as they come."""
+    found = list({str(value): value for value in values}.values())
+    numbers = all(isinstance(value, int | float) for value in found)
+    return sorted(found) if numbers else found
+
+
+def _word(value: Any) -> str:
+    return number(value) if isinstance(value, float) else str(value)

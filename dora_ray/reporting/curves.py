@@ -1,0 +1,172 @@
+"""Curves over steps: those of one run, and those of a sweep's trials overlaid, colored by one factor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from statistics import fmean
+from typing import Any
+
+from dora_ray.reporting import svg
+from dora_ray.reporting.svg import COLORS, WIDTH, Scale, number
+
+Line = dict[str, Any]
+# Points of a curve: of a run's own page, and of one trial among many.
+MAX_POINTS, MAX_OVERLAID_POINTS = 240, 60
+LEFT, RIGHT, TOP, BOTTOM = 52, WIDTH - 10, 10, 186
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart of a run's page: its measures (name, label) and the sentence under its title."""
+
+    title: str
+    measures: tuple[tuple[str, str], ...]
+    caption: str
+    smooth: bool = True
+
+
+PANELS = (
+    Panel(
+        "Loss",
+        (("loss", "loss"),),
+        "Against the run's own teacher: it shows whether training moves, not how good the encoder is.",
+    ),
+    Panel(
+        "Teacher-student agreement",
+        (("object_agreement", "object views"), ("local_agreement", "local views")),
+        "Mean cosine between the student's outputs on masked or cropped views and the teacher's on the whole frame.",
+    ),
+    Panel(
+        "Teacher's outputs",
+        (
+            ("teacher_entropy", "entropy"),
+            ("teacher_kl_uniform", "distance to uniform"),
+            ("teacher_diversity", "diversity"),
+        ),
+        "Nats. Diversity near 0: every image gets one target, which is collapse. Distance near 0: targets say nothing.",
+    ),
+    Panel(
+        "Objects",
+        (("mask_area", "mask area"), ("object_overlap", "overlap (IoU)")),
+        "Share of patches that an object's mask keeps, and how much two objects' masks share.",
+    ),
+    Panel(
+        "Sinkhorn residual",
+        (("sinkhorn_residual", "residual"),),
+        "How far the objects are from equal shares after the last iteration.",
+    ),
+    Panel(
+        "Center norm",
+        (("center_norm", "norm"),),
+        "Of the teacher's output center. A norm that grows without end comes before collapse.",
+    ),
+    Panel("kNN accuracy", (("knn", "kNN"),), "Top 1 on the labeled folder, the encoder frozen.", smooth=False),
+    Panel(
+        "Objects against the truth",
+        (("object_iou", "object IoU"), ("tracking_iou", "tracking IoU")),
+        "The teacher's own masks against the labeled tour's, in the first frame and over all of them.",
+        smooth=False,
+    ),
+    Panel(
+        "Without labels",
+        (("view_matching", "view matching"),),
+        "Share of held-out clips found again among the others from another view.",
+        smooth=False,
+    ),
+    Panel("RankMe", (("rankme", "RankMe"),), "Dimensions that the features use, in effect.", smooth=False),
+    Panel("Throughput", (("clips_per_second", "clips/s"),), "Clips that all workers trained on in a second."),
+    Panel(
+        "Where a step's time goes",
+        (("step_seconds", "step"), ("data_wait_seconds", "waiting for data")),
+        "Seconds. Waiting near 0: the decoders keep up.",
+    ),
+    Panel("Workers", (("world_size", "workers"),), "Train workers at each step.", smooth=False),
+    Panel("Learning rate", (("lr", "lr"),), "Warm-up, then half a cosine.", smooth=False),
+    Panel("Weight decay", (("weight_decay", "weight decay"),), "A half cosine of the step.", smooth=False),
+    Panel("Teacher momentum", (("teacher_momentum", "momentum"),), "A half cosine of the step.", smooth=False),
+)
+
+
+def thin(steps: Sequence[float], values: Sequence[float], most: int = MAX_POINTS) -> tuple[list[float], list[float]]:
+    """At most `most` points: means over equal runs of neighbors, so that no peak is picked at random."""
+    size = -(-len(values) // most)
+    if size <= 1:
+        return list(map(float, steps)), list(values)
+    starts = range(0, len(values), size)
+    return [fmean(steps[i : i + size]) for i in starts], [fmean(values[i : i + size]) for i in starts]
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Centered mean over `window` values, narrower at the ends."""
+    half = window // 2
+    return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def series(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one measure, where it was measured."""
+    found = [(line["step"], float(line[name])) for line in lines if isinstance(line.get(name), int | float)]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def draw_panel(panel: Panel, lines: Sequence[Line]) -> str | None:
+    """The panel as SVG with its legend; None when nothing of it was measured."""
+    curves = {label: series(lines, name) for name, label in panel.measures}
+    curves = {label: found for label, found in curves.items() if found[1]}
+    if not curves:
+        return None
+    drawn = {label: thin(*found) for label, found in curves.items()}
+    steps = Scale.of((step for x, _ in drawn.values() for step in x), LEFT, RIGHT, margin=0)
+    values = Scale.of((value for _, y in drawn.values() for value in y), BOTTOM, TOP)
+    parts = [svg.y_axis(values, LEFT, RIGHT), svg.x_axis(steps, BOTTOM, TOP, "step")]
+    for index, (x, found) in enumerate(drawn.values()):
+        y = found
+        if panel.smooth and len(y) >= 40:
+            parts.append(svg.path(_places(x, y, steps, values), f"curve pale c{index}"))
+            y = running_mean(y, max(3, len(y) // 25))
+        parts.append(svg.path(_places(x, y, steps, values), f"curve c{index}"))
+        if len(x) < 12:
+            parts += [svg.dot(*place, f"mark c{index}", radius=3) for place in _places(x, y, steps, values)]
+    ends = ", ".join(f"{label} from {number(y[0])} to {number(y[-1])}" for label, (_, y) in drawn.items())
+    picture = svg.drawing(parts, height=224, label=f"{panel.title} by step: {ends}.")
+    return picture + (legend(list(drawn)) if len(drawn) > 1 else "")
+
+
+def _places(x: Sequence[float], y: Sequence[float], steps: Scale, values: Scale) -> list[tuple[float, float]]:
+    return [(steps.at(a), values.at(b)) for a, b in zip(x, y, strict=True)]
+
+
+def legend(names: Sequence[str]) -> str:
+    """Return names beside their colors."""
+    keys = "".join(
+        f'<span class="key"><i class="c{index % COLORS}"></i>{escape(name)}</span>' for index, name in enumerate(names)
+    )
+    return f'<p class="legend">{keys}</p>'
+
+
+def overlay(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], groups: Mapping[str, Mapping[str, int]], metric: str
+) -> str:
+    """Draw one measure of all trials over each other.
+
+    Args:
+        curves: trial -> steps and values.
+        groups: factor -> trial -> number of its value, which is its color where that factor is chosen.
+        metric: its name.
+    """
+    thinned = {name: thin(*found, MAX_OVERLAID_POINTS) for name, found in curves.items()}
+    steps = Scale.of((step for x, _ in thinned.values() for step in x), LEFT, RIGHT, margin=0)
+    values = Scale.of((value for _, y in thinned.values() for value in y), BOTTOM, TOP)
+    parts = [svg.y_axis(values, LEFT, RIGHT), svg.x_axis(steps, BOTTOM, TOP, "step")]
+    for name, (x, y) in thinned.items():
+        data = "".join(f' data-f{index}="{places[name]}"' for index, places in enumerate(groups.values()))
+        parts.append(svg.path(_places(x, y, steps, values), "curve thin", name, data))
+        if len(x) < 3:
+            parts += [
+                svg.dot(*place, "mark thin", radius=2.5).replace("<circle", f"<circle{data}", 1)
+                for place in _places(x, y, steps, values)
+            ]
+    low, high = min(min(y) for _, y in thinned.values()), max(max(y) for _, y in thinned.values())
+    said = f"{metric} by step of {len(thinned)} trials, between {number(low)} and {number(high)}."
+    return svg.drawing(parts, height=224, label=said)

@@ -1,0 +1,153 @@
+"""What the pages of runs and sweeps share: the template, pictures, times, the environment."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import functools
+import importlib.metadata
+import io
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from dora_ray import files
+
+PICTURE_TYPES = {".png", ".jpg", ".jpeg"}
+VIDEO_TYPES = {".mp4": "video/mp4", ".webm": "video/webm"}
+# A page has to stay small enough to be mailed: pictures are shown this wide, and videos up to this size.
+PICTURE_WIDTH, THUMBNAIL_WIDTH, JPEG_QUALITY = 1000, 560, 78
+MAX_PICTURES, MAX_VIDEO_BYTES = 12, 900_000
+PACKAGES = ("torch", "ray", "timm", "av", "pylance", "numpy")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture or a short video inside a page.
+
+    Attributes:
+        uri: its content.
+        alt: what it shows, for those who do not see it.
+        caption: the line below it.
+        video: whether it moves.
+    """
+
+    uri: str
+    alt: str
+    caption: str
+    video: bool = False
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        _templates()
+        .get_template(template)
+        .render(written=now, version=_version("dora-ray"), environment=describe_machine(), **values)
+    )
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    loader = jinja2.PackageLoader("dora_ray.reporting")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["figure"] = figure
+    return environment
+
+
+@functools.cache
+def describe_machine() -> dict[str, str]:
+    """Return what wrote the page: machine, system and versions."""
+    versions = {name: _version(name) for name in PACKAGES}
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "dora-ray": _version("dora-ray"),
+        **{name: version for name, version in versions.items() if version},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def figure(value: Any) -> str:
+    """Return a number for reading: four significant digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def moment(value: Any) -> str:
+    """Return a time, seconds since the epoch or ISO's words, as date and clock."""
+    if not isinstance(value, int | float):
+        return str(value or "").replace("T", " ").removesuffix("+00:00")
+    return f"{datetime.datetime.fromtimestamp(value, datetime.UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in the units that fit it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def read_pictures(folder: str) -> list[Picture]:
+    """Return the pictures and short videos of a folder and its subfolders, which are those of checkpoints."""
+    names = files.list_names(folder)
+    steps = [name for name in names if name.startswith("step-")]
+    kept = [steps[index] for index in sorted({0, len(steps) // 2, len(steps) - 1})] if steps else []
+    found: list[Picture] = []
+    for place, name in [("", name) for name in names] + [
+        (step, name) for step in kept for name in files.list_names(files.join(folder, step))
+    ]:
+        picture = _read_picture(files.join(folder, place, name) if place else files.join(folder, name), place)
+        if picture is not None and len(found) < MAX_PICTURES:
+            found.append(picture)
+    return found
+
+
+def _read_picture(path: str, step: str) -> Picture | None:
+    kind = PurePosixPath(path).suffix.lower()
+    caption = PurePosixPath(path).stem.replace("_", " ").replace("-", " ")
+    caption += f", at {step.replace('-', ' ')}" if step else ""
+    if kind in PICTURE_TYPES:
+        return Picture(shrink(files.read_bytes(path), PICTURE_WIDTH), f"{_shows(path)} ({caption})", caption)
+    if kind not in VIDEO_TYPES:
+        return None
+    content = files.read_bytes(path)
+    if len(content) > MAX_VIDEO_BYTES:
+        return None
+    uri = f"data:{VIDEO_TYPES[kind]};base64,{base64.b64encode(content).decode()}"
+    return Picture(uri, f"The tracked objects over the clip's frames ({caption})", caption, video=True)
+
+
+def _shows(path: str) -> str:
+    clip = "clip" in PurePosixPath(path).stem
+    return (
+        "Frames of a clip, attention of the heads that discovered the objects, tracked maps and masks"
+        if clip
+        else ("Picture of the run")
+    )
+
+
+def shrink(content: bytes, width: int) -> str:
+    """Return a picture as a data URI, JPEG, no wider than asked for."""
+    with Image.open(io.BytesIO(content)) as picture:
+        rgb = picture.convert("RGB")
+    if rgb.width > width:
+        rgb = rgb.resize((width, round(rgb.height * width / rgb.width)), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    rgb.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

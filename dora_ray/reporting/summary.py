@@ -1,0 +1,59 @@
+"""report.md: what a sweep found, as text to paste."""
+
+from __future__ import annotations
+
+from dora_ray import files
+from dora_ray.reporting.analysis import Analysis, analyze, caution, costs, verdict
+from dora_ray.reporting.render import describe_machine, duration
+from dora_ray.tuning.baseline import read_baseline
+from dora_ray.tuning.results import read_csv, read_spec
+
+
+def summarize(folder: str) -> str:
+    """Return the sweep in a folder as Markdown: verdict, points, effects, failures, environment."""
+    spec = read_spec(folder)
+    table = files.join(folder, "results.csv")
+    rows = read_csv(table) if files.exists(table) else []
+    found = analyze(rows, spec, read_baseline(folder))
+    parts = [f"# {spec.question or 'A sweep'}", verdict(found)]
+    if caution(spec):
+        parts.append(caution(spec))
+    if found.comparison.points:
+        parts.append("\n".join(_points(found)))
+    for key, levels in found.effects.items():
+        told = "; ".join(
+            f"{level.value}: {found.show(level.effect.value, sign=True)} ± {found.show_half(level.effect.half)}"
+            for level in levels
+        )
+        parts.append(f"Effect of `{key}` on {spec.metric}: {told}")
+    failed = [row for row in rows if row.status == "failed"]
+    if failed:
+        parts.append("Failed:\n\n" + "\n".join(f"- `{row.name}`: {row.error}" for row in failed))
+    machine = ", ".join(f"{name} {value}" for name, value in describe_machine().items())
+    parts.append(f"{len(rows)} trials of `{spec.base}`, seeds {', '.join(map(str, spec.seeds))}. {machine}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _points(found: Analysis) -> list[str]:
+    """The table of points, best first."""
+    cost = costs(found)
+    lines = [
+        f"| point | {found.spec.metric} | 95 %, seeds | 95 %, test images | trials | cost a trial |",
+        "|---|---|---|---|---|---|",
+    ]
+    sizes = {
+        point: sum(row.metrics.get(found.spec.metric) is not None for row in rows)
+        for point, rows in found.groups.items()
+    }
+    for point, estimate in found.comparison.points.items():
+        outer = found.outer(estimate.value)
+        cells = (
+            found.label(point),
+            found.show(estimate.value),
+            f"± {found.show_half(estimate.half)}",
+            f"± {found.show_half(outer)}" if outer else "",
+            str(sizes[point]),
+            duration(cost[point]) if point in cost else "",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines

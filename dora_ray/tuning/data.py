@@ -1,0 +1,116 @@
+"""What all trials of a sweep share: its films, its labeled photographs, its store; each made or looked at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+
+from dora_ray import files
+from dora_ray.config import Config, load_config
+from dora_ray.errors import ConfigError
+from dora_ray.store.frames import load_index
+from dora_ray.training.launch import check_videos, ingest_videos
+from dora_ray.tuning.space import SweepSpec
+from dora_ray.video.sources import find_videos
+from dora_ray.video.synthetic import make_photo_classes
+from dora_ray.video.tour_files import FACTS, FILM, make_tour
+
+logger = logging.getLogger(__name__)
+
+
+def place(base: Config, spec: SweepSpec, folder: str) -> Config:
+    """The configuration with the sweep's own store, tours and labeled images, where it names none."""
+    texts = _tours(base, spec, folder) if spec.tour else []
+    if base.data.store is None:
+        texts.append(f"data.store={json.dumps(files.join(folder, 'store'))}")
+    if spec.photographs and base.evaluation.images is None:
+        if files.is_remote(folder):
+            raise ConfigError(
+                f"photographs cannot be written to {folder}: "
+                "name a labeled folder with evaluation.images, or a local --out"
+            )
+        texts.append(f"evaluation.images={json.dumps(_images(folder))}")
+    return load_config(base, *texts)
+
+
+def _tours(base: Config, spec: SweepSpec, folder: str) -> list[str]:
+    """What the configuration says of the sweep's tours, where the file's overrides do not name other videos."""
+    if files.is_remote(folder):
+        raise ConfigError(
+            f"tours cannot be written to {folder}: name data.videos and evaluation.tour, or a local --out"
+        )
+    named = {text.partition("=")[0].strip() for text in spec.overrides}
+    seen, other = (path for path, _, _ in tours(spec, folder))
+    places = {"data.videos": [files.join(seen, FILM)], "evaluation.tour": other, "evaluation.video": other}
+    return [f"{key}={json.dumps(value)}" for key, value in places.items() if key not in named]
+
+
+def tours(spec: SweepSpec, folder: str) -> list[tuple[str, float, int]]:
+    """Return folder, seconds and seed of the film to train on and of the one to measure on; none without `tour`."""
+    if spec.tour is None:
+        return []
+    digest = hashlib.sha256(spec.tour.model_dump_json().encode()).hexdigest()[:6]
+    wanted = (("seen", spec.tour.seconds, 0), ("held-out", max(10.0, spec.tour.seconds / 4), 1))
+    return [(files.join(folder, "tours", f"{name}-{digest}"), s, spec.tour.seed + more) for name, s, more in wanted]
+
+
+def make_tours(spec: SweepSpec, folder: str) -> None:
+    """Make the sweep's films, each once."""
+    for path, seconds, seed in tours(spec, folder):
+        tour = spec.tour
+        assert tour is not None
+        if files.exists(files.join(path, FACTS)):
+            continue
+        files.remove(path)  # cut short
+        logger.info("making %s: %g s of %d x %d pixels", path, seconds, tour.width, tour.height)
+        make_tour(
+            path,
+            width=tour.width,
+            height=tour.height,
+            num_frames=round(seconds * tour.frames_per_second),
+            frames_per_second=tour.frames_per_second,
+            num_objects=tour.num_objects,
+            seed=seed,
+        )
+
+
+def _images(folder: str) -> str:
+    return files.join(folder, "images")
+
+
+def make_images(base: Config, folder: str) -> None:
+    """The demo's labeled photographs, where the trials are evaluated on them."""
+    if base.evaluation.images == _images(folder) and not files.exists(_images(folder)):
+        make_photo_classes(_images(folder), seed=0)
+
+
+def distinct_data(configs: Sequence[Config]) -> list[Config]:
+    """One configuration for each way in which the trials read their videos."""
+    return list({(config.data.model_dump_json(), config.clip.model_dump_json()): config for config in configs}.values())
+
+
+def find_films(configs: Sequence[Config], spec: SweepSpec, folder: str) -> None:
+    """Raise VideoError where a video is missing, before anything is written; the sweep's own are made later."""
+    own = {files.join(path, FILM) for path, _, _ in tours(spec, folder)}
+    for config in configs:
+        if not own & set(config.data.videos):
+            find_videos(config.data.videos)
+
+
+def check_indexes(configs: Sequence[Config]) -> None:
+    """Look at every video once, for all trials: VideoError where one cannot be read or all are too short."""
+    for config in configs:
+        for path in find_videos(config.data.videos):
+            assert config.data.store is not None
+            load_index(path, store=config.data.store)
+        check_videos(config)
+
+
+def ingest_all(configs: Sequence[Config]) -> None:
+    """Bring the videos into the store before the first trial, once for all of them."""
+    for config in configs:
+        if config.data.source == "store":
+            assert config.data.store is not None
+            ingest_videos(config, config.data.store)

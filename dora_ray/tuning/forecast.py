@@ -1,0 +1,128 @@
+"""What a sweep would take, before it is started: trials, workers, disk, and time by a step that is measured here."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dora_ray import files
+from dora_ray.config import Config
+from dora_ray.training.launch import check_videos
+from dora_ray.training.memory import MB, estimate_memory_mb
+from dora_ray.training.numerics import prepare_torch
+from dora_ray.training.step import apply_step, initial_state, sum_slots
+from dora_ray.tuning.capacity import largest, trials_that_fit
+from dora_ray.tuning.data import distinct_data, place, tours
+from dora_ray.tuning.results import trial_status
+from dora_ray.tuning.space import SEED_KEY, SweepSpec, Trial, base_config, expand, load_sweep, make_trial
+from dora_ray.tuning.sweep import check_folder, known_trials
+from dora_ray.video.tour_files import FILM
+
+# Points whose step is measured, evenly spaced over all: a step's cost depends on what is varied.
+MEASURED_POINTS = 4
+# JPEG at the store's quality, measured on the streets of the demo: bytes a pixel.
+JPEG_BYTES = 0.2
+ASPECT = 16 / 9
+
+
+def forecast(
+    source: str | Path | Mapping[str, Any],
+    *overrides: str,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Return what `sweep` would do, after its checks and without writing anything.
+
+    Returns:
+        sweep, trials, done_already, points, seeds, workers_per_trial, cpus_per_trial, gpus_per_trial, trials_at_a_time
+        (on this machine), checkpoints_mb, store_mb, step_seconds (measured; the least and the most of the points), and
+        hours, which leaves out starts and evaluations.
+    """
+    folder = files.absolute(out if out is not None else "runs/sweep-<time>")
+    spec = load_sweep(source, *overrides)
+    check_folder(folder, spec, resume=resume)
+    base = place(base_config(spec), spec, folder)
+    trials = [make_trial(base, trial.values) for trial in expand(spec)]
+    videos = sum(_store_bytes(config, spec, folder) for config in distinct_data([trial.config for trial in trials]))
+    done = [trial.name for trial in known_trials(folder, spec, base, trials) if _is_done(folder, trial)]
+    need = largest([trial.config for trial in trials])
+    here = [{"CPU": max(os.cpu_count() or 1, need.cpus), "GPU": torch.cuda.device_count()}]
+    at_a_time = max(1, min(trials_that_fit(here, need), spec.max_concurrent_trials or spec.count, spec.count))
+    seconds = [step_seconds(trial.config) for trial in _spread(trials)]
+    left = spec.count - len(done)
+    mean = sum(seconds) / len(seconds)
+    total = left * base.optim.steps * mean / max(1, need.workers) / at_a_time
+    snapshot = max(estimate_memory_mb(trial.config, half=False)["snapshot"] for trial in trials)
+    return {
+        "sweep": folder,
+        "trials": spec.count,
+        "done already": len(done),
+        "points": spec.count // len(spec.seeds),
+        "seeds": list(spec.seeds),
+        "workers a trial": need.workers or "its driver",
+        "CPUs a trial": need.cpus,
+        "GPUs a trial": need.worker.get("GPU", 0) * max(1, need.workers),
+        "trials at a time": f"{at_a_time} on this machine",
+        "steps a trial": base.optim.steps,
+        "seconds a step": f"{min(seconds):.3g} to {max(seconds):.3g}, measured here on {len(seconds)} points",
+        "time": f"{datetime.timedelta(seconds=round(total))}, and starts and evaluations of {left} trials",
+        "disk": f"{snapshot * base.run.keep_checkpoints * spec.count:,.0f} MB of checkpoints, {videos / MB:,.0f} MB "
+        f"of frames in {base.data.store}",
+    }
+
+
+def _is_done(folder: str, trial: Trial) -> bool:
+    return trial_status(folder, trial.name) in ("done", "stopped")
+
+
+def _store_bytes(config: Config, spec: SweepSpec, folder: str) -> float:
+    """Bytes of the frames that a store would keep; none where clips come from the video itself."""
+    own = {files.join(path, FILM): length for path, length, _ in tours(spec, folder)}
+    if unmade := [own[path] for path in config.data.videos if path in own and not files.exists(path)]:
+        seconds = sum(unmade)
+    else:
+        seconds = sum(index.real_seconds for index in check_videos(config))
+    if config.data.source != "store":
+        return 0.0
+    return seconds * config.data.frames_per_second * config.data.short_side**2 * ASPECT * JPEG_BYTES
+
+
+def _spread(trials: Sequence[Trial]) -> list[Trial]:
+    """A few of the points, one seed each."""
+    first = trials[0].values[SEED_KEY]
+    points = [trial for trial in trials if trial.values[SEED_KEY] == first]
+    step = max(1, (len(points) - 1) // (MEASURED_POINTS - 1)) if len(points) > 1 else 1
+    return points[::step][:MEASURED_POINTS]
+
+
+def step_seconds(config: Config) -> float:
+    """Return the seconds of one step, all its slots, on one device of this machine: the better of two, after a first.
+
+    The clips are noise, and are there: what reading them would take beside the training is not counted.
+    """
+    device = torch.device("cuda" if config.cluster.use_gpu is not False and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(config.cluster.threads_per_worker)
+    prepare_torch(device, config.optim, deterministic=config.run.deterministic)
+    state = initial_state(config, device)
+    size, rng = config.crops.clip_size, np.random.default_rng(0)
+    shape = (config.optim.clips_per_slot, config.clip.num_frames, size, size, 3)
+    clips = rng.integers(0, 256, shape, dtype=np.uint8)
+    batch: Any = SimpleNamespace(step=0, slot=0, clips=clips, valid=np.ones(shape[0], bool))
+    taken = []
+    for _ in range(3):
+        state.step = 0
+        started = time.perf_counter()
+        sums = sum_slots(state, [batch], torch.zeros(0, dtype=torch.int64), config, None)
+        apply_step(state, sums, config)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return min(taken[1:]) * config.optim.slots

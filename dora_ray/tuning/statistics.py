@@ -1,0 +1,293 @@
+"""What a sweep's figures say, and how surely: points, differences, effects, each with an interval.
+
+The model is y = point + seed + noise: trials of one seed share their initial weights and their clips' order, so what
+they have in common drops out of differences between points, but not out of a point's own mean. All variances are pooled
+over the points, which is what makes two or three seeds a point worth something. Pure: no files, no Ray.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean
+from typing import Any
+
+import numpy as np
+
+LEVEL = 0.95
+# A winner is named after all points were looked at, so it has to be surer than one interval beside others: all its
+# differences together at this level.
+WINNER_LEVEL = 0.99
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with the half width of its 95 % interval, which is infinite where nothing was repeated."""
+
+    value: float
+    half: float
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.value - self.half
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.value + self.half
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One trial: its point, its seed, its figure."""
+
+    point: Hashable
+    seed: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All points of a sweep, best first.
+
+    Attributes:
+        points: point -> mean over its seeds.
+        behind: point -> how much worse than the first it is, with a 95 % interval; without the first.
+        tied: the points that cannot be told from the first.
+        repeated: whether any point has two seeds.
+    """
+
+    points: dict[Hashable, Estimate]
+    behind: dict[Hashable, Estimate]
+    tied: tuple[Hashable, ...]
+    repeated: bool
+
+    @property
+    def winner(self) -> Hashable | None:
+        """The point that is better than all others beyond doubt; None where there is none."""
+        return next(iter(self.points)) if self.behind and self.repeated and not self.tied else None
+
+
+@dataclass(frozen=True)
+class Level:
+    """One value of a factor: how much better or worse than the mean its trials are, all else averaged."""
+
+    value: Any
+    effect: Estimate
+
+
+def t_quantile(probability: float, degrees: float) -> float:
+    """Return Student's quantile (Hill's expansion, exact for one and two degrees; off by at most 0.01 otherwise)."""
+    if degrees <= 0:
+        return math.inf
+    if degrees < 1.5:
+        return math.tan(math.pi * (probability - 0.5))
+    if degrees < 2.5:
+        a = 2 * probability - 1
+        return a * math.sqrt(2 / (1 - a * a))
+    z, n = NormalDist().inv_cdf(probability), degrees
+    terms = (
+        (z**3 + z) / (4 * n),
+        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2),
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3),
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4),
+    )
+    return z + sum(terms)
+
+
+def share_half(share: float, total: int) -> float:
+    """Return the half width of a share's 95 % interval over test images (Wilson's)."""
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+    return z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+
+
+class _Model:
+    """Least squares of points and seeds.
+
+    Attributes:
+        noise: variance of what neither explains.
+        degrees: degrees of freedom of the noise.
+    """
+
+    def __init__(self, observations: Sequence[Observation]) -> None:
+        self.points = list(dict.fromkeys(found.point for found in observations))
+        self.seeds = list(dict.fromkeys(found.seed for found in observations))
+        self.values = np.array([found.value for found in observations])
+        self.of_point = np.array([[found.point == point for point in self.points] for found in observations], float)
+        of_seed = np.array([[found.seed == seed for seed in self.seeds] for found in observations], float)
+        self.design = np.hstack([self.of_point, of_seed])
+        rank = int(np.linalg.matrix_rank(self.design))
+        solution = np.linalg.lstsq(self.design, self.values, rcond=None)[0]
+        rest = self.values - self.design @ solution
+        self.degrees = len(self.values) - rank
+        self.noise = float(rest @ rest) / self.degrees if self.degrees else math.inf
+        self._spread = np.linalg.pinv(self.design.T @ self.design)
+        self._solution = solution
+        self.counts = self.of_point.sum(axis=0)
+        self.means = self.of_point.T @ self.values / self.counts
+
+    def point_variance(self) -> tuple[float, float]:
+        """Variance of one trial's figure about its point's mean, seed included, and its degrees of freedom."""
+        within = self.values - self.of_point @ self.means
+        degrees = len(self.values) - len(self.points)
+        if degrees == 0:
+            return math.inf, 0
+        pooled = float(within @ within) / degrees
+        count, seeds = len(self.points), len(self.seeds)
+        if self.degrees == 0 or seeds < 2 or len(self.values) != count * seeds:
+            return pooled, degrees
+        # Seeds are shared by all points, so the pooled squares are not independent of each other (Satterthwaite).
+        of_seeds = (float(within @ within) - self.noise * self.degrees) / (seeds - 1)
+        parts = (of_seeds / count, (count - 1) * self.noise / count)
+        spread = parts[0] ** 2 / (seeds - 1) + parts[1] ** 2 / self.degrees
+        return sum(parts), sum(parts) ** 2 / spread if spread else degrees
+
+    def contrast(self, weights: np.ndarray, level: float) -> Estimate:
+        """A difference of points, by weights that add to nothing, with its interval."""
+        vector = np.concatenate([weights, np.zeros(len(self.seeds))])
+        error = math.sqrt(max(0.0, self.noise * float(vector @ self._spread @ vector))) if self.degrees else math.inf
+        factor = t_quantile(0.5 + level / 2, self.degrees)
+        return Estimate(float(vector @ self._solution), factor * error if self.degrees else math.inf)
+
+
+def compare(observations: Sequence[Observation], *, mode: str) -> Comparison:
+    """Rank the points of a sweep, and say which of them cannot be told from the best.
+
+    Args:
+        observations: the trials that have the figure.
+        mode: "min" or "max".
+    """
+    if not observations:
+        return Comparison({}, {}, (), repeated=False)
+    model = _Model(observations)
+    variance, degrees = model.point_variance()
+    factor = t_quantile(0.5 + LEVEL / 2, degrees)
+    means = {
+        point: Estimate(float(mean), factor * math.sqrt(variance / count) if degrees else math.inf)
+        for point, mean, count in zip(model.points, model.means, model.counts, strict=True)
+    }
+    ranked = dict(sorted(means.items(), key=lambda item: item[1].value, reverse=mode == "max"))
+    best, sign = next(iter(ranked)), 1 if mode == "max" else -1
+    behind, tied = {}, []
+    pairs = len(ranked) * (len(ranked) - 1) / 2
+    for point in list(ranked)[1:]:
+        weights = np.array([sign * ((other == best) - float(other == point)) for other in model.points])
+        behind[point] = model.contrast(weights, LEVEL)
+        # Which pair is looked at is chosen by the figures themselves, so all pairs count.
+        sure = model.contrast(weights, 1 - (1 - WINNER_LEVEL) / pairs)
+        if not sure.low > 0:
+            tied.append(point)
+    return Comparison(ranked, behind, tuple(tied), repeated=degrees > 0)
+
+
+def effects(
+    observations: Sequence[Observation], factors: Mapping[str, Callable[[Hashable], Any]]
+) -> dict[str, list[Level]]:
+    """How much each value of each factor moves the figure, all other factors held: an additive model.
+
+    A factor with more than eight numbers is taken as a straight line, and told at its ends. The error is that of
+    repetitions where there are any; what the model leaves out is then no part of it.
+
+    Args:
+        observations: the trials.
+        factors: name -> the factor's value at a point.
+    """
+    columns: list[np.ndarray] = []
+    told: dict[str, list[tuple[Any, dict[int, float]]]] = {}
+    for name, value_of in factors.items():
+        values = [value_of(found.point) for found in observations]
+        first = len(columns)
+        distinct = _distinct(values)
+        if len(distinct) < 2:
+            continue
+        if _is_line(distinct):
+            scaled = _scale(values)
+            columns.append(scaled - scaled.mean())
+            ends = (min(distinct), float(columns[-1].min())), (max(distinct), float(columns[-1].max()))
+            told[name] = [(value, {first: place}) for value, place in ends]
+            continue
+        shares = [np.array([value == one for value in values], float) for one in distinct]
+        columns += [share - shares[-1] for share in shares[:-1]]
+        last = {first + index: -1.0 for index in range(len(distinct) - 1)}
+        told[name] = [(value, {first + index: 1.0}) for index, value in enumerate(distinct[:-1])] + [
+            (distinct[-1], last)
+        ]
+    return _levels(observations, columns, told) if columns else {}
+
+
+def _levels(
+    observations: Sequence[Observation],
+    columns: list[np.ndarray],
+    told: Mapping[str, list[tuple[Any, dict[int, float]]]],
+) -> dict[str, list[Level]]:
+    pure = _Model(observations)
+    values = pure.values
+    seeds = pure.design[:, len(pure.points) :]
+    design = np.column_stack([*columns, seeds])
+    solution = np.linalg.lstsq(design, values, rcond=None)[0]
+    spread = np.linalg.pinv(design.T @ design)
+    noise, degrees = pure.noise, pure.degrees
+    if degrees < 2:
+        rest = values - design @ solution
+        degrees = len(values) - int(np.linalg.matrix_rank(design))
+        noise = float(rest @ rest) / degrees if degrees > 0 else math.inf
+    factor = t_quantile(0.5 + LEVEL / 2, degrees)
+    result: dict[str, list[Level]] = {}
+    for name, levels in told.items():
+        for value, weights in levels:
+            vector = np.zeros(design.shape[1])
+            vector[list(weights)] = list(weights.values())
+            error = math.sqrt(max(0.0, noise * float(vector @ spread @ vector))) if degrees > 0 else math.inf
+            half = factor * error if degrees > 0 else math.inf
+            result.setdefault(name, []).append(Level(value, Estimate(float(vector @ solution), half)))
+    return result
+
+
+def _distinct(values: Sequence[Any]) -> list[Any]:
+    found = list({str(value): value for value in values}.values())
+    numbers = all(_is_number(value) for value in found)
+    return sorted(found) if numbers else found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_line(distinct: Sequence[Any]) -> bool:
+    return len(distinct) > 8 and all(_is_number(value) for value in distinct)
+
+
+def _scale(values: Sequence[Any]) -> np.ndarray:
+    """Numbers as they are, or their logarithms where they span more than a decade."""
+    numbers = np.array(values, float)
+    wide = numbers.min() > 0 and numbers.max() / numbers.min() >= 10
+    return np.log(numbers) if wide else numbers
+
+
+def interaction(
+    observations: Sequence[Observation], first: Callable[[Hashable], Any], second: Callable[[Hashable], Any]
+) -> dict[tuple[Any, Any], float]:
+    """Return the mean figure of each pair of values of two factors."""
+    cells: dict[tuple[Any, Any], list[float]] = {}
+    for found in observations:
+        cells.setdefault((first(found.point), second(found.point)), []).append(found.value)
+    return {pair: fmean(values) for pair, values in cells.items()}
+
+
+def pareto(points: Mapping[Hashable, tuple[float, float]], *, mode: str) -> list[Hashable]:
+    """Return the points that no other beats in both cost and quality, by cost.
+
+    Args:
+        points: point -> (cost, quality).
+        mode: "max" where more quality is better, else "min".
+    """
+    sign = 1 if mode == "max" else -1
+    front: list[Hashable] = []
+    best = -math.inf
+    for point, (_, quality) in sorted(points.items(), key=lambda item: (item[1][0], -sign * item[1][1])):
+        if sign * quality > best:
+            front.append(point)
+            best = sign * quality
+    return front

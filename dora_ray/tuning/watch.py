@@ -1,0 +1,128 @@
+"""The sweep's own callback of Ray Tune: room, progress, failures, and the page that shows them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray import tune
+
+from dora_ray import files
+from dora_ray.tuning.capacity import Capacity
+from dora_ray.tuning.driver import FAILED, write_error
+from dora_ray.tuning.progress import POINTS, SweepProgress, read_points
+from dora_ray.tuning.results import stopped_file, trial_status
+from dora_ray.tuning.space import SweepSpec, name_of, with_seed
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[SweepProgress], None]
+# The page is written at a trial's end, and not more often than this.
+PAGE_SECONDS = 30.0
+
+
+class Watch(tune.Callback):
+    """Follows the trials of one sweep.
+
+    Args:
+        folder: the sweep's.
+        spec: the sweep's.
+        search: Ray Tune's search algorithm, whose number of trials at a time follows the cluster.
+        capacity: of the cluster.
+        progress: kept up to date.
+        write_pages: called at trials' ends.
+        on_progress: called with every news.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        spec: SweepSpec,
+        *,
+        search: Any,
+        capacity: Capacity,
+        progress: SweepProgress,
+        write_pages: Callable[[], object],
+        on_progress: OnProgress | None,
+    ) -> None:
+        self._folder, self._spec, self._search = folder, spec, search
+        self._capacity, self._progress = capacity, progress
+        self._write_pages, self._on_progress = write_pages, on_progress
+        self._running: dict[str, None] = {}
+        # Optuna's points alone are to be noted: all others follow from the sweep's file.
+        self._points = files.LineFile(files.join(folder, POINTS)) if spec.search == "tpe" else None
+        self._known = {name_of(values) for values in read_points(folder)}
+        self._page_at = time.monotonic()
+
+    def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
+        """Return a callback that does nothing: what Ray Tune keeps, for a restore without this process."""
+        return tune.Callback, ()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Every turn of Ray Tune's loop."""
+        self._search.max_concurrent = self._capacity.limit(self._progress.trials - len(self._progress.ended))
+        self._progress.write("running", list(self._running))
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial begins, or begins again."""
+        name, values = self._name(trial), with_seed(trial.config, self._spec)
+        self._running[name] = None
+        if self._points is not None and name not in self._known:
+            self._known.add(name)
+            self._points.append(json.dumps({"name": name, "values": values}))
+            self._points.flush()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A line of a trial's metrics; or its last word, after which it is not tried again."""
+        if result.get(FAILED):
+            trial.max_failures = 0
+        elif "step" in result:
+            self._progress.step(self._name(trial), int(result["step"]))
+            self._tell()
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial's driver was lost, and is started again."""
+        logger.warning(
+            "trial %s lost its driver (%s of %s): it goes on from its checkpoint",
+            self._name(trial),
+            trial.run_metadata.num_failures,
+            trial.max_failures,
+        )
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial is done, or was stopped by the scheduler."""
+        name = self._name(trial)
+        if trial_status(self._folder, name) != "done":
+            files.write_text(stopped_file(self._folder, name), "")
+        self._end(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has failed for good."""
+        name = self._name(trial)
+        if trial_status(self._folder, name) == "missing":
+            write_error(self._folder, name, trial.get_pickled_error() or RuntimeError("its process was lost"))
+        self._end(trial)
+
+    def _end(self, trial: Any) -> None:
+        name = self._name(trial)
+        self._running.pop(name, None)
+        status = trial_status(self._folder, name)
+        self._progress.end(name, status)
+        if status == "failed":
+            logger.warning("trial %s failed: see %s", name, files.join(self._folder, "errors", f"{name}.txt"))
+        self._tell()
+        if time.monotonic() - self._page_at >= PAGE_SECONDS:
+            self._write_pages()
+            self._page_at = time.monotonic()
+
+    def _tell(self) -> None:
+        if self._on_progress is not None:
+            self._on_progress(self._progress)
+
+    def _name(self, trial: Any) -> str:
+        return name_of(with_seed(trial.config, self._spec))

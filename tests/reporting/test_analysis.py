@@ -1,0 +1,74 @@
+"""The verdict: that it claims no more than seeds and test images carry."""
+
+from __future__ import annotations
+
+import pytest
+
+from dora_ray.reporting.analysis import analyze, caution, importances, verdict
+from dora_ray.tuning.results import Row, read_csv, read_spec
+from dora_ray.tuning.space import expand, load_sweep
+from tests.tuning.folders import write_sweep
+
+
+def _analyze(folder, baseline=None):
+    return analyze(read_csv(str(folder / "results.csv")), read_spec(str(folder)), baseline)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([[0.20, 0.21, 0.2], [0.40, 0.41, 0.4]], "better than the other, num_objects 1, by 20.0 % ± 0.0"),
+        ([[0.2, 0.31], [0.3, 0.32]], "not separable from the other (num_objects 1). No difference is shown"),
+        ([[0.2], [0.3]], "with one seed each: this cannot tell"),
+        ([[None, None], [0.3, 0.3]], "the only point that finished"),
+        ([[None, None], [None, None]], "No trial has finished with a knn yet"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_the_seeds_carry(tmp_path, values, says):
+    sentence = verdict(_analyze(write_sweep(tmp_path / "sweep", values)))
+    assert says in sentence
+    if "yet" not in says:
+        assert "num_objects 2" in sentence or "the only point" in sentence
+
+
+def test_the_verdict_stands_beside_random_encoders_and_says_its_images(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", [[0.20, 0.21, 0.2], [0.40, 0.41, 0.4]])
+    facts = {"knn": {"random": [0.14, 0.15], "chance": 0.1, "images": 400}}
+    sentence = verdict(_analyze(folder, facts))
+    assert "± 4.8 over 400 test images" in sentence
+    assert "It is beyond 2 random encoders (14.0 % to 15.0 %); chance is 10.0 %." in sentence
+    worse = {"knn": {"random": [0.5], "chance": 0.1}}
+    assert "It is not clearly beyond 1 random encoders (50.0 %)" in verdict(_analyze(folder, worse))
+
+
+def test_less_is_better_where_the_sweep_says_so(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", [[1.0, 1.001], [3.0, 3.001]], metric="loss", mode="min")
+    found = _analyze(folder)
+    assert verdict(found).startswith("num_objects 1: loss 1 ±")
+    assert "better than the other" in verdict(found)
+    assert "not a better encoder" in caution(found.spec)
+
+
+def _crossed(seeds):
+    spec = load_sweep(
+        {
+            "space": {"tracking.num_objects": [1, 2, 3, 4], "tracking.num_iterations": [0, 30]},
+            "seeds": list(range(seeds)),
+            "metric": "knn",
+            "mode": "max",
+        }
+    )
+    rows = [
+        Row(trial.name, trial.values, "done", {"knn": 0.2 + 0.05 * trial.values["tracking.num_objects"]})
+        for trial in expand(spec)
+    ]
+    return analyze(rows, spec)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_what_moves_the_metric_is_important(seeds):
+    if seeds == 3:
+        pytest.importorskip("optuna")
+    shares, how = importances(_crossed(seeds))
+    assert shares["tracking.num_objects"] > 0.9
+    assert ("PED-ANOVA" in how) == (seeds == 3)
