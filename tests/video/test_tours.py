@@ -6,7 +6,10 @@ import functools
 import importlib.util
 import itertools
 import json
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +172,22 @@ def test_ids_of_a_sequence_begin_with_what_its_first_frame_shows(tmp_path):
         there = sorted(set(np.unique(read_ids(first))) - {0})
         assert there == list(range(1, len(there) + 1))
         assert set(np.unique(read_ids(later)))
+
+
+def test_a_long_film_needs_no_more_memory_than_a_short_one(tmp_path):
+    """600 frames kept would be 64 MB."""
+    code = (
+        "import resource, sys; from dora_ray.video.tour_files import make_tour; from tests.video.test_tours import *;"
+        "make_tour(sys.argv[1], num_frames=int(sys.argv[2]), width=160, height=96, frames_per_second=2.0, seed=0,"
+        " photographs=flat_photographs()); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", code, tmp_path / str(number), str(number)], check=True,
+                           capture_output=True, cwd=Path(__file__).parents[2]).stdout)
+        for number in (30, 600)
+    ]  # fmt: skip
+    unit = 1024 if sys.platform == "linux" else 1  # of getrusage
+    assert (peaks[1] - peaks[0]) * unit < 25e6
 
 
 @pytest.mark.parametrize(
