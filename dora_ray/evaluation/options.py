@@ -111,7 +111,7 @@ class BesideOptions(Options):
     random_encoders: Natural = 1
     """Newly drawn encoders that are measured too; 0 for none."""
     draw_seed: Natural = 0
-    """Of all that the measure draws: heads, crops, colors."""
+    """Of all that the measure draws: heads, crops, light."""
 
 
 class ObjectsOptions(BesideOptions):

@@ -3,8 +3,8 @@
 Legend: N scenes, S side of what the encoder sees, D width.
 
 N frames, evenly spaced over the film, are the scenes. Each is looked for among all N by another view of it: the center
-of a frame some time later (later), or a small crop of the frame itself (local). Each channel of every view gets a
-random mean and contrast, so that average color finds nothing. Chance is 1 / N.
+of a frame some time later (later), or a small crop of the frame itself (local). Every view gets a random contrast and
+brightness, so that how light a picture is finds nothing. Chance is 1 / N.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def read_views(
         gap_frames: The same, in a folder of frames.
         local_scale: Side of a local crop, as a share of the frame's short side.
         size: S.
-        seed: Of the crops' places and of the colors.
+        seed: Of the crops' places and of the light.
         progress: Told the number of scenes that were read, and of all that are wanted.
 
     Raises:
@@ -87,7 +87,7 @@ def read_views(
             (LATER, center_crop(after, size=size)),
             (LOCAL, _local_crop(scene, local_scale, size, rng)),
         ):
-            views[kind].append(recolor(np.asarray(picture), rng))
+            views[kind].append(relight(np.asarray(picture), rng))
     return Views(*(np.stack(part) for part in views))
 
 
@@ -158,12 +158,12 @@ def _local_crop(frame: Image.Image, scale: float, size: int, rng: np.random.Gene
     return frame.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
-def recolor(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Bring each channel of (S, S, 3) uint8 to a random mean and contrast."""
+def relight(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Change the contrast of (S, S, 3) uint8 by a factor of 0.6 to 1.4, and its brightness by up to 30 levels."""
     values = pixels.astype(np.float64)
-    unit = (values - values.mean((0, 1))) / np.maximum(values.std((0, 1)), 1.0)
-    colored: np.ndarray = np.rint(unit * rng.uniform(30, 60, 3) + rng.uniform(90, 165, 3))
-    return colored.clip(0, 255).astype(np.uint8)
+    mean = values.mean()
+    lit: np.ndarray = np.rint((values - mean) * rng.uniform(0.6, 1.4) + mean + rng.uniform(-30, 30))
+    return lit.clip(0, 255).astype(np.uint8)
 
 
 @torch.inference_mode()
@@ -214,7 +214,7 @@ def evaluate_views(
         gap_seconds: As `read_views`.
         gap_frames: As `read_views`.
         local_scale: As `read_views`.
-        draw_seed: Of the crops' places and of the colors.
+        draw_seed: Of the crops' places and of the light.
         batch_size: Views a forward pass.
         device: Where the encoder runs.
         progress: As `read_views`.

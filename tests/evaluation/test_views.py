@@ -62,17 +62,26 @@ def test_views_have_one_size_and_the_seed_decides(video):
     assert not np.array_equal(one.local, other.local)
 
 
-def test_average_color_finds_nothing():
-    """Pictures of one pattern in ten colors: matching by mean and contrast stays near chance."""
+def test_how_light_a_picture_is_finds_nothing():
+    """Gray pictures of one pattern in 60 lights: matching by mean and contrast stays near chance."""
     rng = np.random.default_rng(0)
-    pattern = rng.random((32, 32, 1))
-    pictures = [np.uint8(pattern * rng.integers(60, 255, 3)) for _ in range(60)]
+    pattern = rng.random((32, 32, 1)) * np.ones(3)
+    pictures = [np.uint8(pattern * rng.integers(30, 90) + rng.integers(70, 100)) for _ in range(60)]
     first, second = (
-        torch.tensor(np.array([[*made.mean((0, 1)), *made.std((0, 1))] for made in drawn]))
-        for drawn in ([views.recolor(picture, rng) for picture in pictures] for _ in range(2))
+        torch.tensor(np.array([[made.mean(), made.std()] for made in drawn]))
+        for drawn in ([views.relight(picture, rng) for picture in pictures] for _ in range(2))
     )
     found = torch.cdist(second, first).argmin(dim=1) == torch.arange(60)
-    assert found.float().mean() < 0.15
+    assert found.float().mean() < 0.12
+
+
+def test_a_change_of_light_keeps_colors_apart():
+    rng = np.random.default_rng(0)
+    red = np.zeros((8, 8, 3), np.uint8) + np.uint8([160, 90, 90])
+    for _ in range(20):
+        lit = views.relight(red, rng).astype(int)
+        assert (lit[..., 0] - lit[..., 1] >= 0.6 * 70 - 1).all()
+        assert (lit[..., 0] - lit[..., 1] <= 1.4 * 70 + 1).all()
 
 
 def test_what_is_too_short_is_refused(tmp_path):
