@@ -38,6 +38,10 @@ FORMAT = 3
 # Weights that are no folder of ours: a file, or a model of timm's, whose name follows.
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 TIMM = "timm:"
+_KINDS = (
+    "Give a checkpoint (step-00001234), a run's folder, a folder that `dora-ray export` wrote, a file of weights "
+    "(.pth), or timm:NAME."
+)
 _STEP_NAME = re.compile(r"step-\d+")
 PathLike = str | os.PathLike[str]
 
@@ -98,9 +102,10 @@ def resolve_checkpoint(path: PathLike) -> str:
     if str(path).startswith(TIMM):
         return str(path)
     folder = files.absolute(path)
-    names = files.list_names(folder)
-    if is_weights_file(folder) and files.exists(folder) and not os.path.isdir(folder):
+    # Before listing: what a web server lists of a file may be the whole of it.
+    if is_weights_file(folder) and not os.path.isdir(folder) and files.exists(folder):
         return folder
+    names = files.list_names(folder)
     if META in names or is_export(names):
         return folder
     if CHECKPOINTS in names:
@@ -113,10 +118,7 @@ def resolve_checkpoint(path: PathLike) -> str:
         kind = "file" if is_weights_file(folder) else "folder"
         raise CheckpointError(f"No checkpoint at {folder}: there is no such {kind}. {advise(folder)}")
     found = ", ".join(names[:8]) or "nothing"
-    raise CheckpointError(
-        f"{folder} is not a checkpoint: it holds {found}. Give a checkpoint (step-00001234), a run's folder, "
-        "a folder that `dora-ray export` wrote, a file of weights (.pth), or timm:NAME."
-    )
+    raise CheckpointError(f"{folder} is not a checkpoint: it holds {found}. {_KINDS}")
 
 
 def _newest_of(run: str, checkpoints: str) -> str:
@@ -153,7 +155,7 @@ def advise(checkpoint: str) -> str:
     good = next((other for other in complete_checkpoints(parent) if not other.endswith(f"/{name}")), None)
     if good is not None:
         return f"The last complete checkpoint beside it is {good}: use that one."
-    return "Give a checkpoint (step-00001234), a run's folder, or a folder that `dora-ray export` wrote."
+    return _KINDS
 
 
 class DamagedError(CheckpointError):

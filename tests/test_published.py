@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dora_ray.checkpoints import resolve_checkpoint
 from dora_ray.errors import CheckpointError
 from dora_ray.published import fold_normalization, load_timm, read_published
 from dora_ray.weights import load_head, random_backbone
+from tests.video.servers import serve
 
 WIDTH, DEPTH, PATCH, GRID, OUTPUTS = 128, 2, 8, 4, 12
 Tensors = dict[str, Tensor]
@@ -238,6 +240,32 @@ def test_a_file_behind_a_uri_loads(tmp_path: Path) -> None:
         assert torch.equal(loaded.cls_token, dino_tensors()["cls_token"])
     finally:
         remote.rm("memory://published", recursive=True)
+
+
+def test_a_file_of_a_web_server_loads_without_being_listed(tmp_path: Path) -> None:
+    content, asked = save(tmp_path / "weights.pth", released()).read_bytes(), list[str]()
+
+    class Server(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.respond(b"")
+
+        def do_GET(self) -> None:
+            self.respond(content)
+
+        def respond(self, body: bytes) -> None:
+            asked.append(self.command)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with serve(Server) as address:
+        loaded = load_backbone(f"{address}/weights.pth")
+    assert torch.equal(loaded.cls_token, dino_tensors()["cls_token"])
+    assert asked.count("GET") <= 2
 
 
 def test_a_file_is_exported_and_reloads_bit_for_bit(tmp_path: Path) -> None:
