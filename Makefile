@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast lint format lock clean
+.PHONY: help setup demo test test-fast lint format lock image clean
 
 help:
 	@echo "make demo       the main job on a real video: train, evaluate, export, report (about 5 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make lint       ruff, mypy, import-linter"
 	@echo "make format     ruff's formatter and its safe fixes"
+	@echo "make image      the images of cluster.yaml, dora-ray:VERSION-cpu and -cuda (docker, or ENGINE=podman; TORCH_INDEX=PyTorch's index of CPU wheels)"
 	@echo "make lock       write requirements.lock from what .venv holds"
 
 setup: $(STAMP)
@@ -46,6 +47,14 @@ format: $(STAMP)
 lock: $(STAMP)
 	$(BIN)/python scripts/lock.py > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+
+ENGINE ?= docker
+TORCH_INDEX ?=
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+image:
+	$(ENGINE) build --build-arg TORCH_INDEX=$(TORCH_INDEX) --target cpu --tag dora-ray:$(VERSION)-cpu .
+	$(ENGINE) build --target cuda --tag dora-ray:$(VERSION)-cuda .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
