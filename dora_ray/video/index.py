@@ -23,11 +23,12 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from dora_ray import files
+from dora_ray.video.checks import times_are_of_decoding, times_contradict, times_follow_seeks
 from dora_ray.video.orientation import Orientation, orientation
 from dora_ray.video.remarks import remarks
 from dora_ray.video.scan import Scan, scan
 from dora_ray.video.sources import file_stamp, film_streams, find_videos, open_container, video_stream
-from dora_ray.video.timeline import timeline
+from dora_ray.video.timeline import Timeline, timeline
 
 __all__ = ["Segment", "VideoIndex", "find_videos", "index_video"]
 
@@ -207,7 +208,7 @@ def index_video(path: str) -> VideoIndex:
 def _build_index(path: str, container: InputContainer, stream: VideoStream, packets: Scan) -> VideoIndex:
     context, picture = stream.codec_context, packets.picture
     codec, base = context.codec.canonical_name, stream.time_base or Fraction(1, 90000)
-    times = timeline(path, codec, float(base), packets)
+    times = _timeline(path, container, stream, packets)
     step = packets.last_duration or int(np.median(np.diff(times.pts)))
     real = float((int(times.pts[-1]) - int(times.pts[0]) + step) * base)
     coded = (picture.width, picture.height) if picture else (context.width, context.height)
@@ -251,6 +252,19 @@ def _build_index(path: str, container: InputContainer, stream: VideoStream, pack
         rules=DECODING_RULES if unusual or not times.plain else 1,
         warnings=remarks(path, streams, stream, packets, times, shown, declared_seconds=declared, real_seconds=real),
     )
+
+
+def _timeline(path: str, container: InputContainer, stream: VideoStream, packets: Scan) -> Timeline:
+    """The file's times; those of decoding, or those of packets told by their number, where they cannot be believed."""
+    codec, tick = stream.codec_context.codec.canonical_name, float(stream.time_base or Fraction(1, 90000))
+    reordered = times_contradict(stream.codec_context.codec, packets)
+    times = timeline(path, codec, tick, packets, in_decoder_order=reordered)
+    if times.timed and not times.breaks and times_are_of_decoding(path, container, stream, packets):
+        reordered = True
+        times = timeline(path, codec, tick, packets, in_decoder_order=True)
+    if len(times.packet_times) or times_follow_seeks(path, packets, timed=times.timed):
+        return times
+    return timeline(path, codec, tick, packets, in_decoder_order=reordered, numbered=True)
 
 
 def _false_marks(packets: Scan) -> int:

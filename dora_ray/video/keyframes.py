@@ -27,6 +27,10 @@ HEVC_BROKEN_LINKS, HEVC_SKIPPED = range(16, 19), (8, 9)
 MPEG4_PICTURE, MPEG12_PICTURE = b"\0\0\1\xb6", b"\0\0\1\0"
 
 
+# Pictures that stand alone though FFmpeg does not say so.
+STILLS = frozenset(("png", "bmp", "tiff"))
+
+
 class Start(IntEnum):
     """Whether decoding may start at a picture."""
 
@@ -48,7 +52,7 @@ def start_test(codec: str, extradata: bytes | None, *, intra_only: bool) -> Star
         extradata: the stream's parameters as the container holds them.
         intra_only: every picture of the codec stands alone.
     """
-    if intra_only:
+    if intra_only or codec in STILLS:
         return lambda packet, marked: Start.CLOSED
     if codec in ("h264", "hevc"):
         size, judge = length_bytes(codec, extradata), (_h264 if codec == "h264" else _hevc)
@@ -193,10 +197,14 @@ def _theora(packet: Packet) -> Start:
 
 
 def _h263(packet: Packet) -> Start:
-    """Plain pictures; those with an extended header are not read, and no starts."""
-    bits = Bits(bytes(packet[:8]))
+    """The picture type is one bit, or behind an extended header three."""
+    bits = Bits(bytes(packet[:16]))
     code, _, marker, _, source = bits(22), bits(8), bits(2), bits(3), bits(3)
-    return Start.CLOSED if code == 32 and marker == 2 and 0 < source < 6 and not bits(1) else Start.NO
+    extended = source == 7
+    if extended and bits(3) == 1:
+        bits(18)
+    intra = bits(3 if extended else 1) == 0
+    return Start.CLOSED if code == 32 and marker == 2 and source and intra else Start.NO
 
 
 def _sorenson(packet: Packet) -> Start:

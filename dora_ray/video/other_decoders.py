@@ -35,7 +35,7 @@ class DecordDecoder:
             (index.mirrored, "it does not mirror pictures"),
             (index.field_pairs, "it counts the two fields of a frame as two frames"),
             (not index.timed, "it makes up the times of frames that have none"),
-            (len(index.packet_pts) > 0, "it does not know the order of frames where the clock goes back"),
+            (len(index.packet_pts) > 0, "it does not know the times of frames where the clock goes back or times lack"),
             (index.false_marks > 0, "it starts at frames that are marked as key frames and are none"),
             (index.holes > 0, "its memory does not suffice where the clock jumps"),
             (index.resized, "it repeats frames where the size of the pictures changes"),

@@ -55,7 +55,7 @@ def _of_times(times: Timeline, tick: float) -> Iterator[str]:
     if times.lost_start:
         yield f"the first {times.lost_start} frames come before the first key frame and cannot be decoded"
     if not times.timed:
-        yield "its frames carry no times of presentation; they are shown in their order, at the times of decoding"
+        yield "it lacks right times of presentation; its frames are shown in their order, at the times of decoding"
     if times.breaks:
         yield (
             f"its clock goes back {times.breaks} times (files joined byte by byte?); each part is shown after"

@@ -59,7 +59,9 @@ class Timeline:
         return self.timed and not (self.breaks or self.without_time or self.doubled)
 
 
-def timeline(path: str, codec: str, tick: float, scan: Scan) -> Timeline:
+def timeline(
+    path: str, codec: str, tick: float, scan: Scan, *, in_decoder_order: bool = False, numbered: bool = False
+) -> Timeline:
     """Order the frames.
 
     Args:
@@ -67,17 +69,18 @@ def timeline(path: str, codec: str, tick: float, scan: Scan) -> Timeline:
         codec: FFmpeg's name.
         tick: its seconds.
         scan: the packets.
+        in_decoder_order: the file's times are not those of its pictures; take them in the order of the decoder.
+        numbered: whether packets are to be told by their number, since their times depend on where reading begins.
 
     Raises:
         VideoError: there is no order, or no start.
     """
     places = np.flatnonzero(~scan.column("second") & ~scan.column("skipped"))
     times, starts = scan.column("pts")[places], scan.column("starts")[places]
-    timed = codec not in UNGUESSED_ORDER or not (times == NO_TIME).any()
-    filled = False
+    timed = not in_decoder_order and (codec not in UNGUESSED_ORDER or not (times == NO_TIME).any())
     if not timed:
         times, starts = scan.column("dts")[places], np.where(starts == Start.CLOSED, starts, 0)
-        filled = bool((times == NO_TIME).any())
+        numbered = numbered or bool((times == NO_TIME).any())
         times = _fill(times, scan.last_duration)
     if len(times) and (times == NO_TIME).all():
         raise VideoError(
@@ -93,7 +96,7 @@ def timeline(path: str, codec: str, tick: float, scan: Scan) -> Timeline:
     step = scan.last_duration or _usual_step(times)
     breaks = _breaks(path, tick, step, times[~hidden], starts[~hidden], places[~hidden], timed=timed)
     times = times + _added(breaks, places)
-    packet_times = np.full(len(scan.pts) if breaks or filled else 0, NO_TIME)
+    packet_times = np.full(len(scan.pts) if breaks or numbered else 0, NO_TIME)
     if len(packet_times):
         packet_times[places] = times
     starts = _still_starts(times, starts)

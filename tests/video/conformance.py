@@ -20,8 +20,9 @@ FIELDS = "counts the two fields of a frame as two frames"
 STREAMS = "may read another one of the file's video streams"
 AV1 = "has no AV1 decoder"
 TIMES = "makes up the times of frames that have none"
-CLOCK = "does not know the order of frames where the clock goes back"
+CLOCK = "does not know the times of frames where the clock goes back or times lack"
 JUMPS = "memory does not suffice where the clock jumps"
+LACKS = "lacks right times of presentation"
 COUNT = "decord sees .* frames of"
 ALL = range(NUM_FRAMES)
 
@@ -115,7 +116,7 @@ KINDS = (
     Kind("MPEG-TS", videos.mpeg_ts, decord=TS),
     Kind("MPEG-TS whose 33-bit clock wraps", odd.wrapped, decord=TS),
     Kind(
-        "MPEG-TS, recordings joined byte by byte: one after the other; what the seam may have damaged lacks",
+        "MPEG-TS, recordings joined byte by byte: one after the other; what the seam may have damaged is left out",
         odd.joined,
         [*range(37), 39, *ALL],
         decord=TS,
@@ -126,12 +127,50 @@ KINDS = (
         "MPEG-TS, two pictures a packet",
         odd.two_pictures_a_packet,
         decord=TS,
-        warning="no times of presentation",
+        warning=LACKS,
     ),
     Kind(
-        "H.264 with B frames in AVI, which has no times for them", odd.h264_in_avi, decord=TIMES, warning="no times of"
+        "H.264 with B frames in AVI, which has no times for them",
+        odd.h264_in_avi,
+        decord=TIMES,
+        warning=LACKS,
     ),
-    Kind("Matroska, times before 0 not written", odd.unwritten_times, decord=TIMES, warning="no times of"),
+    Kind("Matroska, times before 0 not written", odd.unwritten_times, decord=TIMES, warning=LACKS),
+    Kind(
+        "H.264 with B frames in MXF, without times for them",
+        lambda f: odd.encode(f / "v.mxf", group=10, options=odd.B_FRAMES),
+        decord=TIMES,
+        warning=LACKS,
+    ),
+    Kind(
+        "H.264 with B frames in Matroska, all times those of decoding",
+        lambda f: odd.times_of_decoding(f, ".mkv"),
+        decord=TIMES,
+        warning=LACKS,
+    ),
+    Kind(
+        "H.264 with B frames in MP4, all times those of decoding",
+        lambda f: odd.times_of_decoding(f, ".mp4", container_options={"use_editlist": "0"}),
+        decord=TIMES,
+        warning=LACKS,
+    ),
+    Kind("H.264 in MP4, some frames 100 s astray by their time alone", odd.times_astray, decord=TIMES, warning=LACKS),
+    Kind(
+        "VP9 in MP4, some frames 100 s astray by their time alone",
+        lambda f: odd.times_astray(f, "libvpx-vp9"),
+        decord=TIMES,
+        warning=LACKS,
+    ),
+    Kind(
+        "MPEG-2 with B frames in a program stream (VOB), which has times here and there",
+        lambda f: odd.encode(f / "v.mpg", codec="mpeg2video", group=10, options={"bf": "2"}),
+        decord=OPEN,
+    ),
+    Kind(
+        "MPEG-1 in a program stream",
+        lambda f: odd.encode(f / "v.mpg", codec="mpeg1video", group=10),
+        decord=CLOCK,
+    ),
     Kind("raw H.264", odd.raw_h264, refused="its frames carry no times, only their order"),
     Kind("variable frame rate", videos.variable_rate, seconds=videos.uneven_times().tolist()),
     Kind("MP4 with an edit list (cut without coding anew)", videos.edit_list, range(5, NUM_FRAMES), decord="edit list"),
@@ -160,7 +199,7 @@ KINDS = (
     Kind(
         "clock that goes back inside a group",
         odd.clock_goes_back_inside,
-        refused=r"back.mkv: its clock goes back by 5.000 s in the middle, 5.0 s from its start",
+        refused="its clock goes back by 5.000 s in the middle, 5.0 s from its start",
     ),
     Kind(
         "begun inside a group: from the first key frame on",

@@ -15,6 +15,7 @@ from tests.video.videos import NUM_FRAMES, X264, pictures
 
 Change = Callable[[int, av.Packet], bool | None]
 HEVC = "log-level=none:pools=1:frame-threads=1:keyint=10:min-keyint=10:bframes=3"
+B_FRAMES = {**X264, "bf": "3", "b_strategy": "0"}
 FAST_VP = {"deadline": "realtime", "cpu-used": "8", "crf": "20"}
 ONE, LAST = 1 << 16, 1 << 30
 # The matrix (a, b, c, d) of each orientation, and what ffmpeg shows of a stored picture.
@@ -244,6 +245,26 @@ def clock_goes_back(folder: Path, codec: str = "libvpx-vp9", num_frames: int = 3
 def clock_goes_back_inside(folder: Path) -> Path:
     """A clock that goes back where no key frame is."""
     return clock_goes_back(folder, group=1000)
+
+
+def times_of_decoding(folder: Path, suffix: str, **options) -> Path:
+    """B frames whose times are those of decoding: a muxer that knew no others."""
+
+    def change(number: int, packet: av.Packet) -> None:
+        packet.pts = packet.dts
+
+    return remux(videos.h264_b_frames(folder), folder / f"times_of_decoding{suffix}", change, **options)
+
+
+def times_astray(folder: Path, codec: str = "libx264") -> Path:
+    """Frames 10 to 20 are to be shown 100 s late, by their own time alone."""
+
+    def change(number: int, packet: av.Packet) -> None:
+        if 10 <= number <= 20:
+            packet.pts += round(100 / packet.time_base)
+
+    options = {**X264, "bf": "0"} if codec == "libx264" else FAST_VP
+    return remux(encode(folder / "plain.mp4", codec=codec, options=options), folder / "astray.mp4", change)
 
 
 def joined(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import av
 import numpy as np
@@ -86,6 +87,11 @@ def test_decord_is_exact_or_refused(kind, tmp_path):
         return
     with pytest.raises(VideoError, match=rf"{kind.decord}.*; use data\.decoder=pyav"):
         by_segments("decord", index)
+
+
+def test_the_table_for_people_is_this_one():
+    text = Path(__file__).parents[2].joinpath("docs", "data.md").read_text(encoding="utf-8")
+    assert "\n".join(conformance.table()) in text
 
 
 @pytest.mark.parametrize("name", sorted(odd_videos.ORIENTATIONS))
