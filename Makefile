@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast lint format lock image clean
+.PHONY: help setup demo test test-fast lint format lock image gpu-kit clean
 
 help:
 	@echo "make demo       the main job on a real video: train, evaluate, export, report (about 5 minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint       ruff, mypy, import-linter"
 	@echo "make format     ruff's formatter and its safe fixes"
 	@echo "make image      the images of cluster.yaml, dora-ray:VERSION-cpu and -cuda (docker, or ENGINE=podman; TORCH_INDEX=PyTorch's index of CPU wheels)"
+	@echo "make gpu-kit    what scripts/gpu_check.py needs on a GPU machine, in .gpu-kit: VIDEOS=... IMAGES=DIR DAVIS=DIR"
 	@echo "make lock       write requirements.lock from what .venv holds"
 
 setup: $(STAMP)
@@ -55,6 +56,20 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 image:
 	$(ENGINE) build --build-arg TORCH_INDEX=$(TORCH_INDEX) --target cpu --tag dora-ray:$(VERSION)-cpu .
 	$(ENGINE) build --target cuda --tag dora-ray:$(VERSION)-cuda .
+
+# A machine with a GPU may have neither a network nor a decoder: clips as one file, and the wheels that it lacks.
+GPU_KIT := .gpu-kit
+GPU_WHEELS = $(shell grep -E '^(pydantic|pydantic-core|annotated-types|typing-inspection|typing-extensions)==' requirements.lock)
+GPU_PYTHON ?= 3.12
+
+gpu-kit: $(STAMP)
+	@test -n "$(VIDEOS)" -a -n "$(IMAGES)" -a -n "$(DAVIS)" || { echo 'make gpu-kit VIDEOS="FOLDER or FILES" IMAGES=DIR_WITH_train_AND_test DAVIS=DIR'; exit 2; }
+	$(BIN)/python scripts/gpu_kit.py --videos $(VIDEOS) --images "$(IMAGES)" --davis "$(DAVIS)" --out $(GPU_KIT)/clips.npz
+	rm -rf $(GPU_KIT)/wheels
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		--dest $(GPU_KIT)/wheels $(GPU_WHEELS)
+	@du -sh $(GPU_KIT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -15,11 +15,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as RichProgress
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,9 @@ class Progress:
         self.title = title
         self.unit = unit
         self._clock = clock
+        # Here, because scripts/gpu_check.py evaluates encoders on machines without rich.
+        from rich.console import Console
+
         self._console = Console(stderr=True) if console is None else console
         self._bar: RichProgress | None = None
         self._speed: deque[tuple[float, int]] = deque(maxlen=SPEED_UPDATES)
@@ -73,6 +76,9 @@ class Progress:
 
     def __enter__(self) -> Self:
         """Opens the bar, if the console is a terminal that can move its cursor."""
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             # Without rich's refreshing thread: each update draws, and nothing runs beside the job.
             self._bar = RichProgress(

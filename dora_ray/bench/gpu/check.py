@@ -1,0 +1,193 @@
+"""Running the parts, each in a process of its own, and keeping what each had measured when its time was up."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_ray.bench.gpu.figures import read_figures
+from dora_ray.bench.gpu.table import render
+
+# Seconds for each part, in the order of their value. A rehearsal on a CPU that others use takes longer.
+LIMITS = {"tests": 60.0, "step": 180.0, "profile": 60.0, "learning": 240.0}
+REHEARSAL_FACTOR = 5.0
+# Of the last part's time, for each of its four trainings; the rest is for evaluating them.
+LEARNING_SHARE = 0.2
+REHEARSED_SECONDS = 4.0
+LOG_CHARACTERS = 1500
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to check.
+
+    Attributes:
+        out: folder of the results.
+        clips: the clips file.
+        rehearse: small sizes, on a CPU.
+        factor: multiplies every part's time.
+    """
+
+    out: Path
+    clips: Path
+    rehearse: bool
+    factor: float
+
+    def seconds(self, part: str) -> float:
+        """Time limit of a part."""
+        return LIMITS[part] * self.factor
+
+
+def main(words: Sequence[str], *, root: Path) -> int:
+    """Run the parts that the words name, write gpu_check.json and gpu_check.txt, and print the table.
+
+    Returns:
+        0 when every part came to its end and nothing in it failed, else 1.
+    """
+    options = _parse(words, root)
+    rehearse = options.rehearse or not torch.cuda.is_available()
+    factor = options.factor or (REHEARSAL_FACTOR if rehearse else 1.0)
+    settings = Settings(options.out, options.clips, rehearse, factor)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"machine": machine(root), "rehearsal": rehearse, "parts": {}}
+    for part in options.parts:
+        _tell(f"{part}: at most {settings.seconds(part):.0f} s ...")
+        result["parts"][part] = run_part(part, settings, root=root)
+        # After each part: what a machine that is taken away has printed and written stays.
+        (settings.out / "gpu_check.json").write_text(json.dumps(result, indent=1) + "\n")
+        (settings.out / "gpu_check.txt").write_text(render(result))
+        _tell(render({**result, "parts": {part: result["parts"][part]}}, heading=False))
+    _tell(render(result))
+    return int(any(failures(one) for one in result["parts"].values()))
+
+
+def failures(part: Mapping[str, Any]) -> list[str]:
+    """Names of what failed in a part: figures, tests, or the part itself."""
+    found = [] if part["state"] == "done" else [part["state"]]
+    for name, value in part["figures"].items():
+        if isinstance(value, dict) and ("failed" in value or value.get("outcome") == "failed"):
+            found.append(name)
+    return found
+
+
+def run_part(part: str, settings: Settings, *, root: Path) -> dict[str, Any]:
+    """Run one part in a process group of its own, and end all of it when its time is up."""
+    limit, lines = settings.seconds(part), settings.out / f"{part}.jsonl"
+    lines.unlink(missing_ok=True)
+    log, began = settings.out / f"{part}.log", time.monotonic()
+    with log.open("w") as file:
+        child = subprocess.Popen(
+            command(part, settings, root=root),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=_environment(root),
+            cwd=root,
+            start_new_session=True,
+        )
+        try:
+            code = child.wait(limit)
+            state = "done" if code == 0 else f"ended with {code}"
+        except subprocess.TimeoutExpired:
+            state = f"ended after its {limit:.0f} s"
+        finally:
+            _end(child)
+    found = {"state": state, "seconds": round(time.monotonic() - began, 1), "figures": read_figures(lines)}
+    lines.unlink(missing_ok=True)
+    if state != "done":
+        found["log"] = log.read_text(errors="replace")[-LOG_CHARACTERS:]
+    return found
+
+
+def command(part: str, settings: Settings, *, root: Path) -> list[str]:
+    """Give the command line of a part's process."""
+    words = [sys.executable, "-m", "dora_ray.bench.gpu", part, "--out", str(settings.out), "--root", str(root)]
+    training = REHEARSED_SECONDS if settings.rehearse else settings.seconds(part) * LEARNING_SHARE
+    words += ["--clips", str(settings.clips), "--seconds", str(training)]
+    words += ["--rehearse"] if settings.rehearse else []
+    return words
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End what is left of the part's process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _environment(root: Path) -> dict[str, str]:
+    """What has to be set before torch begins."""
+    paths = [str(root), *sys.path[:1], os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
+
+
+def machine(root: Path) -> dict[str, Any]:
+    """What was measured on, and which commit."""
+    has_gpu = torch.cuda.is_available()
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if has_gpu else f"no GPU; {platform.processor() or platform.machine()}",
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "commit": _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]),
+    }
+    if has_gpu:
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "memory_mb": properties.total_memory / 2**20,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
+            "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        }
+    return found
+
+
+def _output(words: Sequence[str]) -> str | None:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _parse(words: Sequence[str], root: Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_check.py", description="Everything that a GPU has to answer.")
+    kit = root / ".gpu-kit"
+    parser.add_argument("--out", type=Path, default=root / "gpu-check", metavar="DIR", help="the results' folder")
+    parser.add_argument("--clips", type=Path, default=kit / "clips.npz", metavar="FILE", help="made by make gpu-kit")
+    parser.add_argument("--rehearse", action="store_true", help="small sizes; so it is without a GPU")
+    parser.add_argument("--factor", type=float, metavar="X", help="times the parts' limits (1; a rehearsal's 5)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(LIMITS)}; not given: all, in order")
+    options = parser.parse_args(words)
+    unknown = [part for part in options.parts if part not in LIMITS]
+    if unknown:
+        parser.error(f"no part {unknown[0]!r}: choose from {', '.join(LIMITS)}")
+    options.parts = options.parts or list(LIMITS)
+    options.out, options.clips = options.out.resolve(), options.clips.resolve()
+    return options
+
+
+def _tell(text: str) -> None:
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.flush()

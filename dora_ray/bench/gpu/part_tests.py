@@ -1,0 +1,52 @@
+"""Part a: the tests marked gpu, each with how it ended."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dora_ray.bench.gpu.figures import MOST_CHARACTERS, Figures
+
+# The one that compiles last: it takes the longest.
+FILES = ("test_method.py", "test_step.py", "test_views.py", "test_compile.py")
+# A rehearsal leaves the largest networks out.
+SMALL = "equals_the_loop and not large or unlike or collective or views"
+
+
+class _Recorder:
+    """A plugin of pytest that keeps the end of every test."""
+
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Keep a test's outcome when it is called, or when its preparation skips or fails it."""
+        if report.when == "call" or (report.when == "setup" and not report.passed):
+            name = report.nodeid.partition("::")[2]
+            value = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
+            if report.skipped:
+                value["reason"] = str(report.longrepr[2])
+            elif report.failed:
+                value["reason"] = report.longreprtext[-MOST_CHARACTERS:]
+            self._figures.put(f"{Path(report.nodeid.partition('::')[0]).stem}.{name}", value)
+
+
+def run(figures: Figures, *, root: Path, rehearse: bool) -> None:
+    """Run the tests.
+
+    Raises:
+        RuntimeError: the tests could not be collected.
+    """
+    if rehearse:
+        os.environ["GPU_TESTS_DEVICE"] = "cpu"
+    words = ["-m", "gpu", "-p", "no:cacheprovider", "-q", *(["-k", SMALL] if rehearse else [])]
+    # The project's own settings ask for plugins of pytest that are not here.
+    settings = ["-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=", "--rootdir", str(root)]
+    code = pytest.main(
+        [*words, *settings, *(str(root / "tests" / "gpu" / name) for name in FILES)], plugins=[_Recorder(figures)]
+    )
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"pytest ended with {code!r}: see the log")
