@@ -127,7 +127,7 @@ class Timed:
             started = time.perf_counter()
             sums = SlotSums(sizes, num_records=0, num_slots=1, reduction=kind, exponents=exponents, device=self.device)
             sums.add(quantities)
-            next_exponents(sums.all_reduce(None).quantities, exponents, first=True)
+            next_exponents(sums.all_reduce(None).largest, exponents, first=True)
             synchronize(self.device)
             found.append(time.perf_counter() - started)
         return min(found)

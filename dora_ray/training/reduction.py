@@ -109,8 +109,16 @@ class SlotSums:
             torch._foreach_div_(quantities, self._scales)
         elif self._exact:
             quantities = [total.float().div_(scale) for total, scale in zip(self._body, self._scales, strict=True)]
-        records, count = self._records.cpu(), len(self.sizes)
-        return SumResult(quantities, records[:count], records[count : 2 * count], records[2 * count :])
+        # The host waits here, once a step: what it needs later comes along, its bits as integers.
+        largest, count = largest_of(quantities).double(), len(self.sizes)
+        records, bits = torch.cat([self._records, largest.view(torch.int64)]).cpu().split([len(self._records), count])
+        return SumResult(
+            quantities,
+            bits.view(torch.float64).float(),
+            records[:count],
+            records[count : 2 * count],
+            records[2 * count :],
+        )
 
 
 class SumResult:
@@ -118,13 +126,17 @@ class SumResult:
 
     Attributes:
         quantities: flat float32 sums over all slots.
+        largest: (Q,) the largest absolute value of each, on the CPU.
         not_finite: (Q,) number of slots in which a quantity was not finite.
         overflowed: (Q,) number of slots in which a quantity had outgrown its scale.
         records: (num_records,) int64 sums over ranks.
     """
 
-    def __init__(self, quantities: list[Tensor], not_finite: Tensor, overflowed: Tensor, records: Tensor) -> None:
+    def __init__(
+        self, quantities: list[Tensor], largest: Tensor, not_finite: Tensor, overflowed: Tensor, records: Tensor
+    ) -> None:
         self.quantities = quantities
+        self.largest = largest
         self.not_finite = not_finite
         self.overflowed = overflowed
         self.records = records
@@ -135,13 +147,14 @@ def largest_of(quantities: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm([q if q.numel() else q.new_zeros(1) for q in quantities], math.inf))
 
 
-def next_exponents(quantities: Sequence[Tensor], exponents: Tensor, *, first: bool) -> Tensor:
-    """The (Q,) exponents for the next step, from this step's sums: a function of the history alone, equal on all ranks.
+def next_exponents(largest: Tensor, exponents: Tensor, *, first: bool) -> Tensor:
+    """Return the (Q,) exponents for the next step, from the largest values of this step's sums, all on the CPU.
+
+    They are a function of the history alone, equal on all ranks.
 
     They follow growth at once and shrink by one a step, so that one small gradient does not narrow the range; a
     quantity that is zero keeps its own.
     """
-    largest = largest_of(quantities).cpu()
     seen = torch.frexp(largest).exponent.to(torch.int32)
     if not first:
         seen = torch.maximum(seen, exponents - 1)

@@ -191,11 +191,13 @@ class StepSums:
 
     Attributes:
         quantities: flat float32 sums: a gradient for each parameter, the teacher's output, the measures.
+        largest: (Q,) the largest absolute value of each quantity, on the CPU.
         num_clips: clips that could be read, at most slots x clips a slot.
         records: the callers' integers, (R,) int64.
     """
 
     quantities: list[Tensor]
+    largest: Tensor
     num_clips: int
     records: Tensor
 
@@ -244,7 +246,7 @@ def sum_slots(
             result = sums.all_reduce(all_reduce)
         _require_finite(state, result)
         if not result.overflowed.any():
-            return StepSums(result.quantities, int(result.records[0]), result.records[1:])
+            return StepSums(result.quantities, result.largest, int(result.records[0]), result.records[1:])
         state.exponents = raised_exponents(state.exponents, result.overflowed)
 
 
@@ -270,7 +272,7 @@ def apply_step(state: TrainState, sums: StepSums, config: Config) -> tuple[dict[
     """
     names = measure_names(config, state.step)
     with part("reduction"):
-        state.exponents = next_exponents(sums.quantities, state.exponents, first=state.step == 0)
+        state.exponents = next_exponents(sums.largest, state.exponents, first=state.step == 0)
     *gradients, teacher_sum, measures = sums.quantities
     values = rates(state.step, config.optim)
     with part("optimizer"):

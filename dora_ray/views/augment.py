@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dora_ray.clips.crop import Interpolation, Range, random_boxes
-from dora_ray.method.upload import upload
+from dora_ray.method.upload import upload, upload_beside
 from dora_ray.views.resample import blur_matrix, resample_by_crop, resample_by_matrix
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -154,7 +154,7 @@ def upload_clips(clips: np.ndarray, rows: np.ndarray, device: torch.device) -> T
     chosen = torch.empty((len(rows), *clips.shape[1:]), dtype=torch.uint8, pin_memory=device.type == "cuda")
     # In the mode that raises, numpy would write to a buffer first.
     np.take(clips, rows, axis=0, out=chosen.numpy(), mode="clip")
-    return chosen.to(device, non_blocking=True)
+    return upload_beside(chosen, device) if device.type == "cuda" else chosen.to(device)
 
 
 @torch.no_grad()

@@ -52,3 +52,16 @@ def test_the_host_waits_for_nothing(gpu):
         augment.render(augment.upload_clips(clips(), rows, gpu), draw(), size=16)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_clips_that_are_uploaded_while_the_gpu_computes_arrive_whole(gpu):
+    """Each is used up and its memory given back before the next comes, with much work queued in between."""
+    busy = torch.randn(2048, 2048, device=gpu)
+    sums, expected = [], []
+    for number in range(30):
+        some = np.random.default_rng(number).integers(0, 256, (4, 4, 160, 160, 3), dtype=np.uint8)
+        for _ in range(4):
+            busy = (busy @ busy).clamp(-1, 1)
+        sums.append(augment.upload_clips(some, np.array([3, 1]), gpu).long().sum())
+        expected.append(int(some[[3, 1]].sum(dtype=np.int64)))
+    assert torch.stack(sums).tolist() == expected

@@ -89,7 +89,7 @@ def test_the_largest_of_what_is_not_finite_is_not_finite(bad: float) -> None:
 def test_exact_sums_are_accurate(scale: float, seed: int) -> None:
     values = slot_values(5, seed, scale)
     true = [torch.stack([slot[i].double() for slot in values]).sum(0) for i in range(len(SIZES))]
-    exponents = next_exponents([t.float() for t in true], torch.zeros(3, dtype=torch.int32), first=True)
+    exponents = next_exponents(largest_of([t.float() for t in true]), torch.zeros(3, dtype=torch.int32), first=True)
     result = reduced(values, 2, "exact", exponents)[0]
     assert not result.overflowed.any()
     for ours, exact in zip(result.quantities, true, strict=True):
@@ -107,6 +107,25 @@ def test_exact_sums_are_those_of_the_definition(seed: int, exponent: int) -> Non
     for i, ours in enumerate(result.quantities):
         whole = sum((slot[i].double() * scale).round().to(torch.int64) for slot in values)
         assert torch.equal(ours, (whole.float().double() / scale).float())
+
+
+@pytest.mark.parametrize("reduction", ["exact", "float32"])
+def test_the_largest_values_come_back_with_the_records_to_the_bit(reduction: str) -> None:
+    """The host waits once for both; the exponents of the next step are made of them."""
+    quantities = [torch.tensor([0.1, -3.3e7]), torch.tensor([-1e-38]), torch.zeros(2), torch.empty(0)]
+    sums = SlotSums(
+        [q.numel() for q in quantities],
+        num_records=1,
+        num_slots=1,
+        reduction=reduction,
+        exponents=torch.tensor([26, -80, 0, 0], dtype=torch.int32),
+        device=torch.device("cpu"),
+    )
+    sums.add(quantities)
+    result = sums.all_reduce(None)
+    assert result.largest.dtype == torch.float32
+    assert torch.equal(result.largest, largest_of(result.quantities))
+    assert float(result.largest[0]) == float(torch.tensor(3.3e7))
 
 
 @pytest.mark.parametrize("reduction", ["exact", "float32"])
@@ -139,8 +158,8 @@ def test_what_is_not_finite_is_seen_by_every_rank(bad: float, reduction: str) ->
 def test_exponents_follow_growth_and_forget_slowly() -> None:
     old = torch.tensor([0, 0, 5], dtype=torch.int32)
     quantities = [torch.tensor([3.0, -9.0]), torch.tensor([2.0**-20]), torch.zeros(4)]
-    assert next_exponents(quantities, old, first=False).tolist() == [4, -1, 5]
-    assert next_exponents(quantities, old, first=True).tolist() == [4, -19, 5]
+    assert next_exponents(largest_of(quantities), old, first=False).tolist() == [4, -1, 5]
+    assert next_exponents(largest_of(quantities), old, first=True).tolist() == [4, -19, 5]
 
 
 def test_the_smallest_gradients_have_a_scale_too() -> None:
@@ -149,7 +168,7 @@ def test_the_smallest_gradients_have_a_scale_too() -> None:
     exponents = torch.zeros(len(SIZES), dtype=torch.int32)
     for _ in range(120):
         result = reduced(values, 1, "exact", exponents)[0]
-        exponents = next_exponents(values[0], exponents, first=False)
+        exponents = next_exponents(largest_of(values[0]), exponents, first=False)
     assert not result.overflowed.any()
     assert all(bool(quantity.isfinite().all()) for quantity in result.quantities)
     assert all(
