@@ -190,7 +190,7 @@ def _pending(
         first, last = np.searchsorted(lacking, [segment.start_pts, segment.stop_pts])
         pts = lacking[first:last].tolist()
         if pts:
-            length = (pts[-1] - index.key_before(pts[0])) * index.tick
+            length = index.playing_seconds(index.key_before(pts[0]), pts[-1])
             limit = decode_seconds * max(1.0, length / LIMIT_VIDEO_SECONDS)
             start = float(index.seconds(np.array(pts[0])))
             size = index.size_bytes

@@ -66,6 +66,9 @@ class VideoIndex:
         leading_frames: some frames are stored after a key frame and shown before it (open groups of pictures, mostly).
         timed: False where packets carry decoding times only (H.264 in AVI): the frames that a decoder gives from a
             start on then have the times of `pts`, in that order.
+        joins: packets, by their number in the file, at which its clock goes back: files joined byte by byte, mostly.
+        heals: (time of a picture, time of the first frame after it that damage before it does not reach), ticks, where
+            a stream is renewed bit by bit (periodic intra refresh).
         packet_pts: (N,) int64, ticks: the times of all packets, where they are not those that the file says, since its
             clock goes back or times are missing; such a file is read from its start. Empty for all others.
         field_pairs: some frames are coded as two fields in two packets.
@@ -102,6 +105,8 @@ class VideoIndex:
     real_seconds: float
     leading_frames: bool
     timed: bool
+    joins: tuple[int, ...]
+    heals: tuple[tuple[int, int], ...]
     packet_pts: np.ndarray
     field_pairs: bool
     false_marks: int
@@ -161,6 +166,12 @@ class VideoIndex:
         stops = [*starts[1:], int(self.pts[-1]) + 1]
         return [Segment(n, start, stop) for n, (start, stop) in enumerate(zip(starts, stops, strict=True))]
 
+    def playing_seconds(self, first: int, last: int) -> float:
+        """Seconds between two times, ticks, in which frames are shown: a hole counts as long as a usual frame."""
+        frames = int(np.searchsorted(self.pts, last, side="right") - np.searchsorted(self.pts, first))
+        usual = float(np.median(np.diff(self.pts)))
+        return min(float(last - first), frames * usual) * self.tick
+
     def key_before(self, pts: int) -> int:
         """The last key frame at or before `pts`, ticks."""
         return int(self.key_pts[max(0, np.searchsorted(self.key_pts, pts, side="right") - 1)])
@@ -189,6 +200,8 @@ class VideoIndex:
         if record.pop("format") != INDEX_FORMAT:
             raise ValueError("a video index of another format")
         record["time_base"] = tuple(record["time_base"])
+        record["joins"] = tuple(record["joins"])
+        record["heals"] = tuple(map(tuple, record["heals"]))
         record["warnings"] = tuple(record["warnings"])
         return cls(**arrays, **record)
 
@@ -242,6 +255,8 @@ def _build_index(path: str, container: InputContainer, stream: VideoStream, pack
         real_seconds=real,
         leading_frames=times.leading,
         timed=times.timed,
+        joins=times.joins,
+        heals=times.heals,
         packet_pts=times.packet_times,
         field_pairs=field_pairs,
         false_marks=false_marks,
@@ -259,7 +274,7 @@ def _timeline(path: str, container: InputContainer, stream: VideoStream, packets
     codec, tick = stream.codec_context.codec.canonical_name, float(stream.time_base or Fraction(1, 90000))
     reordered = times_contradict(stream.codec_context.codec, packets)
     times = timeline(path, codec, tick, packets, in_decoder_order=reordered)
-    if times.timed and not times.breaks and times_are_of_decoding(path, container, stream, packets):
+    if times.timed and not times.joins and times_are_of_decoding(path, container, stream, packets):
         reordered = True
         times = timeline(path, codec, tick, packets, in_decoder_order=True)
     if len(times.packet_times) or times_follow_seeks(path, packets, timed=times.timed):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import av
@@ -25,6 +25,8 @@ UNSPECIFIED = 2
 # Frames behind the last one wanted that are looked at before those still lacking are given up: a decoder gives frames
 # in the order in which they are shown, which times that a muxer got wrong do not follow.
 FRAMES_BEHIND = 64
+# FFmpeg takes the seam of files that were joined byte by byte for damage, and marks a packet that ends there.
+JOIN_PACKETS = 3
 
 
 class PyAVDecoder:
@@ -89,7 +91,7 @@ def _frames(index: VideoIndex, packets: Iterator[av.Packet], wanted: frozenset[i
     """Sound frames with their times, in the order shown."""
     keys = frozenset(index.key_pts.tolist())
     if index.timed:
-        return _sound_frames(_needed(packets, wanted), keys)
+        return _sound_frames(_needed(packets, wanted), keys, heals=dict(index.heals))
     return _in_order(index, _sound_frames(packets, keys, keep_order=True))
 
 
@@ -165,6 +167,8 @@ class _Timed:
             packet.pts = None if time == NO_TIME else int(time)
         elif not self._index.timed:
             packet.pts = packet.dts
+        if packet.is_corrupt and any(0 < join - self._number <= JOIN_PACKETS for join in self._index.joins):
+            packet.is_corrupt = False
         if self._pairs and self._pairs.is_second(memoryview(packet)):
             packet.pts = self._last
         self._number, self._last = self._number + 1, packet.pts
@@ -187,7 +191,11 @@ def _needed(packets: Iterator[av.Packet], wanted: frozenset[int]) -> Iterator[av
 
 
 def _sound_frames(
-    packets: Iterator[av.Packet], keys: frozenset[int], *, keep_order: bool = False
+    packets: Iterator[av.Packet],
+    keys: frozenset[int],
+    *,
+    heals: Mapping[int, int] | None = None,
+    keep_order: bool = False,
 ) -> Iterator[av.VideoFrame]:
     """Frames in the order shown, without those that damage may have reached.
 
@@ -197,29 +205,33 @@ def _sound_frames(
     Args:
         packets: from a start on.
         keys: the times of starts.
+        heals: {time of a picture: time of the first frame after it that damage before it does not reach}.
         keep_order: whether a frame that is lost makes those behind it, up to the next start, unknown.
     """
     suspects: set[int | None] = {None}
     waiting: set[int | None] = set()
-    broken, tainted_before, last = False, None, None
+    broken, tainted_before, last, whole_at = False, None, None, None
     for packet in packets:
-        if packet.pts in keys and packet.pts != last:
+        if packet.pts != last and (packet.pts in keys or (whole_at is not None and packet.pts == whole_at)):
             tainted_before, broken = (packet.pts if broken else None), False
         last = packet.pts
-        broken = broken or packet.is_corrupt
+        if broken and heals and packet.pts in heals:
+            whole_at = heals[packet.pts]
+        if packet.is_corrupt:
+            broken, whole_at = True, None
         waiting.add(packet.pts)
         if broken or (tainted_before is not None and packet.pts is not None and packet.pts < tainted_before):
             suspects.add(packet.pts)
         try:
             frames = packet.decode()
         except av.FFmpegError:
-            broken = True
+            broken, whole_at = True, None
             suspects |= waiting if keep_order else {packet.pts}
             continue
         for frame in frames:
             waiting.discard(frame.pts)
             if frame.is_corrupt:
-                broken = True
+                broken, whole_at = True, None
                 suspects |= waiting
             elif frame.pts not in suspects:
                 yield frame

@@ -56,9 +56,9 @@ def _of_times(times: Timeline, tick: float) -> Iterator[str]:
         yield f"the first {times.lost_start} frames come before the first key frame and cannot be decoded"
     if not times.timed:
         yield "it lacks right times of presentation; its frames are shown in their order, at the times of decoding"
-    if times.breaks:
+    if times.joins:
         yield (
-            f"its clock goes back {times.breaks} times (files joined byte by byte?); each part is shown after"
+            f"its clock goes back {len(times.joins)} times (files joined byte by byte?); each part is shown after"
             " the one before it"
         )
     if times.holes:

@@ -35,7 +35,8 @@ class Timeline:
             times, in ascending order.
         packet_times: (N,) int64 ticks: the times of all packets of the file, NO_TIME where there is none; empty where
             they are those that the file says, presentation or decoding times.
-        breaks: how often the clock goes back.
+        joins: the packets, by their number in the file, at which the clock goes back.
+        heals: (time of a recovery point, time of the first whole frame behind it): damage before does not reach there.
         lost_start: frames before the first start, which cannot be decoded.
         without_time: frames that have no time, and are left out.
         doubled: frames that have the time of another one, and are left out.
@@ -47,7 +48,8 @@ class Timeline:
     leading: bool
     timed: bool
     packet_times: NDArray[np.int64]
-    breaks: int
+    joins: tuple[int, ...]
+    heals: tuple[tuple[int, int], ...]
     lost_start: int
     without_time: int
     doubled: int
@@ -56,7 +58,7 @@ class Timeline:
     @property
     def plain(self) -> bool:
         """Whether every frame has a time of its own, and times go forward."""
-        return self.timed and not (self.breaks or self.without_time or self.doubled)
+        return self.timed and not (self.joins or self.without_time or self.doubled)
 
 
 def timeline(
@@ -111,7 +113,8 @@ def timeline(
         leading=bool(np.any((times < latest_start) & (times >= times[0]))),
         timed=timed,
         packet_times=packet_times,
-        breaks=len(breaks),
+        joins=tuple(packet for packet, _ in breaks),
+        heals=_heals(scan, places, times) if timed else (),
         lost_start=first + wait,
         without_time=int((~with_time).sum()),
         doubled=int(shown.sum()) - len(pts),
@@ -130,6 +133,14 @@ def _beginning(path: str, scan: Scan, places: NDArray[np.int64], starts: NDArray
     detail = f" ({scan.broken})" if scan.broken else ""
     raise VideoError(
         f"{path}: no key frame among {len(scan.pts)} packets{detail}, so it cannot be decoded; get the file again"
+    )
+
+
+def _heals(scan: Scan, places: NDArray[np.int64], times: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
+    """Recovery points of periodic intra refresh, by what each says of itself."""
+    waits = [(number, scan.waits.get(place, 0)) for number, place in enumerate(places.tolist())]
+    return tuple(
+        (int(times[number]), int(times[number + wait])) for number, wait in waits if wait and number + wait < len(times)
     )
 
 

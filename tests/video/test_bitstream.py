@@ -78,7 +78,9 @@ def test_pictures_that_nothing_needs_are_not_decoded(kind, tmp_path, monkeypatch
             decoded.extend([packet.pts] if packet.size else [])
             yield packet
 
-    monkeypatch.setattr(pyav_decoder, "_sound_frames", lambda packets, keys: sound_frames(noted(packets), keys))
+    monkeypatch.setattr(
+        pyav_decoder, "_sound_frames", lambda packets, keys, **more: sound_frames(noted(packets), keys, **more)
+    )
     index, leant_on = index_video(str(path)), marks(path)
     wanted = index.pts[[0, len(index.pts) // 2, -1]]
     assert len(list(get_decoder("pyav").decode(index, wanted, short_side=64))) == 3

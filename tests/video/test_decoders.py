@@ -14,7 +14,7 @@ from dora_ray.errors import ConfigError, VideoError
 from dora_ray.video.decoders import NAMES, get_decoder, scaled_size
 from dora_ray.video.index import index_video
 from dora_ray.video.synthetic import encode_video, read_counter
-from tests.video import videos
+from tests.video import odd_videos, videos
 
 LIBRARIES = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec"}
 AVAILABLE = [name for name in NAMES if importlib.util.find_spec(LIBRARIES[name])]
@@ -83,6 +83,19 @@ def test_damage_leaves_frames_out_and_never_shows_wrong_ones(tmp_path):
     index = index_video(str(videos.damaged(tmp_path, first=14, count=2)))
     got = numbers(get_decoder("pyav"), index, index.pts)
     assert got == [*range(14), *range(24, videos.NUM_FRAMES)]
+
+
+def test_damage_in_a_stream_that_is_renewed_bit_by_bit_ends_when_it_is_renewed(tmp_path):
+    """Packet 5 is lost; the refresh that begins at packet 12 is over at 23."""
+    path = odd_videos.intra_refresh(tmp_path)
+    index = index_video(str(path))
+    with av.open(str(path)) as reader:
+        packet = [p for p in reader.demux(video=0) if p.size][5]
+        place, size = packet.pos, packet.size
+    content = bytearray(path.read_bytes())
+    content[place : place + size] = bytes(size)
+    path.write_bytes(content)
+    assert numbers(get_decoder("pyav"), index, index.pts) == [*range(5), *range(23, videos.NUM_FRAMES)]
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -44,6 +44,8 @@ def make_index(pts, key_pts, time_base=(1, 30)) -> VideoIndex:
         real_seconds=1.0,
         leading_frames=False,
         timed=True,
+        joins=(),
+        heals=(),
         packet_pts=np.empty(0, np.int64),
         field_pairs=False,
         false_marks=0,
@@ -289,6 +291,12 @@ def test_a_clock_that_jumps_by_years_takes_no_memory(tmp_path):
     index = make_index([0, 1, 2, 3 * 10**11, 3 * 10**11 + 1], [0])
     assert index.kept_frames(30.0).tolist() == [0, 1, 2, 3, 4]
     assert index.kept_frames(1.0).tolist() == [0, 2, 3]
+
+
+def test_a_hole_takes_no_time_to_decode():
+    index = make_index([0, 1, 2, 3 * 10**11, 3 * 10**11 + 1], [0])
+    assert index.playing_seconds(0, 3 * 10**11 + 1) == pytest.approx(5 / 30)
+    assert index.playing_seconds(0, 2) == pytest.approx(2 / 30)
 
 
 def test_matroska_that_begins_late_has_lost_nothing(tmp_path):
