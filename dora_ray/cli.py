@@ -198,8 +198,14 @@ def _add_fetch(parts: Commands[argparse.ArgumentParser]) -> None:
         type=int,
         default=2160,
         metavar="LINES",
-        help="at most so many (2160); AV1 is asked for before VP9, which takes twice as long to decode; H.264 ends at"
-        " 1080 there",
+        help="at most so many (2160); H.264 ends at 1080 there",
+    )
+    parser.add_argument(
+        "--decoder",
+        choices=("pyav", "decord", "torchcodec"),
+        default="pyav",
+        help="the data.decoder that the files are for (pyav): AV1 is asked for before VP9, which takes twice as long to"
+        " decode, but for decord, which has no AV1",
     )
     parser.add_argument("--list", action="store_true", help="name the videos, without the network")
 

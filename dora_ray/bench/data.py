@@ -35,11 +35,12 @@ from dora_ray.clips.direct import DecodedSegment, decode_segment
 from dora_ray.clips.segments import SegmentPlan, streamed_videos
 from dora_ray.clips.slot import read_slot
 from dora_ray.config import Config, load_config
+from dora_ray.errors import ConfigError
 from dora_ray.store import frames as frame_store
 from dora_ray.store.frames import StoredVideo, read_jpegs
 from dora_ray.training.launch import make_plan
 from dora_ray.training.memory import peak_mb
-from dora_ray.video.decoders import DecodedFrame
+from dora_ray.video.decoders import DecodedFrame, get_decoder
 from dora_ray.video.index import VideoIndex, index_video
 
 WIDTH, HEIGHT, RATE, GROUP_SIZE = 3840, 2160, 60, 250
@@ -112,13 +113,26 @@ def _decoding(path: str, config: Config) -> tuple[list[DecodedFrame], dict[str, 
     """A film's kept frames, and the frames that ingest goes through a core-second, beside plain decoding."""
     index = index_video(path)
     ingest, frames = _cpu_seconds(lambda: decode_frames(index, config))
-    plain = _plain_decoder()[1](path)
+    plain, other = _plain_decoder()[1](path), _decord_seconds(index, config)
     # Ingest ends at the last kept frame.
     through = np.searchsorted(index.pts, frames[-1].pts, side="right")
     return frames, {
         "ingest_frames_per_core_second": float(through) / ingest,
         "ffmpeg_frames_per_core_second": len(index.pts) / plain,
+        **({"decord_frames_per_core_second": float(through) / other} if other else {}),
     }
+
+
+def _decord_seconds(index: VideoIndex, config: Config) -> float:
+    """CPU seconds that decord takes for the same frames; 0 where it is not installed, or refused for the film."""
+    try:
+        decoder = get_decoder("decord")
+    except ConfigError:
+        return 0.0
+    if decoder.refusal(index):
+        return 0.0
+    chosen = load_config(config, "data.decoder=decord")
+    return _cpu_seconds(lambda: decode_frames(index, chosen))[0]
 
 
 def _writing(frames: list[DecodedFrame], config: Config) -> dict[str, float]:

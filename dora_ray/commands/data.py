@@ -105,7 +105,7 @@ def run_fetch(options: argparse.Namespace) -> None:
         def progress(name: str, done: int, total: int) -> None:
             stages.at(f"fetch {name}", "MB").update(step=done // 2**20, total=max(total // 2**20, 1))
 
-        paths = fetch_tours(tours, out=options.out, height=options.height, progress=progress)
+        paths = fetch_tours(tours, out=options.out, height=options.height, decoder=options.decoder, progress=progress)
     write("\n".join(map(str, paths)))
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import av
 import numpy as np
 
-from dora_ray import files
 from dora_ray.errors import VideoError
+from dora_ray.video.copies import local_file
 from dora_ray.video.frames import DecodedFrame, Decoder, scaled_size, stored_plane
 from dora_ray.video.index import VideoIndex
 from dora_ray.video.remarks import LOST_SECONDS
@@ -26,7 +26,6 @@ class DecordDecoder:
     def refusal(self, index: VideoIndex) -> str | None:
         """What notes and the conformance suite know decord 0.6 to get wrong."""
         reasons = (
-            (files.is_remote(index.path), "it reads local files only"),
             ("mpegts" in index.container, "it does not return from MPEG-TS files"),
             (index.codec == "av1", "its FFmpeg of 2021 has no AV1 decoder"),
             (index.discarded > 0, "it ignores the file's edit list and repeats frames"),
@@ -52,8 +51,9 @@ class DecordDecoder:
         """See `Decoder.decode`."""
         _check_accepted(self, index)
         width, height = scaled_size(index.width, index.height, short_side)
+        path = local_file(index)
         try:
-            reader = self._library.VideoReader(index.path, num_threads=1)
+            reader = self._library.VideoReader(path, num_threads=1)
             if len(reader) != len(index.pts):
                 raise VideoError(
                     f"{index.path}: decord sees {len(reader)} frames of {len(index.pts)}; use data.decoder=pyav"
@@ -73,9 +73,7 @@ class TorchCodecDecoder:
         self._library = library
 
     def refusal(self, index: VideoIndex) -> str | None:
-        """What torchcodec is known to fail on; remote files are not passed to it."""
-        if files.is_remote(index.path):
-            return "it is given local files only"
+        """What torchcodec is known to fail on."""
         reasons = (
             (index.resized, "it fails where the size of the pictures changes"),
             ("mpegts" in index.container, "it cannot read MPEG-TS"),
@@ -87,10 +85,9 @@ class TorchCodecDecoder:
         """See `Decoder.decode`."""
         _check_accepted(self, index)
         width, height = scaled_size(index.width, index.height, short_side)
+        path = local_file(index)
         try:
-            reader = self._library.VideoDecoder(
-                index.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
-            )
+            reader = self._library.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
             for time in pts:
                 frame = reader.get_frame_played_at((int(time) + 0.5) * index.tick)
                 if round(frame.pts_seconds / index.tick) == int(time):

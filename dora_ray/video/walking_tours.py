@@ -16,6 +16,9 @@ from typing import Any
 from dora_ray.errors import ConfigError, VideoError
 
 LICENSE = "CC BY (as the data set's authors list it; the site's own word is fetched with the file)"
+FASTEST_CODEC = "av01"
+# The codec that is asked for first, in yt-dlp's words, for each decoder: decord's FFmpeg has no AV1.
+PREFERRED_CODECS = {"pyav": FASTEST_CODEC, "decord": "vp9", "torchcodec": FASTEST_CODEC}
 FACTS = ("id", "title", "channel", "license", "duration", "webpage_url", "width", "height", "fps", "vcodec")
 
 
@@ -68,7 +71,12 @@ def find_tours(names: Sequence[str]) -> list[Tour]:
 
 
 def fetch_tours(
-    tours: Sequence[Tour], *, out: str | Path, height: int, progress: Callable[[str, int, int], None] | None = None
+    tours: Sequence[Tour],
+    *,
+    out: str | Path,
+    height: int,
+    decoder: str = "pyav",
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Path]:
     """Download the videos, without sound; goes on where an earlier download stopped, and skips what is there.
 
@@ -76,7 +84,9 @@ def fetch_tours(
         tours: which.
         out: folder, made as needed.
         height: the most lines of a picture; each height has files of its own. The site's 2160 lines come as AV1 or VP9
-            alone: H.264 ends at 1080. AV1 is asked for first, as it decodes about twice as fast as VP9.
+            alone: H.264 ends at 1080.
+        decoder: what they are for: AV1 is asked for first, as it decodes about twice as fast as VP9, unless the decoder
+            cannot read it.
         progress: told the tour's name, the bytes so far, and all bytes (0 where unknown).
 
     Returns:
@@ -89,18 +99,22 @@ def fetch_tours(
     library = _library()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    return [_fetch(library, tour, folder, height, progress) for tour in tours]
+    codec = PREFERRED_CODECS[decoder]
+    return [_fetch(library, tour, folder, height, codec, progress) for tour in tours]
 
 
 def download_options(
-    folder: Path, name: str, height: int, hook: Callable[[dict[str, Any]], None] | None
+    folder: Path, name: str, height: int, codec: str, hook: Callable[[dict[str, Any]], None] | None
 ) -> dict[str, Any]:
-    """What yt-dlp is asked for: the pictures alone, most lines up to `height`, then most frames a second, then AV1."""
+    """What yt-dlp is asked for: the pictures alone, most lines up to `height`, then most frames a second, then `codec`.
+
+    After that codec come those that the site ranks below it: none above.
+    """
     return {
         "format": "bestvideo",
-        "format_sort": [f"res:{height}", "fps", "vcodec:av01"],
+        "format_sort": [f"res:{height}", "fps", f"vcodec:{codec}"],
         # A download that goes on appends to the file of its name, which must hold the same pictures.
-        "outtmpl": {"default": str(folder / f"{name}-{height}.%(ext)s")},
+        "outtmpl": {"default": str(folder / f"{_stem(name, height, codec)}.%(ext)s")},
         "continuedl": True,
         "retries": 10,
         "fragment_retries": 10,
@@ -110,10 +124,20 @@ def download_options(
     }
 
 
+def _stem(name: str, height: int, codec: str) -> str:
+    """The name of a file without its suffix, each codec's its own."""
+    return f"{name}-{height}" if codec == FASTEST_CODEC else f"{name}-{height}-{codec}"
+
+
 def _fetch(
-    library: Any, tour: Tour, folder: Path, height: int, progress: Callable[[str, int, int], None] | None
+    library: Any,
+    tour: Tour,
+    folder: Path,
+    height: int,
+    codec: str,
+    progress: Callable[[str, int, int], None] | None,
 ) -> Path:
-    facts_path = folder / f"{tour.name}-{height}.json"
+    facts_path = folder / f"{_stem(tour.name, height, codec)}.json"
     done = _finished(facts_path)
     if done is not None:
         return done
@@ -123,7 +147,7 @@ def _fetch(
             total = state.get("total_bytes") or state.get("total_bytes_estimate") or 0
             progress(tour.name, int(state.get("downloaded_bytes") or 0), int(total))
 
-    info = _download(library, tour, download_options(folder, tour.name, height, hook))
+    info = _download(library, tour, download_options(folder, tour.name, height, codec, hook))
     path = Path(info["requested_downloads"][0]["filepath"])
     facts = {"file": path.name, **{key: info.get(key) for key in FACTS}}
     facts_path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
 from dora_ray.cli import main
 from dora_ray.errors import ConfigError
+from dora_ray.video.decoders import NAMES as DECODERS
 from dora_ray.video.walking_tours import TOURS, download_options, fetch_tours, find_tours
 
 
@@ -46,10 +48,28 @@ def test_without_yt_dlp_the_extra_is_named(tmp_path, capsys):
 
 def test_what_is_asked_for(tmp_path):
     """Pictures alone, up to the height, AV1 first, and a download that goes on where it stopped."""
-    options = download_options(tmp_path, "venice", 2160, None)
+    options = download_options(tmp_path, "venice", 2160, "av01", None)
     assert (options["format"], options["format_sort"]) == ("bestvideo", ["res:2160", "fps", "vcodec:av01"])
     assert options["continuedl"]
     assert options["outtmpl"]["default"].startswith(str(tmp_path / "venice-2160."))
+
+
+def test_decord_is_given_what_it_reads(tmp_path, monkeypatch):
+    """Files of its own, so that neither is taken for the other."""
+    asked = []
+
+    def download(library, tour, options):
+        asked.append(options["format_sort"][-1])
+        path = options["outtmpl"]["default"] % {"ext": "webm"}
+        Path(path).write_bytes(b"x")
+        return {"requested_downloads": [{"filepath": path}]}
+
+    monkeypatch.setattr("dora_ray.video.walking_tours._library", lambda: None)
+    monkeypatch.setattr("dora_ray.video.walking_tours._download", download)
+    paths = [fetch_tours(find_tours(["venice"]), out=tmp_path, height=2160, decoder=name)[0] for name in DECODERS * 2]
+    assert asked == ["vcodec:av01", "vcodec:vp9"]
+    assert [path.name for path in paths[:3]] == ["venice-2160.webm", "venice-2160-vp9.webm", "venice-2160.webm"]
+    assert paths[3:] == paths[:3]
 
 
 def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
