@@ -12,8 +12,9 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+from dora_ray.tuning.axes import SEED_KEY, keys_of_axis, value_at
 from dora_ray.tuning.results import Row, group_points
-from dora_ray.tuning.space import SEED_KEY, SweepSpec
+from dora_ray.tuning.space import SweepSpec
 from dora_ray.tuning.statistics import Comparison, Level, Observation, compare, effects, share_half
 
 # PED-ANOVA needs that many trials to say anything.
@@ -74,12 +75,13 @@ class Analysis:
 
     def label(self, point: Hashable) -> str:
         """Return a point in words: the last part of each key, and its value."""
-        varied = [(key, value) for key, value in _pairs(point) if key in self.factors or not self.factors]
+        keys = {key for axis in self.factors for key in keys_of_axis(axis)}
+        varied = [(key, value) for key, value in _pairs(point) if key in keys or not keys]
         return ", ".join(f"{key.rsplit('.', 1)[-1]} {_word(value)}" for key, value in varied) or "the only point"
 
     def value_of(self, key: str) -> Callable[[Hashable], Any]:
         """Return what reads a factor's value from a point."""
-        return lambda point: dict(_pairs(point))[key]
+        return _reader(key)
 
 
 def _pairs(point: Hashable) -> tuple[tuple[str, Any], ...]:
@@ -110,7 +112,7 @@ def analyze(rows: Sequence[Row], spec: SweepSpec, baseline: Mapping[str, Any] | 
         for point, members in groups.items()
         for row in members
     ]
-    factors = tuple(key for key in spec.space if len({str(dict(point).get(key)) for point in groups}) > 1)
+    factors = tuple(key for key in spec.space if len({str(value_at(dict(point), key)) for point in groups}) > 1)
     facts = (baseline or {}).get(spec.metric, {})
     return Analysis(
         spec,
@@ -126,7 +128,7 @@ def analyze(rows: Sequence[Row], spec: SweepSpec, baseline: Mapping[str, Any] | 
 
 
 def _reader(key: str) -> Callable[[Hashable], Any]:
-    return lambda point: dict(_pairs(point))[key]
+    return lambda point: value_at(dict(_pairs(point)), key)
 
 
 def _measured_chance(rows: Sequence[Row], metric: str) -> float | None:
@@ -188,6 +190,19 @@ def _beside(found: Analysis) -> str:
     return f" {text[0].upper()}{text[1:]}." if text else ""
 
 
+OTHER_MEASURES = ("knn", "object_iou", "tracking_iou", "view_matching", "rankme")
+
+
+def other_verdicts(rows: Sequence[Row], spec: SweepSpec, baseline: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Answer the question by each other measure that the trials have: a choice that only one measure makes is weak."""
+    found = []
+    for metric in OTHER_MEASURES:
+        if metric != spec.metric and any(metric in row.metrics for row in rows):
+            other = analyze(rows, spec.model_copy(update={"metric": metric, "mode": "max"}), baseline)
+            found.append((metric, verdict(other)))
+    return found
+
+
 def caution(spec: SweepSpec) -> str:
     """Say why the metric may not mean what the reader hopes; empty for a figure that is measured on other data."""
     if is_share(spec.metric) or spec.metric == "rankme":
@@ -223,7 +238,7 @@ def _ped_anova(found: Analysis, rows: Sequence[Row]) -> dict[str, float]:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize" if found.spec.mode == "max" else "minimize")
-    names = {key: sorted({json.dumps(row.values[key]) for row in rows}) for key in found.factors}
+    names = {key: sorted({json.dumps(value_at(row.values, key)) for row in rows}) for key in found.factors}
     kinds: dict[str, Any] = {}
     for key, axis in ((key, found.spec.space[key]) for key in found.factors):
         ((kind, values),) = axis.items()
@@ -238,7 +253,7 @@ def _ped_anova(found: Analysis, rows: Sequence[Row]) -> dict[str, float]:
             values = {
                 key: row.values[key]
                 if isinstance(kinds[key], optuna.distributions.FloatDistribution)
-                else json.dumps(row.values[key])
+                else json.dumps(value_at(row.values, key))
                 for key in kinds
             }
             study.add_trial(

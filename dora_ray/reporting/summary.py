@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dora_ray import files
-from dora_ray.reporting.analysis import Analysis, analyze, caution, costs, verdict
+from dora_ray.reporting.analysis import Analysis, analyze, caution, costs, other_verdicts, verdict
 from dora_ray.reporting.render import describe_machine, duration
 from dora_ray.tuning.baseline import read_baseline
 from dora_ray.tuning.results import read_csv, read_spec
@@ -14,7 +14,8 @@ def summarize(folder: str) -> str:
     spec = read_spec(folder)
     table = files.join(folder, "results.csv")
     rows = read_csv(table) if files.exists(table) else []
-    found = analyze(rows, spec, read_baseline(folder))
+    baseline = read_baseline(folder)
+    found = analyze(rows, spec, baseline)
     parts = [f"# {spec.question or 'A sweep'}", verdict(found)]
     if caution(spec):
         parts.append(caution(spec))
@@ -26,6 +27,7 @@ def summarize(folder: str) -> str:
             for level in levels
         )
         parts.append(f"Effect of `{key}` on {spec.metric}: {told}")
+    parts += [f"By {metric}: {text}" for metric, text in other_verdicts(rows, spec, baseline)]
     failed = [row for row in rows if row.status == "failed"]
     if failed:
         parts.append("Failed:\n\n" + "\n".join(f"- `{row.name}`: {row.error}" for row in failed))

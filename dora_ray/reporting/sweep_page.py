@@ -13,16 +13,26 @@ from markupsafe import Markup
 
 from dora_ray import files
 from dora_ray.reporting import charts
-from dora_ray.reporting.analysis import Analysis, analyze, caution, costs, importances, is_share, verdict
+from dora_ray.reporting.analysis import (
+    Analysis,
+    analyze,
+    caution,
+    costs,
+    importances,
+    is_share,
+    other_verdicts,
+    verdict,
+)
 from dora_ray.reporting.charts import Bar
 from dora_ray.reporting.curves import legend, overlay, series
 from dora_ray.reporting.render import THUMBNAIL_WIDTH, Picture, duration, figure, render, shrink
 from dora_ray.reporting.svg import COLORS
 from dora_ray.training.records.journal import read_metrics
+from dora_ray.tuning.axes import SEED_KEY, keys_of_axis, value_at
 from dora_ray.tuning.baseline import read_baseline
 from dora_ray.tuning.progress import summarize_sweep
 from dora_ray.tuning.results import Row, read_csv, read_spec
-from dora_ray.tuning.space import SEED_KEY, SweepSpec
+from dora_ray.tuning.space import SweepSpec
 from dora_ray.tuning.statistics import interaction, pareto
 
 # Of many points the page draws the best; the table has all of them.
@@ -51,7 +61,8 @@ def sweep_page(folder: str) -> str:
     spec = read_spec(folder)
     table = files.join(folder, "results.csv")
     rows = read_csv(table) if files.exists(table) else []
-    found = analyze(rows, spec, read_baseline(folder))
+    baseline = read_baseline(folder)
+    found = analyze(rows, spec, baseline)
     points = found.comparison.points
     importance, note = importances(found)
     many = len(found.done) > 1
@@ -63,6 +74,7 @@ def sweep_page(folder: str) -> str:
         state=summarize_sweep(folder)["state"],
         answer=verdict(found),
         warning=caution(spec),
+        others=other_verdicts(rows, spec, baseline),
         tiles=_tiles(rows, spec),
         command=_command(folder, found),
         points=_mark(_draw_points(found)) if points else "",
@@ -201,7 +213,7 @@ def _curves(folder: str, found: Analysis) -> dict[str, Any]:
 
 def _groups(rows: Sequence[Row], key: str) -> tuple[dict[str, int], list[str]]:
     """From trial to the number of its value, and the values' words; many numbers become as many ranges as colors."""
-    values = charts.ordered([row.values[key] for row in rows if key in row.values])
+    values = charts.ordered([value_at(row.values, key) for row in rows])
     if len(values) <= COLORS:
         order = {str(value): index for index, value in enumerate(values)}
         words = [figure(value) for value in values]
@@ -210,7 +222,7 @@ def _groups(rows: Sequence[Row], key: str) -> tuple[dict[str, int], list[str]]:
         order = {str(value): index // size for index, value in enumerate(values)}
         parts = [values[start : start + size] for start in range(0, len(values), size)]
         words = [f"{figure(part[0])} to {figure(part[-1])}" for part in parts]
-    return {row.name: order[str(row.values[key])] for row in rows if key in row.values}, words
+    return {row.name: order[str(value_at(row.values, key))] for row in rows}, words
 
 
 def _draw_cost(found: Analysis) -> str:
@@ -228,7 +240,11 @@ def _draw_cost(found: Analysis) -> str:
 
 
 def _draw_rays(found: Analysis) -> str:
-    rows = [{**row.values, found.spec.metric: _percent(found) * row.metrics[found.spec.metric]} for row in found.done]
+    rows = [
+        {key: value_at(row.values, key) for key in found.factors}
+        | {found.spec.metric: _percent(found) * row.metrics[found.spec.metric]}
+        for row in found.done
+    ]
     return charts.parallel(rows, found.factors, metric=found.spec.metric, mode=found.spec.mode)
 
 
@@ -262,7 +278,7 @@ def _table(folder: str, found: Analysis) -> dict[str, Any]:
     """Columns and rows of the sortable table."""
     measures = [name for name in (found.spec.metric, *SHOWN_MEASURES) if any(name in row.metrics for row in found.rows)]
     measures = list(dict.fromkeys(measures))
-    keys = [*found.spec.space, SEED_KEY]
+    keys = [*(key for axis in found.spec.space for key in keys_of_axis(axis)), SEED_KEY]
     best = {row.name for row in _best_rows(found)}
     rows = []
     for row in found.rows:

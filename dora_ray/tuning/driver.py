@@ -8,6 +8,7 @@ run's checkpoint.
 from __future__ import annotations
 
 import functools
+import logging
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,10 +16,15 @@ from typing import Any
 from dora_ray import files
 from dora_ray.config import load_config
 from dora_ray.config_source import parse_yaml
+from dora_ray.errors import DoRAError
+from dora_ray.evaluation.pictures import show
 from dora_ray.training.launch import train
 from dora_ray.training.records.journal import read_metrics
 from dora_ray.tuning.results import BOOKKEEPING, error_file, read_spec, trial_folder, trial_status
-from dora_ray.tuning.space import make_trial, with_seed
+from dora_ray.tuning.space import Trial, make_trial, with_seed
+from dora_ray.video.sources import find_videos
+
+logger = logging.getLogger(__name__)
 
 SPEC, BASE = "sweep.yaml", "base.yaml"
 # In a report: this trial has failed for a reason that trying again does not change.
@@ -59,6 +65,18 @@ def drive(point: dict[str, Any], *, folder: str) -> None:
         write_error(folder, trial.name, error)
         tune.report({FAILED: 1})
         raise
+    _draw_objects(trial, run)
+
+
+def _draw_objects(trial: Trial, run: str) -> None:
+    """Draw one clip as the trial's teacher sees it, the same for all trials: the report puts them side by side."""
+    pictures = files.join(run, "pictures")
+    if files.is_remote(run) or files.exists(pictures):
+        return
+    try:
+        show(run, find_videos(trial.config.data.videos)[0], out=pictures, num_clips=1)
+    except (DoRAError, OSError, RuntimeError) as error:
+        logger.warning("the objects of %s are not drawn: %s", trial.name, error)
 
 
 def _figures(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from dora_ray.training.launch import check_videos
 from dora_ray.training.memory import MB, estimate_memory_mb
 from dora_ray.training.numerics import prepare_torch
 from dora_ray.training.step import apply_step, initial_state, sum_slots
+from dora_ray.tuning.axes import SEED_KEY
 from dora_ray.tuning.capacity import largest, trials_that_fit
 from dora_ray.tuning.data import distinct_data, place, tours
 from dora_ray.tuning.results import trial_status
-from dora_ray.tuning.space import SEED_KEY, SweepSpec, Trial, base_config, expand, load_sweep, make_trial
+from dora_ray.tuning.space import SweepSpec, Trial, base_config, expand, load_sweep, make_trial
 from dora_ray.tuning.sweep import check_folder, known_trials
 from dora_ray.video.tour_files import FILM
 

@@ -109,16 +109,16 @@ def summarize_sweep(folder: str) -> dict[str, Any]:
     """What there is to say about a sweep, in the order in which one asks; what is unknown is left out.
 
     Returns:
-        sweep, state (starting, running, done, failed when a trial failed, interrupted; "dead" in place of running when
-        its process is gone), trials, done, stopped, failed, steps_done, steps, eta_seconds, running (trial -> its
-        progress), written_seconds (since the last word).
+        sweep, state (starting, running, done, failed when a trial failed, interrupted, or unknown; "dead" in place of
+        running when its process is gone), trials, done, stopped, failed, steps_done, steps, eta_seconds, running (trial
+        -> its progress), written_seconds (since the last word).
     """
     path = files.absolute(folder)
     try:
         status = read_status(path)
     except (ValueError, TypeError):
         status = {}
-    state = status.get("state", "starting")
+    state = status.get("state", "unknown")
     if state in ("starting", "running") and is_dead(path):
         state = "dead"
     facts: dict[str, Any] = {"sweep": path, "state": state}

@@ -16,7 +16,8 @@ import yaml
 from dora_ray import files
 from dora_ray.config_source import parse_yaml
 from dora_ray.training.records.journal import read_metrics, read_status
-from dora_ray.tuning.space import SEED_KEY, SweepSpec, Trial, load_sweep
+from dora_ray.tuning.axes import SEED_KEY
+from dora_ray.tuning.space import SweepSpec, Trial, load_sweep
 
 Line = dict[str, Any]
 BOOKKEEPING = frozenset({"step", "time", "attempt"})

@@ -21,17 +21,11 @@ import numpy as np
 from pydantic import Field
 
 from dora_ray.config import Config, load_config
-from dora_ray.config_section import Count, Natural, Positive, Section, checked, keys_of, unknown_key
+from dora_ray.config_section import Count, Natural, Positive, Section, checked
 from dora_ray.config_source import flatten, parse_override, parse_yaml
 from dora_ray.errors import ConfigError
+from dora_ray.tuning.axes import SEED_KEY, keys_of_axis, normalize_space, settings
 
-KINDS = {
-    "grid": "grid: [a, b, c]",
-    "choice": "choice: [a, b, c]",
-    "uniform": "uniform: [low, high]",
-    "loguniform": "loguniform: [low, high]",
-}
-SEED_KEY = "run.seed"
 # The key under which Ray Tune's Repeater numbers the trials of one point.
 REPETITION = "__trial_index__"
 NAME_LENGTH = 100
@@ -67,7 +61,8 @@ class SweepSpec(Section):
     overrides: tuple[str, ...] = ()
     """What all trials change in it: "section.key=value", or nested mappings."""
     space: dict[str, dict[str, list[Any]]]
-    """Dotted key -> {grid: [...]}, {choice: [...]}, {uniform: [low, high]} or {loguniform: [low, high]}."""
+    """Dotted key, or several joined by " + " -> {grid: [...]}, {choice: [...]}, {uniform: [low, high]} or {loguniform:
+    [low, high]}."""
     metric: str = "loss"
     """Measure of metrics.jsonl that ranks the trials, such as loss or knn."""
     mode: Literal["min", "max"] = "min"
@@ -136,7 +131,7 @@ def load_sweep(source: str | Path | Mapping[str, Any], *overrides: str) -> Sweep
         *_as_overrides(values.get("overrides") or []),
         *(text for text in overrides if text not in own),
     ]
-    return _validate({**values, "space": _normalize_space(values.get("space"))})
+    return _validate({**values, "space": normalize_space(values.get("space"))})
 
 
 def base_config(spec: SweepSpec) -> Config:
@@ -145,9 +140,11 @@ def base_config(spec: SweepSpec) -> Config:
     Raises:
         ConfigError: it cannot be used, or sets a key that the sweep varies.
     """
-    swept = [text for text in spec.overrides if _key_of(text) in {*spec.space, SEED_KEY}]
+    axes = {key: axis for axis in spec.space for key in keys_of_axis(axis)}
+    swept = [text for text in spec.overrides if _key_of(text) in {*axes, SEED_KEY}]
     if swept:
-        axis = "seeds" if _key_of(swept[0]) == SEED_KEY else f"space: {spec.space[_key_of(swept[0])]}"
+        name = axes.get(_key_of(swept[0]), "")
+        axis = f"space: {name}: {spec.space[name]}" if name else "seeds"
         raise ConfigError(
             f"{swept[0]} sets a key that this sweep varies ({axis}), so it would be without effect. "
             "Leave it out, or change the space in the sweep's file; seeds are set with seeds=[0,1]."
@@ -170,7 +167,7 @@ def _samples(spec: SweepSpec) -> Iterator[dict[str, Any]]:
     """Each value, or end, of every axis once."""
     first = {key: values[0] for key, axis in spec.space.items() for values in axis.values()}
     for key, axis in spec.space.items():
-        for value in next(iter(axis.values())):
+        for value in next(iter(axis.values())):  # a joint axis is refused
             yield {**first, key: value, SEED_KEY: spec.seeds[0]}
 
 
@@ -189,7 +186,8 @@ def _points(spec: SweepSpec) -> Iterator[dict[str, Any]]:
         for combination in product(*grids.values()):
             for seed in spec.seeds:
                 chosen = drawn | dict(zip(grids, combination, strict=True))
-                yield {**{key: chosen[key] for key in spec.space}, SEED_KEY: seed}
+                found = (settings(axis, chosen[axis]) for axis in spec.space)
+                yield {**{key: value for some in found for key, value in some.items()}, SEED_KEY: seed}
 
 
 def _draw(key: str, axis: Mapping[str, list[Any]], sample: int) -> Any:
@@ -258,46 +256,6 @@ def _as_overrides(values: Any) -> list[str]:
     if isinstance(values, list):
         return [str(value) for value in values]
     raise ConfigError(f"overrides={values!r}: give a list of section.key=value, or a mapping of sections")
-
-
-def _normalize_space(space: Any) -> dict[str, dict[str, list[Any]]]:
-    """Every axis as {kind: values}; a plain list is a grid."""
-    if not isinstance(space, Mapping) or not space:
-        raise ConfigError(
-            "a sweep needs a `space`: dotted keys with values, such as 'tracking.num_objects: {grid: [1, 2, 3]}'"
-        )
-    return {str(key): _normalize_axis(str(key), axis) for key, axis in space.items()}
-
-
-def _normalize_axis(key: str, axis: Any) -> dict[str, list[Any]]:
-    if key == SEED_KEY:
-        raise ConfigError(
-            "run.seed is not part of the space: list the seeds under `seeds`, so that the report can average over them"
-        )
-    if key not in keys_of(Config):
-        raise ConfigError(f"space: {unknown_key(key, Config, 'configuration key')}")
-    axis = {"grid": axis} if isinstance(axis, list) else axis
-    if not isinstance(axis, Mapping) or len(axis) != 1 or next(iter(axis)) not in KINDS:
-        raise ConfigError(f"space: {key}: {axis!r} is not one of {', '.join(f'{{{kind}}}' for kind in KINDS.values())}")
-    ((kind, values),) = axis.items()
-    if not isinstance(values, list) or not values:
-        raise ConfigError(f"space: {key}: {kind} needs a list of values, not {values!r}")
-    if kind in ("uniform", "loguniform"):
-        _check_interval(key, kind, values)
-    return {kind: list(values)}
-
-
-def _check_interval(key: str, kind: str, values: list[Any]) -> None:
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    if (
-        len(values) != 2
-        or len(numbers) != 2
-        or not numbers[0] < numbers[1]
-        or (kind == "loguniform" and numbers[0] <= 0)
-    ):
-        above = "0 < low < high" if kind == "loguniform" else "low < high"
-        hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if len(numbers) < len(values) else ""
-        raise ConfigError(f"space: {key}: {kind} needs [low, high] with {above}, not {values!r}{hint}")
 
 
 def _validate(values: Mapping[str, Any]) -> SweepSpec:

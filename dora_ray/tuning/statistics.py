@@ -19,6 +19,7 @@ LEVEL = 0.95
 # A winner is named after all points were looked at, so it has to be surer than one interval beside others: all its
 # differences together at this level.
 WINNER_LEVEL = 0.99
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,10 @@ class _Model:
         if self.degrees == 0 or seeds < 2 or len(self.values) != count * seeds:
             return pooled, degrees
         # Seeds are shared by all points, so the pooled squares are not independent of each other (Satterthwaite).
-        of_seeds = (float(within @ within) - self.noise * self.degrees) / (seeds - 1)
+        of_seeds = max(0.0, float(within @ within) - self.noise * self.degrees) / (seeds - 1)
         parts = (of_seeds / count, (count - 1) * self.noise / count)
         spread = parts[0] ** 2 / (seeds - 1) + parts[1] ** 2 / self.degrees
-        return sum(parts), sum(parts) ** 2 / spread if spread else degrees
+        return sum(parts), sum(parts) ** 2 / spread if spread > 0 else degrees
 
     def contrast(self, weights: np.ndarray, level: float) -> Estimate:
         """A difference of points, by weights that add to nothing, with its interval."""
@@ -177,7 +178,8 @@ def compare(observations: Sequence[Observation], *, mode: str) -> Comparison:
         behind[point] = model.contrast(weights, LEVEL)
         # Which pair is looked at is chosen by the figures themselves, so all pairs count.
         sure = model.contrast(weights, 1 - (1 - WINNER_LEVEL) / pairs)
-        if not sure.low > 0:
+        # Figures that are all equal leave a difference of rounding, and no noise to compare it with.
+        if not sure.low > ROUNDING * max(abs(means[best].value), abs(means[point].value)):
             tied.append(point)
     return Comparison(ranked, behind, tuple(tied), repeated=degrees > 0)
 

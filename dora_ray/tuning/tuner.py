@@ -11,10 +11,11 @@ from dora_ray import files
 from dora_ray.config import Config
 from dora_ray.errors import ConfigError
 from dora_ray.training.trainer import on_devices
+from dora_ray.tuning.axes import SEED_KEY
 from dora_ray.tuning.capacity import Capacity, largest
 from dora_ray.tuning.driver import trainable
 from dora_ray.tuning.progress import SweepProgress, read_points
-from dora_ray.tuning.space import SEED_KEY, SweepSpec, Trial
+from dora_ray.tuning.space import SweepSpec, Trial
 
 # ASHA compares trials first after this share of their steps; earlier, warm-up is all there is to see.
 GRACE_SHARE = 0.25

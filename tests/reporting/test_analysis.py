@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from dora_ray.reporting.analysis import analyze, caution, importances, verdict
+from dora_ray.reporting.analysis import analyze, caution, importances, other_verdicts, verdict
 from dora_ray.tuning.results import Row, read_csv, read_spec
 from dora_ray.tuning.space import expand, load_sweep
 from tests.tuning.folders import write_sweep
@@ -72,3 +74,12 @@ def test_what_moves_the_metric_is_important(seeds):
     shares, how = importances(_crossed(seeds))
     assert shares["tracking.num_objects"] > 0.9
     assert ("PED-ANOVA" in how) == (seeds == 3)
+
+
+def test_other_measures_answer_too(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", [[0.20, 0.21, 0.2], [0.40, 0.41, 0.4]])
+    rows = [replace(row, metrics=row.metrics | {"object_iou": 0.3}) for row in read_csv(str(folder / "results.csv"))]
+    ((metric, text),) = other_verdicts(rows, read_spec(str(folder)), {})
+    assert metric == "object_iou"
+    assert "object_iou 30.0 %" in text
+    assert "not separable from the other" in text

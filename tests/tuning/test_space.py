@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dora_ray.errors import ConfigError
+from dora_ray.tuning.axes import value_at
 from dora_ray.tuning.space import expand, load_sweep
 
 SWEEPS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
@@ -34,6 +35,19 @@ def test_a_sweep_that_grows_keeps_the_names_of_its_trials():
     assert len(named) == len(many) == 18
     assert all(named[trial.name] == trial for trial in few)
     assert all(trial.name.endswith(trial.short_id) and len(trial.short_id) == 6 for trial in many)
+
+
+def test_keys_that_change_together_are_one_axis():
+    axis = "tracking.kind + tracking.num_iterations"
+    space = {axis: {"grid": [["dora", 30], ["dora", 0], ["none", 30]]}, "tracking.num_objects": [1, 3]}
+    spec = load_sweep({"space": space})
+    trials = expand(spec)
+    assert spec.count == len(trials) == 6
+    seen = [(trial.config.tracking.kind, trial.config.tracking.num_iterations) for trial in trials[::2]]
+    assert seen == [("dora", 30), ("dora", 0), ("none", 30)]
+    assert value_at(trials[0].values, axis) == "dora, 30"
+    with pytest.raises(ConfigError, match=r"tracking\.kind=none sets a key that this sweep varies"):
+        expand(load_sweep({"space": space}, "tracking.kind=none"))
 
 
 def test_optuna_gets_every_value_checked_before_anything_starts():
@@ -93,6 +107,9 @@ GOOD = {"tracking.num_objects": {"grid": [1, 2]}}
         ({"space": GOOD, "num_samples": 3}, "would repeat the same points"),
         ({"space": GOOD, "search": "tpe", "scheduler": "asha"}, "search=tpe compares whole trials"),
         ({"space": {"crops.clip_scale": [[0.1, 1.0]]}, "search": "tpe"}, "cannot choose among lists"),
+        ({"space": {"tracking.kind + optim.lr": [["dora", 1.0], "none"]}}, "each value is a list of 2, not 'none'"),
+        ({"space": {"tracking.kind + optim.l": [["dora", 1.0]]}}, "optim.l"),
+        ({"space": {"tracking.kind + run.seed": [["dora", 1]]}}, "list the seeds under `seeds`"),
         ({"space": GOOD, "sede": [1]}, "unknown key of a sweep's file: sede."),
         ({"space": GOOD, "sedes": [1]}, "Did you mean seeds?"),
         ({"space": GOOD, "mode": "best"}, "mode='best'"),

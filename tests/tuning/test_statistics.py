@@ -95,10 +95,12 @@ def test_no_winner_among_equals(points, seeds):
     assert named <= 300 * 0.01 + 3, "one in a hundred sweeps of equals, and chance"
 
 
-def test_equal_figures_never_have_a_winner():
-    found = compare([Observation(point, seed, 0.25) for point in "abc" for seed in range(3)], mode="max")
+@pytest.mark.parametrize("points", ["ab", "abc", "abcdefgh"])
+@pytest.mark.parametrize("value", [0.25, 0.3, 1 / 3, 1e6 / 7])
+def test_equal_figures_never_have_a_winner(points, value):
+    found = compare([Observation(point, seed, value) for point in points for seed in range(3)], mode="max")
     assert found.winner is None
-    assert len(found.tied) == 2
+    assert len(found.tied) == len(points) - 1
 
 
 def test_a_clear_winner_is_named_and_close_ones_are_listed():
