@@ -65,6 +65,7 @@ class Loop:
             num_steps=config.optim.steps,
             warmup_steps=config.optim.warmup_steps,
             teacher_temperature=config.loss.teacher_temperature,
+            lr=config.optim.lr,
         )
         if self.journal is not None:
             self._writer = CheckpointWriter(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 FLAT_ENTROPY_SHARE = 0.99
 NO_DIVERSITY_SHARE = 0.01
 FULL_OVERLAP = 0.95
+# DINO's authors found temperatures above it unstable.
+WARMEST_TEACHER = 0.07
 # Overlap must last for this share of the run, or for as long as the warm-up if that is longer.
 LASTING_SHARE = 0.1
 
@@ -24,7 +26,8 @@ class CollapseWatch:
         num_objects: K.
         num_steps: steps of the run.
         warmup_steps: steps before which the measures say nothing.
-        teacher_temperature: the one to change.
+        teacher_temperature: as configured.
+        lr: the highest learning rate.
     """
 
     num_outputs: int
@@ -33,6 +36,7 @@ class CollapseWatch:
     num_steps: int
     warmup_steps: int
     teacher_temperature: float
+    lr: float
     _said: str | None = None
     _overlap_since: int | None = None
 
@@ -45,16 +49,13 @@ class CollapseWatch:
         return sentence if kind != said else None
 
     def _diagnose(self, step: int, metrics: Mapping[str, float]) -> tuple[str | None, str | None]:
-        """The first that holds: a flat output has no diversity either, and a collapsed teacher no objects."""
-        if metrics["teacher_entropy"] > FLAT_ENTROPY_SHARE * math.log(self.num_outputs):
-            return "flat", (
-                f"The teacher's output is almost uniform over its {self.num_outputs} outputs, the same for every "
-                f"image. Lower loss.teacher_temperature (now {self.teacher_temperature:g}) and begin again."
-            )
-        if metrics["teacher_diversity"] < NO_DIVERSITY_SHARE * math.log(min(self.num_images, self.num_outputs)):
-            return "same", (
-                "The teacher gives every image the same few outputs. Raise optim.warmup_steps or lower optim.lr, "
-                "and begin again."
+        """The first that holds: a flat output is one for all images, and a collapsed teacher finds no objects."""
+        entropy_share = metrics["teacher_entropy"] / math.log(self.num_outputs)
+        least_diversity = NO_DIVERSITY_SHARE * math.log(min(self.num_images, self.num_outputs))
+        if entropy_share > FLAT_ENTROPY_SHARE or metrics["teacher_diversity"] < least_diversity:
+            return "collapse", (
+                "The teacher gives every image the same output, whose entropy is "
+                f"{entropy_share:.0%} of that of a flat one. {self._remedy(entropy_share)} and begin again."
             )
         if "object_overlap" not in metrics:  # no step since the last line had objects
             return ("overlap" if self._said == "overlap" else None), None
@@ -65,6 +66,12 @@ class CollapseWatch:
                 "tracking.num_objects."
             )
         return None, None
+
+    def _remedy(self, entropy_share: float) -> str:
+        """Only a warm teacher flattens by itself. Steps that are too large do both, and no temperature helps then."""
+        if entropy_share > FLAT_ENTROPY_SHARE and self.teacher_temperature > WARMEST_TEACHER:
+            return f"Lower loss.teacher_temperature (now {self.teacher_temperature:g}) to {WARMEST_TEACHER:g} or less"
+        return f"Lower optim.lr (now {self.lr:g})"
 
     def _overlap_lasts(self, step: int, overlap: float) -> bool:
         """Tell if the objects have been the same patches in every line for long."""
