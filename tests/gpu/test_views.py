@@ -35,21 +35,25 @@ def clips() -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (2, 4, 40, 40, 3), dtype=np.uint8)
 
 
-def test_agree_with_the_cpus(gpu):
-    expected = augment.render(torch.from_numpy(clips()), draw(), size=16)
-    views = augment.render(torch.from_numpy(clips()).to(gpu), draw(), size=16)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_agree_with_the_cpus(gpu, interpolation):
+    # A cubic kernel overshoots; what is clamped between the CPU's two passes shows at full contrast.
+    pixels = torch.from_numpy(clips() if interpolation == "bilinear" else 90 + clips() // 4)
+    expected = augment.render(pixels, draw(), size=16, interpolation=interpolation)
+    views = augment.render(pixels.to(gpu), draw(), size=16, interpolation=interpolation)
     # Whole levels on one side, up to 1.2 of them apart; brightness and contrast at most double that.
     torch.testing.assert_close(views.cpu(), expected, atol=0.06, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_the_host_waits_for_nothing(gpu):
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_host_waits_for_nothing(gpu, interpolation):
     """The first rendering may: it copies the constants."""
     rows = np.arange(2)
-    augment.render(augment.upload_clips(clips(), rows, gpu), draw(), size=16)
+    augment.render(augment.upload_clips(clips(), rows, gpu), draw(), size=16, interpolation=interpolation)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        augment.render(augment.upload_clips(clips(), rows, gpu), draw(), size=16)
+        augment.render(augment.upload_clips(clips(), rows, gpu), draw(), size=16, interpolation=interpolation)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
