@@ -59,7 +59,7 @@ image:
 
 # A machine with a GPU may have neither a network nor a decoder: clips as one file, and the wheels that it lacks.
 GPU_KIT := .gpu-kit
-GPU_WHEELS = $(shell grep -E '^(pydantic|pydantic-core|annotated-types|typing-inspection|typing-extensions)==' requirements.lock)
+GPU_WHEELS = $(shell grep -E '^(pydantic|pydantic-core|annotated-types|typing-inspection|typing-extensions|timm)==' requirements.lock)
 GPU_PYTHON ?= 3.12
 
 gpu-kit: $(STAMP)

@@ -125,7 +125,10 @@ def is_plain(vit: torch.nn.Module) -> TypeGuard[VisionTransformer]:
         plain_tokens
         and not vit.no_embed_class
         and isinstance(vit.patch_embed.norm, torch.nn.Identity)
-        and all(type(b) is Block and type(b.attn) is Attention and b.attn.gate is None for b in vit.blocks)
+        # timm has gates since 1.0.28.
+        and all(
+            type(b) is Block and type(b.attn) is Attention and not getattr(b.attn, "gate", None) for b in vit.blocks
+        )
     )
 
 

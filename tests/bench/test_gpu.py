@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -293,3 +295,23 @@ def test_the_tests_of_a_gpu_are_rehearsed(tmp_path: Path) -> None:
     outcomes = [test["outcome"] for test in found["figures"].values()]
     assert check.failures(found) == []
     assert outcomes.count("passed") >= 9
+
+
+def test_a_wheel_is_used_where_its_package_is_missing_or_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "scripts" / "gpu_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    installed = {"timm": "1.0.9", "pydantic_core": "2.50.4", "torch": "2.11.0+cu130"}
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(script, "version", version)
+    assert script.is_needed(Path("timm-1.0.31-py3-none-any.whl"))
+    assert script.is_needed(Path("annotated_types-0.8.0-py3-none-any.whl"))
+    assert not script.is_needed(Path("pydantic_core-2.50.4-cp312-cp312-manylinux_2_17_x86_64.whl"))
+    assert script.has("torch") == (2, 11, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -88,6 +89,28 @@ def test_the_host_does_not_wait_within_a_slot_of_masked_views(gpu):
         slot_quantities(state, batch_of(config, 0, 1), config)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_host_waits_once_a_step(gpu):
+    """For the sums; whoever reads the measures waits, too."""
+    config = config_of("optim.precision=bf16", "optim.reduction=exact")
+    prepare_torch(gpu, config.optim, deterministic=True)
+    state = initial_state(config, gpu)
+
+    def step(number: int) -> None:
+        batches = [batch_of(config, number, slot) for slot in range(config.optim.slots)]
+        apply_step(state, sum_slots(state, batches, NO_RECORDS, config, None), config)
+
+    step(0)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(one.message) for one in caught if "synchronizing CUDA operation" in str(one.message)]
+    assert len(waits) == 1, waits
 
 
 def test_exact_sums_through_the_collective_are_those_without(worker, tmp_path):

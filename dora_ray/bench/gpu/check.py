@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 from dora_ray.bench.gpu.figures import read_figures
@@ -147,6 +148,7 @@ def machine(root: Path) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "timm": timm.__version__,
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "commit": _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]),
     }
