@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast lint format lock image gpu-kit clean
+.PHONY: help setup demo test test-fast lint audit format lock image gpu-kit clean
 
 help:
 	@echo "make demo       the main job on a real video: train, evaluate, export, report (about 5 minutes)"
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make lint       ruff, mypy, import-linter"
+	@echo "make audit      known vulnerabilities of the locked versions"
 	@echo "make format     ruff's formatter and its safe fixes"
 	@echo "make image      the images of cluster.yaml, dora-ray:VERSION-cpu and -cuda (docker, or ENGINE=podman; TORCH_INDEX=PyTorch's index of CPU wheels)"
 	@echo "make gpu-kit    what scripts/gpu_check.py needs on a GPU machine, in .gpu-kit: VIDEOS=... IMAGES=DIR DAVIS=DIR"
@@ -40,6 +41,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# pip-audit has an environment of its own: it is no part of what we run. Without a way out it is not there, and nothing is checked.
+audit: $(STAMP)
+	test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/python -m pip install --quiet --no-input pip-audit || true; }
+	$(BIN)/python scripts/audit.py .audit/bin/pip-audit
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -72,4 +78,4 @@ gpu-kit: $(STAMP)
 	@du -sh $(GPU_KIT)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

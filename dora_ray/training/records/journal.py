@@ -19,6 +19,7 @@ from typing import Any, SupportsFloat
 
 from dora_ray import files
 from dora_ray.errors import DoRAError
+from dora_ray.training.records.gauges import RunGauges
 from dora_ray.training.records.tensorboard import Board
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class Journal:
         self._num_steps, self._world_size = num_steps, world_size
         self._last_checkpoint = last_checkpoint
         self._board = Board(files.join(run, TENSORBOARD), self._warn)
+        self._gauges = RunGauges(run)
         self._recovery = _Recovery.of(events[starts[-1] :], entered) if starts else None
         if self._recovery is not None:
             self._recovery.steps_lost = max(0, _steps_done(run) - step)
@@ -152,9 +154,10 @@ class Journal:
         self._ledger.append(json.dumps({"attempt": self.attempt, "step": step, "slots": slots}))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same to TensorBoard, and a fresh status.json."""
+        """One line of metrics.jsonl, the same to TensorBoard and Ray, and a fresh status.json."""
         line = {"step": step, "time": time.time(), "attempt": self.attempt, "world_size": self._world_size, **values}
         self._metrics.append(json.dumps(line))
+        self._gauges.set(line)
         self._board.add(step, {**values, "world_size": self._world_size})
         self.status("running", step, clips_per_second=values.get("clips_per_second"))
 

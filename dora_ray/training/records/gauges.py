@@ -1,0 +1,54 @@
+"""What a run is doing as Ray's own metrics, which Prometheus collects and clusters/grafana-dashboard.json shows.
+
+Rank 0 sets them with each line of metrics.jsonl; they cost nothing where Ray is not connected.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+# Names of gauges, without Ray's own prefix `ray_`, what each is, and the line's fields that it is computed from.
+GAUGES = {
+    "dora_step": "Optimizer steps done.",
+    "dora_loss": "Loss, mean since the last line.",
+    "dora_clips_per_second": "Clips that all workers train on in a second.",
+    "dora_data_wait_share": "Share of a step in which the slowest worker waits for clips.",
+    "dora_bad_clips": "Clips that could not be decoded, since step 0.",
+    "dora_workers": "Training workers.",
+}
+
+
+def gauge_values(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the gauges' values of a line of metrics; what it lacks is left out."""
+    fields = {"dora_step": "step", "dora_loss": "loss", "dora_clips_per_second": "clips_per_second"}
+    fields |= {"dora_bad_clips": "bad_clips", "dora_workers": "world_size"}
+    values = {gauge: float(line[field]) for gauge, field in fields.items() if field in line}
+    if "data_wait_seconds" in line and line.get("step_seconds"):
+        values["dora_data_wait_share"] = line["data_wait_seconds"] / line["step_seconds"]
+    return values
+
+
+class RunGauges:
+    """The gauges of one run; does nothing outside of Ray.
+
+    Args:
+        run: the run's folder or URI, whose last part tells runs apart in the dashboard.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._tags = {"run": run.rstrip("/").rpartition("/")[2]}
+        self._gauges: dict[str, Any] = {}
+        ray: Any = importlib.import_module("ray")
+        if ray.is_initialized():
+            kind: Any = importlib.import_module("ray.util.metrics").Gauge
+            self._gauges = {
+                name: kind(name, description=meaning, tag_keys=("run",)) for name, meaning in GAUGES.items()
+            }
+
+    def set(self, line: Mapping[str, Any]) -> None:
+        """Show a line of metrics."""
+        if self._gauges:
+            for name, value in gauge_values(line).items():
+                self._gauges[name].set(value, tags=self._tags)
