@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dora_ray.errors import DoRAError
+from dora_ray.errors import ClusterError, DoRAError
 
 # What must be the same everywhere: what is pickled, what decodes, what computes.
 PACKAGES = ("dora-ray", "ray", "torch", "torchvision", "timm", "numpy", "pyarrow", "pylance", "av", "simplejpeg")
@@ -121,6 +121,34 @@ def look_at_nodes(paths: Sequence[str] = (), *, elsewhere: bool = False) -> list
     asked = {node["NodeID"]: _task(look_here, node["NodeID"]).remote(list(paths)) for node in alive}
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
     return [_facts(node, asked[node["NodeID"]]) for node in alive]
+
+
+def require_alike(paths: Sequence[str]) -> None:
+    """Check that the cluster's nodes at other addresses can do what this machine can, before work is sent there.
+
+    Nodes that the autoscaler adds later come from the same image, and are not looked at.
+
+    Args:
+        paths: files and folders that every node must be able to read.
+
+    Raises:
+        ClusterError: a node lacks a path, or has another version of a package; it is named.
+    """
+    here = look_here(())["versions"]
+    for node in look_at_nodes(paths, elsewhere=True):
+        if node.unreachable:
+            path, reason = next(iter(node.unreachable.items()))
+            raise ClusterError(
+                f"{node.name} cannot read {path}: {reason}. Videos, store and run must be at the same path on every "
+                "node: a shared file system, s3:// or gs://. `dora-ray doctor PATH` looks at all nodes"
+            )
+        other = {name: found for name, found in node.versions.items() if found != here[name]}
+        if other:
+            name, found = next(iter(other.items()))
+            raise ClusterError(
+                f"{node.name} has {name} {found or 'not installed'}, this machine {here[name]}: use one image, built "
+                "from requirements.lock, on every node and here. `dora-ray doctor` lists all that differs"
+            )
 
 
 def _task(function: Any, node_id: str) -> Any:

@@ -17,6 +17,7 @@ from dora_ray import files
 from dora_ray.checkpoints import CHECKPOINTS, complete_checkpoints, newest_meta
 from dora_ray.clips.plan import Plan, Video, no_clip, refuse_without_clips
 from dora_ray.clips.segments import SegmentPlan, streamed_videos
+from dora_ray.cluster.nodes import require_alike
 from dora_ray.config import Config, load_config
 from dora_ray.config_source import flatten, parse_yaml
 from dora_ray.errors import CheckpointError, ConfigError, DoRAError
@@ -90,6 +91,8 @@ def train(
     store = _store(config, run)
     indexes = _check_lengths(config, [load_index(path, store=store) for path in _paths(config)])
     with connect(config):
+        if config.cluster.num_workers != 0:
+            require_alike([index.path for index in indexes])
         placed = on_devices(config)
         check_resources(placed)
         plan = make_plan(config, _planned_videos(config, store, indexes, on_ingest))

@@ -33,6 +33,7 @@ class Head:
         environment: what reaches it.
         token: in `environment`'s file.
         folder: of its sessions.
+        process: of the head, in a group with all that it has started.
     """
 
     url: str
@@ -40,6 +41,7 @@ class Head:
     environment: dict[str, str]
     token: str
     folder: Path
+    process: subprocess.Popen[bytes]
 
 
 def free_ports(count: int) -> list[int]:
@@ -94,7 +96,7 @@ def ray_head(folder: Path, *, num_cpus: int = 3, variables: dict[str, str] | Non
                 assert process.poll() is None, (folder / "head.log").read_text()
                 assert time.monotonic() < deadline, (folder / "head.log").read_text()
                 time.sleep(0.5)
-            yield Head(url, f"127.0.0.1:{gcs}", environment, token, Path(sockets))
+            yield Head(url, f"127.0.0.1:{gcs}", environment, token, Path(sockets), process)
     finally:
         shutil.rmtree(sockets, ignore_errors=True)
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from dora_ray.cluster.nodes import look_at_nodes, look_here
+from dora_ray.video.sources import find_videos
 from tests.cluster.heads import BIN, background, call, free_ports, ray_head
+from tests.conftest import BIKES, SMALL
 
 
 def test_what_cannot_be_read_is_told(tmp_path):
@@ -45,7 +47,7 @@ def test_an_odd_node_a_wrong_token_and_another_version_are_named(tmp_path):
     """The second node sees an empty folder where the film is, and has another dora-ray."""
     videos, package = tmp_path / "videos", tmp_path / "odd" / "dora_ray-9.9.9.dist-info"
     videos.mkdir()
-    (videos / "walk.mp4").write_bytes(b"film")
+    shutil.copy(find_videos([BIKES])[0], videos / "walk.mp4")
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: dora-ray\nVersion: 9.9.9\n")
     doctor = [str(BIN / "dora-ray"), "doctor", str(videos / "walk.mp4"), "--address"]
@@ -64,6 +66,11 @@ def test_an_odd_node_a_wrong_token_and_another_version_are_named(tmp_path):
         assert "9.9.9 on decode 127.0.0.2" in said, said
         assert f"not readable on decode 127.0.0.2: {videos}/walk.mp4: there is no such file" in said, said
         assert "ok       dashboard" in said, said
+            train = [str(BIN / "dora-ray"), "train", "tiny", *SMALL, f"data.videos=[{videos}/walk.mp4]"]
+            train += ["cluster.num_workers=1", "--out", str(tmp_path / "run")]
+            refused = call(train, head.environment | {"RAY_ADDRESS": head.address})
+            assert refused.returncode == 5, refused.stderr
+            assert f"decode 127.0.0.2 cannot read {videos}/walk.mp4: there is no such file" in refused.stderr
         _other_token_is_refused([*doctor, head.address], head.environment, tmp_path)
 
 

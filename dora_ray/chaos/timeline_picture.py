@@ -1,0 +1,78 @@
+"""A timeline of nodes as a picture: a small SVG that any browser shows, in light and in dark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Protocol
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 300, 46, 16, 34, 40
+COLORS = {"decode": "#2f7ebc", "train": "#c2571a"}
+
+
+class Seen(Protocol):
+    """A moment: seconds, and nodes by type."""
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+
+    def count(self, kind: str) -> int:
+        """Nodes of a type."""
+
+
+class Line(Protocol):
+    """A timeline: its moments and events."""
+
+    @property
+    def moments(self) -> Sequence[Seen]:
+        """In order."""
+
+    @property
+    def events(self) -> Sequence[tuple[float, str]]:
+        """Seconds and words."""
+
+
+def picture(timeline: Line) -> str:
+    """Return the counts of decode and train nodes over time as steps, events as marks."""
+    ends = [moment.seconds for moment in timeline.moments] + [seconds for seconds, _ in timeline.events]
+    longest = max(*ends, 1.0)
+    highest = max(1, *(moment.count(kind) for moment in timeline.moments for kind in COLORS))
+
+    def across(seconds: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * seconds / longest
+
+    def up(count: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * count / highest
+
+    parts = [
+        f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(count):.1f}" y2="{up(count):.1f}" stroke="#8886"/>'
+        f'<text x="{LEFT - 10}" y="{up(count) + 4:.1f}" text-anchor="end">{count}</text>'
+        for count in range(highest + 1)
+    ]
+    step = max(10, round(longest / 8 / 10) * 10)
+    parts += [
+        f'<text x="{across(seconds):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{seconds} s</text>'
+        for seconds in range(0, int(longest) + 1, step)
+    ]
+    for offset, (kind, color) in enumerate(COLORS.items()):
+        path, last = f"M {across(0):.1f} {up(0):.1f}", 0
+        for moment in timeline.moments:
+            path += f" H {across(moment.seconds):.1f} V {up(moment.count(kind)):.1f}"
+            last = moment.count(kind)
+        path += f" H {across(longest):.1f}"
+        parts.append(f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2.5"/>')
+        parts.append(f'<text x="{LEFT + 130 * offset}" y="18" fill="{color}">{kind} nodes, at the end {last}</text>')
+    for seconds, words in timeline.events:
+        here = across(seconds)
+        anchor = "end" if here > WIDTH / 2 else "start"
+        parts.append(
+            f'<line x1="{here:.1f}" x2="{here:.1f}" y1="{TOP - 8}" y2="{HEIGHT - BOTTOM}" stroke="#888" '
+            f'stroke-dasharray="3 4"/><text x="{here + (-4 if anchor == "end" else 4):.1f}" y="{TOP + 4}" '
+            f'text-anchor="{anchor}">{escape(words)}</text>'
+        )
+    style = "text{font:12px sans-serif;fill:#555}@media (prefers-color-scheme:dark){text{fill:#bbb}}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="Decode and train nodes over time"><style>{style}</style>{"".join(parts)}</svg>\n'
+    )

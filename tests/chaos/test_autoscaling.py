@@ -1,0 +1,81 @@
+"""The autoscaler on the node types of cluster.yaml: what is made of the file, what is told, and the thing itself."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from dora_ray.chaos.autoscaling import HEAD_TYPE, Moment, Timeline, run, scaled_down, table
+from dora_ray.chaos.timeline_picture import picture
+
+CLUSTER = yaml.safe_load((Path(__file__).parents[2] / "cluster.yaml").read_text())
+
+MADE_UP = Timeline(
+    [
+        Moment(0.0, {"head": ["0"]}, {}),
+        Moment(20.0, {"head": ["0"], "decode": ["1", "2"]}, {"decode": ["Map(ingest)"]}),
+        Moment(25.0, {"head": ["0"], "decode": ["1"], "train": ["3"]}, {"train": ["RayTrainWorker"]}),
+        Moment(90.0, {"head": ["0"]}, {}),
+    ],
+    [(21.0, "decode node 00002 is killed"), (60.0, "the training ends with status 0")],
+    0,
+)
+
+
+def test_names_labels_and_limits_are_the_files():
+    fake = scaled_down(CLUSTER, "10.0.0.1:6379")
+    validate_config(prepare_config(fake))
+    types = fake["available_node_types"]
+    assert set(types) == {HEAD_TYPE, "decode", "train"}
+    assert types[HEAD_TYPE]["resources"] == {"CPU": 0}
+    for name in ("decode", "train"):
+        given = CLUSTER["available_node_types"][name]
+        assert types[name]["labels"] == given["labels"]
+        assert types[name]["min_workers"] == given["min_workers"] == 0
+        assert 2 <= types[name]["max_workers"] <= given["max_workers"]
+
+
+def test_processes_on_nodes_that_are_not_for_them_are_named():
+    assert MADE_UP.misplaced() == []
+    wrong = {"head": ["Map(ingest)"], "train": ["Map(ingest)"], "decode": ["RayTrainWorker", "Map(ingest)"]}
+    found = Timeline([Moment(3.0, {}, wrong)]).misplaced()
+    assert found == [
+        "Map(ingest) on a head node after 3 s",
+        "Map(ingest) on a train node after 3 s",
+        "RayTrainWorker on a decode node after 3 s",
+    ]
+
+
+def test_the_timeline_as_a_table_and_a_picture():
+    lines = table(MADE_UP).splitlines()[2:]
+    assert lines[0] == "| 0 | 0 | 0 |  |"
+    assert lines[2] == "| 25 | 1 | 1 | decode node 00002 is killed |"
+    assert lines[3] == "| 90 | 0 | 0 | the training ends with status 0 |"
+    root = xml.etree.ElementTree.fromstring(picture(MADE_UP))
+    words = [text.text for text in root.iter() if text.tag.endswith("text")]
+    assert "decode node 00002 is killed" in words
+    assert sum(element.tag.endswith("path") for element in root.iter()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+def test_nodes_come_are_replaced_and_go_again(tmp_path: Path):
+    timeline = run(CLUSTER, tmp_path, steps=200)
+    shown = table(timeline) + "\n" + (tmp_path / "train.log").read_text()[-3000:]
+    assert timeline.status == 0, shown
+    assert set(timeline.moments[0].nodes) == {"head"}, "the first job starts on a cluster without workers"
+    assert timeline.most("decode") >= 2, shown
+    assert timeline.most("train") >= 1, shown
+    assert timeline.misplaced() == [], shown
+    assert set(timeline.moments[-1].nodes) == {"head"}, shown
+    killed = next(seconds for seconds, words in timeline.events if "killed" in words)
+    before = {
+        name for moment in timeline.moments if moment.seconds <= killed for name in moment.nodes.get("decode", [])
+    }
+    after = {name for moment in timeline.moments if moment.seconds > killed for name in moment.nodes.get("decode", [])}
+    assert after - before, f"no node took the place of the one that was killed\n{shown}"
