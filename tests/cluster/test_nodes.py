@@ -61,16 +61,16 @@ def test_an_odd_node_a_wrong_token_and_another_version_are_named(tmp_path):
                 if "nodes          2" in said:
                     break
                 time.sleep(3)
+            train = [str(BIN / "dora-ray"), "train", "tiny", *SMALL, f"data.videos=[{videos}/walk.mp4]"]
+            train += ["cluster.num_workers=1", "--out", str(tmp_path / "run")]
+            refused = call(train, head.environment | {"RAY_ADDRESS": head.address})
         assert done.returncode == 1, done.stderr
         assert "PROBLEM  versions" in said, done.stderr
         assert "9.9.9 on decode 127.0.0.2" in said, said
         assert f"not readable on decode 127.0.0.2: {videos}/walk.mp4: there is no such file" in said, said
         assert "ok       dashboard" in said, said
-            train = [str(BIN / "dora-ray"), "train", "tiny", *SMALL, f"data.videos=[{videos}/walk.mp4]"]
-            train += ["cluster.num_workers=1", "--out", str(tmp_path / "run")]
-            refused = call(train, head.environment | {"RAY_ADDRESS": head.address})
-            assert refused.returncode == 5, refused.stderr
-            assert f"decode 127.0.0.2 cannot read {videos}/walk.mp4: there is no such file" in refused.stderr
+        assert refused.returncode == 5, refused.stderr
+        assert f"decode 127.0.0.2 cannot read {videos}/walk.mp4: there is no such file" in refused.stderr
         _other_token_is_refused([*doctor, head.address], head.environment, tmp_path)
 
 
