@@ -159,7 +159,7 @@ def _warnings(work: Workload, asked: dict[str, Any], memory: dict[str, Any], clu
     found = []
     if memory["node_needs_gib"] > memory["node_has_gib"]:
         found.append(
-            f"{memory['node_workers']} workers on a node need {memory['node_needs_gib']:.1f} GiB, and it has "
+            f"a node's workers ({memory['node_workers']}) need {memory['node_needs_gib']:.1f} GiB, and it has "
             f"{memory['node_has_gib']:.1f} GiB: lower optim.clips_per_slot (and raise optim.slots), set "
             "optim.activation_checkpointing=true, or run fewer workers a node"
         )
