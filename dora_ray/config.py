@@ -47,6 +47,9 @@ class DataConfig(Section):
     max_bad_fraction: Fraction = 0.01
     """Share of a video's frames that may be missing after its ingest, and of a run's clips that may be unreadable
     before it stops."""
+    skip_unreadable: bool = False
+    """Leave out videos that cannot be read, or lack more than max_bad_fraction, with a warning; not set: name them all
+    in an error."""
     prefetch_slots: Count = 4
     """Slots decoded ahead of each training worker."""
     slots_per_task: Count = 1

@@ -9,7 +9,7 @@ from typing import Any
 from dora_ray import files
 from dora_ray.commands.output import Stages, write, write_facts, write_json
 from dora_ray.commands.words import split
-from dora_ray.errors import ConfigError
+from dora_ray.errors import ConfigError, VideoError
 
 
 def run_index(options: argparse.Namespace) -> None:
@@ -17,10 +17,17 @@ def run_index(options: argparse.Namespace) -> None:
     from dora_ray.store.frames import load_index
     from dora_ray.store.losses import stored_frames
     from dora_ray.video.index import find_videos, index_video
+    from dora_ray.video.several import refuse_unreadable
 
     rows: list[dict[str, Any]] = []
-    for path in find_videos(options.videos):
-        index = load_index(path, store=options.store) if options.store else index_video(path)
+    failures: list[str] = []
+    paths = find_videos(options.videos)
+    for path in paths:
+        try:
+            index = load_index(path, store=options.store) if options.store else index_video(path)
+        except VideoError as error:
+            failures.append(str(error))
+            continue
         facts = {
             "video": index.path,
             "codec": index.codec,
@@ -42,6 +49,7 @@ def run_index(options: argparse.Namespace) -> None:
         write_facts(facts)
         rows.append(facts)
     write_json(options.json, rows)
+    refuse_unreadable(failures, len(paths), skip_unreadable=False)
 
 
 def run_ingest(options: argparse.Namespace) -> None:

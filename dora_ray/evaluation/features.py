@@ -9,7 +9,6 @@ image, no augmentation.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dora_ray import unreadable
 from dora_ray.errors import ConfigError
 from dora_ray.evaluation.images import SUFFIXES, open_rgb, read_image
 from dora_ray.folders import is_hidden, visible_files
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LabeledImages", "extract", "extract_splits", "find_splits", "normalize", "open_rgb", "training_size"]
 
-logger = logging.getLogger(__name__)
-
-MOST_NAMED = 20
 # What data sets call the folder beside their classes, letters alone.
 UNLABELED = frozenset(
     ("unlabeled", "unlabelled", "unlabel", "nolabel", "nolabels", "withoutlabels", "unsup", "unsupervised")
@@ -196,24 +193,10 @@ def _readable(
 def report_unreadable(failures: Sequence[str], num_files: int, *, skip_unreadable: bool) -> None:
     """Name the files that could not be read: in a warning where they are left out, else in an error.
 
-    Args:
-        failures: A sentence for each of them.
-        num_files: All files.
-        skip_unreadable: Leave them out.
-
     Raises:
         ConfigError: There are some, and they are not to be left out, or they are all.
     """
-    if not failures:
-        return
-    shown = " ".join(failures[:MOST_NAMED])
-    more = f" And {len(failures) - MOST_NAMED} more." if len(failures) > MOST_NAMED else ""
-    if skip_unreadable and len(failures) < num_files:
-        logger.warning("%d of %d files are left out: %s%s", len(failures), num_files, shown, more)
-        return
-    count = f"{len(failures)} of {num_files} files: " if len(failures) > 1 else ""
-    hint = "" if skip_unreadable else " The option skip_unreadable=true leaves out what cannot be read."
-    raise ConfigError(f"{count}{shown}{more}{hint}")
+    unreadable.report_unreadable(failures, num_files, skip=skip_unreadable, option="skip_unreadable", kind=ConfigError)
 
 
 def training_size(vit: VisionTransformer) -> int:

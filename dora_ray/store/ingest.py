@@ -29,6 +29,7 @@ from dora_ray.store.ray_tasks import ray_cluster, run_tasks
 from dora_ray.store.watchdog import Attempts, time_limit
 from dora_ray.video.decoders import DecodedFrame, get_decoder, scaled_size
 from dora_ray.video.index import VideoIndex
+from dora_ray.video.several import index_all, refuse_unreadable
 from dora_ray.video.sources import check_unchanged, find_videos
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ def ingest(
     decode_seconds: float,
     node_label: str | None = None,
     cache: str | None = None,
+    skip_unreadable: bool = False,
     progress: Callable[[IngestProgress], None] | None = None,
 ) -> list[StoredVideo]:
     """Bring the videos into the store and open them, sorted by path; does nothing where everything is stored.
@@ -103,14 +105,18 @@ def ingest(
         decode_seconds: the longest that ten seconds of video may take before a task's process is ended.
         node_label: value of the node label `role` that tasks are pinned to; None: any node.
         cache: folder on every node that a dataset is copied into before it is read; None: none.
+        skip_unreadable: leave out videos that cannot be read, with a warning.
         progress: told at the start and after every segment.
 
     Raises:
-        VideoError: a video cannot be found, read or decoded at all, or the decoder would be wrong on it.
+        VideoError: naming all videos that cannot be found, read or decoded at all, or on which the decoder would be
+            wrong; with `skip_unreadable`, only where no video is left.
         ConfigError: the decoder is not installed.
     """
     store = files.absolute(store)
-    indexes = _indexes(videos, store=store, decoder=decoder)
+    paths = find_videos(videos)
+    indexes = _indexes(paths, store=store, decoder=decoder, skip_unreadable=skip_unreadable)
+    failed: dict[str, str] = {}
     setting = {"frames_per_second": frames_per_second, "short_side": short_side, "jpeg_quality": jpeg_quality}
     uris = {i.video_id: frame_store.dataset_uri(store, i.video_id, **setting) for i in indexes}
     work = [
@@ -133,8 +139,16 @@ def ingest(
             items = [json.dumps(vars(part)) for part in work]
             patience = STALL_LIMITS * max(part.limit_seconds for part in work)
             results = run_tasks(items, task, node_label=node_label, patience_seconds=patience)
-            _commit_results(work, results, num_videos=len(indexes), progress=progress)
-    return frame_store.open_videos(indexes, store=store, cache=cache, **setting)
+            failed = _commit_results(work, results, num_videos=len(indexes), progress=progress)
+    stored = []
+    for index in indexes:
+        try:
+            if uris[index.video_id] not in failed:
+                stored += frame_store.open_videos([index], store=store, cache=cache, **setting)
+        except VideoError as error:
+            failed[uris[index.video_id]] = str(error)
+    refuse_unreadable(list(failed.values()), len(indexes), skip_unreadable=skip_unreadable)
+    return stored
 
 
 def ingest_segment(
@@ -166,17 +180,21 @@ def ingest_segment(
     return result
 
 
-def _indexes(videos: Sequence[str], *, store: str, decoder: str) -> list[VideoIndex]:
+def _indexes(paths: Sequence[str], *, store: str, decoder: str, skip_unreadable: bool) -> list[VideoIndex]:
     """The videos' indexes, copies of one file counted once."""
     library = get_decoder(decoder)
-    indexes = {}
-    for path in find_videos(videos):
+
+    def read(path: str) -> VideoIndex:
         index = frame_store.load_index(path, store=store)
         reason = library.refusal(index)
         if reason:
             raise VideoError(f"{path}: decoder {decoder} is refused: {reason}; use data.decoder=pyav")
         for warning in index.warnings:
             logger.warning("%s", warning)
+        return index
+
+    indexes: dict[str, VideoIndex] = {}
+    for index in index_all(paths, read, skip_unreadable=skip_unreadable):
         indexes.setdefault(index.video_id, index)
     return list(indexes.values())
 
@@ -244,20 +262,25 @@ def _commit_results(
     *,
     num_videos: int,
     progress: Callable[[IngestProgress], None] | None,
-) -> None:
-    """Commit what the tasks wrote as it comes, and what has come when something fails."""
+) -> dict[str, str]:
+    """Commit what the tasks wrote as it comes, and what has come when something fails.
+
+    Returns:
+        Why the work on a video failed, by its dataset; nothing of those that went well.
+    """
     start = time.monotonic()
     total = sum(len(part.pts) for part in work)
     state = IngestProgress(num_videos, len(work), 0, total, 0, 0, 0.0)
     written: dict[str, list[str]] = defaultdict(list)
     hung: dict[str, list[str]] = defaultdict(list)
-    errors: list[str] = []
+    errors: dict[str, list[str]] = defaultdict(list)
     committed = start
     _tell(progress, state)
     try:
         for result in results:
             (hung if result["hung"] else written)[result["uri"]] += json.loads(result["fragments"])
-            errors += [result["error"]] if result["error"] else []
+            if result["error"]:
+                errors[result["uri"]].append(result["error"])
             if result["hung"]:
                 logger.warning("%s, %d times: its frames count as unreadable", result["hung"], MAX_HANGS)
             now = time.monotonic()
@@ -274,24 +297,27 @@ def _commit_results(
             _tell(progress, state)
     finally:
         _commit_all(written)
-    errors += _commit_hung(hung)
-    if errors:
-        raise VideoError(errors[0] + (f" (and {len(errors) - 1} more segments)" if len(errors) > 1 else ""))
+    for uri, reason in _commit_hung(hung).items():
+        errors[uri].append(reason)
+    return {
+        uri: of_video[0] + (f" (and {len(of_video) - 1} more segments)" if len(of_video) > 1 else "")
+        for uri, of_video in errors.items()
+    }
 
 
-def _commit_hung(hung: dict[str, list[str]]) -> list[str]:
+def _commit_hung(hung: dict[str, list[str]]) -> dict[str, str]:
     """Record as unreadable what hung in videos that can be read elsewhere; the others are errors, and not recorded.
 
     A whole video that hangs is a server that does not answer more often than a damaged file.
     """
     readable = {uri: fragments for uri, fragments in hung.items() if frame_store.has_frames(uri)}
     _commit_all(dict(readable))
-    return [
-        f"{uri}: decoding hung wherever it was tried, and nothing of it was recorded; check that the file can be read"
-        " on every node, raise data.decode_seconds, or leave the file out"
+    return {
+        uri: f"{uri}: decoding hung wherever it was tried, and nothing of it was recorded; check that the file can be"
+        " read on every node, raise data.decode_seconds, or leave the file out"
         for uri in hung
         if uri not in readable
-    ]
+    }
 
 
 def _commit_all(written: dict[str, list[str]]) -> None:

@@ -41,20 +41,25 @@ def _sentence(readable: int, missing: int) -> str:
     )
 
 
-def refuse_losses(videos: Sequence[StoredVideo], *, max_bad_fraction: float) -> None:
-    """Warn of every video that is not whole.
+def whole_videos(
+    videos: Sequence[StoredVideo], *, max_bad_fraction: float, skip_unreadable: bool = False
+) -> list[StoredVideo]:
+    """Return the videos that are whole enough, and warn of each that is not whole.
 
     Raises:
-        VideoError: more than `max_bad_fraction` of a video's frames are missing; all such videos are named.
+        VideoError: more than `max_bad_fraction` of a video's frames are missing; all such videos are named. With
+            `skip_unreadable`, which leaves them out, only where no video is left.
     """
     for path, text in losses(videos).items():
         logger.warning("%s: %s", path, text)
     refused = [video for video in videos if missing_share(video) > max_bad_fraction]
-    if not refused:
-        return
+    if len(refused) < len(videos) and (skip_unreadable or not refused):
+        for video in refused:
+            logger.warning("%s is left out (data.skip_unreadable)", video.path)
+        return [video for video in videos if video not in refused]
     listed = "; ".join(f"{path}: {text}" for path, text in losses(refused).items())
     raise VideoError(
         f"{listed}. More than data.max_bad_fraction={max_bad_fraction:g} allows; what could be decoded is stored. Get"
-        f" the file{'s' if len(refused) > 1 else ''} again, leave {'them' if len(refused) > 1 else 'it'} out, or raise"
-        " data.max_bad_fraction"
+        f" the file{'s' if len(refused) > 1 else ''} again, leave {'them' if len(refused) > 1 else 'it'} out"
+        " (data.skip_unreadable=true), or raise data.max_bad_fraction"
     )

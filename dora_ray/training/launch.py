@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ from dora_ray.config_source import flatten, parse_yaml
 from dora_ray.errors import CheckpointError, ConfigError, DoRAError
 from dora_ray.store.frames import StoredVideo, known_index, load_index
 from dora_ray.store.ingest import IngestProgress, ingest
-from dora_ray.store.losses import losses, refuse_losses
+from dora_ray.store.losses import losses, whole_videos
 from dora_ray.training.beginning import with_resolved_init
 from dora_ray.training.elastic.requests import caught_signals
 from dora_ray.training.measuring import prepare
@@ -35,6 +36,7 @@ from dora_ray.training.trainer import check_resources, connect, on_devices, run_
 from dora_ray.training.worker import record_failure, train_loop
 from dora_ray.training.worlds import Job, LocalWorld
 from dora_ray.video.index import VideoIndex, index_video
+from dora_ray.video.several import index_all
 from dora_ray.video.sources import find_videos
 from dora_ray.weights import require_architecture
 
@@ -89,7 +91,7 @@ def train(
     if given is not None:
         logger.info("%s", given)
     store = _store(config, run)
-    indexes = _check_lengths(config, [load_index(path, store=store) for path in _paths(config)])
+    indexes = _indexes(config, functools.partial(load_index, store=store))
     with connect(config):
         if config.cluster.num_workers != 0:
             require_alike([index.path for index in indexes])
@@ -244,8 +246,16 @@ def check_videos(config: Config) -> list[VideoIndex]:
         VideoError: one cannot be read, or all are too short.
     """
     store = files.absolute(config.data.store) if config.data.store else None
-    known = {path: known_index(path, store=store) if store else None for path in _paths(config)}
-    return _check_lengths(config, [index or index_video(path) for path, index in known.items()])
+
+    def read(path: str) -> VideoIndex:
+        return (known_index(path, store=store) if store else None) or index_video(path)
+
+    return _indexes(config, read)
+
+
+def _indexes(config: Config, read: Callable[[str], VideoIndex]) -> list[VideoIndex]:
+    skip = config.data.skip_unreadable
+    return _check_lengths(config, index_all(_paths(config), read, skip_unreadable=skip))
 
 
 def _check_lengths(config: Config, indexes: list[VideoIndex]) -> list[VideoIndex]:
@@ -307,10 +317,10 @@ def ingest_videos(config: Config, store: str, on_ingest: OnIngest | None = None)
         decode_seconds=data.decode_seconds,
         node_label=config.cluster.decode_label,
         cache=files.absolute(data.cache) if data.cache else None,
+        skip_unreadable=data.skip_unreadable,
         progress=on_ingest,
     )
-    refuse_losses(stored, max_bad_fraction=data.max_bad_fraction)
-    return stored
+    return whole_videos(stored, max_bad_fraction=data.max_bad_fraction, skip_unreadable=data.skip_unreadable)
 
 
 def _check_resume(run: str, config: Config, plan: Plan) -> None:

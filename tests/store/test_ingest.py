@@ -203,6 +203,34 @@ def test_a_file_that_vanishes_is_reported_and_the_rest_is_kept(ray_cluster, tmp_
     assert (len(video), seen) == (14, [])
 
 
+def test_what_cannot_be_read_or_decoded_is_left_out_on_demand(ray_cluster, tmp_path, caplog):
+    """One video cannot be opened, one vanishes while it waits, one is good."""
+    good, gone, empty = videos.h264(tmp_path), videos.vp9(tmp_path), videos.empty(tmp_path)
+    load_index(str(gone), store=str(tmp_path / "store"))
+
+    def remove(state):
+        gone.unlink(missing_ok=True)
+
+    with caplog.at_level("WARNING"):
+        paths = [str(path) for path in (good, gone, empty)]
+        (video,) = ingest(paths, store=str(tmp_path / "store"), progress=remove, skip_unreadable=True, **SETTING)
+    assert (video.path, len(video)) == (str(good), 14)
+    assert f"1 of 3 files are left out: {empty}: is empty" in caplog.text
+    assert "1 of 2 files are left out: " in caplog.text
+    assert "vp9.webm: no such file" in caplog.text
+
+
+def test_several_bad_files_are_all_named_before_a_job_starts(tmp_path, no_ray):
+    no_ray()
+    good, empty, sound = videos.h264(tmp_path), videos.empty(tmp_path), videos.audio_only(tmp_path)
+    with pytest.raises(VideoError, match=r"2 of 3 files: .*data\.skip_unreadable=true") as caught:
+        run(tmp_path / "store", good, empty, sound)
+    assert empty.name in str(caught.value)
+    assert sound.name in str(caught.value)
+    with pytest.raises(VideoError, match="2 of 2 files: "):
+        run(tmp_path / "store", empty, sound, skip_unreadable=True)
+
+
 def hang_in_the_last_segment(item, **settings):
     """The real task, in a process whose decoder never returns from segment 3."""
 

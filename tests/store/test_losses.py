@@ -11,7 +11,7 @@ import pytest
 from dora_ray.errors import VideoError
 from dora_ray.store import frames as frame_store
 from dora_ray.store.frames import load_index, open_videos
-from dora_ray.store.losses import losses, missing_share, refuse_losses, stored_frames
+from dora_ray.store.losses import losses, missing_share, stored_frames, whole_videos
 from dora_ray.video.index import DECODING_RULES
 from tests.store.test_frames import SETTING, fill, uri_of
 from tests.video import odd_videos, videos
@@ -41,13 +41,16 @@ def test_what_is_missing_is_a_sentence(films):
 def test_more_than_is_allowed_is_an_error_that_names_every_such_video(films, caplog):
     _, (torn, whole) = films
     with caplog.at_level(logging.WARNING):
-        refuse_losses([torn, whole], max_bad_fraction=0.2)
+        whole_videos([torn, whole], max_bad_fraction=0.2)
     assert f"{torn.path}: 2 of 14 frames" in caplog.text
     assert whole.path not in caplog.text
     other = replace(torn, path="other.mp4")
     with pytest.raises(VideoError, match=r"h264\.mp4: 2 of 14 .*; other\.mp4: 2 of 14 .*max_bad_fraction=0\.1 allows"):
-        refuse_losses([torn, whole, other], max_bad_fraction=0.1)
-    refuse_losses([whole], max_bad_fraction=0.0)
+        whole_videos([torn, whole, other], max_bad_fraction=0.1)
+    assert whole_videos([whole], max_bad_fraction=0.0) == [whole]
+    assert whole_videos([torn, whole], max_bad_fraction=0.1, skip_unreadable=True) == [whole]
+    with pytest.raises(VideoError):
+        whole_videos([torn], max_bad_fraction=0.1, skip_unreadable=True)
 
 
 def by_older_rules(uri: str) -> None:
