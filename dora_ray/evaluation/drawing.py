@@ -46,7 +46,8 @@ def enlarge(cells: np.ndarray, *, height: int, width: int) -> np.ndarray:
     """(h, w) or (h, w, 3) to (H, W) or (H, W, 3): each patch becomes a rectangle, so that patches stay visible."""
     rows = np.arange(height) * cells.shape[0] // height
     columns = np.arange(width) * cells.shape[1] // width
-    return cells[rows[:, None], columns[None, :]]
+    large: np.ndarray = cells[rows[:, None], columns[None, :]]
+    return large
 
 
 def overlay(frame: np.ndarray, masks: np.ndarray, *, strength: float) -> np.ndarray:
@@ -69,14 +70,16 @@ def overlay(frame: np.ndarray, masks: np.ndarray, *, strength: float) -> np.ndar
     drawn = covered * tinted + (1 - covered) * 0.45 * frame
     for mask, color in zip(large, colors, strict=True):
         drawn[outline(mask > 0.5)] = color
-    return drawn.round().astype(np.uint8)
+    pixels: np.ndarray = drawn.round().astype(np.uint8)
+    return pixels
 
 
 def _striped_choice(covering: np.ndarray) -> np.ndarray:
     """(K, H, W) bool to (H, W): at each pixel one of the objects that cover it, changing along diagonal stripes."""
     rows, columns = np.indices(covering.shape[1:])
     turn = (rows + columns) // STRIPE % np.maximum(covering.sum(axis=0), 1)
-    return (covering & (covering.cumsum(axis=0) == turn + 1)).argmax(axis=0)
+    chosen: np.ndarray = (covering & (covering.cumsum(axis=0) == turn + 1)).argmax(axis=0)
+    return chosen
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
@@ -86,7 +89,8 @@ def outline(mask: np.ndarray) -> np.ndarray:
     inner[:-1] &= mask[1:]
     inner[:, 1:] &= mask[:, :-1]
     inner[:, :-1] &= mask[:, 1:]
-    return mask & ~inner
+    border: np.ndarray = mask & ~inner
+    return border
 
 
 def resize(frame: np.ndarray, *, height: int, width: int) -> np.ndarray:

@@ -78,7 +78,7 @@ def knn_accuracies(
     train, test = F.normalize(train_features, dim=-1), F.normalize(test_features, dim=-1)
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     right = dict.fromkeys(neighbors, 0)
-    for rows, labels in zip(test.split(_ROWS), test_labels.split(_ROWS), strict=True):
+    for rows, labels in zip(torch.split(test, _ROWS), torch.split(test_labels, _ROWS), strict=True):
         similarity, index = (rows @ train.T).topk(most, dim=-1)
         for k in right:
             votes = neighbor_votes(similarity[:, :k], train_labels[index[:, :k]], num_classes, temperature=temperature)

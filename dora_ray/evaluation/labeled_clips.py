@@ -6,18 +6,17 @@ Legend: T frames, H x W pixels of a frame.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dora_ray.errors import ConfigError
+from dora_ray.evaluation.davis import VOID, read_masks
 from dora_ray.evaluation.images import open_rgb
 
 LAYOUT = "FOLDER/JPEGImages/480p/SEQUENCE/00000.jpg and FOLDER/Annotations/480p/SEQUENCE/00000.png, or a tour's folder"
-VOID = 255  # DAVIS's mark of pixels that are not scored
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class ClipFiles:
             ConfigError: A file cannot be read, or the sizes differ.
         """
         frames = [np.asarray(open_rgb(path)) for path in self.frames]
-        ids = [_read_ids(path) for path in self.masks]
+        ids = _read_ids(self.masks)
         sizes = {picture.shape[:2] for picture in (*frames, *ids)}
         if len(sizes) > 1:
             raise ConfigError(f"{self.frames[0].parent}: frames and masks have the sizes {sorted(sizes)}, not one")
@@ -109,10 +108,16 @@ def _mask_of(frame: Path, images: Path, annotations: Path) -> Path:
     return path
 
 
-def _read_ids(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            ids = np.asarray(image if image.mode in ("P", "L", "1") else image.convert("L")).astype(np.uint8)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read as a mask ({error}). Repair or remove it.") from error
-    return np.where(ids == VOID, 0, ids).astype(np.uint8)
+def _read_ids(paths: Sequence[Path]) -> list[np.ndarray]:
+    """Read the masks of a clip, (H, W) uint8 each: 0 where no object is, and where pixels count for nobody."""
+    masks = read_masks(paths)
+    found = sorted({int(value) for mask in masks for value in np.unique(mask)} - {0})
+    objects = [value for value in found if value != VOID] or found
+    if not objects or objects[-1] < VOID:
+        return [np.where(mask == VOID, 0, mask).astype(np.uint8) for mask in masks]
+    # Colors, or a single object in 255, do not fit: they are numbered.
+    numbered = [np.zeros(mask.shape, np.uint8) for mask in masks]
+    for ids, mask in zip(numbered, masks, strict=True):
+        for number, value in enumerate(objects, start=1):
+            ids[mask == value] = number
+    return numbered

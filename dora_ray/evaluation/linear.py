@@ -71,7 +71,7 @@ def linear_probe(
         batch = order[start : start + batch_size]
         loss = F.cross_entropy(classifier(train_features[batch]), train_labels[batch])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
     with torch.no_grad():
         test_logits, train_logits = classifier(test_features), classifier(train_features)

@@ -256,7 +256,8 @@ def _heat(values: np.ndarray, height: int, width: int) -> np.ndarray:
 def _object_view(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The frame (H, W, 3) where the mask (h, w) is 1 and the mean color, which the encoder sees as 0, where it is 0."""
     kept = drawing.enlarge(mask, height=frame.shape[0], width=frame.shape[1])[..., None]
-    return (kept * frame + (1 - kept) * 255 * np.array(IMAGENET_MEAN)).round().astype(np.uint8)
+    pixels: np.ndarray = kept * frame + (1 - kept) * 255 * np.array(IMAGENET_MEAN)
+    return pixels.round().astype(np.uint8)
 
 
 def movie_frames(shot: Shot, tracks: Tracks) -> Iterator[np.ndarray]:

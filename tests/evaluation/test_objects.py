@@ -225,3 +225,18 @@ class TestLayout:
             find_clips(tmp_path, num_frames=2, stride=1, max_clips=None)
         with pytest.raises(ConfigError, match="no sequence of 9 labeled frames"):
             find_clips(tmp_path, num_frames=9, stride=1, max_clips=None)
+
+
+@pytest.mark.parametrize("kind", ["255", "color"])
+def test_a_single_object_in_255_or_in_a_color_is_an_object(tmp_path, kind):
+    for folder in ("JPEGImages", "Annotations"):
+        (tmp_path / folder / "480p" / "dog").mkdir(parents=True)
+    ids = np.zeros((8, 16), np.uint8)
+    ids[:4] = 255
+    mask = Image.fromarray(ids if kind == "255" else np.stack([ids, ids * 0, ids * 0], axis=-1))
+    for number in range(2):
+        Image.new("RGB", (16, 8)).save(tmp_path / f"JPEGImages/480p/dog/{number:05d}.jpg")
+        mask.save(tmp_path / f"Annotations/480p/dog/{number:05d}.png")
+    (clip,) = find_clips(tmp_path, num_frames=2, stride=1, max_clips=None)
+    for found in clip.read()[1]:
+        np.testing.assert_array_equal(found, ids > 0)
