@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,7 +205,16 @@ def test_a_file_that_vanishes_is_reported_and_the_rest_is_kept(ray_cluster, tmp_
     assert (len(video), seen) == (14, [])
 
 
-def test_what_cannot_be_read_or_decoded_is_left_out_on_demand(ray_cluster, tmp_path, caplog):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The tasks run here, one after the other: what is tested has nothing to do with Ray."""
+    monkeypatch.setattr(job, "ray_cluster", nullcontext)
+    monkeypatch.setattr(job, "run_tasks", lambda items, task, **_: map(task, items))
+    first_attempt = SimpleNamespace(ended=[], note=lambda: None, forget=lambda: None)
+    monkeypatch.setattr(job, "Attempts", lambda key, **_: first_attempt)
+
+
+def test_what_cannot_be_read_or_decoded_is_left_out_on_demand(in_this_process, tmp_path, caplog):
     """One video cannot be opened, one vanishes while it waits, one is good."""
     good, gone, empty = videos.h264(tmp_path), videos.vp9(tmp_path), videos.empty(tmp_path)
     load_index(str(gone), store=str(tmp_path / "store"))
