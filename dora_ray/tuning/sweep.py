@@ -150,6 +150,7 @@ def _run(
         progress.write(state, [], force=True)
     if missing:
         # Ray Tune catches Ctrl-C and returns what it has.
+        logger.warning("%d of %d trials are missing: run them with --resume --out %s", missing, progress.trials, folder)
         raise KeyboardInterrupt
     return finished
 
@@ -226,6 +227,7 @@ def _progress(folder: str, spec: SweepSpec, base: Config, trials: Sequence[Trial
     for name, found in status.items():
         if found == "failed":
             files.remove(error_file(folder, name))
+            files.remove(files.join(trial_folder(folder, name), "report.html"))
     return progress
 
 
