@@ -11,7 +11,9 @@ from dora_ray import files
 from dora_ray.config import Config, load_config
 from dora_ray.errors import ConfigError
 from dora_ray.store.frames import load_index
+from dora_ray.training.beginning import with_resolved_init
 from dora_ray.training.launch import check_videos, ingest_videos
+from dora_ray.training.paths import PATH_KEYS, absolute_paths, with_absolute_paths
 from dora_ray.tuning.space import SweepSpec
 from dora_ray.video.sources import find_videos
 from dora_ray.video.synthetic import make_photo_classes
@@ -32,7 +34,16 @@ def place(base: Config, spec: SweepSpec, folder: str) -> Config:
                 "name a labeled folder with evaluation.images, or a local --out"
             )
         texts.append(f"evaluation.images={json.dumps(_images(folder))}")
-    return load_config(base, *texts)
+    return with_absolute_paths(load_config(base, *texts))
+
+
+def with_absolute_values(spec: SweepSpec) -> SweepSpec:
+    """The sweep with paths among its values from here: Ray Tune has each trial work in a folder of its own."""
+    space = {
+        key: {kind: absolute_paths(values) for kind, values in axis.items()} if key in PATH_KEYS else axis
+        for key, axis in spec.space.items()
+    }
+    return spec.model_copy(update={"space": space})
 
 
 def _tours(base: Config, spec: SweepSpec, folder: str) -> list[str]:
@@ -97,6 +108,13 @@ def find_films(configs: Sequence[Config], spec: SweepSpec, folder: str) -> None:
     for config in configs:
         if not own & set(config.data.videos):
             find_videos(config.data.videos)
+
+
+def check_given_weights(configs: Sequence[Config], folder: str) -> None:
+    """Raise CheckpointError where `model.init` cannot be loaded or does not fit, each kind of trial once."""
+    distinct = {(c.model.model_dump_json(), c.crops.global_size, c.head.model_dump_json()): c for c in configs}
+    for config in distinct.values():
+        with_resolved_init(config, folder, resume=False, overwrite=False)
 
 
 def check_indexes(configs: Sequence[Config]) -> None:

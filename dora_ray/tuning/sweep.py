@@ -42,7 +42,17 @@ from dora_ray.training.records.heartbeat import Heartbeat
 from dora_ray.training.trainer import check_resources, connect, on_devices
 from dora_ray.tuning.baseline import measure_baseline
 from dora_ray.tuning.capacity import DRIVER_CPUS, Need
-from dora_ray.tuning.data import check_indexes, distinct_data, find_films, ingest_all, make_images, make_tours, place
+from dora_ray.tuning.data import (
+    check_given_weights,
+    check_indexes,
+    distinct_data,
+    find_films,
+    ingest_all,
+    make_images,
+    make_tours,
+    place,
+    with_absolute_values,
+)
 from dora_ray.tuning.driver import BASE, SPEC
 from dora_ray.tuning.progress import SweepProgress, read_points
 from dora_ray.tuning.results import (
@@ -101,12 +111,14 @@ def sweep(
     if resume and out is None:
         raise ConfigError("--resume needs the sweep's folder: name it with --out")
     folder = files.absolute(out if out is not None else f"runs/sweep-{datetime.now():%Y-%m-%d-%H%M%S}")
-    spec = load_sweep(source, *overrides)
+    spec = with_absolute_values(load_sweep(source, *overrides))
     check_folder(folder, spec, resume=resume)
     base = place(base_config(spec), spec, folder)
     trials = [make_trial(base, trial.values) for trial in expand(spec)]
     configs = distinct_data([trial.config for trial in trials])
     find_films(configs, spec, folder)
+    if not resume:
+        check_given_weights([trial.config for trial in trials], folder)
     write_spec(files.join(folder, SPEC), spec)
     files.write_text(files.join(folder, BASE), yaml.safe_dump(base.model_dump(mode="json"), sort_keys=False))
     with Heartbeat(folder):

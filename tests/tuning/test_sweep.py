@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from dora_ray.errors import ConfigError, VideoError
+from dora_ray.errors import CheckpointError, ConfigError, VideoError
 from dora_ray.training.records.journal import read_status
 from dora_ray.tuning.capacity import Need, largest
-from dora_ray.tuning.data import distinct_data, place
+from dora_ray.tuning.data import distinct_data, place, with_absolute_values
 from dora_ray.tuning.driver import trainable
 from dora_ray.tuning.results import read_csv
 from dora_ray.tuning.space import base_config, expand, load_sweep, make_trial
 from dora_ray.tuning.sweep import _cluster, sweep
+from dora_ray.video.sources import find_videos
+from tests.conftest import BIKES
 
 
 @pytest.fixture
@@ -90,7 +92,11 @@ def _check_books(folder: Path, spec: dict, errors: dict, seeds: int = 1) -> None
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_trials_with_workers_of_their_own_share_a_cluster(small, tmp_path):
+def test_trials_with_workers_of_their_own_share_a_cluster(small, tmp_path, monkeypatch):
+    """The video is named from the command's folder, in which no trial works."""
+    monkeypatch.chdir(tmp_path)
+    Path("film.mp4").symlink_to(find_videos([BIKES])[0])
+    small = (*small, "data.videos=[film.mp4]")
     spec = {"overrides": list(small), "space": {"tracking.num_objects": [1, 2]}, "scheduler": "asha"}
     result = sweep(spec, "cluster.num_workers=1", "data.store=null", out=tmp_path / "sweep")
     statuses = [row.status for row in result.results]
@@ -109,6 +115,12 @@ def test_nothing_is_written_when_a_point_or_a_video_is_bad(small, tmp_path):
             "data.videos=[missing.mp4]",
             out=tmp_path / "sweep",
         )
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_given_weights_that_are_missing_stop_a_sweep_before_it_begins(small, tmp_path):
+    with pytest.raises(CheckpointError, match=r"a\.pth: there is no such file"):
+        sweep({"overrides": list(small), "space": {"model.init": [f"{tmp_path}/a.pth"]}}, out=tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
 
 
@@ -134,6 +146,25 @@ def test_trials_share_a_store_and_photographs_unless_the_configuration_names_oth
     assert (base.data.store, base.evaluation.images) == ("/s", "/i")
     with pytest.raises(ConfigError, match="photographs cannot be written to s3://bucket/a"):
         place(base_config(spec), spec, "s3://bucket/a")
+
+
+def test_paths_of_trials_begin_in_the_commands_folder(small, tmp_path, monkeypatch):
+    """Ray Tune has each trial work in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    spec = with_absolute_values(
+        load_sweep(
+            {
+                "overrides": [*small, "data.videos=[films/*.mp4]", "evaluation.images=labeled"],
+                "space": {"model.init": ["a.pth", "timm:vit_x"], "optim.lr": [1.0e-3]},
+            }
+        )
+    )
+    base = place(base_config(spec), spec, str(tmp_path / "sweep"))
+    monkeypatch.chdir("/")
+    configs = [make_trial(base, trial.values).config for trial in expand(spec)]
+    assert [config.model.init for config in configs] == [f"{tmp_path}/a.pth", "timm:vit_x"]
+    assert {config.data.videos for config in configs} == {(f"{tmp_path}/films/*.mp4",)}
+    assert {config.evaluation.images for config in configs} == {f"{tmp_path}/labeled"}
 
 
 def test_a_cluster_started_here_has_room_for_a_trial_and_its_driver():
