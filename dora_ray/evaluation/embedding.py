@@ -6,6 +6,7 @@ Legend: M images or frames, D width, N patches of an image, S side in pixels.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,8 @@ from dora_ray.weights import load_backbone
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
+
+logger = logging.getLogger(__name__)
 
 NUM_READERS = 4
 # A stretch of video that is decoded from one key frame on, seconds: between two wanted frames there may be many.
@@ -122,6 +125,8 @@ def embed(
                 progress(done, total)
         if not done:
             raise VideoError(f"{os.fspath(data)}: no frame of it could be decoded; get the file again")
+    if done < total:
+        logger.warning("%d of %d pictures could not be read: %s lacks them", total - done, total, target)
     return {
         "out": target,
         "checkpoint": source,

@@ -149,6 +149,30 @@ def test_a_folder_may_hold_both(checkpoint: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found["seconds"], [np.nan, 0, 1])
 
 
+def test_frames_that_damage_reached_are_left_out_and_said(checkpoint: Path, tmp_path: Path, caplog) -> None:
+    """One packet's content is zeros: the frames that lean on it are not taken for sound ones."""
+    rng, video = np.random.default_rng(0), tmp_path / "noise.mp4"
+    with av.open(str(video), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "5", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for _ in range(30):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (64, 96, 3), dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with av.open(str(video)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][12]
+        start, size = packet.pos, packet.size
+    content = bytearray(video.read_bytes())
+    content[start + 8 : start + size] = bytes(size - 8)
+    video.write_bytes(bytes(content))
+    result = embed(checkpoint, video, out=tmp_path / "noise.npz", frames_per_second=10.0)
+    seconds = read(tmp_path / "noise.npz")["seconds"].round(3).tolist()
+    assert 1 <= result["missing"] <= 3
+    assert result["rows"] == len(seconds) == 30 - result["missing"]
+    assert {n / 10 for n in range(30)} - set(seconds) <= {1.2, 1.3, 1.4}
+    assert f"{result['missing']} of 30 pictures could not be read" in caplog.text
+
+
 @pytest.fixture
 def unchanged(tmp_path: Path) -> Iterator[Path]:
     """A folder in which nothing may be left."""
