@@ -14,8 +14,6 @@ from dora_ray.tuning.driver import trainable
 from dora_ray.tuning.results import read_csv
 from dora_ray.tuning.space import base_config, expand, load_sweep, make_trial
 from dora_ray.tuning.sweep import _cluster, sweep
-from dora_ray.video.sources import find_videos
-from tests.conftest import BIKES
 
 
 @pytest.fixture
@@ -92,11 +90,7 @@ def _check_books(folder: Path, spec: dict, errors: dict, seeds: int = 1) -> None
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_trials_with_workers_of_their_own_share_a_cluster(small, tmp_path, monkeypatch):
-    """The video is named from the command's folder, in which no trial works."""
-    monkeypatch.chdir(tmp_path)
-    Path("film.mp4").symlink_to(find_videos([BIKES])[0])
-    small = (*small, "data.videos=[film.mp4]")
+def test_trials_with_workers_of_their_own_share_a_cluster(small, tmp_path):
     spec = {"overrides": list(small), "space": {"tracking.num_objects": [1, 2]}, "scheduler": "asha"}
     result = sweep(spec, "cluster.num_workers=1", "data.store=null", out=tmp_path / "sweep")
     statuses = [row.status for row in result.results]
