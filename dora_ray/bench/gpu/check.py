@@ -94,7 +94,7 @@ def run_part(part: str, settings: Settings, *, root: Path) -> dict[str, Any]:
             command(part, settings, root=root),
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=_environment(root),
+            env=_environment(root, rehearse=settings.rehearse),
             cwd=root,
             start_new_session=True,
         )
@@ -128,16 +128,22 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def _environment(root: Path) -> dict[str, str]:
+def _environment(root: Path, *, rehearse: bool) -> dict[str, str]:
     """What has to be set before torch begins."""
     paths = [str(root), *sys.path[:1], os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONFAULTHANDLER": "1",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    }
+    # On a machine that others use, threads that wait for each other take many times as long as one.
+    alone = {"OMP_NUM_THREADS": "1"} if rehearse else {}
+    return (
+        os.environ
+        | alone
+        | {
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        }
+    )
 
 
 def machine(root: Path) -> dict[str, Any]:
