@@ -80,6 +80,7 @@ def test_a_busy_machine_is_told_in_place_of_nonsense() -> None:
         "packed_speedup": 1.17,
         "matmul_share": 1.176,
         "timm_matmul_share": 0.7,
+        "packed_keep_share": 0.4,
         "checkpoint_share": -0.18,
         "checkpoint_slowdown_seconds": -5.4,
     }
@@ -90,7 +91,9 @@ def test_a_busy_machine_is_told_in_place_of_nonsense() -> None:
     refused = ("packed_speedup", "matmul_share", "checkpoint_share", "checkpoint_slowdown_seconds")
     assert told == result | dict.fromkeys(refused, TOO_NOISY)
     nothing = refuse(result, {"ours"})
-    assert {name for name, value in nothing.items() if value != TOO_NOISY} == {"seconds_per_step"}
+    assert {name for name, value in nothing.items() if value != TOO_NOISY} == {"seconds_per_step", "packed_keep_share"}
+    of_products = refuse(result | {"checkpoint_share": 0.1}, {"products_float32"})
+    assert (of_products["timm_matmul_share"], of_products["checkpoint_share"]) == (TOO_NOISY, 0.1)
     assert step._without_noise({"speedup": 1.9}, seconds) == {"speedup": 1.9}
 
 
