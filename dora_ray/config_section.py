@@ -64,8 +64,10 @@ def keys_of(kind: type[Section]) -> list[str]:
     found = []
     for name, field in kind.model_fields.items():
         inner = field.annotation
-        nested = inspect.isclass(inner) and issubclass(inner, Section)
-        found += [f"{name}.{key}" for key in keys_of(inner)] if nested else [name]
+        if inspect.isclass(inner) and issubclass(inner, Section):
+            found += [f"{name}.{key}" for key in keys_of(inner)]
+        else:
+            found.append(name)
     return found
 
 

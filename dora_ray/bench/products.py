@@ -76,7 +76,7 @@ class _Recorder(TorchDispatchMode):
     """Looks at every operator on its way to the device."""
 
     def __init__(self, counts: Counter[Product]) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self._counts = counts
         self._resamples = False
 

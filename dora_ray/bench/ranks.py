@@ -52,6 +52,10 @@ def _seconds_of_rank(rank: int, *, sizes: list[int], store: str, gpus: bool, num
     )
     exponents = torch.zeros(len(sizes), dtype=torch.int32)
     kinds: tuple[Reduction, ...] = get_args(Reduction)
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        distributed.all_reduce(tensor)
+
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
     try:
         for _ in range(REPEATS):
@@ -63,7 +67,7 @@ def _seconds_of_rank(rank: int, *, sizes: list[int], store: str, gpus: bool, num
                 distributed.all_reduce(torch.zeros(1, device=device))
                 synchronize(device)
                 started = time.perf_counter()
-                sums.all_reduce(distributed.all_reduce)
+                sums.all_reduce(all_reduce)
                 synchronize(device)
                 found[kind].append(time.perf_counter() - started)
     finally:

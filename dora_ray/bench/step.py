@@ -227,7 +227,7 @@ def _shares(products: Products, seconds: dict[str, list[float]], device: torch.d
     ours, by_type = seconds["ours"], products.by_type()
     size = 8192 if device.type == "cuda" else 1536
     rates = {_name(kind): square_flops_per_second(size, kind, device) for kind in by_type}
-    alone = list(map(sum, zip(*(seconds[f"products_{name}"] for name in rates), strict=True)))
+    alone = [sum(parts) for parts in zip(*(seconds[f"products_{name}"] for name in rates), strict=True)]
     square = sum(some.flops / rates[_name(kind)] for kind, some in by_type.items())
     result = {
         "tflop_per_step": products.flops / 1e12,

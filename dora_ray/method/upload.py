@@ -33,4 +33,4 @@ def upload_beside(pinned: Tensor, device: torch.device) -> Tensor:
 
 @functools.cache
 def _copies(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)

@@ -50,7 +50,10 @@ class Analysis:
     @cached_property
     def groups(self) -> dict[Hashable, list[Row]]:
         """Trials that ended with the metric, by point."""
-        return dict(group_points(self.rows, self.spec.metric))
+        found: dict[Hashable, list[Row]] = {}
+        for point, rows in group_points(self.rows, self.spec.metric).items():
+            found[point] = rows
+        return found
 
     @property
     def done(self) -> list[Row]:
@@ -244,20 +247,21 @@ def _ped_anova(found: Analysis, rows: Sequence[Row]) -> dict[str, float]:
         ((kind, values),) = axis.items()
         drawn = kind in ("uniform", "loguniform")
         if drawn:
-            kinds[key] = optuna.distributions.FloatDistribution(*values, log=kind == "loguniform")
+            low, high = values
+            kinds[key] = optuna.distributions.FloatDistribution(low, high, log=kind == "loguniform")
         else:
             kinds[key] = optuna.distributions.CategoricalDistribution(names[key])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is experimental there
         for row in rows:
-            values = {
+            point = {
                 key: row.values[key]
                 if isinstance(kinds[key], optuna.distributions.FloatDistribution)
                 else json.dumps(value_at(row.values, key))
                 for key in kinds
             }
             study.add_trial(
-                optuna.trial.create_trial(params=values, distributions=kinds, value=row.metrics[found.spec.metric])
+                optuna.trial.create_trial(params=point, distributions=kinds, value=row.metrics[found.spec.metric])
             )
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))

@@ -40,7 +40,8 @@ def unpack(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def lightness(signatures: np.ndarray) -> np.ndarray:
     """(F, SIGNATURE_BYTES) -> (F,) mean of the y plane, 0 black to 1 white."""
-    return signatures[:, HISTOGRAM : HISTOGRAM + THUMB * THUMB].mean(1) / 255
+    means: np.ndarray = signatures[:, HISTOGRAM : HISTOGRAM + THUMB * THUMB].mean(1) / 255
+    return means
 
 
 def distances(signatures: np.ndarray) -> np.ndarray:
@@ -85,7 +86,8 @@ def _thumb(plane: np.ndarray, size: int) -> np.ndarray:
     height, width = plane.shape
     rows, columns = _bins(height, size), _bins(width, size)
     sums = rows @ plane.astype(np.float32) @ columns.T
-    return np.rint(sums / (rows.sum(1)[:, None] * columns.sum(1))).astype(np.uint8)
+    means: np.ndarray = np.rint(sums / (rows.sum(1)[:, None] * columns.sum(1))).astype(np.uint8)
+    return means
 
 
 @functools.lru_cache(maxsize=32)

@@ -286,7 +286,7 @@ def apply_step(state: TrainState, sums: StepSums, config: Config) -> tuple[dict[
     return dict(zip(names, means.unbind(), strict=True)), values
 
 
-def _update_student(state: TrainState, gradients: Sequence[Tensor], values: Rates, config: Config) -> None:
+def _update_student(state: TrainState, gradients: list[Tensor], values: Rates, config: Config) -> None:
     """One update of AdamW from summed gradients, which are changed."""
     optim, parameters = config.optim, list(state.student.parameters())
     torch._foreach_div_(gradients, optim.slots)

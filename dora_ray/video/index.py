@@ -140,7 +140,8 @@ class VideoIndex:
 
     def seconds(self, pts: np.ndarray) -> np.ndarray:
         """Seconds from the first frame, float64, of the given ticks."""
-        return (np.asarray(pts, np.int64) - self.pts[0]) * self.time_base[0] / self.time_base[1]
+        seconds: np.ndarray = (np.asarray(pts, np.int64) - self.pts[0]) * self.time_base[0] / self.time_base[1]
+        return seconds
 
     def kept_frames(self, frames_per_second: float) -> np.ndarray:
         """Positions in `pts` of the frames on screen at 0, 1/r, 2/r ... seconds, each once, ascending.
@@ -174,7 +175,7 @@ class VideoIndex:
 
     def key_before(self, pts: int) -> int:
         """The last key frame at or before `pts`, ticks."""
-        return int(self.key_pts[max(0, np.searchsorted(self.key_pts, pts, side="right") - 1)])
+        return int(self.key_pts[max(0, int(np.searchsorted(self.key_pts, pts, side="right")) - 1)])
 
     def to_bytes(self) -> bytes:
         """The index as a NumPy .npz file; times as differences, which compress to a few bytes a second."""
@@ -289,15 +290,16 @@ def _false_marks(packets: Scan) -> int:
 
 def _declared_seconds(container: InputContainer, stream: VideoStream) -> float:
     """The video stream's own length where the container has it: sound may be longer than the pictures."""
+    tick = stream.time_base or Fraction(0)
     if stream.duration:
-        return float(stream.duration * stream.time_base)
+        return float(stream.duration * tick)
     parts = stream.metadata.get("DURATION", "").split(":")
     if len(parts) == 3:
         seconds = float(parts[0]) * 3600 + float(parts[1]) * 60 + float(parts[2])
     else:
         seconds = float(container.duration or 0) / av.time_base
     # Matroska counts from 0, wherever the first frame is.
-    begins = float((stream.start_time or 0) * stream.time_base) if "matroska" in container.format.name else 0.0
+    begins = float((stream.start_time or 0) * tick) if "matroska" in container.format.name else 0.0
     return max(0.0, seconds - max(0.0, begins))
 
 

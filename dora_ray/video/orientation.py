@@ -6,11 +6,13 @@ point (p, q) of the stored picture, q downwards, to (a p + c q + x, b p + d q + 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideData, Type
 
 # Rotations counterclockwise as (a, b, c, d), their signs.
 ROTATIONS = {(1, 0, 0, 1): 0, (0, -1, 1, 0): 90, (-1, 0, 0, -1): 180, (0, 1, -1, 0): 270}
@@ -33,7 +35,9 @@ class Orientation:
 
 def orientation(frame: av.VideoFrame) -> Orientation:
     """Read it from the side data of a decoded frame."""
-    content = next((bytes(data) for data in frame.side_data if data.type == Type.DISPLAYMATRIX), b"")
+    # Called a mapping there, it iterates over its values.
+    found = cast(Iterable[SideData], frame.side_data)
+    content = next((bytes(data) for data in found if data.type == Type.DISPLAYMATRIX), b"")
     numbers = np.frombuffer(content, np.int32)
     return from_matrix(numbers[[0, 1, 3, 4]].astype(float)) if len(numbers) == 9 else Orientation()
 

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 
 from dora_ray.errors import VideoError
 from dora_ray.video.bitstream import reference_test
@@ -50,12 +50,19 @@ class PyAVDecoder:
         scaler, last, behind = _Scaler(index, short_side), max(wanted), 0
         packets = _packets(index, index.key_before(min(wanted)))
         for frame in _frames(index, packets, frozenset(wanted)):
-            if frame.pts in wanted:
-                wanted.remove(frame.pts)
+            time = _time(frame)
+            if time in wanted:
+                wanted.remove(time)
                 yield scaler(frame)
-            behind += frame.pts > last
+            behind += time > last
             if not wanted or behind > FRAMES_BEHIND:
                 return
+
+
+def _time(frame: av.VideoFrame) -> int:
+    """The ticks at which a frame is shown; `_sound_frames` leaves out those that have none."""
+    assert frame.pts is not None
+    return frame.pts
 
 
 class _Scaler:
@@ -65,7 +72,7 @@ class _Scaler:
         width, height = scaled_size(index.width, index.height, short_side)
         self._mirrored, self._rotation = index.mirrored, index.rotation
         self._size = (height, width) if index.rotation % 180 else (width, height)
-        self._guess = "ITU709" if index.coded_height >= HD_LINES else "ITU601"
+        self._guess = Colorspace.ITU709 if index.coded_height >= HD_LINES else Colorspace.ITU601
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> DecodedFrame:
@@ -75,11 +82,11 @@ class _Scaler:
             format="yuvj420p",
             interpolation="AREA",
             src_colorspace=self._guess if frame.colorspace == UNSPECIFIED else None,
-            dst_colorspace="ITU601",
+            dst_colorspace=Colorspace.ITU601,
             dst_color_range="JPEG",
             threads=1,
         )
-        return DecodedFrame(frame.pts, *(self._upright(stored_plane(plane)) for plane in picture.planes))
+        return DecodedFrame(_time(frame), *(self._upright(stored_plane(plane)) for plane in picture.planes))
 
     def _upright(self, plane: np.ndarray) -> np.ndarray:
         if not (self._mirrored or self._rotation):
@@ -87,7 +94,9 @@ class _Scaler:
         return upright(plane, mirrored=self._mirrored, rotation=self._rotation)
 
 
-def _frames(index: VideoIndex, packets: Iterator[av.Packet], wanted: frozenset[int]) -> Iterator[av.VideoFrame]:
+def _frames(
+    index: VideoIndex, packets: Iterator[av.Packet[av.VideoStream]], wanted: frozenset[int]
+) -> Iterator[av.VideoFrame]:
     """Sound frames with their times, in the order shown."""
     keys = frozenset(index.key_pts.tolist())
     if index.timed:
@@ -99,7 +108,7 @@ def _in_order(index: VideoIndex, frames: Iterator[av.VideoFrame]) -> Iterator[av
     """Frames that have the time of their packet's decoding get their own: from each start on, one after the other."""
     start, place = None, 0
     for frame in frames:
-        key = index.key_before(frame.pts)
+        key = index.key_before(_time(frame))
         if key != start:
             start, place = key, int(np.searchsorted(index.pts, key))
         frame.pts = int(index.pts[place])
@@ -107,7 +116,7 @@ def _in_order(index: VideoIndex, frames: Iterator[av.VideoFrame]) -> Iterator[av
         yield frame
 
 
-def _packets(index: VideoIndex, key: int) -> Iterator[av.Packet]:
+def _packets(index: VideoIndex, key: int) -> Iterator[av.Packet[av.VideoStream]]:
     """The packets from the start `key` to the end.
 
     Some containers seek by decoding time, to some place before, or not at all: a seek that lands behind is repeated two
@@ -129,7 +138,7 @@ def _packets(index: VideoIndex, key: int) -> Iterator[av.Packet]:
     )
 
 
-def _packets_after(index: VideoIndex, start: int | None) -> Iterator[av.Packet]:
+def _packets_after(index: VideoIndex, start: int | None) -> Iterator[av.Packet[av.VideoStream]]:
     """Packets from a seek to `start` ticks, or from the beginning, with the times of the index.
 
     Steps over a bounded number of unreadable places.
@@ -155,11 +164,12 @@ class _Timed:
     """Gives packets the times that the index has for them; the second field of a frame gets that of the first."""
 
     def __init__(self, index: VideoIndex, stream: av.VideoStream) -> None:
-        self._index, self._number, self._last = index, 0, None
+        self._index, self._number = index, 0
+        self._last: int | None = None
         context = stream.codec_context
         self._pairs = FieldPairs(context.codec.canonical_name, context.extradata) if index.field_pairs else None
 
-    def __call__(self, packet: av.Packet) -> av.Packet:
+    def __call__(self, packet: av.Packet[av.VideoStream]) -> av.Packet[av.VideoStream]:
         if not packet.size:
             return packet
         if len(self._index.packet_pts):
@@ -175,7 +185,9 @@ class _Timed:
         return packet
 
 
-def _needed(packets: Iterator[av.Packet], wanted: frozenset[int]) -> Iterator[av.Packet]:
+def _needed(
+    packets: Iterator[av.Packet[av.VideoStream]], wanted: frozenset[int]
+) -> Iterator[av.Packet[av.VideoStream]]:
     """Without the packets whose picture is neither wanted nor leant on by another; the empty last one stays.
 
     The packets of a picture, which have one time, stay or go together.
@@ -191,7 +203,7 @@ def _needed(packets: Iterator[av.Packet], wanted: frozenset[int]) -> Iterator[av
 
 
 def _sound_frames(
-    packets: Iterator[av.Packet],
+    packets: Iterator[av.Packet[av.VideoStream]],
     keys: frozenset[int],
     *,
     heals: Mapping[int, int] | None = None,
@@ -215,7 +227,7 @@ def _sound_frames(
         if packet.pts != last and (packet.pts in keys or (whole_at is not None and packet.pts == whole_at)):
             tainted_before, broken = (packet.pts if broken else None), False
         last = packet.pts
-        if broken and heals and packet.pts in heals:
+        if broken and heals and packet.pts is not None and packet.pts in heals:
             whole_at = heals[packet.pts]
         if packet.is_corrupt:
             broken, whole_at = True, None

@@ -109,11 +109,11 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
             if found.picture is None and len(found.pts) <= PICTURE_PACKETS:
                 found.picture = _first_picture(packet)
     except av.FFmpegError as error:
-        found.broken = error.strerror
+        found.broken = error.strerror or str(error)
     return found
 
 
-def _first_picture(packet: av.Packet) -> av.VideoFrame | None:
+def _first_picture(packet: av.Packet[av.VideoStream]) -> av.VideoFrame | None:
     """Damage here shows again at ingest."""
     try:
         return next(iter(packet.decode()), None)

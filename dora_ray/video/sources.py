@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import fsspec
@@ -154,7 +154,7 @@ def video_stream(container: InputContainer, path: str) -> VideoStream:
         raise VideoError(f"{path}: has no video stream (it holds: {kinds}); name a file with pictures")
     chosen = max([stream for stream in streams if stream.frames != 1] or streams, key=_ffmpeg_score)
     if chosen.codec_context.codec.canonical_name in UNGUESSED_ORDER:
-        container.flags &= ~Flags.gen_pts.value
+        container.flags &= ~cast(int, Flags.gen_pts.value)
     return chosen
 
 

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -115,10 +116,10 @@ def encode_video(
     rate = Fraction(frames_per_second).limit_denominator(1001)
     base = Fraction(1, 90000) if times is not None else 1 / rate
     with av.open(str(path), "w") as container:
-        stream = None
+        stream: av.VideoStream | None = None
         for number, picture in enumerate(frames):
             if stream is None:
-                stream = container.add_stream(codec, rate=rate, options=dict(options or {}))
+                stream = cast(av.VideoStream, container.add_stream(codec, rate=rate, options=dict(options or {})))
                 stream.height, stream.width = picture.shape[:2]
                 stream.pix_fmt = pixel_format
                 stream.gop_size = group_size
@@ -196,7 +197,8 @@ class _Scene:
     def __init__(self, width: int, height: int, rng: np.random.Generator) -> None:
         self._size = np.array([width, height])
         self._margin = self._size // 2
-        self._canvas = _texture(*(self._size + self._margin), rng)
+        across, down = (self._size + self._margin).tolist()
+        self._canvas = _texture(across, down, rng)
         self._phase = rng.uniform(0, 2 * np.pi, 2)
         sides = rng.integers(max(4, height // 8), max(6, height // 3), NUM_OBJECTS)
         self._objects = [(_texture(side, side, rng), _disc(side)) for side in sides.tolist()]
@@ -220,16 +222,17 @@ class _Scene:
 
 def _texture(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
     """(height, width, 3) uint8: noise at six scales, the coarse ones strongest, in a palette of four random colors."""
-    size = (int(width), int(height))
+    size = (width, height)
     picture = Image.new("L", size, 127)
     for octave in range(6):
         cells = (3 << octave, 2 << octave)
         noise = Image.fromarray(rng.integers(0, 256, cells[::-1], np.uint8))
         picture = Image.blend(picture, noise.resize(size, Image.Resampling.BICUBIC), 0.8 / (1 + octave))
     anchors = rng.integers(0, 256, (4, 3))
-    spread = np.interp(np.asarray(picture), np.quantile(picture, [0, 0.3, 0.7, 1]), np.linspace(0, 255, 4))
+    spread = np.interp(np.asarray(picture), np.quantile(np.asarray(picture), [0, 0.3, 0.7, 1]), np.linspace(0, 255, 4))
     palette = np.stack([np.interp(np.arange(256), np.linspace(0, 255, 4), anchors[:, c]) for c in range(3)], 1)
-    return np.rint(palette).astype(np.uint8)[spread.astype(np.uint8)]
+    colors: np.ndarray = np.rint(palette).astype(np.uint8)[spread.astype(np.uint8)]
+    return colors
 
 
 def _disc(side: int) -> np.ndarray:

@@ -155,12 +155,13 @@ def _fill(times: NDArray[np.int64], step: float) -> NDArray[np.int64]:
     ends = np.where(numbers < known[0], numbers - known[0], np.maximum(0, numbers - known[-1])) * step
     # Relative to the first: a float has no room for the ticks of a clock that began years ago.
     between = np.interp(numbers, known, (times[known] - times[known[0]]).astype(float))
-    return np.rint(between + ends).astype(np.int64) + times[known[0]]
+    ticks: NDArray[np.int64] = np.rint(between + ends).astype(np.int64) + times[known[0]]
+    return ticks
 
 
 def _added(breaks: Sequence[tuple[int, int]], packets: NDArray[np.int64]) -> NDArray[np.int64]:
     """The ticks that breaks add to the times of packets, which are given by their numbers in the file."""
-    shifts = np.array([0, *(shift for _, shift in breaks)], np.int64)
+    shifts: NDArray[np.int64] = np.array([0, *(shift for _, shift in breaks)], np.int64)
     return shifts[np.searchsorted([packet for packet, _ in breaks], packets, side="right")]
 
 
@@ -184,7 +185,8 @@ def _breaks(
     Files joined byte by byte begin anew at a start, whose group then follows the frames before it. Where the clock goes
     back elsewhere, the order of the frames is not known.
     """
-    times, breaks, total = times.copy(), [], 0
+    breaks: list[tuple[int, int]] = []
+    times, total = times.copy(), 0
     while (place := _goes_back(times, starts, timed=timed)) is not None:
         latest = int(times[:place].max())
         if not starts[place] or not timed or len(breaks) == MAX_BREAKS:

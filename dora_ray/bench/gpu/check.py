@@ -164,8 +164,8 @@ def machine(root: Path) -> dict[str, Any]:
             "memory_mb": properties.total_memory / 2**20,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
+            "cudnn": torch.backends.cudnn.version(),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
             "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         }
     return found

@@ -83,7 +83,7 @@ class StayingNodes(ElasticScalingPolicy):
         return count
 
 
-class ElasticTrainer(TorchTrainer):
+class ElasticTrainer(TorchTrainer):  # type: ignore[misc]  # untyped, see pyproject.toml
     """A TorchTrainer that scales by `StayingNodes` where its number of workers is a range."""
 
     def _initialize_and_run_controller(self, *, scaling_policy: Any, **rest: Any) -> Any:

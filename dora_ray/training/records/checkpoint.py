@@ -134,7 +134,7 @@ def write_snapshot(snapshot: Snapshot, checkpoints: str) -> str:
     model, state = _on_host(snapshot)
     buffer = io.BytesIO()
     # The digests in meta.json say more, and what the writer computes it takes from the training.
-    with serialization.config.patch("save.compute_crc32", False):
+    with serialization.config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         torch.save(state, buffer)
     contents = {MODEL: safetensors.torch.save(model), STATE: buffer.getvalue()}
     return write_checkpoint(checkpoints, snapshot.name, contents, snapshot.meta)

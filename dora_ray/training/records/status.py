@@ -75,7 +75,7 @@ def _read_status(path: str) -> dict[str, Any]:
 def _patience(metrics: Sequence[dict[str, Any]]) -> float:
     """Seconds without a word that are nothing unusual for this run."""
     between = [metrics[-1]["time"] - metrics[-2]["time"]] if len(metrics) > 1 else []
-    return max([SILENT_SECONDS, *(SILENT_LINES * seconds for seconds in between)])
+    return max([SILENT_SECONDS, *(SILENT_LINES * float(seconds) for seconds in between)])
 
 
 def _checkpoint(events: Sequence[dict[str, Any]], name: str | None, now: float) -> dict[str, Any]:
