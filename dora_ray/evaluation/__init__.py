@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dora_ray import files
@@ -22,7 +24,12 @@ __all__ = ["TASKS", "evaluate"]
 
 
 def evaluate(
-    checkpoint: str | os.PathLike[str], task: str, *, data: str | os.PathLike[str], **options: Any
+    checkpoint: str | os.PathLike[str],
+    task: str,
+    *,
+    data: str | os.PathLike[str],
+    progress: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint's teacher, frozen.
 
@@ -33,6 +40,7 @@ def evaluate(
         data: The data's folder: train/CLASS/* and test/CLASS/* for knn and linear, images and boxes for corloc (Pascal
             VOC's layout, or images/ and boxes.json), DAVIS's layout for vos, DAVIS 2017's or a labeled tour for
             objects, any video, labeled tour or folder of frames for views.
+        progress: Show how far it is: a bar on a terminal, else lines in the log.
         **options: The task's settings; `dora_ray.evaluation.options` lists them with their defaults.
 
     Returns:
@@ -56,9 +64,10 @@ def evaluate(
     backbone = random_backbone(source, seed=parsed.seed) if parsed.random_init else load_backbone(source)
     settings = _complete(parsed, source, backbone)
     title = f"eval {task}, random encoder" if parsed.random_init else f"eval {task}"
-    results = _run(TASKS[task], backbone.to(device), data, settings, title=title)
+    run = functools.partial(_run, TASKS[task], data=data, settings=settings, progress=progress)
+    results = run(backbone.to(device), title=title)
     if TASKS[task].beside:
-        results = _beside(TASKS[task], source, data, settings, results)
+        results = _beside(run, source, settings, results)
     evaluation = {
         "task": task,
         "checkpoint": source,
@@ -85,20 +94,28 @@ def _complete(parsed: Options, source: str, backbone: VisionTransformer) -> dict
 
 
 def _run(
-    task: Task, backbone: VisionTransformer, data: str | os.PathLike[str], settings: dict[str, Any], *, title: str
+    task: Task,
+    backbone: VisionTransformer,
+    *,
+    data: str | os.PathLike[str],
+    settings: dict[str, Any],
+    progress: bool,
+    title: str,
 ) -> dict[str, Any]:
     """Carry a task out, and show how far it is."""
     accepted = {name: value for name, value in settings.items() if name not in NOT_OF_THE_TASK}
+    if not progress:
+        return task.run(backbone, data, progress=None, **accepted)
     with Progress(title, unit=task.unit) as bar:
 
-        def progress(done: int, total: int) -> None:
+        def update(done: int, total: int) -> None:
             bar.update(step=done, total=total)
 
-        return task.run(backbone, data, progress=progress, **accepted)
+        return task.run(backbone, data, progress=update, **accepted)
 
 
 def _beside(
-    task: Task, source: str, data: str | os.PathLike[str], settings: dict[str, Any], results: dict[str, Any]
+    run: Callable[..., dict[str, Any]], source: str, settings: dict[str, Any], results: dict[str, Any]
 ) -> dict[str, Any]:
     """Put the results of newly drawn encoders beside those of a trained one."""
     from dora_ray.evaluation.beside import beside_random
@@ -106,7 +123,7 @@ def _beside(
 
     seeds = () if settings["random_init"] else range(settings["seed"], settings["seed"] + settings["random_encoders"])
     others = (random_backbone(source, seed=seed).to(settings["device"]) for seed in seeds)
-    found = [_run(task, other, data, settings, title="random encoder") for other in others]
+    found = [run(other, title="random encoder") for other in others]
     return beside_random(results, found)
 
 

@@ -27,6 +27,7 @@ from dora_ray.errors import ConfigError
 from dora_ray.evaluation.features import Progress, normalize, report_unreadable
 from dora_ray.evaluation.images import open_rgb, whole_size
 from dora_ray.evaluation.intervals import share_interval
+from dora_ray.folders import visible_files
 from dora_ray.method.vit import tracked_features
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _voc_names(root: Path) -> list[str]:
     return (
         chosen.read_text().split()
         if chosen.is_file()
-        else sorted(path.stem for path in (root / "Annotations").glob("*.xml"))
+        else [path.stem for path in visible_files(root / "Annotations", {".xml"})]
     )
 
 

@@ -9,6 +9,7 @@ image, no augmentation.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 __all__ = ["LabeledImages", "extract", "extract_splits", "find_splits", "normalize", "open_rgb", "training_size"]
+
+logger = logging.getLogger(__name__)
 
 # What data sets call the folder beside their classes, letters alone.
 UNLABELED = frozenset(
@@ -132,7 +135,22 @@ def find_splits(folder: str | os.PathLike[str]) -> tuple[LabeledImages, LabeledI
             f"{root / 'train'} has one class, {train.classes[0]}, so every answer would be right. "
             f"Give a folder for each class: {LAYOUT}."
         )
-    return train, find_images(test, classes=train.classes)
+    asked = find_images(test, classes=train.classes)
+    _warn_of_a_class_like_no_labels(root / "train", train, asked)
+    return train, asked
+
+
+def _warn_of_a_class_like_no_labels(folder: Path, train: LabeledImages, test: LabeledImages) -> None:
+    """Name a class that is never asked for and outnumbers all others: it votes, and can only be wrong."""
+    sizes = torch.bincount(train.labels, minlength=len(train.classes)).tolist()
+    asked = set(test.labels.tolist())
+    for number, name in enumerate(train.classes):
+        if number not in asked and sizes[number] > len(train.labels) / 2:
+            logger.warning(
+                "%s has %d of %d training images and none to test: it looks like images without labels, and can only "
+                "mislead the others; move it out if it is no class",
+                folder / name, sizes[number], len(train.labels),
+            )  # fmt: skip
 
 
 def normalize(pixels: Tensor) -> Tensor:

@@ -94,6 +94,8 @@ def test_both_layouts_are_read(listed, tmp_path_factory):
         (voc / "Annotations" / f"{name}.xml").write_text(VOC_XML)
     assert [path.name for path, _ in find_boxes(voc)] == ["000001.jpg", "000002.jpg"]
     assert find_boxes(voc)[0][1] == [(10, 20, 30, 60), (0, 0, 8, 8)]
+    (voc / "Annotations" / "._000001.xml").write_bytes(b"what macOS keeps beside a file")
+    assert len(find_boxes(voc)) == 2
     (voc / "ImageSets" / "Main" / "trainval.txt").write_text("000002\n")
     assert [path.name for path, _ in find_boxes(voc)] == ["000002.jpg"]
     (voc / "Annotations" / "000002.xml").write_text("<annotation>")

@@ -123,3 +123,11 @@ def test_wide_gray_images_give_the_score_of_the_same_images_in_8_bits(checkpoint
     scores = [evaluate(checkpoint, "knn", data=tmp_path / kind, neighbors=(3,))["results"] for kind in ("8", "16")]
     assert scores[0] == scores[1]
     assert scores[0]["top1"] > 0.8
+
+
+def test_progress_is_shown_unless_it_is_not_wanted(checkpoint, images, caplog):
+    with caplog.at_level("INFO"):
+        evaluate(checkpoint, "knn", data=images, progress=False)
+        assert "images" not in caplog.text
+        evaluate(checkpoint, "knn", data=images)
+    assert "eval knn: 51/51 images (100%)" in caplog.text

@@ -192,3 +192,14 @@ def test_cls_tokens_of_the_last_blocks_stand_side_by_side(vit):
     torch.testing.assert_close(last_cls(vit, num_blocks=2)(images), torch.cat(expected[1:], dim=-1))
     torch.testing.assert_close(final_cls(vit)(images), expected[-1])
     assert training_size(vit) == 32
+
+
+def test_a_large_class_that_is_never_asked_for_is_named(labeled, caplog):
+    with caplog.at_level("WARNING"):
+        find_splits(labeled)
+        assert caplog.text == ""
+        for number in range(9):
+            paint(labeled / "train" / "misc" / f"{number}.png", (9, 9, 9))
+        train, test = find_splits(labeled)
+    assert "train/misc has 9 of 17 training images and none to test" in caplog.text
+    assert (len(train.paths), len(test.paths)) == (17, 4)
