@@ -29,7 +29,8 @@ from dora_ray import files
 from dora_ray.checkpoints import TIMM
 from dora_ray.config_network import ARCHITECTURES
 from dora_ray.errors import CheckpointError
-from dora_ray.timm_folder import IMAGENET_MEAN, IMAGENET_STD, input_facts, state_inputs
+from dora_ray.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dora_ray.timm_folder import input_facts, state_inputs
 
 if TYPE_CHECKING:
     import torch

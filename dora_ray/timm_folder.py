@@ -15,13 +15,11 @@ import safetensors.torch
 from dora_ray import files
 from dora_ray.checkpoints import EXPORT_CONFIG, MODEL
 from dora_ray.errors import CheckpointError
+from dora_ray.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
     from torch import nn
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def state_inputs(vit: nn.Module, *, architecture: str) -> None:

@@ -26,7 +26,7 @@ from dora_ray import unreadable
 from dora_ray.errors import ConfigError
 from dora_ray.evaluation.images import SUFFIXES, open_rgb, read_image
 from dora_ray.folders import is_hidden, visible_files
-from dora_ray.timm_folder import IMAGENET_MEAN, IMAGENET_STD
+from dora_ray.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer

@@ -22,10 +22,10 @@ from dora_ray.evaluation import drawing
 from dora_ray.evaluation.features import normalize
 from dora_ray.evaluation.images import whole_size
 from dora_ray.evaluation.shots import FRAMES_PER_SECOND, Shot, draw_shot
+from dora_ray.imagenet import IMAGENET_MEAN
 from dora_ray.method.objects import track_objects
 from dora_ray.method.tracking import Threshold
 from dora_ray.method.vit import tracked_features
-from dora_ray.timm_folder import IMAGENET_MEAN
 from dora_ray.video.index import VideoIndex, index_video
 from dora_ray.weights import Origin, load_backbone, read_origin
 

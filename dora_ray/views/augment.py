@@ -26,9 +26,6 @@ from dora_ray.clips.crop import Interpolation, Range, random_boxes
 from dora_ray.method.upload import upload, upload_beside
 from dora_ray.views.resample import blur_matrix, resample_by_crop, resample_by_matrix
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 # ITU-R BT.601, as in PIL.
 _LUMA = np.array([0.299, 0.587, 0.114])
 

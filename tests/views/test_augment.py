@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as tv
 
 from dora_ray.clips import crop
+from dora_ray.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dora_ray.views import augment
 
 RATIO = (3 / 4, 4 / 3)
@@ -50,7 +51,7 @@ def smooth_image(size: int, *, low: float = 0.0, high: float = 1.0) -> torch.Ten
 
 
 def normalized(image: torch.Tensor) -> torch.Tensor:
-    return tv.normalize(image, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+    return tv.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def plain(parameters: augment.ViewParameters) -> augment.ViewParameters:
@@ -294,7 +295,7 @@ def test_render_with_matrices_in_float16_as_on_a_gpu_is_within_a_level_of_the_cp
     in_float32 = augment.render(clips, parameters, size=16)
 
     def levels(one: torch.Tensor, other: torch.Tensor) -> float:
-        return float(((one - other).abs() * 255 * min(augment.IMAGENET_STD)).max())
+        return float(((one - other).abs() * 255 * min(IMAGENET_STD)).max())
 
     # A level after the normalization, and up to 1.4 x 1.4 times that by brightness and contrast.
     assert levels(as_on_gpu, on_cpu) < 2.5
