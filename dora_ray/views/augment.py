@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dora_ray.clips.crop import Interpolation, Range, random_boxes
+from dora_ray.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dora_ray.method.upload import upload, upload_beside
 from dora_ray.views.resample import blur_matrix, resample_by_crop, resample_by_matrix
 
