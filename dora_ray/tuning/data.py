@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -15,10 +16,13 @@ from dora_ray.training.beginning import with_resolved_init
 from dora_ray.training.launch import check_videos, ingest_videos
 from dora_ray.training.paths import PATH_KEYS, absolute_paths, with_absolute_paths
 from dora_ray.tuning.space import SweepSpec
+from dora_ray.video.several import index_all
 from dora_ray.video.sources import find_videos
 from dora_ray.video.synthetic import make_photo_classes
 from dora_ray.video.tour_files import FACTS, FILM, make_tour
 
+# Fewer clips to measure on have more noise than the effects that are looked for.
+HELD_OUT_SECONDS = 80.0
 logger = logging.getLogger(__name__)
 
 
@@ -63,7 +67,7 @@ def tours(spec: SweepSpec, folder: str) -> list[tuple[str, float, int]]:
     if spec.tour is None:
         return []
     digest = hashlib.sha256(spec.tour.model_dump_json().encode()).hexdigest()[:6]
-    wanted = (("seen", spec.tour.seconds, 0), ("held-out", max(10.0, spec.tour.seconds / 4), 1))
+    wanted = (("seen", spec.tour.seconds, 0), ("held-out", max(HELD_OUT_SECONDS, spec.tour.seconds / 4), 1))
     return [(files.join(folder, "tours", f"{name}-{digest}"), s, spec.tour.seed + more) for name, s, more in wanted]
 
 
@@ -120,9 +124,9 @@ def check_given_weights(configs: Sequence[Config], folder: str) -> None:
 def check_indexes(configs: Sequence[Config]) -> None:
     """Look at every video once, for all trials: VideoError where one cannot be read or all are too short."""
     for config in configs:
-        for path in find_videos(config.data.videos):
-            assert config.data.store is not None
-            load_index(path, store=config.data.store)
+        assert config.data.store is not None
+        read = functools.partial(load_index, store=config.data.store)
+        index_all(find_videos(config.data.videos), read, skip_unreadable=config.data.skip_unreadable)
         check_videos(config)
 
 

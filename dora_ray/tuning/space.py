@@ -38,7 +38,7 @@ class TourSpec(Section):
     """
 
     seconds: Positive = 60.0
-    """Length of the film to train on; the other one is a quarter as long, at least ten seconds."""
+    """Length of the film to train on; the other one is a quarter as long, at least 80 seconds."""
     width: Count = 320
     """Pixels."""
     height: Count = 180
