@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from dora_ray.errors import ClusterError
 from dora_ray.ray_folder import check_ray_folder
 from dora_ray.ray_internals import token_logger
 
+logger = logging.getLogger(__name__)
+
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-CONNECT_SECONDS = 10.0
+CONNECT_SECONDS, TOKEN_BYTES = 10.0, 32
 
 
 def prepare_ray(*, starts: bool) -> None:
     """Check the folder of Ray's sockets, and leave out what Ray says about its token at every start.
 
-    A Ray that is started has token mode without being asked, and makes the token where there is none; one that is
-    joined gets the token that is found here. RAY_AUTH_MODE=disabled turns both off, and `dora-ray doctor` says so.
+    A Ray that is started has token mode without being asked; where there is no token yet, one is made that this user
+    alone may read. One that is joined gets the token that is found here. RAY_AUTH_MODE=disabled turns both off, and
+    `dora-ray doctor` says so.
 
     Args:
         starts: a Ray is started here; otherwise one is joined.
@@ -30,12 +34,28 @@ def prepare_ray(*, starts: bool) -> None:
     """
     if starts:
         check_ray_folder()
+        if os.environ.get(AUTH_MODE, "token").lower() == "token" and token_source() is None:
+            _make_token()
     # The mode itself is left alone: Ray reads the variable once, when it is imported, and that may have been long ago.
     token_logger().addFilter(_is_no_token_notice)
 
 
 def _is_no_token_notice(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Token authentication is enabled")
+
+
+def _make_token() -> None:
+    """Write a token where Ray looks for it; Ray itself would leave it readable to all users of the machine."""
+    path = Path(os.environ.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # it is empty
+        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        logger.warning("%s: no token could be written (%s); Ray tries by itself", path, error.strerror)
+        return
+    with os.fdopen(number, "w") as file:
+        file.write(secrets.token_hex(TOKEN_BYTES))
 
 
 def token_source() -> str | None:

@@ -59,3 +59,33 @@ def test_rays_notice_is_left_out_and_its_warnings_are_not(caplog):
         logger.warning("Token authentication is disabled for this Ray cluster. Anyone with ...")
         logger.removeHandler(caplog.handler)
     assert {record.getMessage()[:34] for record in caplog.records} == {"Token authentication is disabled f"}
+
+
+@pytest.mark.parametrize("mode", [None, "token", "disabled"])
+def test_a_token_is_made_for_this_user_alone(tmp_path, monkeypatch, mode):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / ".ray" / "auth_token"
+    starting.prepare_ray(starts=False)
+    assert not path.exists(), "a cluster that is joined has one already"
+    starting.prepare_ray(starts=True)
+    if mode == "disabled":
+        assert not path.exists()
+        return
+    made = path.read_text()
+    assert len(made) == 64
+    assert path.stat().st_mode & 0o777 == 0o600
+    starting.prepare_ray(starts=True)
+    assert path.read_text() == made, "it is the cluster's, and stays"
+
+
+def test_a_home_that_takes_no_file_leaves_it_to_ray(tmp_path, monkeypatch, caplog):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "file" / "token"))
+    starting.prepare_ray(starts=True)
+    assert "no token could be written" in caplog.text
