@@ -63,6 +63,7 @@ def _add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--cpus", type=float, metavar="N", help="cores that read and decode; not given: this machine's")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(8)")
     parser.add_argument("--node-memory", type=float, metavar="GIB", help="of a training node; not given: as here")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of a GPU; not given: as here, if there is one")
     parser.add_argument(
         "--interruptions", type=float, default=0.0, metavar="N", help="spot interruptions of a node an hour (0)"
     )

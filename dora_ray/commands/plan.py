@@ -14,7 +14,7 @@ def run(options: argparse.Namespace) -> None:
     """Say what a training would need and take, without running anything."""
     from dora_ray.planning.figures import load_figures
     from dora_ray.planning.model import Cluster
-    from dora_ray.planning.report import GIB, Question, load_prices, long_form, plan_of, this_machine
+    from dora_ray.planning.report import GIB, Question, gpu_memory, load_prices, long_form, plan_of, this_machine
     from dora_ray.planning.workload import film_of, parse_film
     from dora_ray.training.launch import check_videos
 
@@ -34,7 +34,8 @@ def run(options: argparse.Namespace) -> None:
         announced=options.announced,
     )
     memory = options.node_memory * GIB if options.node_memory else this_machine()
+    on_gpu = options.gpu_memory * GIB if options.gpu_memory else gpu_memory()
     prices = load_prices(options.price_file) if options.price_file else {}
-    plan = plan_of(config, films, load_figures(options.figures), Question(cluster, memory, prices))
+    plan = plan_of(config, films, load_figures(options.figures), Question(cluster, memory, on_gpu, prices))
     write(long_form(plan, gpus=cluster.gpus, cores=cluster.cores, currency=str(prices.get("currency", "cost"))))
     write_json(options.json, plan)

@@ -54,11 +54,13 @@ class Question:
     Attributes:
         cluster: the machines.
         node_bytes: memory of a training node.
+        gpu_bytes: memory of a GPU; None where it is not said.
         prices: by name, as PRICES lists them; empty: no money.
     """
 
     cluster: Cluster
     node_bytes: float
+    gpu_bytes: float | None
     prices: Mapping[str, Any]
 
 
@@ -85,6 +87,12 @@ def load_prices(path: str) -> dict[str, Any]:
 def this_machine() -> float:
     """Bytes of memory here."""
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def gpu_memory() -> float | None:
+    """Bytes of the smallest GPU here; None without any."""
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    return float(min(sizes)) if sizes else None
 
 
 def plan_of(config: Config, films: Sequence[Film], figures: Figures, question: Question) -> dict[str, Any]:
@@ -151,6 +159,8 @@ def _memory(config: Config, question: Question) -> dict[str, Any]:
         "node_needs_gib": here * each / GIB,
         "node_workers": here,
         "node_has_gib": question.node_bytes / GIB,
+        "gpu_needs_gib": (tensors - snapshot) / GIB if question.cluster.gpus else 0.0,
+        "gpu_has_gib": question.gpu_bytes / GIB if question.gpu_bytes else math.inf,
     }
 
 
@@ -162,6 +172,12 @@ def _warnings(work: Workload, asked: dict[str, Any], memory: dict[str, Any], clu
             f"a node's workers ({memory['node_workers']}) need {memory['node_needs_gib']:.1f} GiB, and it has "
             f"{memory['node_has_gib']:.1f} GiB: lower optim.clips_per_slot (and raise optim.slots), set "
             "optim.activation_checkpointing=true, or run fewer workers a node"
+        )
+    if memory["gpu_needs_gib"] > memory["gpu_has_gib"]:
+        found.append(
+            f"a worker's tensors take {memory['gpu_needs_gib']:.1f} GiB of its GPU, and that has "
+            f"{memory['gpu_has_gib']:.1f} GiB: lower optim.clips_per_slot (and raise optim.slots), or set "
+            "optim.activation_checkpointing=true"
         )
     if work.epochs > MANY_EPOCHS:
         seconds = sum(film.seconds for film in work.films)
@@ -209,7 +225,7 @@ def dry_run(config: Config, checked: Checked) -> str:
     cores = float(os.cpu_count() or 1)
     cluster = Cluster(config.max_workers, use_gpu, cores, workers_per_node=config.max_workers)
     films = [film_of(index) for index in checked.indexes]
-    plan = plan_of(config, films, load_figures(), Question(cluster, this_machine(), {}))
+    plan = plan_of(config, films, load_figures(), Question(cluster, this_machine(), gpu_memory(), {}))
     videos = [
         f"video       {index.path} ({index.width}x{index.height}, {index.codec}, {index.real_seconds:.1f} s)"
         for index in checked.indexes

@@ -53,6 +53,7 @@ def test_what_does_not_fit_is_warned_of(plan):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["--gpus", "8", "--gpu-memory", "8"], "GiB of its GPU, and that has 8.0 GiB"),
         (["--gpus", "64"], "56 of 64 GPUs idle: a step has optim.slots=8 slots"),
         (["--gpus", "3"], "8 slots on 3 workers take 3 rounds"),
         (["--gpus", "8", "--gpus-per-node", "1", "--interruptions", "100"], "the run never finishes"),
