@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,20 @@ def run_ingest(options: argparse.Namespace) -> None:
 def run_analyze(options: argparse.Namespace) -> None:
     """Print the statistics of ingested videos."""
     from dora_ray.config import load_config
-    from dora_ray.store.frames import open_videos
+    from dora_ray.store.frames import load_index, open_videos
     from dora_ray.store.statistics import analyze
     from dora_ray.video.index import find_videos
+    from dora_ray.video.several import index_all
 
     videos, overrides = split(options.words)
     if not videos or options.interval <= 0:
         raise ConfigError("name videos that were ingested, and an --interval above 0 seconds")
     data = load_config(options.recipe, *overrides).data
+    store = files.absolute(options.store)
+    read = functools.partial(load_index, store=store)
     stored = open_videos(
-        find_videos(videos),
-        store=files.absolute(options.store),
+        index_all(find_videos(videos), read, skip_unreadable=data.skip_unreadable),
+        store=store,
         frames_per_second=data.frames_per_second,
         short_side=data.short_side,
         jpeg_quality=data.jpeg_quality,

@@ -38,8 +38,8 @@ def run(options: argparse.Namespace) -> None:
         random = _random_encoders(named, options.task, options.data, settings)
     (first, *others) = named.values()
     content = {"encoders": [first, *others]} if others else first
-    write_json(options.json, {**content, "random": list(random.values())})
     write(show_evaluations(named, random))
+    write_json(options.json, {**content, "random": list(random.values())})
 
 
 def _sources(checkpoints: list[str], *, random_init: bool) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from string import Formatter
+
 from dora_ray.commands.arguments import EVALUATIONS
 from dora_ray.evaluation.table import aligned, name_encoder, percent, show_evaluations
 from dora_ray.evaluation.tasks import TASKS, describe_options
@@ -96,3 +98,18 @@ def test_the_columns_and_lines_of_a_task_name_each_other():
     for task in TASKS.values():
         for places in task.chance.values():
             assert set(places) <= set(task.columns)
+
+
+def test_protocols_name_options_or_results():
+    """What is in braces and no option has to be in the results: the tests of each task's results see to that."""
+    of_results = {
+        "knn": {"num_test", "num_classes", "num_train"},
+        "linear": {"num_test", "num_classes", "num_train"},
+        "corloc": {"num_images"},
+        "vos": {"averaged"},
+        "objects": {"num_clips"},
+        "views": {"num_scenes"},
+    }
+    for name, task in TASKS.items():
+        named = {field for _, field, _, _ in Formatter().parse(task.protocol) if field}
+        assert named - set(task.options.model_fields) <= of_results[name]
