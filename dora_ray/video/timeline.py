@@ -18,6 +18,8 @@ from dora_ray.video.sources import UNGUESSED_ORDER
 
 # No picture is stored so many packets after one that is shown later: 16 frames at most, of two fields each.
 REORDER_PACKETS = 64
+# Nor are more frames than these, of two fields each, stored before one that is shown earlier.
+REORDER_FRAMES = 32
 # A hole as long as this, and as this many frames, is hardly a pause of the camera's.
 JUMP_SECONDS, JUMP_FRAMES = 3600.0, 1000
 MAX_BREAKS = 1000
@@ -209,7 +211,8 @@ def _goes_back(times: NDArray[np.int64], starts: NDArray[np.int8], *, timed: boo
     latest = np.maximum.accumulate(times)
     early = np.zeros(len(times), bool)
     if timed:
-        early[1:] = (times[1:] < latest[:-1]) & (starts[1:] == Start.CLOSED)
+        behind = np.flatnonzero((times[1:] < latest[:-1]) & (starts[1:] > 0)) + 1
+        early[[k for k in behind if starts[k] == Start.CLOSED or (times[:k] > times[k]).sum() > REORDER_FRAMES]] = True
     else:
         early[1:] = times[1:] <= latest[:-1]
     far = REORDER_PACKETS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,8 @@ def test_reports_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, qui
     for codec in ("",) if quick else ("", "vp9_", "av1_"):
         assert result[f"{codec}ingest_frames_per_core_second"] > 0
         assert result[f"{codec}ffmpeg_frames_per_core_second"] > 0
+    assert ("decord_frames_per_core_second" in result) == bool(importlib.util.find_spec("decord"))
+    assert "av1_decord_frames_per_core_second" not in result, "it has no AV1"
     assert result["jpeg_ms_a_kept_frame"] > 0
     assert result["write_ms_a_kept_frame"] > 0
     assert result["peak_rss_mb"] >= result["idle_rss_mb"] > 0

@@ -124,6 +124,14 @@ KINDS = (
         seconds=np.arange(2 * NUM_FRAMES) / 30,
     ),
     Kind(
+        "MPEG-TS of MPEG-2 with open groups, three recordings joined byte by byte",
+        odd.joined_open_groups,
+        [*ALL, *ALL, *ALL],
+        decord=TS,
+        warning="its clock goes back 2 times",
+        seconds=np.arange(3 * NUM_FRAMES) / 30,
+    ),
+    Kind(
         "MPEG-TS, two pictures a packet",
         odd.two_pictures_a_packet,
         decord=TS,

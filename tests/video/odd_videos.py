@@ -274,6 +274,13 @@ def joined(folder: Path) -> Path:
     return path
 
 
+def joined_open_groups(folder: Path) -> Path:
+    part = encode(folder / "part.ts", codec="mpeg2video", group=10, options={"bf": "2"})
+    path = folder / "joined.ts"
+    path.write_bytes(part.read_bytes() * 3)
+    return path
+
+
 def wrapped(folder: Path) -> Path:
     """MPEG-TS counts times in 33 bits: here they begin anew after 20 frames."""
     seconds = (2**33 - 90000 * 20 // 30) / 90000

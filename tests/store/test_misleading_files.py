@@ -1,0 +1,33 @@
+"""Files whose marks, fields, times and seams are not what they seem, ingested as a user does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dora_ray.store.frames import read_frames
+from dora_ray.video.synthetic import read_counter
+from tests.store.test_ingest import run
+from tests.video import odd_videos
+
+pytestmark = pytest.mark.ray
+
+
+def test_every_kept_frame_is_stored_at_its_time(ray_cluster, tmp_path):
+    paths = [
+        odd_videos.marked_mpeg4(tmp_path),
+        odd_videos.marked_hevc(tmp_path),
+        odd_videos.fields(tmp_path, ".ts", "none"),
+        odd_videos.intra_refresh(tmp_path),
+        odd_videos.h264_in_avi(tmp_path),
+        odd_videos.joined(tmp_path),
+        odd_videos.upright(tmp_path, 90, mirrored=True),
+    ]
+    stored, _ = run(tmp_path / "store", *paths)
+    for video in stored:
+        twice = 2 if video.path.endswith("joined.ts") else 1
+        numbers = np.arange(0, twice * 40, 3)
+        assert (video.missing, len(video)) == (0, len(numbers)), video.path
+        assert video.times == pytest.approx(numbers / 30, abs=2e-3)
+        shown = [read_counter(frame) for frame in read_frames(video, range(len(video)))]
+        assert shown == (numbers % 40).tolist()
