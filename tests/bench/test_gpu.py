@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -315,3 +316,19 @@ def test_a_wheel_is_used_where_its_package_is_missing_or_older(monkeypatch: pyte
     assert script.is_needed(Path("annotated_types-0.8.0-py3-none-any.whl"))
     assert not script.is_needed(Path("pydantic_core-2.50.4-cp312-cp312-manylinux_2_17_x86_64.whl"))
     assert script.has("torch") == (2, 11, 0)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_gpu_kit_names_the_folders_that_it_needs_and_takes_the_wheels_from_the_lock() -> None:
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", "--dry-run", "gpu-kit", "STAMP=", "BIN=bin", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = make("VIDEOS=a b", "IMAGES=c d", "DAVIS=e")
+    assert done.returncode == 0, done.stderr
+    assert '--videos a b --images "c d" --davis "e" --out .gpu-kit/clips.npz' in done.stdout
+    for package in ("annotated-types", "pydantic", "pydantic-core", "timm", "typing-extensions", "typing-inspection"):
+        assert f" {package}==" in done.stdout
+    missing = subprocess.run(["make", "gpu-kit", "STAMP="], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert missing.returncode != 0
+    assert "IMAGES=DIR_WITH_train_AND_test" in missing.stdout
