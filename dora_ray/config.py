@@ -245,7 +245,7 @@ class EvaluationConfig(Section):
     """Labeled folder with train/CLASS/* and test/CLASS/*, for kNN."""
     tour: str | None = None
     """Labeled tour (`data synth tour`), or DAVIS 2017's folder: IoU of the run's own object masks, for object_iou and
-    tracking_iou."""
+    tracking_iou, and label propagation from each sequence's first mask, for j_and_f."""
     video: str | None = None
     """Video, labeled tour or folder of frames that was not trained on: scenes known again, for view_matching and
     rankme."""

@@ -54,7 +54,7 @@ def find_clips(
     Raises:
         ConfigError: Another layout, frames without masks, or no sequence that is long enough.
     """
-    root = Path(folder, "davis") if Path(folder, "davis").is_dir() else Path(folder)
+    root = davis_folder(folder)
     images, annotations = root / "JPEGImages" / "480p", root / "Annotations" / "480p"
     if not images.is_dir() or not annotations.is_dir():
         raise ConfigError(f"{folder} has no labeled clips. They are laid out as {LAYOUT}.")
@@ -67,6 +67,11 @@ def find_clips(
     if max_clips is None or max_clips >= len(clips):
         return clips
     return [clips[number * len(clips) // max_clips] for number in range(max_clips)]
+
+
+def davis_folder(folder: str | os.PathLike[str]) -> Path:
+    """Give the folder in DAVIS's layout: a labeled tour has it inside."""
+    return Path(folder, "davis") if Path(folder, "davis").is_dir() else Path(folder)
 
 
 def batched_clips(clips: list[ClipFiles], *, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

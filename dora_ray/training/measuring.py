@@ -12,15 +12,18 @@ from dora_ray.config import Config
 from dora_ray.errors import ConfigError, VideoError
 from dora_ray.evaluation.features import find_splits, training_size
 from dora_ray.evaluation.knn import evaluate_knn
-from dora_ray.evaluation.labeled_clips import find_clips
+from dora_ray.evaluation.labeled_clips import davis_folder, find_clips
 from dora_ray.evaluation.objects import evaluate_objects
-from dora_ray.evaluation.options import TRACKING_OPTIONS, KnnOptions, ObjectsOptions, Options, ViewsOptions
+from dora_ray.evaluation.options import TRACKING_OPTIONS, KnnOptions, ObjectsOptions, Options, ViewsOptions, VosOptions
 from dora_ray.evaluation.views import evaluate_views, find_film
+from dora_ray.evaluation.vos import evaluate_vos
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 NOT_OF_THE_TASK = {"random_init", "seed", "random_encoders"}
+# Of each sequence, from its start: enough to lose an object, and few enough for a measure beside a training.
+PROPAGATED_FRAMES = 6
 Values = dict[str, float]
 
 
@@ -58,13 +61,14 @@ def measure_teacher(backbone: VisionTransformer, config: Config, *, device: str)
     Data that cannot be read, or that is too much for the memory, must not end one rank of a training: it is told.
 
     Returns:
-        knn; object_iou and tracking_iou with their chances; view_matching, its two halves and rankme: those whose data
-        the configuration names. And a sentence for each that could not be measured.
+        knn; object_iou and tracking_iou with their chances; j_and_f of label propagation; view_matching, its two halves
+        and rankme: those whose data the configuration names. And a sentence for each that could not be measured.
     """
     evaluation = config.evaluation
     tasks: tuple[tuple[str, str | None, Callable[..., Values]], ...] = (
         ("kNN", evaluation.images, _knn),
         ("objects", evaluation.tour, _objects),
+        ("label propagation", evaluation.tour, _propagation),
         ("view matching", evaluation.video, _views),
     )
     values: Values = {}
@@ -93,6 +97,15 @@ def _objects(backbone: VisionTransformer, config: Config, data: str, device: str
         device=device,
     )
     return _numbers(evaluate_objects(backbone, data, **(_arguments(options) | tracking)))
+
+
+def _propagation(backbone: VisionTransformer, config: Config, data: str, device: str) -> Values:
+    options = VosOptions(
+        short_side=config.evaluation.tour_short_side or training_size(backbone),
+        max_frames=PROPAGATED_FRAMES,
+        device=device,
+    )
+    return {"j_and_f": float(evaluate_vos(backbone, davis_folder(data), **_arguments(options))["j_and_f"])}
 
 
 def _views(backbone: VisionTransformer, config: Config, data: str, device: str) -> Values:

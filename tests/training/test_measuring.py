@@ -13,7 +13,15 @@ from dora_ray.training.records.journal import read_metrics
 from dora_ray.video.tour_files import make_tour
 from tests.video.test_tours import flat_photographs
 
-MEASURES = {"object_iou", "tracking_iou", "view_matching", "view_matching_later", "view_matching_local", "rankme"}
+MEASURES = {
+    "j_and_f",
+    "object_iou",
+    "tracking_iou",
+    "view_matching",
+    "view_matching_later",
+    "view_matching_local",
+    "rankme",
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,4 +82,8 @@ def test_data_that_vanishes_is_told_and_ends_nothing(tmp_path: Path) -> None:
     keys = (f"evaluation.tour={tmp_path}", f"evaluation.video={tmp_path / 'gone.mp4'}")
     values, problems = measure_teacher(small_vit(), dora_ray.load_config("tiny", *keys), device="cpu")
     assert values == {}
-    assert [problem.partition(":")[0] for problem in problems] == ["no objects", "no view matching"]
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "no objects",
+        "no label propagation",
+        "no view matching",
+    ]
