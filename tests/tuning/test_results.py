@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from statistics import fmean
 
+import pyarrow.parquet
 import pytest
 
 from dora_ray.training.records.journal import read_metrics
@@ -19,6 +20,7 @@ from dora_ray.tuning.results import (
     trial_folder,
     trial_status,
     write_csv,
+    write_parquet,
     write_spec,
 )
 from dora_ray.tuning.space import expand, load_sweep
@@ -123,3 +125,32 @@ def test_a_run_that_was_cut_short_still_reads(tmp_path):
         file.write(json.dumps({"step": 6, "loss": 1.0})[:9])
     assert [line["step"] for line in read_metrics(str(run))] == [1, 2, 3, 4, 5]
     assert trial_folder(str(tmp_path), "x").endswith("trials/x")
+
+
+def test_the_cost_counts_every_step_and_every_worker():
+    lines = [
+        {"step": 10, "step_seconds": 0.5, "world_size": 2, "loss": 1.0},
+        {"step": 30, "step_seconds": 1.0, "world_size": 1, "loss": 1.0},
+    ]
+    final = final_metrics(lines)
+    assert (final["train_seconds"], final["worker_seconds"]) == (25.0, 30.0)
+
+
+def test_the_parquet_table_keeps_numbers_and_mixed_columns(tmp_path):
+    rows = [
+        Row(
+            "a_000001",
+            {"optim.lr": 1, "tracking.threshold": "soft", "crops.clip_scale": [0.2, 1.0]},
+            "done",
+            {"knn": 0.5},
+        ),
+        Row("b_000002", {"optim.lr": 0.5, "tracking.threshold": 3}, "failed", {}, "trials/b", "no <disk>"),
+    ]
+    write_parquet(str(tmp_path / "results.parquet"), rows)
+    table = pyarrow.parquet.read_table(tmp_path / "results.parquet").to_pydict()
+    assert table["name"] == ["a_000001", "b_000002"]
+    assert table["optim.lr"] == [1.0, 0.5]
+    assert table["tracking.threshold"] == ["soft", "3"]
+    assert table["crops.clip_scale"] == ["[0.2, 1.0]", None]
+    assert table["knn"] == [0.5, None]
+    assert table["error"] == ["", "no <disk>"]
