@@ -293,7 +293,9 @@ def extract_splits(
         ConfigError: As `find_splits` and `extract`.
     """
     train, test = (part.thinned(max_images) for part in find_splits(data))
-    done, total = 0, len(train.paths) + len(test.paths)
+    # In one go, so that the unreadable files of both are named together.
+    both = LabeledImages((*train.paths, *test.paths), torch.cat([train.labels, test.labels]), train.classes)
+    done, total = 0, len(both.paths)
 
     def count(number: int) -> None:
         nonlocal done
@@ -301,7 +303,17 @@ def extract_splits(
         if progress is not None:
             progress(done, total)
 
-    return extract(encode, train, progress=count, **options), extract(encode, test, progress=count, **options)
+    features, kept = extract(encode, both, progress=count, **options)
+    of_train = set(train.paths)
+    places = [number for number, path in enumerate(kept.paths) if path in of_train]
+    others = [number for number, path in enumerate(kept.paths) if path not in of_train]
+    if not places or not others:
+        raise ConfigError(f"{data}: none of the {'test' if places else 'training'} images can be read.")
+    parts = [
+        (features[chosen], replace(kept.only(chosen), num_unreadable=len(part.paths) - len(chosen)))
+        for part, chosen in ((train, places), (test, others))
+    ]
+    return parts[0], parts[1]
 
 
 def counts(train: LabeledImages, test: LabeledImages) -> dict[str, int]:

@@ -111,9 +111,25 @@ def evaluate_vos(
         try:
             scored[sequence.name] = score_sequence(part, encode, carry, together=year == "2016")
         except ConfigError as error:
-            failures.append(str(error))
+            failures.append(" ".join(_all_unreadable(part)) or str(error))
     report_unreadable(failures, len(chosen.sequences), skip_unreadable=skip_unreadable)
     return _means(scored, chosen.averaged, num_left_out=len(failures))
+
+
+def _all_unreadable(sequence: Sequence) -> list[str]:
+    """Return a sentence for each file of a sequence that cannot be read; scoring ends at the first one."""
+    found = []
+    readers: tuple[tuple[Callable[[Path], Any], tuple[Path, ...]], ...] = (
+        (open_rgb, sequence.frames),
+        (read_mask, sequence.masks),
+    )
+    for read, paths in readers:
+        for path in paths:
+            try:
+                read(path)
+            except ConfigError as error:
+                found.append(str(error))
+    return found
 
 
 def score_sequence(

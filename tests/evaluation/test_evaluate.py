@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -131,3 +132,17 @@ def test_progress_is_shown_unless_it_is_not_wanted(checkpoint, images, caplog):
         assert "images" not in caplog.text
         evaluate(checkpoint, "knn", data=images)
     assert "eval knn: 51/51 images (100%)" in caplog.text
+
+
+def test_unreadable_images_of_both_parts_are_named_together_and_counted(checkpoint, images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    for name in ("train/blue/03.png", "test/red/01.png"):
+        (tmp_path / "images" / name).write_bytes(b"no image")
+    with pytest.raises(ConfigError, match=r"2 of 51 files.*train/blue/03\.png.*test/red/01\.png"):
+        evaluate(checkpoint, "knn", data=tmp_path / "images")
+    numbers = evaluate(checkpoint, "knn", data=tmp_path / "images", skip_unreadable=True)["results"]
+    assert (numbers["num_train"], numbers["num_test"], numbers["num_unreadable"]) == (35, 14, 2)
+    for path in (tmp_path / "images" / "test").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ConfigError, match="none of the test images can be read"):
+        evaluate(checkpoint, "knn", data=tmp_path / "images", skip_unreadable=True)

@@ -185,8 +185,9 @@ def test_sequences_that_cannot_be_read_are_all_named_and_can_be_left_out(checkpo
     for name in ("a", "b", "c"):
         write_sequence(tmp_path, two_objects(), name=name)
     (tmp_path / "JPEGImages" / "480p" / "a" / "00004.jpg").write_bytes(b"-")
+    (tmp_path / "JPEGImages" / "480p" / "a" / "00005.jpg").write_bytes(b"-")
     (tmp_path / "Annotations" / "480p" / "c" / "00001.png").write_bytes(b"-")
-    with pytest.raises(ConfigError, match=r"2 of 3 files.*a/00004\.jpg.*c/00001\.png.*skip_unreadable=true"):
+    with pytest.raises(ConfigError, match=r"a/00004\.jpg.*a/00005\.jpg.*c/00001\.png.*skip_unreadable=true"):
         evaluate(checkpoint, "vos", data=tmp_path, short_side=48)
     numbers = evaluate(checkpoint, "vos", data=tmp_path, short_side=48, skip_unreadable=True)["results"]
     assert list(numbers["sequences"]) == ["b"]
