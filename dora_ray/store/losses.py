@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from dora_ray import files
 from dora_ray.errors import VideoError
-from dora_ray.store.frames import StoredVideo, count_frames
+from dora_ray.store.frames import StoredVideo, count_frames, stored_index
+from dora_ray.video.remarks import LOST_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -17,9 +18,26 @@ def missing_share(video: StoredVideo) -> float:
     return video.missing / (video.missing + len(video))
 
 
-def losses(videos: Sequence[StoredVideo]) -> Mapping[str, str]:
-    """{path: what is missing} of the videos that are not whole."""
+def missing_frames(videos: Sequence[StoredVideo]) -> Mapping[str, str]:
+    """{path: how many frames are missing} of the videos that lack some of those that their files hold."""
     return {video.path: _sentence(len(video), video.missing) for video in videos if video.missing}
+
+
+def losses(videos: Sequence[StoredVideo]) -> Mapping[str, str]:
+    """{path: what is missing} of the videos that are not whole: frames, and an end that their files have lost."""
+    frames, ends = missing_frames(videos), {video.path: _lost_end(video) for video in videos}
+    texts = {video.path: "; ".join(filter(None, (frames.get(video.path), ends[video.path]))) for video in videos}
+    return {path: text for path, text in texts.items() if text}
+
+
+def _lost_end(video: StoredVideo) -> str:
+    store = video.uri.rsplit("/", 2)[0]
+    index = stored_index(store, video.video_id)
+    if index is None or index.declared_seconds - index.real_seconds <= LOST_SECONDS:
+        return ""
+    lost = index.declared_seconds - index.real_seconds
+    share = lost / index.declared_seconds
+    return f"the file has lost its end: {lost:.1f} of {index.declared_seconds:.1f} s ({share:.1%})"
 
 
 def stored_frames(store: str, video_id: str) -> list[str]:
@@ -50,14 +68,14 @@ def whole_videos(
         VideoError: more than `max_bad_fraction` of a video's frames are missing; all such videos are named. With
             `skip_unreadable`, which leaves them out, only where no video is left.
     """
-    for path, text in losses(videos).items():
+    for path, text in missing_frames(videos).items():
         logger.warning("%s: %s", path, text)
     refused = [video for video in videos if missing_share(video) > max_bad_fraction]
     if len(refused) < len(videos) and (skip_unreadable or not refused):
         for video in refused:
             logger.warning("%s is left out (data.skip_unreadable)", video.path)
         return [video for video in videos if video not in refused]
-    listed = "; ".join(f"{path}: {text}" for path, text in losses(refused).items())
+    listed = "; ".join(f"{path}: {text}" for path, text in missing_frames(refused).items())
     raise VideoError(
         f"{listed}. More than data.max_bad_fraction={max_bad_fraction:g} allows; what could be decoded is stored. Get"
         f" the file{'s' if len(refused) > 1 else ''} again, leave {'them' if len(refused) > 1 else 'it'} out"

@@ -53,6 +53,16 @@ def test_more_than_is_allowed_is_an_error_that_names_every_such_video(films, cap
         whole_videos([torn], max_bad_fraction=0.1, skip_unreadable=True)
 
 
+def test_an_end_that_a_file_has_lost_is_told_and_not_refused(tmp_path):
+    store = str(tmp_path / "store")
+    index = load_index(str(videos.truncated(tmp_path, ".mkv", seconds=8.0)), store=store)
+    fill(index, store, order=range(len(index.segments(0.2))))
+    stored = open_videos([index], store=store, **SETTING)
+    lost = index.declared_seconds - index.real_seconds
+    assert losses(stored)[index.path].startswith(f"the file has lost its end: {lost:.1f} of 8.0 s (")
+    assert whole_videos(stored, max_bad_fraction=0.0) == stored
+
+
 def by_older_rules(uri: str) -> None:
     """The dataset as it was made before it said which rules filled it."""
     lance.write_dataset(frame_store.SCHEMA.empty_table(), uri, mode="create")

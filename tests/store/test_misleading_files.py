@@ -7,13 +7,13 @@ import pytest
 
 from dora_ray.store.frames import read_frames
 from dora_ray.video.synthetic import read_counter
-from tests.store.test_ingest import run
+from tests.store.test_ingest import in_this_process, run  # noqa: F401
 from tests.video import odd_videos
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
-def test_every_kept_frame_is_stored_at_its_time(ray_cluster, tmp_path):
+def test_every_kept_frame_is_stored_at_its_time(tmp_path):
     paths = [
         odd_videos.marked_mpeg4(tmp_path),
         odd_videos.marked_hevc(tmp_path),
