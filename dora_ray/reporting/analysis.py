@@ -19,7 +19,7 @@ from dora_ray.tuning.statistics import Comparison, Level, Observation, compare, 
 
 # PED-ANOVA needs that many trials to say anything.
 MIN_IMPORTANCE_TRIALS = 20
-SHARES = ("knn", "linear", "iou", "view_matching", "corloc", "top1")
+SHARES = ("knn", "linear", "iou", "view_matching", "corloc", "top1", "j_and_f")
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _beside(found: Analysis) -> str:
     return f" {text[0].upper()}{text[1:]}." if text else ""
 
 
-OTHER_MEASURES = ("knn", "object_iou", "tracking_iou", "view_matching", "rankme")
+OTHER_MEASURES = ("j_and_f", "knn", "object_iou", "tracking_iou", "view_matching", "rankme")
 
 
 def other_verdicts(rows: Sequence[Row], spec: SweepSpec, baseline: Mapping[str, Any]) -> list[tuple[str, str]]:

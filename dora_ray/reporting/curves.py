@@ -64,6 +64,12 @@ PANELS = (
     ),
     Panel("kNN accuracy", (("knn", "kNN"),), "Top 1 on the labeled folder, the encoder frozen.", smooth=False),
     Panel(
+        "Label propagation",
+        (("j_and_f", "J&F"),),
+        "The first masks of the labeled tour, carried through its frames by the encoder's features alone.",
+        smooth=False,
+    ),
+    Panel(
         "Objects against the truth",
         (("object_iou", "object IoU"), ("tracking_iou", "tracking IoU")),
         "The teacher's own masks against the labeled tour's, in the first frame and over all of them.",

@@ -146,7 +146,12 @@ def _tiles(lines: Sequence[Line], status: dict[str, Any]) -> list[tuple[str, str
         _, values = series(lines, name)
         if values:
             tiles.append((label, f"{final[name]:.3f}", f"from {fmean(values[: max(1, len(values) // 50)]):.3f}"))
-    for name, label in (("knn", "kNN, top 1"), ("object_iou", "object IoU"), ("view_matching", "view matching")):
+    for name, label in (
+        ("knn", "kNN, top 1"),
+        ("j_and_f", "J&F"),
+        ("object_iou", "object IoU"),
+        ("view_matching", "view matching"),
+    ):
         if name in final:
             tiles.append((label, f"{100 * final[name]:.1f} %", "at the last evaluation"))
     if "clips_per_second" in final:

@@ -40,6 +40,7 @@ MAX_POINTS, MAX_PICTURES, MAX_MAPS, MAX_MAP_VALUES = 40, 24, 6, 8
 SHOWN_MEASURES = (
     "loss",
     "knn",
+    "j_and_f",
     "object_iou",
     "tracking_iou",
     "view_matching",
@@ -53,7 +54,7 @@ SHOWN_MEASURES = (
     "clips_per_second",
     "worker_seconds",
 )
-CURVES = ("knn", "object_iou", "view_matching", "loss", "object_agreement")
+CURVES = ("knn", "j_and_f", "object_iou", "view_matching", "loss", "object_agreement")
 
 
 def sweep_page(folder: str) -> str:
