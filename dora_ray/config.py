@@ -23,16 +23,13 @@ class DataConfig(Section):
 
     videos: tuple[str, ...] = ()
     """Files, folders, globs, URIs, or package:NAME/PATH for a file inside an installed Python package."""
-    source: Literal["store", "video"] = "store"
-    """Where clips are read: the frame store, which is filled first, or the videos, decoded while the run trains."""
     store: str | None = None
     """Folder or URI of the frame store; not set: the folder `store` beside the run's folder."""
     cache: str | None = None
     """Folder on every node's own disk that the frame store is copied into, once, and read from; not set: frames are
     read where the store is. For stores in object stores; the copies are not removed."""
     decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"
-    """Library that decodes, at ingest or, with data.source=video, while the run trains; PyAV is exact on
-    every file of the conformance suite."""
+    """Library that decodes at ingest; PyAV is exact on every file of the conformance suite."""
     frames_per_second: Positive = 6.0
     """Frames kept in the store for each second of video: also the number of places a second where a clip may start."""
     short_side: Count = 512
@@ -42,8 +39,8 @@ class DataConfig(Section):
     segment_seconds: Positive = 20.0
     """Length of a unit of ingest work, rounded up to a key frame: what a failed task repeats."""
     decode_seconds: Positive = 120.0
-    """Time that decoding one clip, or ten seconds of video at ingest, may take before its process is ended and the
-    work is given to another; after a second end the frames count as unreadable."""
+    """Time that reading one clip, or decoding ten seconds of video at ingest, may take before its process is ended and
+    the work is given to another; after a second end the frames count as unreadable."""
     max_bad_fraction: Fraction = 0.01
     """Share of a video's frames that may be missing after its ingest, and of a run's clips that may be unreadable
     before it stops."""
@@ -53,17 +50,7 @@ class DataConfig(Section):
     prefetch_slots: Count = 4
     """Slots decoded ahead of each training worker."""
     slots_per_task: Count = 1
-    """Slots that one decode task reads: raise it where a slot is read in a few milliseconds."""
-    stream_segment_seconds: Positive = 60.0
-    """With data.source=video: least length of a part of a video that is decoded at once, rounded up to a key frame. The
-    last clip of a part reaches a clip's length into the next one, which is decoded twice."""
-    shuffle_segments: Count = 4
-    """With data.source=video: parts whose clips a slot shuffles together. Twice as many are held for a slot, in Ray's
-    object store or by the process itself with cluster.num_workers=0. Over all workers they are 2 x optim.slots x
-    shuffle_segments x stream_segment_seconds x frames_per_second JPEG frames: 23,040 as given, 1.5 to 3.5 GB."""
-    crops_per_clip: Count = 1
-    """With data.source=video: how often an epoch shows each clip, every time cropped anew: decoding costs that much
-    less a clip."""
+    """Slots that one decode task reads and hands over together: raise it where a slot is read in milliseconds."""
 
 
 class ClipConfig(Section):
@@ -75,6 +62,13 @@ class ClipConfig(Section):
     """Time between a clip's frames (paper: 1 s, 60 frames)."""
     avoid_cuts: bool = True
     """Start no clip that a shot cut runs through: an object cannot be tracked across one."""
+    shuffle: Literal["global", "window"] = "global"
+    """Order of an epoch. global: all starts shuffled together, once everything is ingested; window: within windows of
+    segments, which are permuted themselves, so that training begins when the first window is stored, beside the
+    ingest."""
+    window_segments: Count = 32
+    """With clip.shuffle=window: segments (data.segment_seconds) of a window. A smaller window begins sooner and mixes
+    less."""
 
 
 class CropsConfig(Section):

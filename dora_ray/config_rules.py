@@ -60,15 +60,10 @@ def _of_views(config: Config) -> Iterator[str]:
 
 def _of_data(config: Config) -> Iterator[str]:
     data, clip = config.data, config.clip
-    if data.source != "store" and clip.avoid_cuts:
+    if clip.shuffle == "window" and data.cache is not None:
         yield (
-            "clip.avoid_cuts=true with data.source=video: where shots begin is known only after decoding; set"
-            " clip.avoid_cuts=false (a walking tour has no cuts), or data.source=store"
-        )
-    if data.source != "video" and data.crops_per_clip != 1:
-        yield (
-            f"data.crops_per_clip={data.crops_per_clip} with data.source=store: a stored clip costs nearly nothing to"
-            " read; set data.crops_per_clip=1, or data.source=video"
+            f"data.cache={data.cache} with clip.shuffle=window: a store that grows cannot be copied; ingest first"
+            " (dora-ray data ingest) and use clip.shuffle=global, or leave data.cache out"
         )
     if data.frames_per_second * clip.stride_seconds < 1:
         yield (

@@ -72,7 +72,6 @@ def test_fixed_names_exist() -> None:
         "model.num_heads",
         "model.drop_path",
         "data.videos",
-        "data.source",
         "data.store",
         "data.decoder",
         "data.frames_per_second",

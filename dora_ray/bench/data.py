@@ -1,4 +1,4 @@
-"""Reading clips: the frame store and direct streaming beside the loader that opens the video anew for every clip.
+"""Reading clips from the frame store beside the loader that opens the video anew for every clip.
 
 All read 8-frame clips, 1 s apart, of one generated 4K H.264 film, in one process, and are compared by CPU seconds,
 which other processes disturb less than time. The reference loader works as the method's released code did: open the
@@ -10,7 +10,6 @@ Ingest's decoding is put beside plain decoding, of VP9 and AV1 films too.
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import resource
 import shutil
 import statistics
@@ -18,7 +17,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,75 +28,64 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dora_ray.bench.films import decode_frames, film, write_store
-from dora_ray.clips.crop import crop_clip, random_boxes
-from dora_ray.clips.direct import DecodedSegment, decode_segment
-from dora_ray.clips.segments import SegmentPlan, streamed_videos
+from dora_ray.clips.contents import StoredContents
+from dora_ray.clips.crop import random_boxes
 from dora_ray.clips.slot import read_slot
 from dora_ray.config import Config, load_config
 from dora_ray.errors import ConfigError
 from dora_ray.store import frames as frame_store
 from dora_ray.store.frames import StoredVideo, read_jpegs
-from dora_ray.training.launch import make_plan
-from dora_ray.training.memory import peak_mb
+from dora_ray.training.inputs import make_plan
 from dora_ray.video.decoders import DecodedFrame, get_decoder
 from dora_ray.video.index import VideoIndex, index_video
 
 WIDTH, HEIGHT, RATE, GROUP_SIZE = 3840, 2160, 60, 250
-SECONDS, LOOPS = 10, 7
+SECONDS = 10
 # Of the films whose decoding alone is measured: their encoders are slow.
 OTHER_CODECS, OTHER_SECONDS = ("vp9", "av1"), 2
 # What one H100 could train on at best, clips a second.
 CLIPS_A_GPU = 300
-# Of the segment whose cost is reported, whatever the length of the film.
-SEGMENT_SECONDS = 60.0
 
 
 def run(*, quick: bool) -> dict[str, Any]:
     """Clips and frames a core-second of every path, memory and bytes, on one film.
 
     Args:
-        quick: 10 seconds of film and one clip of the reference loader; otherwise 70 seconds and three clips, and
-            decoding alone of films in other codecs.
+        quick: one clip of the reference loader; otherwise three, and decoding alone of films in other codecs.
     """
     torch.set_num_threads(1)
-    loops = 1 if quick else LOOPS
     size = {"width": WIDTH, "height": HEIGHT, "frames_per_second": RATE, "seconds": SECONDS, "group_size": GROUP_SIZE}
-    once, path = film(**size), film(**size, loops=loops)
-    config = load_config("paper", f"data.videos=[{path}]", "clip.avoid_cuts=false", "optim.slots=1")
-    short, index = index_video(once), index_video(path)
+    once = film(**size)
+    config = load_config("paper", f"data.videos=[{once}]", "clip.avoid_cuts=false", "optim.slots=1")
+    short = index_video(once)
     frames, decoding = _decoding(once, config)
     for codec in () if quick else OTHER_CODECS:
         rates = _decoding(film(**size | {"seconds": OTHER_SECONDS}, codec=codec), config)[1]
         decoding |= {f"{codec}_{name}": rate for name, rate in rates.items()}
     with tempfile.TemporaryDirectory() as store:
         stored, stored_bytes = _store_seconds(config, write_store(short, frames, config, store))
-    direct = _direct_seconds(config, index)
     references = [_reference_seconds(once, config, seed=seed) for seed in range(1 if quick else 3)]
     reference = {part: statistics.median(times[part] for times in references) for part in references[0]}
-    idle, peak = _segment_memory(path)
     return _report(
         {
-            "film": f"{WIDTH}x{HEIGHT} H.264, {RATE} frames/s, {SECONDS} s, {loops} times over",
+            "film": f"{WIDTH}x{HEIGHT} H.264, {RATE} frames/s, {SECONDS} s",
             "clip": f"{config.clip.num_frames} frames, {config.clip.stride_seconds:g} s apart, "
             f"cropped to {config.crops.clip_size} px",
             "reference_cpu_seconds": {part: round(seconds, 3) for part, seconds in reference.items()},
-            "direct_measured_on": f"{direct.pop('measured_seconds'):.0f} s of film, stated for {SEGMENT_SECONDS:g} s",
             "ffmpeg": _plain_decoder()[0],
             **decoding,
             **_writing(frames, config),
-            "idle_rss_mb": idle,
-            "peak_rss_mb": peak,
             "stored_bytes_a_clip": stored_bytes,
             "cropped_bytes_a_clip": config.clip.num_frames * config.crops.clip_size**2 * 3,
         },
-        {"reference": sum(reference.values()), "store": stored, "direct": direct["seconds"]},
+        {"reference": sum(reference.values()), "store": stored},
     )
 
 
 def _report(facts: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
     """The facts with, for each path's CPU seconds a clip, its rate, its ratio and the cores that feed a GPU."""
     rates = {f"{name}_clips_per_core_second": 1 / value for name, value in seconds.items()}
-    ratios = {f"{name}_ratio": seconds["reference"] / seconds[name] for name in ("store", "direct")}
+    ratios = {"store_ratio": seconds["reference"] / seconds["store"]}
     cores = {f"{name}_decode_cores_a_gpu": CLIPS_A_GPU * value for name, value in seconds.items()}
     return {**rates, **ratios, **facts, **cores, "cores_a_gpu_at_clips_per_second": CLIPS_A_GPU}
 
@@ -150,47 +137,12 @@ def _writing(frames: list[DecodedFrame], config: Config) -> dict[str, float]:
 def _store_seconds(config: Config, video: StoredVideo) -> tuple[float, int]:
     """CPU seconds of a clip from the store, and its stored bytes."""
     plan = make_plan(config, [video])
-    read_slot(plan, 0, 0)
-    seconds, _ = _cpu_seconds(lambda: [read_slot(plan, step, 0) for step in range(1, 4)])
+    contents = StoredContents(plan, [video])
+    keys = [contents.key(step, 0) for step in range(4)]
+    read_slot(contents, keys[0])
+    seconds, _ = _cpu_seconds(lambda: [read_slot(contents, key) for key in keys[1:]])
     coded = sum(len(jpeg) for jpeg in read_jpegs(video, plan.clip(0).frames))
     return seconds / (3 * plan.clips_per_slot), coded
-
-
-def _segment_plan(config: Config, index: VideoIndex) -> SegmentPlan:
-    direct = load_config(config, "data.source=video", f"data.stream_segment_seconds={SEGMENT_SECONDS}")
-    data = direct.data
-    plan = make_plan(
-        direct,
-        streamed_videos(
-            [index], decoder=data.decoder, frames_per_second=data.frames_per_second, short_side=data.short_side
-        ),
-    )
-    assert isinstance(plan, SegmentPlan)
-    return plan
-
-
-def _direct_seconds(config: Config, index: VideoIndex) -> dict[str, float]:
-    """CPU seconds of a clip by direct streaming, with a segment of SEGMENT_SECONDS and the overlap it decodes twice.
-
-    Decoding is linear in the length, so a shorter film says what a second of it costs.
-    """
-    plan = _segment_plan(config, index)
-    decoding, segment = _cpu_seconds(lambda: decode_segment(plan, 0))
-    reading, _ = _cpu_seconds(lambda: _read_clips(plan, segment, 32))
-    times = plan.videos[0].times
-    covered = float(times[segment.frames[-1]] - times[segment.frames[0]])
-    overlap = (plan.num_frames - 1) * plan.stride_seconds
-    clips = SEGMENT_SECONDS * config.data.frames_per_second
-    a_clip = decoding / covered * (SEGMENT_SECONDS + overlap) / clips
-    return {"seconds": a_clip + reading / 32, "measured_seconds": covered}
-
-
-def _read_clips(plan: SegmentPlan, segment: DecodedSegment, count: int) -> None:
-    """Clips of the plan's first segment, as `read_slot` reads them."""
-    rng, video = np.random.default_rng(0), plan.videos[0]
-    for row in rng.choice(plan.segments[0, 2], count).tolist():
-        frames = segment.read(plan.starts[row, 1:].tolist())
-        crop_clip(frames, _box(rng, video.height, video.width, plan.clip_scale, plan.aspect_ratio), plan.clip_size)
 
 
 def _box(
@@ -284,17 +236,3 @@ def _decode_only(path: str) -> None:
         stream.thread_type = "NONE"
         for _ in container.decode(stream):
             pass
-
-
-def _segment_memory(path: str) -> tuple[float, float]:
-    """Peak memory of a process, MB: when it has imported everything, and when it has decoded a segment."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_decode_and_look, path).result()
-
-
-def _decode_and_look(path: str) -> tuple[float, float]:
-    config = load_config("paper", f"data.videos=[{path}]", "clip.avoid_cuts=false", "optim.slots=1")
-    plan = _segment_plan(config, index_video(path))
-    idle = peak_mb()
-    decode_segment(plan, 0)
-    return idle, peak_mb()

@@ -15,6 +15,7 @@ from dora_ray import files
 from dora_ray.config import Config
 from dora_ray.store import frames as frame_store
 from dora_ray.store.frames import StoredVideo
+from dora_ray.training.inputs import frame_format
 from dora_ray.video.decoders import DecodedFrame, get_decoder
 from dora_ray.video.index import VideoIndex
 from dora_ray.video.synthetic import make_video
@@ -99,15 +100,11 @@ def decode_frames(index: VideoIndex, config: Config) -> list[DecodedFrame]:
 def write_store(index: VideoIndex, frames: Sequence[DecodedFrame], config: Config, store: str) -> StoredVideo:
     """Bring frames into a new store, in this process and without Ray, and open it."""
     data = config.data
-    setting = {
-        "frames_per_second": data.frames_per_second,
-        "short_side": data.short_side,
-        "jpeg_quality": data.jpeg_quality,
-    }
-    uri = frame_store.dataset_uri(store, index.video_id, **setting)
+    form = frame_format(data)
+    uri = frame_store.dataset_uri(store, index.video_id, form)
     files.write_bytes(files.join(store, index.video_id, frame_store.INDEX_NAME), index.to_bytes())
     frame_store.create_dataset(uri)
     rows = [frame_store.frame_row(frame, segment=0, jpeg_quality=data.jpeg_quality) for frame in frames]
     frame_store.commit(uri, frame_store.write_rows(uri, rows))
-    (video,) = frame_store.open_videos([index], store=store, **setting)
+    (video,) = frame_store.open_videos([index], store=store, form=form)
     return video

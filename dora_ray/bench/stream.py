@@ -1,88 +1,93 @@
-"""The clip stream: what Ray adds to the reading of clips, waits at pool boundaries, many ranks, memory, shuffling.
+"""The clip stream: what Ray takes of the reading of clips, many ranks, memory, and the first step beside an ingest.
 
 Everything runs on this machine with a film of its own; rates are of clips that arrive in order at their rank.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import multiprocessing
 import os
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dora_ray.bench.films import decode_frames, film, write_store
-from dora_ray.bench.shuffling import shuffling, streamed
-from dora_ray.clips.plan import Plan
-from dora_ray.clips.ray_engine import plan_of
+from dora_ray.clips.contents import StoredContents
 from dora_ray.clips.slot import SlotBatch, read_slot
-from dora_ray.clips.stream import local_slots, ray_slots
-from dora_ray.cluster.starting import prepare_ray
 from dora_ray.config import Config, load_config
-from dora_ray.training.launch import make_plan
-from dora_ray.training.memory import peak_mb
-from dora_ray.video.index import VideoIndex, index_video
+from dora_ray.training.inputs import Inputs, make_plan
+from dora_ray.video.index import index_video
 
 FILM = {"width": 1280, "height": 720, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 SMALL_FILM = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 10, "group_size": 48}
+# Ten minutes of 4K, looped: the decoder cannot tell.
+LONG_FILM = {"width": 3840, "height": 2160, "frames_per_second": 24, "seconds": 10, "group_size": 48}
+LONG_LOOPS, QUICK_LOOPS = 60, 6
 CORES = 2
-# Of a task, as the configuration has it: twice as many as there are cores, so that none waits for its next task.
 TASK_CPUS = 0.5
-# Steps of each stream, steps of the waiting rank, and slots of all ranks together; the first are for --quick.
-STEPS, WAIT_STEPS, RANK_SLOTS = (60, 400), (30, 90), (192, 512)
-FEWEST_SLOTS = 40
+# Slots of each stream: of the recipe paper's size, and small ones; the first are for --quick.
+SLOTS, SMALL_SLOTS = (48, 240), (400, 4000)
+SMALL_SLOTS_PER_TASK = 16
+MEMORY_SLOTS = (4000, 40_000)
 # Rounds in which the bare reading and the streams take turns, since a shared machine is quick in one minute and slow in
 # the next: ratios are of one round, and the round in the middle is told.
 ROUNDS = 3
 # Ray starts its processes one after the other, each imports torch for seconds, and the object store's pages are slow at
 # their first touch: what is measured within that time is the start.
-WARM_SECONDS = 12.0
-WARM_STEPS = 10
-# A rank asks for this share of what the stream could give, as a GPU would that is fed well.
-DEMAND = 0.6
+WARM_SLOTS = 24
 
 
 def run(*, quick: bool) -> dict[str, Any]:
-    """Rates, waits, ranks and shuffling.
+    """Rates, ranks, memory and the first step.
 
     Args:
-        quick: fewer steps, at most 8 ranks, and no long film.
+        quick: fewer slots, and one minute of 4K film in place of ten.
     """
     torch.set_num_threads(1)
-    steps, wait_steps, rank_slots = (of[0 if quick else 1] for of in (STEPS, WAIT_STEPS, RANK_SLOTS))
-    index = index_video(film(**FILM, loops=3))
-    config = load_config("paper", "clip.avoid_cuts=false", "optim.clips_per_slot=4")
-    with tempfile.TemporaryDirectory() as store:
-        plan = make_plan(config, [write_store(index, decode_frames(index, config), config, store)])
-        with _cluster(), ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn")) as bare:
-            _warm(bare, plan)
-            rates = _in_turns(bare, plan, steps, ("stream", "ray_data_tasks"))
-            waits = _waits(_direct_plan(config, index), wait_steps)
-            ranks = _ranks((1, 4, 8) if quick else (1, 4, 8, 64), rank_slots)
-            if not quick:
-                # Last, because Ray Data's actors keep their CPUs for a while.
-                rates = _in_turns(bare, plan, steps, ("ray_data_actors",)) | rates
-    memory = {} if quick else {"direct_30_minutes_peak_rss_mb": _memory_over_a_long_film()}
+    which = 0 if quick else 1
+    config = load_config("paper", "clip.avoid_cuts=false", "optim.slots=8")
+    small = load_config(
+        "paper",
+        *("clip.avoid_cuts=false", "crops.clip_size=64", "data.short_side=96"),
+        *("optim.clips_per_slot=8", "optim.slots=8"),
+    )
+    with tempfile.TemporaryDirectory() as store, _cluster():
+        paper = _inputs(config, film(**FILM, loops=3), f"{store}/paper")
+        little = _inputs(small, film(**SMALL_FILM, loops=3), f"{store}/small")
+        with ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn")) as bare:
+            found: dict[str, Any] = {}
+            for size in (1, 4, 8):
+                rates = _in_turns(bare, paper, SLOTS[which], size=size, slots_per_task=1)
+                found |= {f"paper_{size}_ranks_{name}": value for name, value in rates.items()}
+            for size in (1, 8):
+                rates = _in_turns(bare, little, SMALL_SLOTS[which], size=size, slots_per_task=SMALL_SLOTS_PER_TASK)
+                found |= {f"small_{size}_ranks_{name}": value for name, value in rates.items()}
+        found |= _memory(little, MEMORY_SLOTS[which])
     return {
         "clips": f"{FILM['width']}x{FILM['height']} film, {config.clip.num_frames} frames, stored with short side "
         f"{config.data.short_side}, {config.optim.clips_per_slot} clips a slot",
+        "small_clips": f"{small.crops.clip_size} px, {small.optim.clips_per_slot} clips a slot, "
+        f"{SMALL_SLOTS_PER_TASK} slots a task",
         "cores": CORES,
-        **rates,
-        **waits,
-        **ranks,
-        **memory,
-        **shuffling(config, index),
+        **found,
+        **_first_step(QUICK_LOOPS if quick else LONG_LOOPS),
     }
+
+
+def _inputs(config: Config, path: str, store: str) -> Inputs:
+    index = index_video(path)
+    video = write_store(index, decode_frames(index, config), config, store)
+    plan = make_plan(config, [video])
+    return Inputs(plan, StoredContents(plan, [video]))
 
 
 @contextmanager
@@ -92,14 +97,13 @@ def _cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     already = ray.is_initialized()
     if not already:
-        prepare_ray(starts=True)
         ray.init(
             address="local",
             num_cpus=CORES,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="error",
-            object_store_memory=2**30,
+            object_store_memory=2 * 2**30,
             _system_config={"num_workers_soft_limit": 64},
         )
     try:
@@ -109,116 +113,107 @@ def _cluster() -> Iterator[None]:
             ray.shutdown()
 
 
-def _warm(bare: ProcessPoolExecutor, plan: Plan) -> None:
-    """Take slots until every process has read some, and the object store has been filled."""
-    until = time.perf_counter() + WARM_SECONDS
-    stream = _open("stream", plan, 10**6)
-    while time.perf_counter() < until:
-        next(stream)
-    stream.close()
-    _bare_rate(bare, plan, 4 * CORES)
-
-
-def _open(way: str, plan: Plan, steps: int) -> Any:
-    if way == "stream":
-        return _through_ray(plan, range(steps), num_streams=1)
-    return _through_ray_data(plan, steps, actors=way == "ray_data_actors")
-
-
-def _in_turns(bare: ProcessPoolExecutor, plan: Plan, steps: int, ways: Sequence[str]) -> dict[str, float]:
-    """Of rounds in which the bare reading and each of the ways have their turn, the median one by the first way."""
+def _in_turns(
+    bare: ProcessPoolExecutor, inputs: Inputs, slots: int, *, size: int, slots_per_task: int
+) -> dict[str, float]:
+    """Of rounds in which the bare reading and the stream have their turn, the median one by the stream's share."""
+    through_ray(inputs, WARM_SLOTS * slots_per_task, size=size, slots_per_task=slots_per_task)
     rounds = []
     for _ in range(ROUNDS):
-        alone = _bare_rate(bare, plan, steps)
-        found = {"bare_clips_per_second": alone["clips_per_second"]}
-        for way in ways:
-            rate = _rate(_open(way, plan, steps), plan, steps)
-            found |= {
-                f"{way}_clips_per_second": rate["clips_per_second"],
-                f"{way}_overhead": 1 - rate["clips_per_second"] / alone["clips_per_second"],
-                f"{way}_cpu_overhead": rate["cpu_seconds_a_clip"] / alone["cpu_seconds_a_clip"] - 1,
-                f"{way}_first_slot_seconds": rate["first_seconds"],
+        alone = _bare_rate(bare, inputs, slots)
+        stream = through_ray(inputs, slots, size=size, slots_per_task=slots_per_task)
+        rounds.append(
+            {
+                "bare_clips_per_second": alone["clips_per_second"],
+                "stream_clips_per_second": stream["clips_per_second"],
+                "stream_overhead": 1 - stream["clips_per_second"] / alone["clips_per_second"],
+                "stream_cpu_overhead": stream["cpu_seconds_a_clip"] / alone["cpu_seconds_a_clip"] - 1,
+                "stream_first_slot_seconds": stream["first_seconds"],
             }
-        rounds.append(found)
-    return sorted(rounds, key=lambda found: found[f"{ways[0]}_overhead"])[ROUNDS // 2]
+        )
+    return sorted(rounds, key=lambda found: found["stream_overhead"])[ROUNDS // 2]
 
 
-def _bare_rate(pool: ProcessPoolExecutor, plan: Plan, steps: int) -> dict[str, float]:
+def _bare_rate(pool: ProcessPoolExecutor, inputs: Inputs, slots: int) -> dict[str, float]:
     """Clips a second, and CPU seconds a clip, of the read function alone."""
-    jobs = [pool.submit(_read_bare, plan, range(start, steps, CORES)) for start in range(CORES)]
+    jobs = [pool.submit(_read_bare, inputs, range(start, slots, CORES)) for start in range(CORES)]
     rates, costs = zip(*(job.result() for job in jobs), strict=True)
     return {"clips_per_second": sum(rates), "cpu_seconds_a_clip": statistics.mean(costs)}
 
 
-def _read_bare(plan: Plan, steps: range) -> tuple[float, float]:
+def _read(inputs: Inputs, number: int) -> SlotBatch:
+    key = inputs.contents.key(*divmod(number, inputs.plan.slots))
+    assert key is not None
+    return read_slot(inputs.contents, key)
+
+
+def _read_bare(inputs: Inputs, numbers: range) -> tuple[float, float]:
     torch.set_num_threads(1)
-    read_slot(plan, steps[0], 0)
+    _read(inputs, numbers[0])
     started, cpu = time.perf_counter(), time.process_time()
-    for step in steps:
-        read_slot(plan, step, 0)
-    clips = len(steps) * plan.clips_per_slot
+    for number in numbers:
+        _read(inputs, number)
+    clips = len(numbers) * inputs.plan.clips_per_slot
     return clips / (time.perf_counter() - started), (time.process_time() - cpu) / clips
 
 
-def _through_ray(plan: Plan, steps: range, *, num_streams: int) -> Iterator[SlotBatch]:
-    return ray_slots(
-        plan,
-        steps,
-        [0],
-        prefetch=4,
-        slots_per_task=1,
-        cpus_per_task=TASK_CPUS,
-        num_streams=num_streams,
-        node_label=None,
+def through_ray(inputs: Inputs, slots: int, *, size: int, slots_per_task: int) -> dict[str, float]:
+    """Read slots through Ray Data: threads are the ranks, which wait for each other at every step as in a sum.
+
+    Returns:
+        clips_per_second and cpu_seconds_a_clip after the first quarter, first_seconds until the first step, and
+        executor_mb: memory of the actor that deals the rows out, at the end.
+    """
+    import ray
+
+    from dora_ray.clips.dataset import RankStream, StreamSettings, deal, make_clips
+
+    plan, steps = inputs.plan, -(-slots // inputs.plan.slots)
+    settings = StreamSettings(
+        run=uuid.uuid4().hex,
+        num_steps=steps,
+        slots_per_task=slots_per_task,
+        prefetch=max(1, 4 // slots_per_task),
+        decode_cpus=TASK_CPUS,
+        decode_label=None,
         decode_seconds=120.0,
     )
+    reference = (ray.put(inputs.contents),)
+    started = time.perf_counter()
+    moments: list[float] = []
+    cpu: list[float] = []
+    memory: list[float] = []
 
-
-def _through_ray_data(plan: Plan, steps: int, *, actors: bool) -> Iterator[Any]:
-    """The same slots through Ray Data, in the plan's order, in one window: to compare with, nothing trains on it."""
-    import ray.data
-    from ray.data import ActorPoolStrategy, ExecutionOptions, TaskPoolStrategy
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    reference = ray.put(plan)
-
-    class Reader:
-        def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-            batches = [read_slot(plan_of(reference), int(step), 0) for step in rows["id"]]
-            return {"clips": np.stack([batch.clips for batch in batches])}
-
-    # Actors leave room for the tasks that give them rows, or both wait for ever.
-    how: dict[str, Any] = (
-        {"compute": ActorPoolStrategy(size=CORES), "num_cpus": 0.5}
-        if actors
-        else {"compute": TaskPoolStrategy(), "num_cpus": TASK_CPUS}
-    )
-    work: Any = Reader if actors else Reader()
-    dataset = ray.data.range(steps, override_num_blocks=steps).map_batches(work, batch_size=1, **how)
-    dataset.context.execution_options = ExecutionOptions(preserve_order=True)
-    dataset.context.enable_progress_bars = False
-    return iter(dataset.iter_batches(batch_size=1, prefetch_batches=2, batch_format="numpy"))
-
-
-def _rate(batches: Iterator[Any], plan: Plan, steps: int) -> dict[str, float]:
-    """Clips a second and CPU seconds a clip after the first quarter, and the time until the first slot."""
-    started, settled = time.perf_counter(), steps // 4
-    arrivals, cpu = [], []
-    for number, _ in enumerate(batches):
-        # Looking at all processes takes as long as reading a clip: twice is enough.
-        if number in (settled, steps - 1):
+    def look() -> None:
+        # Looking at all processes takes as long as reading a clip: three times is enough.
+        if len(moments) in (steps // 4, steps - 1):
             cpu.append(_cpu_of_all())
-        arrivals.append(time.perf_counter())
-    clips = (steps - 1 - settled) * plan.clips_per_slot
+        if len(moments) == steps - 1:
+            memory.append(_memory_of("SplitCoordinator"))
+        moments.append(time.perf_counter())
+
+    barrier = threading.Barrier(size, action=look)
+
+    def rank(stream: RankStream) -> None:
+        stream.start(0)
+        for _ in stream.steps(0):
+            barrier.wait()
+
+    shards = deal(make_clips(reference, settings), size)
+    with ThreadPoolExecutor(size) as pool:
+        list(pool.map(rank, [RankStream(shard, plan, settings, rank=i, size=size) for i, shard in enumerate(shards)]))
+    settled = steps // 4
+    clips = (steps - 1 - settled) * plan.slots * plan.clips_per_slot
     return {
-        "clips_per_second": clips / (arrivals[-1] - arrivals[settled]),
-        "cpu_seconds_a_clip": (cpu[1] - cpu[0]) / clips,
-        "first_seconds": arrivals[0] - started,
+        "clips_per_second": clips / (moments[-1] - moments[settled]),
+        "cpu_seconds_a_clip": (cpu[-1] - cpu[0]) / clips,
+        "first_seconds": moments[0] - started,
+        "executor_mb": memory[0],
     }
 
 
-def _cpu_of_all() -> float:
-    """CPU seconds so far of this process and of the whole Ray cluster below it: workers, raylet, head."""
+def _processes() -> Iterator[Any]:
+    """This process, and all of the Ray cluster below it."""
     import ray
 
     assert ray.is_initialized()
@@ -226,96 +221,61 @@ def _cpu_of_all() -> float:
     import psutil
 
     this = psutil.Process()
+    yield from (this, *this.children(recursive=True))
+
+
+def _cpu_of_all() -> float:
+    """CPU seconds so far of this process and of the whole Ray cluster below it: workers, raylet, head."""
+    import psutil
+
     total = 0.0
-    for process in (this, *this.children(recursive=True)):
+    for process in _processes():
         with suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             total += times.user + times.system
     return total
 
 
-def _direct_plan(config: Config, index: VideoIndex) -> Plan:
-    settings = ("data.source=video", "data.stream_segment_seconds=4", "data.shuffle_segments=2", "optim.slots=1")
-    return make_plan(load_config(config, *settings), streamed(config, index))
+def _memory_of(name: str) -> float:
+    """Memory in MB of the largest process whose name has that in it."""
+    import psutil
+
+    sizes = [0.0]
+    for process in _processes():
+        with suppress(psutil.NoSuchProcess):
+            if name in " ".join(process.cmdline()):
+                sizes.append(process.memory_info().rss / 2**20)
+    return max(sizes)
 
 
-def _waits(plan: Plan, steps: int) -> dict[str, float]:
-    """How long a rank that asks steadily, for less than the stream could give, waits for direct streaming.
+def _memory(inputs: Inputs, slots: int) -> dict[str, float]:
+    """Growth of the actor that deals the rows out, over a stream of small slots."""
+    few = through_ray(inputs, slots // 10, size=1, slots_per_task=SMALL_SLOTS_PER_TASK)["executor_mb"]
+    many = through_ray(inputs, slots, size=1, slots_per_task=SMALL_SLOTS_PER_TASK)["executor_mb"]
+    grown = max(0.0, many - few)
+    return {"executor_mb": many, "executor_kb_a_row": 1024 * grown / (0.9 * slots / SMALL_SLOTS_PER_TASK)}
 
-    The segments are short, so that the steps cross many boundaries of pools and of epochs.
-    """
-    for _ in _through_ray(plan, range(WARM_STEPS), num_streams=1):
-        pass
-    rate = _rate(_through_ray(plan, range(steps), num_streams=1), plan, steps)["clips_per_second"]
-    pause = plan.clips_per_slot / rate / DEMAND
-    waits = []
-    stream = _through_ray(plan, range(steps), num_streams=1)
-    for _ in range(steps):
-        started = time.perf_counter()
-        next(stream)
-        waits.append(time.perf_counter() - started)
-        time.sleep(pause)
-    stream.close()
-    later = waits[steps // 4 :]
+
+def _first_step(loops: int) -> dict[str, float]:
+    """Seconds from the launch to the first step, of a training beside its ingest and of one after it."""
+    from dora_ray.training.launch import train
+
+    path = film(**LONG_FILM, loops=loops)
+    seconds: dict[str, float] = {}
+    for shuffle in ("window", "global"):
+        with tempfile.TemporaryDirectory() as folder:
+            config = load_config(
+                "tiny",
+                *(f"data.videos=[{path}]", f"clip.shuffle={shuffle}", "clip.window_segments=4"),
+                *("data.segment_seconds=2", "data.frames_per_second=6", "optim.steps=1", "optim.warmup_steps=0"),
+                *("optim.freeze_last_layer_steps=0", "cluster.num_workers=0", "run.log_every_steps=1"),
+            )
+            started = time.perf_counter()
+            train(config, out=Path(folder, "run"))
+            seconds[shuffle] = time.perf_counter() - started
     return {
-        "direct_clips_per_second": rate,
-        "direct_step_seconds": pause,
-        "direct_mean_wait_seconds": statistics.mean(later),
-        "direct_longest_wait_seconds": max(later),
+        "film_minutes": loops * LONG_FILM["seconds"] / 60,
+        "first_step_beside_the_ingest_seconds": seconds["window"],
+        "first_step_after_the_ingest_seconds": seconds["global"],
+        "first_step_sooner": seconds["global"] / seconds["window"],
     }
-
-
-def _ranks(sizes: Sequence[int], num_slots: int) -> dict[str, Any]:
-    """Clips a second of all ranks together, for several numbers of ranks: threads that do nothing but take slots."""
-    config = load_config(
-        "paper",
-        *("clip.avoid_cuts=false", "data.source=video", "crops.clip_size=64", "data.short_side=96"),
-        *("optim.clips_per_slot=8", "optim.slots=1", "data.shuffle_segments=1", "data.stream_segment_seconds=20"),
-    )
-    stored = load_config(config, "data.source=store")
-    index = index_video(film(**SMALL_FILM, loops=3))
-    rates = {}
-    with tempfile.TemporaryDirectory() as store:
-        plan = make_plan(stored, [write_store(index, decode_frames(index, stored), stored, store)])
-        for size in sizes:
-            rates[size] = _rate_of_ranks(plan, size, num_slots)
-    return {f"clips_per_second_with_{size}_ranks": rate for size, rate in rates.items()}
-
-
-def _rate_of_ranks(plan: Plan, size: int, num_slots: int) -> float:
-    """After the first quarter. Ranks wait for each other at every step, as a training's do in its reduction."""
-    each = max(FEWEST_SLOTS, num_slots // size)
-    moments: list[float] = []
-    step = threading.Barrier(size, action=lambda: moments.append(time.perf_counter()))
-
-    def rank(number: int) -> None:
-        for _ in _through_ray(plan, range(number * each, (number + 1) * each), num_streams=size):
-            step.wait()
-
-    with ThreadPoolExecutor(size) as pool:
-        list(pool.map(rank, range(size)))
-    settled = each // 4
-    return (each - 1 - settled) * size * plan.clips_per_slot / (moments[-1] - moments[settled])
-
-
-def _memory_over_a_long_film() -> list[float]:
-    """Peak memory, MB, of a process before and after 1, 2 and 3 thirds of 30 minutes of film streamed directly."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_stream_a_long_film).result()
-
-
-def _stream_a_long_film() -> list[float]:
-    torch.set_num_threads(1)
-    index = index_video(film(**SMALL_FILM, loops=180))
-    config = load_config("paper", "clip.avoid_cuts=false", "data.source=video", "data.short_side=180")
-    config = load_config(config, "optim.slots=1", "crops.clip_size=64", "data.shuffle_segments=2")
-    plan = make_plan(config, streamed(config, index))
-    steps = plan.clips_per_epoch // plan.clips_per_slot
-    keys = iter([(step, 0) for step in range(steps)])
-    stream = local_slots(plan, keys, prefetch=4, num_threads=CORES, decode_seconds=120.0)
-    peaks = [peak_mb()]
-    for _ in range(3):
-        for _ in itertools.islice(stream, steps // 3):
-            pass
-        peaks.append(peak_mb())
-    return peaks

@@ -19,7 +19,8 @@ from dora_ray.checkpoints import CHECKPOINTS, META, MODEL, STATE
 from dora_ray.config import Config
 from dora_ray.errors import VideoError
 from dora_ray.store.frames import StoredVideo
-from dora_ray.training.launch import ingest_videos, make_plan, saved_config
+from dora_ray.training.inputs import ingest_videos, make_plan
+from dora_ray.training.launch import saved_config
 from dora_ray.training.records.journal import CONFIG, METRICS, read_events, read_lines
 
 CHECKPOINT_SECONDS, NUM_CHECKPOINTS = 0.5, 2

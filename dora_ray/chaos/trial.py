@@ -21,7 +21,7 @@ from dora_ray.chaos.training import CLIPS_PER_SLOT, SMALL, EndedError, StalledEr
 from dora_ray.checkpoints import resolve_checkpoint
 from dora_ray.config import load_config
 from dora_ray.errors import DoRAError
-from dora_ray.training.launch import ingest_videos
+from dora_ray.training.inputs import ingest_videos
 from dora_ray.training.records.journal import CONFIG, METRICS, read_events, read_history, read_lines
 
 # Steps are quicker than nodes: those before the first fault have to last until the spare processes are there, which is

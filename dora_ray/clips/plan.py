@@ -1,8 +1,12 @@
 """The plan: which clips and random numbers every slot of every step is made of. Pure, the same on every machine.
 
 Clip number n = (step * S + slot) * M + i, with S slots a step and M clips a slot. Its epoch is n // E and its place in
-that epoch's permutation n % E, where E is the number of places at which a clip may start, over all videos: so videos
-weigh by length.
+that epoch's order n % E, where E is the number of places at which a clip may start, over all videos: so videos weigh by
+length. An epoch's order is a permutation of all starts, or one within windows: the videos' segments are permuted, so
+many at a time make a window, and the starts are permuted within each, so that a run can begin when the first window is
+stored.
+
+S slots a step, M clips a slot, T frames a clip, E starts an epoch, F frames of a video, K segments of a video.
 """
 
 from __future__ import annotations
@@ -10,10 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,7 +43,7 @@ class Purpose(IntEnum):
     RANDOM_MASKS = 6
     INITIAL_WEIGHTS = 7
     SEGMENTS = 8
-    POOL = 9
+    WINDOW = 9
 
 
 def seed_sequence(seed: int, step: int, slot: int, purpose: Purpose) -> np.random.SeedSequence:
@@ -61,13 +67,17 @@ def epoch_order(seed: int, epoch: int, count: int, purpose: Purpose) -> NDArray[
     return slot_generator(seed, epoch, 0, purpose).permutation(count)
 
 
-def slots_of_rank(rank: int, world_size: int, num_slots: int) -> range:
-    """The slots that one rank computes in every step; world_size need not divide num_slots."""
-    return range(rank, num_slots, world_size)
+def slots_of_rank(rank: int, world_size: int, num_slots: int, *, step: int, begin: int) -> list[int]:
+    """The slots of a step that one rank computes, in a stream that began at step `begin`.
+
+    Ranks take slots in turns from `begin` on, so world_size need not divide num_slots and none gets ahead.
+    """
+    first = (step - begin) * num_slots
+    return [slot for slot in range(num_slots) if (first + slot) % world_size == rank]
 
 
 class Video(Protocol):
-    """What a plan needs to know of a video: a `store.StoredVideo`, or a `segments.StreamedVideo`."""
+    """A video as a plan and its readers see it; see `dora_ray.store.frames`."""
 
     @property
     def video_id(self) -> str:
@@ -91,24 +101,39 @@ class Video(Protocol):
 
     @property
     def width(self) -> int:
-        """Of every kept frame, pixels."""
+        """Width of a kept frame in pixels."""
 
     @property
     def height(self) -> int:
-        """Of every kept frame, pixels."""
+        """Height of a kept frame in pixels."""
+
+    @property
+    def edges(self) -> NDArray[np.int64]:
+        """(K + 1,) first frame of every segment, and F."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """T frames of one video: kept frames `frames` of `plan.videos[video]`; `number` is the clip number n.
-
-    `segment` is the plan's segment that it is decoded with; None: it is read from the frame store.
-    """
+    """T frames of one video: kept frames `frames` of `plan.videos[video]`; `number` is the clip number n."""
 
     number: int
     video: int
     frames: tuple[int, ...]
-    segment: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A part of an epoch within which starts are shuffled.
+
+    Attributes:
+        first: number n of its first clip.
+        units: (U,) numbers of the `Plan.units` that it is made of.
+        rows: (R,) rows of `Plan.starts`, in the order in which they are drawn.
+    """
+
+    first: int
+    units: NDArray[np.int64]
+    rows: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -127,6 +152,7 @@ class Plan:
         clip_scale: range of its area, share of the frame.
         aspect_ratio: range of its width / height.
         settings: the flat configuration that shapes a slot, for the digest.
+        window_segments: segments of a window; 0: all starts of an epoch are shuffled together.
     """
 
     videos: tuple[Video, ...]
@@ -140,6 +166,7 @@ class Plan:
     clip_scale: tuple[float, float]
     aspect_ratio: tuple[float, float]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    window_segments: int = 0
 
     @cached_property
     def starts(self) -> NDArray[np.int32]:
@@ -178,17 +205,74 @@ class Plan:
             " frame in it; lower clip.num_frames or clip.stride_seconds"
         )
 
+    @cached_property
+    def units(self) -> NDArray[np.int64]:
+        """(U, 3): video, first row and end row in `starts` of what a window is made of: segments, or whole videos."""
+        found = []
+        for number, video in enumerate(self.videos):
+            first, last = np.searchsorted(self.starts[:, 0], [number, number + 1]).tolist()
+            edges = video.edges if self.window_segments else np.array([0, len(video.times)])
+            bounds = first + np.searchsorted(self.starts[first:last, 1], edges)
+            found += [(number, low, high) for low, high in pairwise(bounds.tolist()) if high > low]
+        return np.array(found, np.int64).reshape(-1, 3)
+
+    def unit_frames(self, unit: int) -> tuple[int, int, int]:
+        """The video of a unit, and the first and last of the frames that its clips are made of."""
+        video, low, high = self.units[unit].tolist()
+        frames = self.starts[low:high, 1:]
+        return video, int(frames.min()), int(frames.max())
+
+    def windows(self, epoch: int) -> list[Window]:
+        """The windows of an epoch, in the order in which they are drawn."""
+        if epoch not in self._windows:
+            for known in sorted(self._windows)[:-1]:
+                self._windows.pop(known, None)
+            self._windows[epoch] = self._draw_windows(epoch)
+        return self._windows[epoch]
+
+    @cached_property
+    def _windows(self) -> dict[int, list[Window]]:
+        return {}
+
+    def _draw_windows(self, epoch: int) -> list[Window]:
+        first = epoch * self.clips_per_epoch
+        if not self.window_segments:
+            rows = epoch_order(self.seed, epoch, self.clips_per_epoch, Purpose.EPOCH)
+            return [Window(first, np.arange(len(self.units)), rows)]
+        order = epoch_order(self.seed, epoch, len(self.units), Purpose.SEGMENTS)
+        drawn = []
+        for number, begin in enumerate(range(0, len(order), self.window_segments)):
+            units = order[begin : begin + self.window_segments]
+            rows = np.concatenate([np.arange(*self.units[unit, 1:]) for unit in units])
+            rng = slot_generator(self.seed, epoch, number, Purpose.WINDOW)
+            drawn.append(Window(first, units, rng.permutation(rows)))
+            first += len(rows)
+        return drawn
+
+    def place(self, number: int) -> tuple[Window, int]:
+        """The window of clip number n, and its place in it."""
+        windows = self.windows(number // self.clips_per_epoch)
+        window = windows[bisect_right(windows, number, key=lambda window: window.first) - 1]
+        return window, number - window.first
+
     def clip(self, number: int) -> Clip:
-        """Clip number n of the run."""
-        epoch, position = divmod(number, self.clips_per_epoch)
-        order = epoch_order(self.seed, epoch, self.clips_per_epoch, Purpose.EPOCH)
-        video, *frames = self.starts[order[position]].tolist()
+        """Clip number n of the run as it is drawn: what the store lacks may move it, see `contents`."""
+        window, place = self.place(number)
+        return self.clip_at(number, int(window.rows[place]))
+
+    def clip_at(self, number: int, row: int) -> Clip:
+        """Clip number n, begun at a row of `starts`."""
+        video, *frames = self.starts[row].tolist()
         return Clip(number, video, tuple(frames))
 
     def slot_clips(self, step: int, slot: int) -> list[Clip]:
-        """The M clips of a slot."""
+        """The M clips of a slot, as they are drawn."""
+        return [self.clip(number) for number in self.slot_numbers(step, slot)]
+
+    def slot_numbers(self, step: int, slot: int) -> range:
+        """Numbers of the M clips of a slot."""
         first = (step * self.slots + slot) * self.clips_per_slot
-        return [self.clip(number) for number in range(first, first + self.clips_per_slot)]
+        return range(first, first + self.clips_per_slot)
 
     def slot_boxes(self, step: int, slot: int, clips: Sequence[Clip]) -> list[NDArray[np.float64]]:
         """(4,) [top, left, height, width] of the first crop of each clip of a slot, pixels of its stored frames."""

@@ -1,25 +1,23 @@
-"""A slot's batch: its clips read, decoded and cropped, from the frame store or from decoded segments."""
+"""A slot's batch: its clips read from the frame store, decoded and cropped."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dora_ray.clips.contents import Contents, SlotKey
 from dora_ray.clips.crop import crop_clip
-from dora_ray.clips.direct import DecodedSegment
 from dora_ray.clips.plan import Clip, Plan
 from dora_ray.errors import VideoError
-from dora_ray.store.frames import StoredVideo, fetch, read_frames
-from dora_ray.store.supervision import UNWATCHED, Watch
+from dora_ray.store.frames import fetch, read_rows
+from dora_ray.store.hangs import UNWATCHED, Watch
 
 logger = logging.getLogger(__name__)
-
-SlotKey = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +30,7 @@ class SlotBatch:
         clips: (M, T, H, W, 3) uint8; zeros where not valid.
         valid: (M,) whether the clip could be decoded.
         digest: hash of the clips' numbers, videos, frames and pixels, for the ledger; a signed 64-bit integer.
-        final: False where another worker may still be able to read what this one could not.
+        final: False where another process may still be able to read what this one could not.
     """
 
     step: int
@@ -43,74 +41,56 @@ class SlotBatch:
     final: bool
 
 
-def read_slots(
-    plan: Plan, keys: Sequence[SlotKey], segments: Mapping[int, DecodedSegment], watch: Watch
-) -> list[SlotBatch]:
+def read_slots(contents: Contents, keys: Sequence[SlotKey], watch: Watch) -> list[SlotBatch]:
     """Read several slots, as `read_slot` does; the watch knows clip i of the k-th by k M + i.
 
     Copies of datasets are made first: that takes long, is no clip's fault, and must not be ended and begun anew.
     """
-    for number in {clip.video for key in keys for clip in plan.slot_clips(*key)}:
-        video = plan.videos[number]
-        if isinstance(video, StoredVideo):
-            fetch(video)
+    plan = contents.plan
+    for number in {int(plan.starts[start, 0]) for key in keys for start in key.starts if start >= 0}:
+        video = contents.videos[number]
+        fetch(video.uri, video.identity, video.cache)
     return [
-        read_slot(plan, *key, segments, watch=watch, first_item=number * plan.clips_per_slot)
+        read_slot(contents, key, watch=watch, first_item=number * plan.clips_per_slot)
         for number, key in enumerate(keys)
     ]
 
 
-def read_slot(
-    plan: Plan,
-    step: int,
-    slot: int,
-    segments: Mapping[int, DecodedSegment] | None = None,
-    *,
-    watch: Watch = UNWATCHED,
-    first_item: int = 0,
-) -> SlotBatch:
+def read_slot(contents: Contents, key: SlotKey, *, watch: Watch = UNWATCHED, first_item: int = 0) -> SlotBatch:
     """Read, decode and crop the clips of one slot. A clip that cannot be read is marked, never dropped.
 
     Args:
-        plan: the plan.
-        step: step of the run.
-        slot: slot of the step.
-        segments: the decoded segments that the slot's clips are in; not given: the plan is of a frame store.
+        contents: of the plan.
+        key: what the slot is read from.
         watch: told each clip before it is read.
         first_item: what the watch knows the slot's first clip by.
     """
-    clips = plan.slot_clips(step, slot)
-    boxes = plan.slot_boxes(step, slot, clips)
+    plan = contents.plan
+    numbers = plan.slot_numbers(key.step, key.slot)
+    # Where its window has nothing to read, a clip keeps its place for what is said of it.
+    clips = [
+        plan.clip(number) if start < 0 else plan.clip_at(number, start)
+        for number, start in zip(numbers, key.starts.tolist(), strict=True)
+    ]
+    boxes = plan.slot_boxes(key.step, key.slot, clips)
     shape = (len(clips), plan.num_frames, plan.clip_size, plan.clip_size, 3)
     pixels, valid, final = np.zeros(shape, np.uint8), np.zeros(len(clips), np.bool_), True
     for i, (clip, box) in enumerate(zip(clips, boxes, strict=True)):
-        if first_item + i in watch.given_up or _hangs(clip, segments):
+        if key.starts[i] < 0:
+            _warn(plan, clip, "no clip of its part of the video can be read without a cut in it")
+            continue
+        if first_item + i in watch.given_up:
             _warn(plan, clip, "reading it hangs or ends its process")
             continue
         watch.begin(first_item + i)
         try:
-            pixels[i] = crop_clip(_frames(plan, clip, segments), box, plan.clip_size)
+            frames = read_rows(contents.videos[clip.video], int(key.versions[i]), key.rows[i])
+            pixels[i] = crop_clip(frames, box, plan.clip_size)
             valid[i] = True
         except (VideoError, OSError) as error:
             _warn(plan, clip, str(error))
             final = False
-    return SlotBatch(step, slot, pixels, valid, _digest(clips, pixels), final)
-
-
-def _hangs(clip: Clip, segments: Mapping[int, DecodedSegment] | None) -> bool:
-    """Whether decoding one of its frames was given up, elsewhere too."""
-    if clip.segment is None or segments is None:
-        return False
-    return bool(np.isin(clip.frames, segments[clip.segment].given_up).any())
-
-
-def _frames(plan: Plan, clip: Clip, segments: Mapping[int, DecodedSegment] | None) -> list[NDArray[np.uint8]]:
-    if clip.segment is not None:
-        assert segments is not None
-        return segments[clip.segment].read(clip.frames)
-    video = plan.videos[clip.video]
-    assert isinstance(video, StoredVideo)
-    return read_frames(video, clip.frames)
+    return SlotBatch(key.step, key.slot, pixels, valid, _digest(clips, pixels), final)
 
 
 def _warn(plan: Plan, clip: Clip, reason: str) -> None:
@@ -121,7 +101,7 @@ def _warn(plan: Plan, clip: Clip, reason: str) -> None:
 
 
 def _digest(clips: list[Clip], pixels: NDArray[np.uint8]) -> int:
-    """Hash of what was decoded: numbers, videos, frames and pixels."""
+    """Hash what was decoded: numbers, videos, frames and pixels."""
     names = np.array([[clip.number, clip.video, *clip.frames] for clip in clips], np.int64)
     # Of the hashes in the standard library the fastest on processors that have instructions for it.
     state = hashlib.sha256(names.tobytes())

@@ -57,7 +57,7 @@ def run_ingest(options: argparse.Namespace) -> None:
     """Bring videos into a frame store."""
     from dora_ray.config import load_config
     from dora_ray.store.losses import losses
-    from dora_ray.training.launch import ingest_videos
+    from dora_ray.training.inputs import ingest_videos
     from dora_ray.training.trainer import connect
 
     videos, overrides = split(options.words)
@@ -77,6 +77,7 @@ def run_analyze(options: argparse.Namespace) -> None:
     from dora_ray.config import load_config
     from dora_ray.store.frames import load_index, open_videos
     from dora_ray.store.statistics import analyze
+    from dora_ray.training.inputs import frame_format
     from dora_ray.video.index import find_videos
     from dora_ray.video.several import index_all
 
@@ -89,9 +90,7 @@ def run_analyze(options: argparse.Namespace) -> None:
     stored = open_videos(
         index_all(find_videos(videos), read, skip_unreadable=data.skip_unreadable),
         store=store,
-        frames_per_second=data.frames_per_second,
-        short_side=data.short_side,
-        jpeg_quality=data.jpeg_quality,
+        form=frame_format(data),
     )
     found = [analyze(video, interval_seconds=options.interval) for video in stored]
     for facts in found:

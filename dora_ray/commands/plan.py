@@ -16,7 +16,7 @@ def run(options: argparse.Namespace) -> None:
     from dora_ray.planning.model import Cluster
     from dora_ray.planning.report import GIB, Question, gpu_memory, load_prices, long_form, plan_of, this_machine
     from dora_ray.planning.workload import film_of, parse_film
-    from dora_ray.training.launch import check_videos
+    from dora_ray.training.inputs import check_videos
 
     config = load(options.words)
     if config is None:

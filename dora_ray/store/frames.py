@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import lance
 import numpy as np
@@ -61,6 +62,30 @@ SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class FrameFormat:
+    """What is kept of a video.
+
+    Attributes:
+        frames_per_second: kept frames for each second of video.
+        short_side: short side of a kept frame, pixels.
+        jpeg_quality: 1 to 100.
+    """
+
+    frames_per_second: float
+    short_side: int
+    jpeg_quality: int
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset in the video's folder."""
+        return f"f{self.frames_per_second:g}-s{self.short_side}-q{self.jpeg_quality}.lance"
+
+    def kept(self, index: VideoIndex) -> np.ndarray:
+        """(F,) int64 ticks of the frames of a video that are kept, ascending."""
+        return index.pts[index.kept_frames(self.frames_per_second)]
+
+
 @dataclass(frozen=True, eq=False)
 class StoredVideo:
     """One video's readable frames in a store, at one pinned version of its dataset.
@@ -94,10 +119,97 @@ class StoredVideo:
     def __len__(self) -> int:
         return len(self.times)
 
+    @property
+    def edges(self) -> np.ndarray:
+        """(2,) a stored video is read as a whole."""
+        return np.array([0, len(self)])
 
-def dataset_uri(store: str, video_id: str, *, frames_per_second: float, short_side: int, jpeg_quality: int) -> str:
-    """Where the frames of a video at one setting are."""
-    return files.join(store, video_id, f"f{frames_per_second:g}-s{short_side}-q{jpeg_quality}.lance")
+
+@dataclass(frozen=True, eq=False)
+class ComingVideo:
+    """One video's kept frames, known from its index while its dataset is still being filled.
+
+    Attributes:
+        path: the video file; uri: its Lance dataset.
+        pts: (F,) int64 ticks of all kept frames, ascending; times: (F,) float64 their seconds from the first frame.
+        edges: (K + 1,) first frame of every segment of the ingest, and F.
+        width, height: of a kept frame, pixels.
+        digest: of the video's content.
+    """
+
+    video_id: str
+    path: str
+    uri: str
+    pts: np.ndarray
+    times: np.ndarray
+    edges: np.ndarray
+    width: int
+    height: int
+    digest: str
+    identity: str = ""
+    cache: str | None = None
+
+    @property
+    def cuts(self) -> np.ndarray:
+        """(F,) all False: where shots begin is found in what is stored."""
+        return np.zeros(len(self.pts), bool)
+
+
+def coming_video(index: VideoIndex, *, store: str, form: FrameFormat, segment_seconds: float) -> ComingVideo:
+    """Describe a video that is being brought into the store, cut into segments as its ingest cuts it."""
+    pts = form.kept(index)
+    starts = [segment.start_pts for segment in index.segments(segment_seconds)]
+    edges = np.unique([0, *np.searchsorted(pts, starts[1:]), len(pts)])
+    width, height = scaled_size(index.width, index.height, form.short_side)
+    uri = dataset_uri(store, index.video_id, form)
+    return ComingVideo(index.video_id, index.path, uri, pts, index.seconds(pts), edges, width, height, index.digest)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """What the newest version of a dataset holds of a coming video.
+
+    Attributes:
+        version: of the dataset; 0 where there is none yet.
+        tried: (F,) True where a frame has a row, with a picture or without.
+        rows: (F,) int64 row of each frame's picture; -1 where there is none.
+        signatures: (F, cuts.SIGNATURE_BYTES) uint8; zeros where there is no picture.
+    """
+
+    version: int
+    tried: np.ndarray
+    rows: np.ndarray
+    signatures: np.ndarray
+
+
+def look_up(video: ComingVideo) -> Stored:
+    """Read what the store holds of a video by now.
+
+    Raises:
+        VideoError: the store cannot be read.
+    """
+    count = len(video.pts)
+    tried, rows = np.zeros(count, bool), np.full(count, -1)
+    signatures = np.zeros((count, cuts.SIGNATURE_BYTES), np.uint8)
+    dataset = _latest(video.uri)
+    if dataset is None:
+        return Stored(0, tried, rows, signatures)
+    table = _columns(dataset, ["pts", "signature"])
+    pts = table["pts"].to_numpy()
+    places = np.minimum(np.searchsorted(video.pts, pts), count - 1)
+    ours = video.pts[places] == pts
+    tried[places[ours]] = True
+    # Of two ingests side by side one may have stored a frame and the other given it up: a picture counts.
+    pictured = np.flatnonzero(ours & table["signature"].is_valid().to_numpy())
+    rows[places[pictured]] = pictured
+    coded = table["signature"].take(pictured).to_pylist()
+    signatures[places[pictured]] = np.frombuffer(b"".join(coded), np.uint8).reshape(-1, cuts.SIGNATURE_BYTES)
+    return Stored(int(dataset.version), tried, rows, signatures)
+
+
+def dataset_uri(store: str, video_id: str, form: FrameFormat) -> str:
+    """Address of the dataset of a video's frames in one format."""
+    return files.join(store, video_id, form.name)
 
 
 def load_index(path: str, *, store: str) -> VideoIndex:
@@ -133,13 +245,7 @@ def stored_index(store: str, video_id: str) -> VideoIndex | None:
 
 
 def open_videos(
-    videos: Sequence[str | VideoIndex],
-    *,
-    store: str,
-    frames_per_second: float,
-    short_side: int,
-    jpeg_quality: int,
-    cache: str | None = None,
+    videos: Sequence[str | VideoIndex], *, store: str, form: FrameFormat, cache: str | None = None
 ) -> list[StoredVideo]:
     """The stored frames of each video, in the order given; `cache` is as in StoredVideo.
 
@@ -147,21 +253,19 @@ def open_videos(
         VideoError: a video is not, or not wholly, in the store at this setting, or none of its frames could be decoded.
     """
     indexes = [v if isinstance(v, VideoIndex) else load_index(v, store=store) for v in videos]
-    setting = {"frames_per_second": frames_per_second, "short_side": short_side, "jpeg_quality": jpeg_quality}
-    return [replace(_open_video(index, store, setting), cache=cache) for index in indexes]
+    return [replace(_open_video(index, store, form), cache=cache) for index in indexes]
 
 
-def unstored_frames(index: VideoIndex, uri: str, *, frames_per_second: float) -> np.ndarray:
+def unstored_frames(index: VideoIndex, uri: str, form: FrameFormat) -> np.ndarray:
     """Ticks of the kept frames that the dataset at `uri` has no row for, ascending.
 
     Raises:
         VideoError: the dataset holds frames that older rules of decoding showed wrong.
     """
-    wanted = index.pts[index.kept_frames(frames_per_second)]
     dataset = _latest(uri)
     _check_rules(index, dataset)
     stored = _columns(dataset, ["pts"])["pts"].to_numpy() if dataset else np.empty(0, np.int64)
-    return np.setdiff1d(wanted, stored)
+    return np.setdiff1d(form.kept(index), stored)
 
 
 def has_frames(uri: str) -> bool:
@@ -178,11 +282,11 @@ def count_frames(uri: str) -> tuple[int, int]:
     return readable, int(dataset.count_rows()) - readable
 
 
-def fetch(video: StoredVideo) -> None:
-    """Make this node's copy of the video's dataset, if it is to have one and has none: as long as that takes."""
-    if video.cache:
+def fetch(uri: str, identity: str, cache: str | None) -> None:
+    """Make this node's copy of a dataset, if it is to have one and has none: as long as that takes."""
+    if cache:
         with suppress(OSError, ValueError):  # reading says what is wrong
-            _local_copy(video.uri, video.identity, video.cache)
+            _local_copy(uri, identity, cache)
 
 
 def read_signatures(video: StoredVideo) -> np.ndarray:
@@ -191,27 +295,48 @@ def read_signatures(video: StoredVideo) -> np.ndarray:
     Raises:
         VideoError: the store was changed or removed.
     """
-    column = _take_column(video, np.arange(len(video)), "signature")
+    column = _take_column(video, video.version, video.rows, "signature")
     return np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(len(video), cuts.SIGNATURE_BYTES)
 
 
+class Dataset(Protocol):
+    """What rows are read from: a StoredVideo or a ComingVideo."""
+
+    @property
+    def path(self) -> str:
+        """The video file."""
+
+    @property
+    def uri(self) -> str:
+        """The Lance dataset."""
+
+    @property
+    def identity(self) -> str:
+        """Name of its files, where it is pinned."""
+
+    @property
+    def cache(self) -> str | None:
+        """Folder that it is copied into before it is read."""
+
+
 def read_jpegs(video: StoredVideo, frames: Sequence[int]) -> list[bytes]:
-    """The JPEG files of the stored frames numbered `frames` (0 <= n < F), in that order.
+    """Return the JPEG files of the stored frames numbered `frames` (0 <= n < F), in that order.
 
     Raises:
         VideoError: the store was changed or removed.
     """
-    return [buffer.to_pybytes() for buffer in _take(video, frames)]
+    return [buffer.to_pybytes() for buffer in _take(video, video.version, video.rows[np.asarray(frames, np.int64)])]
 
 
-def read_frames(video: StoredVideo, frames: Sequence[int]) -> list[np.ndarray]:
-    """The stored frames numbered `frames` (0 <= n < F), in that order: (H, W, 3) uint8 RGB each.
+def read_rows(video: Dataset, version: int, rows: np.ndarray) -> list[np.ndarray]:
+    """Return the pictures of rows of a version of a video's dataset, in that order: (H, W, 3) uint8 RGB each.
 
     Raises:
         VideoError: the store was changed or removed, or a picture is damaged.
     """
     try:
-        return [simplejpeg.decode_jpeg(np.frombuffer(buffer, np.uint8), "RGB") for buffer in _take(video, frames)]
+        pictures = _take(video, version, rows)
+        return [simplejpeg.decode_jpeg(np.frombuffer(buffer, np.uint8), "RGB") for buffer in pictures]
     except ValueError as error:
         raise VideoError(
             f"{video.uri}: holds a damaged picture ({error}); remove that folder and ingest again"
@@ -336,11 +461,11 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).partition(", /")[0].split())[:200]
 
 
-def _open_video(index: VideoIndex, store: str, setting: dict[str, float]) -> StoredVideo:
-    uri = dataset_uri(store, index.video_id, **setting)
+def _open_video(index: VideoIndex, store: str, form: FrameFormat) -> StoredVideo:
+    uri = dataset_uri(store, index.video_id, form)
     dataset = _latest(uri)
     _check_rules(index, dataset)
-    wanted = index.pts[index.kept_frames(setting["frames_per_second"])]
+    wanted = form.kept(index)
     table = _columns(dataset, ["pts", "signature"]) if dataset else SCHEMA.empty_table()
     # Of two ingests side by side one may have stored a frame and the other given it up: the first picture counts.
     readable = table["signature"].is_valid().to_numpy()
@@ -360,7 +485,7 @@ def _open_video(index: VideoIndex, store: str, setting: dict[str, float]) -> Sto
         )
     pts, rows = pts[chosen], rows[chosen]
     signatures = np.frombuffer(b"".join(table["signature"].take(rows).to_pylist()), np.uint8)
-    width, height = scaled_size(index.width, index.height, int(setting["short_side"]))
+    width, height = scaled_size(index.width, index.height, form.short_side)
     return StoredVideo(
         video_id=index.video_id,
         path=index.path,
@@ -391,14 +516,13 @@ def _pinned(uri: str, version: int, identity: str, cache: str | None) -> lance.L
     return lance.dataset(_local_copy(uri, identity, cache) if cache else uri, version=version)
 
 
-def _take(video: StoredVideo, frames: Sequence[int]) -> list[pa.Buffer]:
-    return [value.as_buffer() for value in _take_column(video, np.asarray(frames, np.int64), "jpeg")]
+def _take(video: Dataset, version: int, rows: np.ndarray) -> list[pa.Buffer]:
+    return [value.as_buffer() for value in _take_column(video, version, rows, "jpeg")]
 
 
-def _take_column(video: StoredVideo, frames: np.ndarray, name: str) -> pa.ChunkedArray:
-    rows = video.rows[frames]
+def _take_column(video: Dataset, version: int, rows: np.ndarray, name: str) -> pa.ChunkedArray:
     try:
-        dataset = _pinned(video.uri, video.version, video.identity, video.cache)
+        dataset = _pinned(video.uri, version, video.identity, video.cache)
         column = dataset.take(rows.tolist(), columns=[name])[name]
     except (OSError, ValueError) as error:
         reason = f"cannot be read ({_reason(error)}); ingest {video.path} again"

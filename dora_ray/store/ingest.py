@@ -12,7 +12,6 @@ import functools
 import json
 import logging
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +23,9 @@ import numpy as np
 from dora_ray import files
 from dora_ray.errors import DoRAError, VideoError
 from dora_ray.store import frames as frame_store
-from dora_ray.store.frames import StoredVideo
+from dora_ray.store.frames import FrameFormat, StoredVideo
+from dora_ray.store.hangs import HANGS, TaskWatch
 from dora_ray.store.ray_tasks import ray_cluster, run_tasks
-from dora_ray.store.watchdog import Attempts, time_limit
 from dora_ray.video.decoders import DecodedFrame, get_decoder, scaled_size
 from dora_ray.video.index import VideoIndex
 from dora_ray.video.several import index_all, refuse_unreadable
@@ -37,8 +36,6 @@ logger = logging.getLogger(__name__)
 COMMIT_SECONDS = 10.0
 # What a task holds of a segment: a file whose only key frame is its first is one segment, however long.
 ROWS_A_FILE = 256
-MAX_HANGS = 2
-MAX_DEATHS = 4
 # The limit of a task is for this much video; a short segment gets it whole.
 LIMIT_VIDEO_SECONDS = 10.0
 # All attempts at a segment and the starts of their processes take less: when nothing ends, nothing runs.
@@ -58,9 +55,21 @@ class IngestProgress:
     seconds: float
 
 
+Progress = Callable[[IngestProgress], None]
+
+
 @dataclass(frozen=True)
-class _Work:
-    """The frames of one segment that are not stored yet."""
+class Work:
+    """The frames of one segment that are not stored yet.
+
+    Attributes:
+        path, size_bytes: the video file.
+        video_id: its name by content; uri: its dataset.
+        segment: number of the segment.
+        pts: ticks of the frames.
+        seconds: time of the first one from the video's start.
+        limit_seconds: the longest that decoding them may take.
+    """
 
     path: str
     video_id: str
@@ -82,15 +91,13 @@ def ingest(
     *,
     store: str,
     decoder: str,
-    frames_per_second: float,
-    short_side: int,
-    jpeg_quality: int,
+    form: FrameFormat,
     segment_seconds: float,
     decode_seconds: float,
     node_label: str | None = None,
     cache: str | None = None,
     skip_unreadable: bool = False,
-    progress: Callable[[IngestProgress], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[StoredVideo]:
     """Bring the videos into the store and open them, sorted by path; does nothing where everything is stored.
 
@@ -98,9 +105,7 @@ def ingest(
         videos: patterns of `video.find_videos`.
         store: folder or URI that every node can write.
         decoder: "pyav", "decord" or "torchcodec".
-        frames_per_second: kept frames for each second of video.
-        short_side: of a stored frame, pixels.
-        jpeg_quality: 1 to 100.
+        form: what is kept of them.
         segment_seconds: least length of a task's part of a video, rounded up to a key frame.
         decode_seconds: the longest that ten seconds of video may take before a task's process is ended.
         node_label: value of the node label `role` that tasks are pinned to; None: any node.
@@ -114,74 +119,38 @@ def ingest(
         ConfigError: the decoder is not installed.
     """
     store = files.absolute(store)
-    paths = find_videos(videos)
-    indexes = _indexes(paths, store=store, decoder=decoder, skip_unreadable=skip_unreadable)
-    failed: dict[str, str] = {}
-    setting = {"frames_per_second": frames_per_second, "short_side": short_side, "jpeg_quality": jpeg_quality}
-    uris = {i.video_id: frame_store.dataset_uri(store, i.video_id, **setting) for i in indexes}
-    work = [
-        part
-        for index in indexes
-        for part in _pending(index, uris[index.video_id], frames_per_second, segment_seconds, decode_seconds)
-    ]
-    if work:
-        for uri in sorted({part.uri for part in work}):
-            frame_store.create_dataset(uri)
-        with ray_cluster():
-            task = functools.partial(
-                ingest_segment,
-                store=store,
-                decoder=decoder,
-                short_side=short_side,
-                jpeg_quality=jpeg_quality,
-                job=uuid.uuid4().hex,
-            )
-            items = [json.dumps(vars(part)) for part in work]
-            patience = STALL_LIMITS * max(part.limit_seconds for part in work)
-            results = run_tasks(items, task, node_label=node_label, patience_seconds=patience)
-            failed = _commit_results(work, results, num_videos=len(indexes), progress=progress)
+    indexes = find_indexes(videos, store=store, decoder=decoder, skip_unreadable=skip_unreadable)
+    work = find_work(indexes, store=store, form=form, segment_seconds=segment_seconds, decode_seconds=decode_seconds)
+    failed = ingest_work(
+        work,
+        store=store,
+        decoder=decoder,
+        form=form,
+        node_label=node_label,
+        progress=progress,
+        num_videos=len(indexes),
+        commit_seconds=COMMIT_SECONDS,
+    )
     stored = []
     for index in indexes:
+        uri = frame_store.dataset_uri(store, index.video_id, form)
         try:
-            if uris[index.video_id] not in failed:
-                stored += frame_store.open_videos([index], store=store, cache=cache, **setting)
+            if uri not in failed:
+                stored += frame_store.open_videos([index], store=store, form=form, cache=cache)
         except VideoError as error:
-            failed[uris[index.video_id]] = str(error)
+            failed[uri] = str(error)
     refuse_unreadable(list(failed.values()), len(indexes), skip_unreadable=skip_unreadable)
     return stored
 
 
-def ingest_segment(
-    item: str, *, store: str, decoder: str, short_side: int, jpeg_quality: int, job: str
-) -> dict[str, Any]:
-    """The task: decode one segment's frames and write them; returns what the driver needs to commit them."""
-    part = _Work(**json.loads(item))
-    key = f"{job} {part.uri} {part.pts[0]}"
-    attempt = Attempts(key, limit_seconds=part.limit_seconds)
-    hangs = sum(ended.hung for ended in attempt.ended)
-    deaths = len(attempt.ended) - hangs
-    attempt.note()
-    result = {"uri": part.uri, "fragments": "[]", "frames": 0, "missing": 0, "error": "", "hung": ""}
-    try:
-        if deaths >= MAX_DEATHS:
-            raise VideoError(
-                f"{part.name}: the decoding process died {deaths} times; look for its reason in"
-                " Ray's logs (memory?), or leave the file out"
-            )
-        with time_limit(part.limit_seconds):
-            unread = hangs >= MAX_HANGS
-            fragments, missing = _write_segment(part, store, None if unread else decoder, short_side, jpeg_quality)
-    except DoRAError as error:
-        result["error"] = str(error)
-    else:
-        result |= {"fragments": json.dumps(fragments), "frames": len(part.pts), "missing": missing}
-        result["hung"] = f"{part.name}: decoding did not end in {part.limit_seconds:.0f} s" if unread else ""
-    attempt.forget()
-    return result
+def find_indexes(videos: Sequence[str], *, store: str, decoder: str, skip_unreadable: bool = False) -> list[VideoIndex]:
+    """Return the videos' indexes, copies of one file counted once.
 
-
-def _indexes(paths: Sequence[str], *, store: str, decoder: str, skip_unreadable: bool) -> list[VideoIndex]:
-    """The videos' indexes, copies of one file counted once."""
+    Raises:
+        VideoError: naming all videos that cannot be found or read, or on which the decoder would be wrong; with
+            `skip_unreadable`, only where none is left.
+        ConfigError: the decoder is not installed.
+    """
     library = get_decoder(decoder)
 
     def read(path: str) -> VideoIndex:
@@ -189,20 +158,99 @@ def _indexes(paths: Sequence[str], *, store: str, decoder: str, skip_unreadable:
         reason = library.refusal(index)
         if reason:
             raise VideoError(f"{path}: decoder {decoder} is refused: {reason}; use data.decoder=pyav")
-        for warning in index.warnings:
-            logger.warning("%s", warning)
         return index
 
     indexes: dict[str, VideoIndex] = {}
-    for index in index_all(paths, read, skip_unreadable=skip_unreadable):
+    for index in index_all(find_videos(videos), read, skip_unreadable=skip_unreadable):
+        for warning in index.warnings:
+            logger.warning("%s", warning)
         indexes.setdefault(index.video_id, index)
     return list(indexes.values())
 
 
+def find_work(
+    indexes: Sequence[VideoIndex], *, store: str, form: FrameFormat, segment_seconds: float, decode_seconds: float
+) -> list[Work]:
+    """Return the segments that the store lacks frames of; see `ingest`."""
+    return [
+        part
+        for index in indexes
+        for part in _pending(
+            index, frame_store.dataset_uri(store, index.video_id, form), form, segment_seconds, decode_seconds
+        )
+    ]
+
+
+def ingest_work(
+    work: Sequence[Work],
+    *,
+    store: str,
+    decoder: str,
+    form: FrameFormat,
+    node_label: str | None = None,
+    progress: Progress | None = None,
+    num_videos: int,
+    commit_seconds: float,
+    max_tasks: int | None = None,
+) -> dict[str, str]:
+    """Decode segments into the store, in that order; see `ingest`.
+
+    Args:
+        work: the segments; none: no Ray is started.
+        store: folder or URI that every node can write.
+        decoder: "pyav", "decord" or "torchcodec".
+        form: what is kept.
+        node_label: value of the node label `role` that tasks are pinned to.
+        progress: told at the start and after every segment.
+        num_videos: videos of the whole ingest, for its progress.
+        commit_seconds: readers see new frames so often.
+        max_tasks: tasks at a time, where others need CPUs beside them; None: any number.
+
+    Returns:
+        Why the work on a video failed, by its dataset; nothing of those that went well.
+
+    Raises:
+        ClusterError: no task has ended for long.
+    """
+    if not work:
+        return {}
+    for uri in sorted({part.uri for part in work}):
+        frame_store.create_dataset(uri)
+    with ray_cluster():
+        task = functools.partial(ingest_segment, store=store, decoder=decoder, form=form)
+        items = [json.dumps(vars(part)) for part in work]
+        patience = STALL_LIMITS * max(part.limit_seconds for part in work)
+        results = run_tasks(items, task, node_label=node_label, patience_seconds=patience, max_tasks=max_tasks)
+        return _commit_results(work, results, num_videos=num_videos, commit_seconds=commit_seconds, progress=progress)
+
+
+def ingest_segment(item: str, *, store: str, decoder: str, form: FrameFormat) -> dict[str, Any]:
+    """The task: decode one segment's frames and write them; returns what the driver needs to commit them."""
+    part = Work(**json.loads(item))
+    result = {"uri": part.uri, "fragments": "[]", "frames": 0, "missing": 0, "error": "", "hung": ""}
+    with TaskWatch(part.limit_seconds) as watch:
+        unread = 0 in watch.given_up
+        if unread and not watch.hung:
+            result["error"] = (
+                f"{part.name}: the process that decodes it dies again and again; look for its reason in Ray's logs"
+                " (memory?), or leave the file out"
+            )
+            return result
+        watch.begin(0)
+        try:
+            fragments, missing = _write_segment(part, store, None if unread else decoder, form)
+        except DoRAError as error:
+            result["error"] = str(error)
+        else:
+            result |= {"fragments": json.dumps(fragments), "frames": len(part.pts), "missing": missing}
+            result["hung"] = f"{part.name}: decoding did not end in {part.limit_seconds:.0f} s" if unread else ""
+    return result
+
+
 def _pending(
-    index: VideoIndex, uri: str, frames_per_second: float, segment_seconds: float, decode_seconds: float
-) -> list[_Work]:
-    lacking = frame_store.unstored_frames(index, uri, frames_per_second=frames_per_second)
+    index: VideoIndex, uri: str, form: FrameFormat, segment_seconds: float, decode_seconds: float
+) -> list[Work]:
+    lacking = frame_store.unstored_frames(index, uri, form)
     parts = []
     for segment in index.segments(segment_seconds) if len(lacking) else ():
         first, last = np.searchsorted(lacking, [segment.start_pts, segment.stop_pts])
@@ -212,26 +260,24 @@ def _pending(
             limit = decode_seconds * max(1.0, length / LIMIT_VIDEO_SECONDS)
             start = float(index.seconds(np.array(pts[0])))
             size = index.size_bytes
-            parts.append(_Work(index.path, index.video_id, uri, segment.number, pts, size, start, limit))
+            parts.append(Work(index.path, index.video_id, uri, segment.number, pts, size, start, limit))
     return parts
 
 
-def _write_segment(
-    part: _Work, store: str, decoder: str | None, short_side: int, jpeg_quality: int
-) -> tuple[list[str], int]:
-    """The written data files and the number of frames that are missing: all of them where there is no decoder."""
+def _write_segment(part: Work, store: str, decoder: str | None, form: FrameFormat) -> tuple[list[str], int]:
+    """Return the written data files and the number of frames that are missing: all of them without a decoder."""
     index = replace(_worker_index(store, part.video_id), path=part.path)
     frames: Iterable[DecodedFrame] = ()
     if decoder:
         check_unchanged(part.path, part.size_bytes)
-        frames = get_decoder(decoder).decode(index, part.pts, short_side=short_side)
-    width, height = scaled_size(index.width, index.height, short_side)
+        frames = get_decoder(decoder).decode(index, part.pts, short_side=form.short_side)
+    width, height = scaled_size(index.width, index.height, form.short_side)
     lost = set(part.pts)
 
     def rows() -> Iterator[dict[str, object]]:
         for frame in frames:
             lost.discard(frame.pts)
-            yield frame_store.frame_row(frame, segment=part.segment, jpeg_quality=jpeg_quality)
+            yield frame_store.frame_row(frame, segment=part.segment, jpeg_quality=form.jpeg_quality)
         for pts in sorted(lost):
             yield frame_store.missing_row(pts, segment=part.segment, width=width, height=height)
 
@@ -257,11 +303,12 @@ def _worker_index(store: str, video_id: str) -> VideoIndex:
 
 
 def _commit_results(
-    work: Sequence[_Work],
+    work: Sequence[Work],
     results: Iterator[dict[str, Any]],
     *,
     num_videos: int,
-    progress: Callable[[IngestProgress], None] | None,
+    commit_seconds: float,
+    progress: Progress | None,
 ) -> dict[str, str]:
     """Commit what the tasks wrote as it comes, and what has come when something fails.
 
@@ -278,11 +325,13 @@ def _commit_results(
     _tell(progress, state)
     try:
         for result in results:
-            (hung if result["hung"] else written)[result["uri"]] += json.loads(result["fragments"])
+            # A whole video that hangs is a server that does not answer more often than a damaged file.
+            waits = result["hung"] and not (written[result["uri"]] or frame_store.has_frames(result["uri"]))
+            (hung if waits else written)[result["uri"]] += json.loads(result["fragments"])
             if result["error"]:
                 errors[result["uri"]].append(result["error"])
             if result["hung"]:
-                logger.warning("%s, %d times: its frames count as unreadable", result["hung"], MAX_HANGS)
+                logger.warning("%s, %d times: its frames count as unreadable", result["hung"], HANGS)
             now = time.monotonic()
             state = replace(
                 state,
@@ -291,7 +340,7 @@ def _commit_results(
                 missing=state.missing + int(result["missing"]),
                 seconds=now - start,
             )
-            if now - committed > COMMIT_SECONDS:
+            if now - committed >= commit_seconds:
                 _commit_all(written)
                 committed = time.monotonic()
             _tell(progress, state)
@@ -327,6 +376,6 @@ def _commit_all(written: dict[str, list[str]]) -> None:
             frame_store.commit(uri, fragments)
 
 
-def _tell(progress: Callable[[IngestProgress], None] | None, state: IngestProgress) -> None:
+def _tell(progress: Progress | None, state: IngestProgress) -> None:
     if progress is not None:
         progress(state)

@@ -36,7 +36,12 @@ def ray_cluster() -> Iterator[None]:
 
 
 def run_tasks(
-    items: Sequence[str], task: Task, *, node_label: str | None, patience_seconds: float
+    items: Sequence[str],
+    task: Task,
+    *,
+    node_label: str | None,
+    patience_seconds: float,
+    max_tasks: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """What `task` returns for each item, a flat dict of plain values, as soon as it is there.
 
@@ -45,13 +50,14 @@ def run_tasks(
         task: runs in a process of the cluster; run again where a process or a node dies.
         node_label: value of the node label `role` that tasks are pinned to; None: any node.
         patience_seconds: longest time in which no task ends.
+        max_tasks: tasks at a time; None: any number.
 
     Raises:
         ClusterError: no task has ended for that long.
     """
     results: queue.Queue[Any] = queue.Queue()
     job = uuid.uuid4().hex
-    arguments = (items, task, node_label, results, job)
+    arguments = (items, task, node_label, max_tasks, results, job)
     thread = threading.Thread(target=_consume, args=arguments, name="dora-ray-tasks", daemon=True)
     thread.start()
     try:
@@ -74,9 +80,16 @@ def run_tasks(
             _GIVEN_UP.add(job)
 
 
-def _consume(items: Sequence[str], task: Task, node_label: str | None, results: queue.Queue[Any], job: str) -> None:
+def _consume(
+    items: Sequence[str],
+    task: Task,
+    node_label: str | None,
+    max_tasks: int | None,
+    results: queue.Queue[Any],
+    job: str,
+) -> None:
     try:
-        dataset = _dataset(items, task, node_label)
+        dataset = _dataset(items, task, node_label, max_tasks)
         call_each_turn(dataset.context, lambda: _end_if_given_up(job))
         for row in dataset.iter_rows():
             results.put(row)
@@ -92,14 +105,14 @@ def _end_if_given_up(job: str) -> None:
         raise ClusterError("the job was given up")
 
 
-def _dataset(items: Sequence[str], task: Task, node_label: str | None) -> Any:
+def _dataset(items: Sequence[str], task: Task, node_label: str | None, max_tasks: int | None) -> Any:
     """One block and one task for each item, so that a retry repeats one."""
     import ray.data
 
     quiet_data()  # our callers' progress speaks for the job
     pinned = {"label_selector": {"role": node_label}} if node_label else {}
     dataset = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
-        lambda row: task(row["item"]), num_cpus=_task_cpus(), **pinned
+        lambda row: task(row["item"]), num_cpus=_task_cpus(), compute=ray.data.TaskPoolStrategy(max_tasks), **pinned
     )
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False

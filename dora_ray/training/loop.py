@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dora_ray.clips.stream import SlotBatch
+from dora_ray.clips.slot import SlotBatch
 from dora_ray.config import Config
 from dora_ray.errors import VideoError
 from dora_ray.training.elastic.requests import Request, here
@@ -21,20 +20,12 @@ from dora_ray.training.records.checkpoint import CheckpointWriter, take_snapshot
 from dora_ray.training.records.collapse import CollapseWatch
 from dora_ray.training.records.journal import Journal, MetricsWindow
 from dora_ray.training.step import TrainState, apply_step, sum_slots
-from dora_ray.training.worlds import Job, LostPeerError, RayWorld, World
+from dora_ray.training.worlds import Job, LostPeerError, RayWorld, World, watch_for_stalls
 
 # Writing one checkpoint may take so many times the time between two before it is said that none follows.
 OVERDUE_INTERVALS = 5
 # A preempted node is left so long before its deadline, and twice the time of the last step and checkpoint.
 LEAVE_MARGIN_SECONDS = 3.0
-
-
-def watch_for_stalls(config: Config) -> None:
-    """End this process, with all its stacks on stderr, unless it is told in time that it goes on.
-
-    The watching thread is not Python's: it works when a library holds the interpreter's lock for ever.
-    """
-    faulthandler.dump_traceback_later(config.cluster.stall_seconds, exit=True)
 
 
 @dataclass
@@ -45,8 +36,7 @@ class Loop:
     world: World
     state: TrainState
     journal: Journal | None
-    stream: Iterator[SlotBatch]
-    slots_a_step: int
+    stream: Iterator[list[SlotBatch]]
     _saved_at: float = field(default_factory=time.monotonic)
     _step_seconds: float = 0.0
     _window: MetricsWindow = field(default_factory=MetricsWindow)
@@ -108,7 +98,7 @@ class Loop:
         """One step; what is requested after it: each rank adds its own requests to the reduction."""
         config, state = self.job.config, self.state
         started = time.monotonic()
-        batches = [next(self.stream) for _ in range(self.slots_a_step)]
+        batches = next(self.stream)
         waited = time.monotonic() - started
         assert all(batch.step == state.step for batch in batches), "the clip stream left the plan's order"
         result = sum_slots(state, batches, self._records(batches), config, self.world.all_reduce)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -13,13 +14,14 @@ from contextlib import contextmanager
 import torch
 
 from dora_ray.checkpoints import CHECKPOINTS
+from dora_ray.clips.contents import Contents
 from dora_ray.cluster.growth import resources_within_reach
 from dora_ray.cluster.starting import join_cluster, prepare_ray
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
 from dora_ray.ray_internals import has_node_types
 from dora_ray.training.worker import ray_worker
-from dora_ray.training.worlds import Job
+from dora_ray.training.worlds import Job, stream_settings
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,10 @@ def _start_here(config: Config) -> None:
     import ray
 
     prepare_ray(starts=True)
-    needed = math.ceil(config.max_workers * config.cluster.cpus_per_worker + config.cluster.decode_cpus)
+    # Beside an ingest that goes on while the workers train, one of its tasks too.
+    ingest_cpus = 1.0 if config.clip.shuffle == "window" else 0.0
+    workers_cpus = config.max_workers * config.cluster.cpus_per_worker
+    needed = math.ceil(workers_cpus + config.cluster.decode_cpus + ingest_cpus)
     try:
         ray.init(
             address="local",
@@ -162,19 +167,27 @@ def check_resources(config: Config) -> None:
         )
 
 
-def run_on_ray(job: Job) -> None:
+def run_on_ray(job: Job, contents: Contents) -> None:
     """Train with Ray Train until the last step, through failures and resizes.
+
+    Args:
+        job: the run.
+        contents: of its plan.
 
     Raises:
         DoRAError: what all ranks decided to stop for; or more failures than cluster.max_failures.
     """
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig
 
+    from dora_ray.clips import dataset
     from dora_ray.training.elastic.controller import Elastic, ElasticTrainer, describe, most_telling
     from dora_ray.training.elastic.spares import ENVIRONMENT
 
-    cluster, workers = job.config.cluster, job.config.cluster.num_workers
+    cluster, workers, settings = job.config.cluster, job.config.cluster.num_workers, stream_settings(job)
+    # Inside a tuple, so that tasks get the reference itself and every process unpacks the plan once.
+    reference = (ray.put(contents),)
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
     elastic = Elastic(
         job.run,
@@ -184,7 +197,9 @@ def run_on_ray(job: Job) -> None:
     )
     trainer = ElasticTrainer(
         ray_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "contents": reference},
+        datasets={dataset.NAME: functools.partial(dataset.make_clips, reference, settings)},
+        dataset_config=dataset.RankShards(),
         torch_config=TorchConfig(timeout_s=math.ceil(cluster.stall_seconds) + COLLECTIVE_MARGIN_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=workers,

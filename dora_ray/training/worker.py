@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from dora_ray import errors, files
-from dora_ray.checkpoints import checkpoint_name, set_newest
-from dora_ray.clips.plan import slots_of_rank
+from dora_ray.checkpoints import checkpoint_name, newest_meta, set_newest
 from dora_ray.config import Config
 from dora_ray.errors import CheckpointError, ClusterError, ConfigError, DoRAError
 from dora_ray.training.beginning import begin_with_given
 from dora_ray.training.elastic.requests import here
-from dora_ray.training.loop import Loop, watch_for_stalls
+from dora_ray.training.loop import Loop
 from dora_ray.training.numerics import NOT_DETERMINISTIC, prepare_torch, require_fp8
 from dora_ray.training.records.checkpoint import load_newest, load_state
 from dora_ray.training.records.journal import (
@@ -30,7 +29,7 @@ from dora_ray.training.records.journal import (
     write_status,
 )
 from dora_ray.training.step import TrainState, initial_state
-from dora_ray.training.worlds import Job, RayWorld, World
+from dora_ray.training.worlds import Job, OneRankError, RayWorld, World, watch_for_stalls
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +49,11 @@ def ray_worker(arguments: dict[str, Any]) -> DoRAError | None:
         return failed
     # From here on, each step begins it anew: what loads a checkpoint may hang, too.
     watch_for_stalls(job.config)
-    world = RayWorld(job)
+    world = RayWorld(job, arguments["contents"])
     try:
         train_loop(job, world)
     except OneRankError as error:
-        record_failure(job.run, ClusterError(str(error)))
+        record_failure(job.run, error.told)
         raise
     except DoRAError as error:
         if world.rank == 0:
@@ -64,10 +63,6 @@ def ray_worker(arguments: dict[str, Any]) -> DoRAError | None:
         here.ended()
         faulthandler.cancel_dump_traceback_later()
     return None
-
-
-class OneRankError(ClusterError):
-    """What one rank has met and the others do not know of."""
 
 
 def record_failure(run: str, error: DoRAError) -> None:
@@ -91,6 +86,9 @@ def train_loop(job: Job, world: World) -> None:
     torch.set_num_threads(config.cluster.threads_per_worker)
     prepare_torch(world.device, config.optim, deterministic=config.run.deterministic)
     world.share(_problem_here(job, world.device))
+    newest = newest_meta(job.checkpoints) if world.rank == 0 else None
+    # Read ahead while the networks are made and loaded.
+    world.start_stream(newest[1].step if newest is not None else 0)
     state = initial_state(config, world.device)
     refused = _restore(job, world, state)
     given = _begin(world, state, config) if not state.step else None
@@ -108,11 +106,9 @@ def train_loop(job: Job, world: World) -> None:
             journal.event("init", step=0, message=given)
         for problem in refused:
             journal.event("warning", step=state.step, message=f"{problem} Training goes on from step {state.step}.")
-    slots = slots_of_rank(world.rank, world.size, config.optim.slots)
-    stream = world.stream(range(state.step, config.optim.steps), slots)
     try:
         with _named_limits(config):
-            Loop(job, world, state, journal, stream, len(slots)).run()
+            Loop(job, world, state, journal, world.stream(state.step)).run()
     finally:
         if journal is not None:
             journal.close()
@@ -193,15 +189,17 @@ def _named_limits(config: Config) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if NOT_DETERMINISTIC in str(error):
-            raise OneRankError(f"{error}: set run.deterministic=false, at the price of equal runs") from error
+            told = ClusterError(f"{error}: set run.deterministic=false, at the price of equal runs")
+            raise OneRankError(told) from error
         if not _is_out_of_memory(error):
             raise
         said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise OneRankError(
+        told = ClusterError(
             f"a worker ran out of memory ({said}): lower optim.clips_per_slot="
             f"{config.optim.clips_per_slot}, the clips of one forward. Fewer clips a slot and more slots "
             "(optim.slots) are the same batch. Or lower clip.num_frames, crops.num_locals or head.num_outputs."
-        ) from error
+        )
+        raise OneRankError(told) from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

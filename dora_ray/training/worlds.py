@@ -6,20 +6,28 @@ import faulthandler
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from dora_ray import files
 from dora_ray.checkpoints import CHECKPOINTS
+from dora_ray.clips.contents import Contents, slot_keys
+from dora_ray.clips.loader import local_slots
 from dora_ray.clips.plan import Plan
-from dora_ray.clips.stream import SlotBatch, local_slots, ray_slots
+from dora_ray.clips.slot import SlotBatch
 from dora_ray.config import Config
 from dora_ray.errors import DoRAError
 from dora_ray.training.elastic.requests import LEAVE_SECONDS, here
 from dora_ray.training.reduction import AllReduce
+
+if TYPE_CHECKING:
+    from ray.data import DataIterator
+
+    from dora_ray.clips.dataset import StreamSettings
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,42 @@ class LostPeerError(RuntimeError):
     """Another rank is gone, so this step's sum will not come; the training state is that after the step before."""
 
 
+class OneRankError(DoRAError):
+    """What one rank has met and the others do not know of.
+
+    Attributes:
+        told: the error that the run ends with.
+    """
+
+    def __init__(self, told: DoRAError) -> None:
+        super().__init__(str(told))
+        self.told = told
+
+
+def watch_for_stalls(config: Config) -> None:
+    """End this process, with all its stacks on stderr, unless it is told in time that it goes on.
+
+    The watching thread is not Python's: it works when a library holds the interpreter's lock for ever.
+    """
+    faulthandler.dump_traceback_later(config.cluster.stall_seconds, exit=True)
+
+
+def stream_settings(job: Job) -> StreamSettings:
+    """Return how the clip stream of a run is to run."""
+    from dora_ray.clips.dataset import StreamSettings
+
+    data, cluster = job.config.data, job.config.cluster
+    return StreamSettings(
+        run=job.run,
+        num_steps=job.config.optim.steps,
+        slots_per_task=data.slots_per_task,
+        prefetch=max(1, data.prefetch_slots // data.slots_per_task),
+        decode_cpus=cluster.decode_cpus,
+        decode_label=cluster.decode_label,
+        decode_seconds=data.decode_seconds,
+    )
+
+
 class World(Protocol):
     """The ranks of one attempt, as one of them sees it."""
 
@@ -60,8 +104,11 @@ class World(Protocol):
     def share(self, problem: DoRAError | None) -> None:
         """Raise the first problem that any rank has, on every rank: none waits for one that gave up."""
 
-    def stream(self, steps: range, slots: Sequence[int]) -> Iterator[SlotBatch]:
-        """This rank's slots, in order."""
+    def start_stream(self, step: int) -> None:
+        """Begin to read clips where rank 0 expects to go on."""
+
+    def stream(self, step: int) -> Iterator[list[SlotBatch]]:
+        """This rank's slots of each step, from `step` on."""
 
     def leave(self) -> None:
         """Everything is saved: end, or wait for the end. Returns when it does not come."""
@@ -73,9 +120,16 @@ class LocalWorld:
     rank, size = 0, 1
     all_reduce: AllReduce | None = None
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, contents: Contents, has_ended: Callable[[], bool]) -> None:
+        """Keep what the stream needs.
+
+        Args:
+            job: the run.
+            contents: of its plan.
+            has_ended: whether its ingest has; raises what that failed with.
+        """
         self.device = torch.device("cuda" if job.config.cluster.use_gpu else "cpu")
-        self._job = job
+        self._job, self._contents, self._has_ended = job, contents, has_ended
 
     def agree(self, choice: str | None) -> str | None:
         """Rank 0's choice, on every rank."""
@@ -86,16 +140,25 @@ class LocalWorld:
         if problem is not None:
             raise problem
 
-    def stream(self, steps: range, slots: Sequence[int]) -> Iterator[SlotBatch]:
-        """This rank's slots, in order."""
-        keys = ((step, slot) for step in steps for slot in slots)
-        return local_slots(
-            self._job.plan,
-            keys,
-            prefetch=self._job.config.data.prefetch_slots,
-            num_threads=self._job.config.cluster.threads_per_worker,
-            decode_seconds=self._job.config.data.decode_seconds,
+    def start_stream(self, step: int) -> None:
+        """Do nothing: threads start at once."""
+
+    def stream(self, step: int) -> Iterator[list[SlotBatch]]:
+        """This rank's slots of each step, from `step` on."""
+        config, slots = self._job.config, self._job.plan.slots
+        wanted = ((step, slot) for step in range(step, config.optim.steps) for slot in range(slots))
+        batches = local_slots(
+            self._contents,
+            slot_keys(self._contents, wanted, self._has_ended),
+            prefetch=config.data.prefetch_slots,
+            num_threads=config.cluster.threads_per_worker,
+            decode_seconds=config.data.decode_seconds,
         )
+        try:
+            while found := list(islice(batches, slots)):
+                yield found
+        finally:
+            batches.close()
 
     def leave(self) -> None:
         """End as the signal that was caught would have ended the process."""
@@ -108,9 +171,17 @@ class LocalWorld:
 class RayWorld:
     """One rank of a Ray Train worker group."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, contents: Any) -> None:
+        """Find this rank's place.
+
+        Args:
+            job: the run.
+            contents: reference to its plan's contents, see `dataset.make_clips`.
+        """
         import ray.train
         from ray.train.torch import get_device
+
+        from dora_ray.clips.dataset import NAME, RankStream
 
         context = ray.train.get_context()
         self.rank, self.size = context.get_world_rank(), context.get_world_size()
@@ -118,7 +189,16 @@ class RayWorld:
         assert isinstance(device, torch.device)
         self.device = device
         self.all_reduce: AllReduce | None = _all_reduce if self.size > 1 else None
-        self._job = job
+        self._job, self._contents = job, contents
+        self._stream = RankStream(
+            ray.train.get_dataset_shard(NAME),
+            job.plan,
+            stream_settings(job),
+            rank=self.rank,
+            size=self.size,
+            is_alive=lambda: watch_for_stalls(job.config),
+            new_shard=self._new_shard,
+        )
 
     def agree(self, choice: str | None) -> str | None:
         """Rank 0's choice, on every rank."""
@@ -137,20 +217,35 @@ class RayWorld:
             if found is not None:
                 raise found
 
-    def stream(self, steps: range, slots: Sequence[int]) -> Iterator[SlotBatch]:
-        """This rank's slots, in order."""
-        data, cluster = self._job.config.data, self._job.config.cluster
-        return ray_slots(
-            self._job.plan,
-            steps,
-            slots,
-            prefetch=data.prefetch_slots,
-            slots_per_task=data.slots_per_task,
-            cpus_per_task=cluster.decode_cpus,
-            num_streams=self.size,
-            node_label=cluster.decode_label,
-            decode_seconds=data.decode_seconds,
-        )
+    def _new_shard(self) -> DataIterator:
+        """This rank's shard of a dataset that rank 0 makes, as Ray Train's controller made the first one."""
+        import ray
+
+        from dora_ray.clips.dataset import deal, make_clips
+
+        shards = [b""]
+        if self.rank == 0:
+            dataset = make_clips(self._contents, stream_settings(self._job))
+            shards[0] = ray.cloudpickle.dumps(deal(dataset, self.size))
+        if self.size > 1:
+            torch.distributed.broadcast_object_list(shards, src=0)
+        mine: DataIterator = ray.cloudpickle.loads(shards[0])[self.rank]
+        return mine
+
+    def start_stream(self, step: int) -> None:
+        """Begin to read clips where rank 0 expects to go on."""
+        self._stream.start(step)
+
+    def stream(self, step: int) -> Iterator[list[SlotBatch]]:
+        """This rank's slots of each step, from `step` on.
+
+        Raises:
+            OneRankError: the stream ended with an error, which the other ranks may meet at another step.
+        """
+        try:
+            yield from self._stream.steps(step)
+        except DoRAError as error:
+            raise OneRankError(error) from error
 
     def leave(self) -> None:
         """Wait to be ended by Ray Train; a process that was told to end does so."""

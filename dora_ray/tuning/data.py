@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -11,12 +10,10 @@ from collections.abc import Sequence
 from dora_ray import files
 from dora_ray.config import Config, load_config
 from dora_ray.errors import ConfigError
-from dora_ray.store.frames import load_index
 from dora_ray.training.beginning import with_resolved_init
-from dora_ray.training.launch import check_videos, ingest_videos
+from dora_ray.training.inputs import check_videos, ingest_videos
 from dora_ray.training.paths import PATH_KEYS, absolute_paths, with_absolute_paths
 from dora_ray.tuning.space import SweepSpec
-from dora_ray.video.several import index_all
 from dora_ray.video.sources import find_videos
 from dora_ray.video.synthetic import make_photo_classes
 from dora_ray.video.tour_files import FACTS, FILM, make_tour
@@ -124,15 +121,11 @@ def check_given_weights(configs: Sequence[Config], folder: str) -> None:
 def check_indexes(configs: Sequence[Config]) -> None:
     """Look at every video once, for all trials: VideoError where one cannot be read or all are too short."""
     for config in configs:
-        assert config.data.store is not None
-        read = functools.partial(load_index, store=config.data.store)
-        index_all(find_videos(config.data.videos), read, skip_unreadable=config.data.skip_unreadable)
-        check_videos(config)
+        check_videos(config, store=config.data.store)
 
 
 def ingest_all(configs: Sequence[Config]) -> None:
     """Bring the videos into the store before the first trial, once for all of them."""
     for config in configs:
-        if config.data.source == "store":
-            assert config.data.store is not None
-            ingest_videos(config, config.data.store)
+        assert config.data.store is not None
+        ingest_videos(config, config.data.store)

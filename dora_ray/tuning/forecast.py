@@ -15,7 +15,7 @@ import torch
 
 from dora_ray import files
 from dora_ray.config import Config
-from dora_ray.training.launch import check_videos
+from dora_ray.training.inputs import check_videos
 from dora_ray.training.memory import MB, estimate_memory_mb
 from dora_ray.training.numerics import prepare_torch
 from dora_ray.training.step import apply_step, initial_state, sum_slots
@@ -85,14 +85,12 @@ def _is_done(folder: str, trial: Trial) -> bool:
 
 
 def _store_bytes(config: Config, spec: SweepSpec, folder: str) -> float:
-    """Bytes of the frames that a store would keep; none where clips come from the video itself."""
+    """Bytes of the frames that a store would keep."""
     own = {files.join(path, FILM): length for path, length, _ in tours(spec, folder)}
     if unmade := [own[path] for path in config.data.videos if path in own and not files.exists(path)]:
         seconds = sum(unmade)
     else:
         seconds = sum(index.real_seconds for index in check_videos(config))
-    if config.data.source != "store":
-        return 0.0
     return seconds * config.data.frames_per_second * config.data.short_side**2 * ASPECT * JPEG_BYTES
 
 

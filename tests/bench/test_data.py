@@ -23,9 +23,8 @@ def test_reports_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, qui
         monkeypatch.setattr(data, name, value)
     result = data.run(quick=quick)
     reference = result["reference_clips_per_core_second"]
-    for path in ("store", "direct"):
-        assert result[f"{path}_ratio"] == pytest.approx(result[f"{path}_clips_per_core_second"] / reference)
-        assert result[f"{path}_decode_cores_a_gpu"] == pytest.approx(300 / result[f"{path}_clips_per_core_second"])
+    assert result["store_ratio"] == pytest.approx(result["store_clips_per_core_second"] / reference)
+    assert result["store_decode_cores_a_gpu"] == pytest.approx(300 / result["store_clips_per_core_second"])
     for codec in ("",) if quick else ("", "vp9_", "av1_"):
         assert result[f"{codec}ingest_frames_per_core_second"] > 0
         assert result[f"{codec}ffmpeg_frames_per_core_second"] > 0
@@ -33,9 +32,8 @@ def test_reports_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, qui
     assert "av1_decord_frames_per_core_second" not in result, "it has no AV1"
     assert result["jpeg_ms_a_kept_frame"] > 0
     assert result["write_ms_a_kept_frame"] > 0
-    assert result["peak_rss_mb"] >= result["idle_rss_mb"] > 0
-    # The other codecs' films, and the first one looped.
-    assert len(list(tmp_path.rglob("*.mp4"))) == (1 if quick else 4)
+    # The other codecs' films too.
+    assert len(list(tmp_path.rglob("*.mp4"))) == (1 if quick else 3)
 
 
 def test_films_are_in_the_codec_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from dora_ray.chaos.training import SMALL, StalledError, make_training_video
 from dora_ray.chaos.trial import Laboratory, Trial
 from dora_ray.checkpoints import META, MODEL, STATE
 from dora_ray.config import Config, load_config
-from dora_ray.training.launch import ingest_videos, make_plan
+from dora_ray.training.inputs import ingest_videos, make_plan
 
 
 class Ended:

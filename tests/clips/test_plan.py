@@ -119,11 +119,49 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
     assert len({tuple(orders[0]), tuple(orders[1]), tuple(other)}) == 3
 
 
-@given(world_size=st.integers(1, 9), num_slots=st.integers(1, 9))
-def test_ranks_share_the_slots(world_size, num_slots) -> None:
-    shares = [slots_of_rank(rank, world_size, num_slots) for rank in range(world_size)]
-    assert sorted(slot for share in shares for slot in share) == list(range(num_slots))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+@given(world_size=st.integers(1, 9), num_slots=st.integers(1, 9), begin=st.integers(0, 5), steps=st.integers(1, 9))
+def test_ranks_share_the_slots_in_turns(world_size, num_slots, begin, steps) -> None:
+    """No rank gets ahead of another, though the world's size need not divide the number of slots."""
+    totals = [0] * world_size
+    for step in range(begin, begin + steps):
+        shares = [slots_of_rank(rank, world_size, num_slots, step=step, begin=begin) for rank in range(world_size)]
+        assert sorted(slot for share in shares for slot in share) == list(range(num_slots))
+        totals = [total + len(share) for total, share in zip(totals, shares, strict=True)]
+        assert max(totals) - min(totals) <= 1
+
+
+@given(
+    lengths=st.lists(st.integers(4, 40), min_size=1, max_size=4), window=st.integers(0, 5), segment=st.integers(3, 15)
+)
+def test_windows_are_the_epoch_in_parts(lengths, window, segment) -> None:
+    """Every start once an epoch, its window made of whole segments, and found again by number."""
+    videos = [replace_edges(stored(length, name=str(i)), segment) for i, length in enumerate(lengths)]
+    plan = replace(make_plan(*videos), window_segments=window)
+    for epoch in range(2):
+        windows = plan.windows(epoch)
+        assert sorted(row for part in windows for row in part.rows.tolist()) == list(range(plan.clips_per_epoch))
+        assert sorted(unit for part in windows for unit in part.units.tolist()) == list(range(len(plan.units)))
+        for part in windows:
+            rows = [row for unit in part.units for row in range(*plan.units[unit, 1:])]
+            assert sorted(rows) == sorted(part.rows.tolist())
+            assert len(part.units) <= (window or len(plan.units))
+            for place, row in enumerate(part.rows.tolist()):
+                assert plan.place(part.first + place) == (part, place)
+                assert plan.clip(part.first + place).frames == tuple(plan.starts[row, 1:])
+
+
+class Cut:
+    """A video whose ingest cuts it into segments."""
+
+    def __init__(self, video: StoredVideo, edges: np.ndarray) -> None:
+        self._video, self.edges = video, edges
+
+    def __getattr__(self, name: str):
+        return getattr(self._video, name)
+
+
+def replace_edges(video: StoredVideo, segment: int) -> Cut:
+    return Cut(video, np.unique([*range(0, len(video), segment), len(video)]))
 
 
 def test_no_clip_runs_through_a_cut() -> None:

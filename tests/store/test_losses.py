@@ -13,7 +13,8 @@ from dora_ray.store import frames as frame_store
 from dora_ray.store.frames import load_index, open_videos
 from dora_ray.store.losses import losses, missing_share, stored_frames, whole_videos
 from dora_ray.video.index import DECODING_RULES
-from tests.store.test_frames import SETTING, fill, uri_of
+from tests.store.reading import FORM
+from tests.store.test_frames import fill, uri_of
 from tests.video import odd_videos, videos
 
 
@@ -22,10 +23,10 @@ def films(tmp_path):
     """A store with a film of 14 kept frames that lacks two, and one that is whole."""
     store = str(tmp_path / "store")
     torn, whole = (load_index(str(make(tmp_path)), store=store) for make in (videos.h264, videos.h264_b_frames))
-    lost = torn.pts[torn.kept_frames(SETTING["frames_per_second"])][[3, 7]].tolist()
+    lost = torn.pts[torn.kept_frames(FORM.frames_per_second)][[3, 7]].tolist()
     fill(torn, store, lost=lost)
     fill(whole, store)
-    return store, open_videos([torn, whole], store=store, **SETTING)
+    return store, open_videos([torn, whole], store=store, form=FORM)
 
 
 def test_what_is_missing_is_a_sentence(films):
@@ -57,7 +58,7 @@ def test_an_end_that_a_file_has_lost_is_told_and_not_refused(tmp_path):
     store = str(tmp_path / "store")
     index = load_index(str(videos.truncated(tmp_path, ".mkv", seconds=8.0)), store=store)
     fill(index, store, order=range(len(index.segments(0.2))))
-    stored = open_videos([index], store=store, **SETTING)
+    stored = open_videos([index], store=store, form=FORM)
     lost = index.declared_seconds - index.real_seconds
     assert losses(stored)[index.path].startswith(f"the file has lost its end: {lost:.1f} of 8.0 s (")
     assert whole_videos(stored, max_bad_fraction=0.0) == stored
@@ -77,9 +78,9 @@ def test_frames_that_older_rules_showed_wrong_are_offered_for_another_ingest(tmp
     fill(index, store)
     words = r"rules of decoding \(number 1; now 2\).*remove that folder.*ingest again"
     with pytest.raises(VideoError, match=words):
-        open_videos([index], store=store, **SETTING)
+        open_videos([index], store=store, form=FORM)
     with pytest.raises(VideoError, match=words):
-        frame_store.unstored_frames(index, uri, frames_per_second=10.0)
+        frame_store.unstored_frames(index, uri, FORM)
 
 
 def test_frames_that_older_rules_showed_right_are_read_with_a_word(tmp_path, caplog):
@@ -88,12 +89,12 @@ def test_frames_that_older_rules_showed_right_are_read_with_a_word(tmp_path, cap
     by_older_rules(uri_of(index, store))
     fill(index, store)
     with caplog.at_level(logging.WARNING):
-        (video,) = open_videos([index], store=store, **SETTING)
+        (video,) = open_videos([index], store=store, form=FORM)
     assert len(video) == 14
     assert "older rules of decoding (number 1; now 2), which read files such as this one alike" in caplog.text
 
 
 def test_a_store_made_now_says_nothing(films, caplog):
     store, (torn, _) = films
-    open_videos([torn.path], store=store, **SETTING)
+    open_videos([torn.path], store=store, form=FORM)
     assert "rules" not in caplog.text

@@ -17,16 +17,16 @@ import pytest
 from dora_ray import files
 from dora_ray.errors import ConfigError, VideoError
 from dora_ray.store import frames as frame_store
-from dora_ray.store.frames import load_index, open_videos, read_frames, read_jpegs
+from dora_ray.store.frames import load_index, open_videos, read_jpegs
 from dora_ray.video.decoders import get_decoder
 from dora_ray.video.index import find_videos, index_video
 from dora_ray.video.sources import file_stamp
 from dora_ray.video.synthetic import encode_video, read_counter
 from tests.conftest import SMALL
+from tests.store.reading import FORM, read_frames
 from tests.video import servers, videos
 
 ROOT = Path(__file__).parents[2]
-SETTING = {"frames_per_second": 10.0, "short_side": 64, "jpeg_quality": 90}
 s3fs = pytest.importorskip("s3fs")
 pytest.importorskip("moto")
 
@@ -58,8 +58,8 @@ def test_videos_in_a_bucket_are_found(film):
 
 def test_a_store_in_a_bucket_is_filled_and_read(film, tmp_path):
     index = load_index(film, store="s3://films/store")
-    uri = frame_store.dataset_uri("s3://films/store", index.video_id, **SETTING)
-    assert len(frame_store.unstored_frames(index, uri, frames_per_second=10.0)) == 14
+    uri = frame_store.dataset_uri("s3://films/store", index.video_id, FORM)
+    assert len(frame_store.unstored_frames(index, uri, FORM)) == 14
     kept = index.pts[index.kept_frames(10.0)]
     parts = [kept[:5], kept[5:9], kept[9:]]
     frame_store.create_dataset(uri)
@@ -71,9 +71,9 @@ def test_a_store_in_a_bucket_is_filled_and_read(film, tmp_path):
 
     with ThreadPoolExecutor(3) as pool:  # commits at the same time: none is lost
         list(pool.map(store_part, range(3)))
-    (video,) = open_videos([film], store="s3://films/store", **SETTING)
+    (video,) = open_videos([film], store="s3://films/store", form=FORM)
     assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
-    (cached,) = open_videos([film], store="s3://films/store", cache=str(tmp_path / "cache"), **SETTING)
+    (cached,) = open_videos([film], store="s3://films/store", cache=str(tmp_path / "cache"), form=FORM)
     assert read_jpegs(cached, range(14)) == read_jpegs(video, range(14))
     assert len(list((tmp_path / "cache").glob("*.lance/data/*"))) == 3
 

@@ -13,8 +13,7 @@ from dora_ray.store.frames import load_index, open_videos
 from dora_ray.store.statistics import analyze
 from dora_ray.video.decoders import get_decoder
 from dora_ray.video.synthetic import encode_video
-
-SETTING = {"frames_per_second": 10.0, "short_side": 64, "jpeg_quality": 90}
+from tests.store.reading import FORM
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def film(tmp_path):
     path = encode_video(tmp_path / "v.mp4", dark + [bright] * 20, frames_per_second=10, codec="libx264", group_size=10)
     store = str(tmp_path / "store")
     index = load_index(str(path), store=store)
-    uri = frame_store.dataset_uri(store, index.video_id, **SETTING)
+    uri = frame_store.dataset_uri(store, index.video_id, FORM)
     frame_store.create_dataset(uri)
     frames = list(get_decoder("pyav").decode(index, index.pts, short_side=64))
     rows = [frame_store.frame_row(frame, segment=0, jpeg_quality=90) for frame in frames]
@@ -36,7 +35,7 @@ def film(tmp_path):
 
 def test_light_and_shots_of_a_video_that_is_known(film):
     path, store, frames = film
-    (video,) = open_videos([str(path)], store=store, **SETTING)
+    (video,) = open_videos([str(path)], store=store, form=FORM)
     facts = analyze(video, interval_seconds=1.0)
     expected = [np.mean([frame.y.mean() / 255 for frame in frames[first : first + 10]]) for first in (0, 10, 20, 30)]
     assert facts["lightness"]["by_interval"] == pytest.approx(expected, abs=5e-3)
@@ -47,7 +46,7 @@ def test_light_and_shots_of_a_video_that_is_known(film):
 
 def test_the_command_prints_and_writes_it(film, tmp_path, capsys):
     path, store, _ = film
-    settings = [f"data.{name}={value}" for name, value in SETTING.items()]
+    settings = [f"data.{name}={value}" for name, value in vars(FORM).items()]
     out = tmp_path / "facts.json"
     assert main(["data", "analyze", str(path), *settings, "--store", store, "--json", str(out)]) == 0
     assert "shot changes" in capsys.readouterr().out

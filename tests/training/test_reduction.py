@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_ray.clips.plan import slots_of_rank
 from dora_ray.training.reduction import RETRY_BITS, SlotSums, largest_of, next_exponents, raised_exponents
 from tests.training.ranks import run_ranks
 
@@ -35,7 +34,7 @@ def reduced(values: list[list[Tensor]], world_size: int, reduction: str, exponen
             exponents=scale,
             device=torch.device("cpu"),
         )
-        for slot in slots_of_rank(rank, world_size, len(values)):
+        for slot in range(rank, len(values), world_size):
             sums.add(values[slot])
         sums.set_records(torch.tensor([rank, 1, -(2**63) if rank == 0 else 0]))
         return sums.all_reduce(all_reduce if world_size > 1 else None)

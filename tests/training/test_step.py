@@ -79,7 +79,7 @@ def train(
 
     for step in range(steps):
         shares = [
-            [read(step, slot) for slot in slots_of_rank(rank, world_size, config.optim.slots)]
+            [read(step, slot) for slot in slots_of_rank(rank, world_size, config.optim.slots, step=step, begin=0)]
             for rank in range(world_size)
         ]
         others = Others()

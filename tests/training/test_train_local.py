@@ -174,9 +174,9 @@ def test_labeled_folder_is_checked_first(tmp_path: Path, small: tuple[str, ...])
 
 def test_unreadable_clips_are_recorded_and_bounded(tmp_path: Path, small: tuple[str, ...], monkeypatch) -> None:
     """A store whose first frames have vanished: training goes on without their clips, up to the bound."""
-    from dora_ray.training import launch
+    from dora_ray.training import inputs
 
-    plain = launch.ingest_videos
+    plain = inputs.ingest_videos
 
     def without_a_frame(*arguments):
         (video,) = plain(*arguments)
@@ -184,7 +184,7 @@ def test_unreadable_clips_are_recorded_and_bounded(tmp_path: Path, small: tuple[
         rows[:3] = 10**6
         return [replace(video, rows=rows)]
 
-    monkeypatch.setattr(launch, "ingest_videos", without_a_frame)
+    monkeypatch.setattr(inputs, "ingest_videos", without_a_frame)
     strict = dora_ray.load_config("tiny", *small)
     with pytest.raises(VideoError, match=r"clips could not be read.*bikes\.mp4 at \d"):
         dora_ray.train(strict, out=tmp_path / "strict")

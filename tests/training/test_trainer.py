@@ -11,6 +11,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 import dora_ray
+from dora_ray.clips.contents import StoredContents
 from dora_ray.errors import DoRAError
 from dora_ray.training import trainer
 from dora_ray.training.trainer import FAST_ELASTIC_RECOVERY, FAST_RECOVERY, run_on_ray
@@ -19,7 +20,10 @@ from tests.conftest import SMALL
 from tests.training.records.test_checkpoint import PLAN
 
 
-def test_one_patience_and_the_most_telling_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.ray
+def test_one_patience_and_the_most_telling_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster
+) -> None:
     trainers = []
 
     def fit(trainer: TorchTrainer) -> Any:
@@ -30,7 +34,7 @@ def test_one_patience_and_the_most_telling_failure(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(TorchTrainer, "fit", fit)
     config = dora_ray.load_config("tiny", *SMALL, "cluster.num_workers=2", "cluster.stall_seconds=1000")
     with pytest.raises(DoRAError, match="the last failure: The actor died"):
-        run_on_ray(Job(config, PLAN, str(tmp_path)))
+        run_on_ray(Job(config, PLAN, str(tmp_path)), StoredContents(PLAN, ()))
     assert trainers[0].backend_config.timeout_s > 1000, "the stall watch is to end the workers first"
 
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 import dora_ray
-from dora_ray.clips.plan import Plan, slots_of_rank
+from dora_ray.clips.plan import slots_of_rank
 from dora_ray.clips.slot import SlotBatch, read_slot
 from dora_ray.config import Config
 from dora_ray.method.dora import track_objects
 from dora_ray.method.vit import tracked_features
-from dora_ray.training.launch import ingest_videos, make_plan
+from dora_ray.training.inputs import Inputs
 from dora_ray.training.records.checkpoint import load_newest, take_snapshot, write_snapshot
 from dora_ray.training.step import TrainState, apply_step, initial_state, sum_slots
-from tests.conftest import BIKES, SMALL
+from tests.clips.plans import key_of, stored_inputs
+from tests.conftest import SMALL
 from tests.training.ranks import run_ranks
 
 STEPS = 60
@@ -26,8 +27,8 @@ PATH = [(4, 13), (2, 20), (3, 9), (4, 18)]
 
 
 @pytest.fixture(scope="module")
-def plan(store: Path, ray_cluster) -> Plan:
-    return make_plan(config(), ingest_videos(config(f"data.videos=[{BIKES}]"), str(store)))
+def inputs(store: Path, ray_cluster) -> Inputs:
+    return stored_inputs(store)
 
 
 def config(*overrides: str) -> Config:
@@ -35,9 +36,11 @@ def config(*overrides: str) -> Config:
     return dora_ray.load_config("tiny", *SMALL, *small, *overrides)
 
 
-def train(plan: Plan, config: Config, path: list[tuple[int, int]], folder: Path) -> tuple[TrainState, list[list[int]]]:
+def train(
+    inputs: Inputs, config: Config, path: list[tuple[int, int]], folder: Path
+) -> tuple[TrainState, list[list[int]]]:
     """The last state, and for every step the digests of its slots as the ranks' sum brought them together."""
-    threads = torch.get_num_threads()
+    plan, threads = inputs.plan, torch.get_num_threads()
     torch.set_num_threads(1)
     ledger: list[list[int]] = []
     cache: dict[tuple[int, int], SlotBatch] = {}
@@ -47,7 +50,7 @@ def train(plan: Plan, config: Config, path: list[tuple[int, int]], folder: Path)
         load_newest(str(folder), state, config, plan)
         assert state.step == first
         for step in range(first, first + count):
-            slots = slots_of_rank(rank, world_size, config.optim.slots)
+            slots = slots_of_rank(rank, world_size, config.optim.slots, step=step, begin=first)
             batches = [cache[step, slot] for slot in slots]
             records = torch.zeros(config.optim.slots, dtype=torch.int64)
             for batch in batches:
@@ -61,7 +64,8 @@ def train(plan: Plan, config: Config, path: list[tuple[int, int]], folder: Path)
     first = 0
     for world_size, count in path:
         steps = range(first, first + count)
-        cache |= {key: read_slot(plan, *key) for key in itertools.product(steps, range(config.optim.slots))}
+        keys = itertools.product(steps, range(config.optim.slots))
+        cache |= {key: read_slot(inputs.contents, key_of(inputs.contents, *key)) for key in keys}
         # One rank after the other in every step: threads of one process share torch's generator.
         states = run_ranks(
             world_size, lambda rank, add, w=world_size, f=first, c=count: rank_steps(rank, add, w, f, c), in_turn=True
@@ -85,14 +89,14 @@ def numbers(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(plan: Plan, tmp_path_factory) -> tuple[TrainState, list[list[int]]]:
-    return train(plan, config(), [(1, STEPS)], tmp_path_factory.mktemp("alone"))
+def undisturbed(inputs: Inputs, tmp_path_factory) -> tuple[TrainState, list[list[int]]]:
+    return train(inputs, config(), [(1, STEPS)], tmp_path_factory.mktemp("alone"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [[(4, STEPS)], [(3, STEPS)], [(2, STEPS)], PATH], ids=["4", "3", "2", "4-2-3-4"])
-def test_every_path_through_the_worlds_is_the_same_training(undisturbed, plan: Plan, path, tmp_path: Path) -> None:
-    state, ledger = train(plan, config(), path, tmp_path)
+def test_every_path_through_the_worlds_is_the_same_training(undisturbed, inputs: Inputs, path, tmp_path: Path) -> None:
+    state, ledger = train(inputs, config(), path, tmp_path)
     expected, expected_ledger = undisturbed
     assert ledger == expected_ledger
     assert len(ledger) == STEPS
@@ -103,14 +107,14 @@ def test_every_path_through_the_worlds_is_the_same_training(undisturbed, plan: P
 
 
 @pytest.mark.slow
-def test_float32_sums_drift(undisturbed, plan: Plan, tmp_path: Path, capsys) -> None:
+def test_float32_sums_drift(undisturbed, inputs: Inputs, tmp_path: Path, capsys) -> None:
     """What `exact` is for: the same path with float32 sums ends elsewhere; how far is printed."""
-    state, ledger = train(plan, config("optim.reduction=float32"), PATH, tmp_path / "path")
-    alone, _ = train(plan, config("optim.reduction=float32"), [(1, STEPS)], tmp_path / "alone")
+    state, ledger = train(inputs, config("optim.reduction=float32"), PATH, tmp_path / "path")
+    alone, _ = train(inputs, config("optim.reduction=float32"), [(1, STEPS)], tmp_path / "alone")
     assert ledger == undisturbed[1]
     pairs = zip(state.student.parameters(), alone.student.parameters(), strict=True)
     largest = max(float((one - other).detach().abs().max()) for one, other in pairs)
-    ours, theirs = masks(state, plan), masks(alone, plan)
+    ours, theirs = masks(state, inputs), masks(alone, inputs)
     with capsys.disabled():
         print(  # noqa: T201  a difference that only a person can judge
             f"\nfloat32 sums, worlds 4-2-3-4 against 1, {STEPS} steps: largest difference of a weight {largest:.2e}; "
@@ -119,11 +123,13 @@ def test_float32_sums_drift(undisturbed, plan: Plan, tmp_path: Path, capsys) -> 
     assert 0 < largest < 0.1
 
 
-def masks(state: TrainState, plan: Plan) -> torch.Tensor:
+def masks(state: TrainState, inputs: Inputs) -> torch.Tensor:
     """(S * M, K, T, N) bool: the objects' masks that the teacher gives the clips of the next step."""
     found = []
-    for slot in range(plan.slots):
-        pixels = torch.from_numpy(read_slot(plan, STEPS, slot).clips[:, :, :32, :32].copy())
+    for slot in range(inputs.plan.slots):
+        pixels = torch.from_numpy(
+            read_slot(inputs.contents, key_of(inputs.contents, STEPS, slot)).clips[:, :, :32, :32].copy()
+        )
         frames = pixels.permute(0, 1, 4, 2, 3).float() / 255
         heads = torch.arange(3).expand(len(frames), 3)
         with torch.no_grad():

@@ -69,6 +69,11 @@ class ArrayVideo:
         """H, pixels."""
         return int(self.frames.shape[1])
 
+    @property
+    def edges(self) -> NDArray[np.int64]:
+        """(2,) a stretch is one segment."""
+        return np.array([0, len(self.times)])
+
     def part(self, rows: slice) -> ArrayVideo:
         """Some of its frames."""
         return ArrayVideo(self.video_id, self.frames[rows], self.times[rows])

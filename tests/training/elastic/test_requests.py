@@ -25,7 +25,7 @@ from dora_ray.training.records.journal import Journal, read_lines
 from dora_ray.training.worker import OneRankError, _named_limits
 from dora_ray.training.worlds import RayWorld
 from tests.conftest import BIKES, SMALL
-from tests.training.records.test_checkpoint import PLAN
+from tests.training.records.test_checkpoint import PLAN, local_world
 from tests.training.test_train_local import same, weights_of
 
 
@@ -125,10 +125,10 @@ def test_a_resize_waits_for_a_checkpoint_that_can_be_written(
     job = worlds.Job(dora_ray.load_config("tiny", *SMALL, "optim.steps=4"), PLAN, str(tmp_path))
     journal = Journal(str(tmp_path), step=0, num_steps=4, world_size=1, entered=time.time())
     state, left = SimpleNamespace(step=0), []
-    world = worlds.LocalWorld(job)
+    world = local_world(job)
     monkeypatch.setattr(world, "leave", lambda: left.append(state.step))
     monkeypatch.setattr(here, "take", lambda request: reason)
-    loop = Steps(job, world, state, journal, stream=iter(()), slots_a_step=1)
+    loop = Steps(job, world, state, journal, stream=iter(()))
     loop.requests = [Request.NONE, Request.LEAVE, Request.LEAVE, Request.NONE]
     loop._writer = Writer(failures=1)
     loop.run()
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_is_never_done_is_told_once(tmp_path: Path) -> None:
     job = worlds.Job(dora_ray.load_config("tiny", *SMALL, "run.checkpoint_seconds=10"), PLAN, str(tmp_path))
     journal = Journal(str(tmp_path), step=0, num_steps=4, world_size=1, entered=time.time())
     state = SimpleNamespace(step=3)
-    loop = Loop(job, worlds.LocalWorld(job), state, journal, stream=iter(()), slots_a_step=1)
+    loop = Loop(job, local_world(job), state, journal, stream=iter(()))
     loop._writer = SimpleNamespace(busy=lambda: True)
 
     def warnings() -> list[str]:
@@ -173,9 +173,7 @@ def test_who_left_before_a_deadline_stays_until_it_is_over(tmp_path: Path, monke
     monkeypatch.setattr(worlds, "LEAVE_SECONDS", 0.1)
     journal = Journal(str(tmp_path), step=0, num_steps=9, world_size=1, entered=time.time())
     job = worlds.Job(dora_ray.load_config("tiny", *SMALL), PLAN, str(tmp_path))
-    loop = Loop(
-        job, RayWorld.__new__(RayWorld), state=SimpleNamespace(step=0), journal=journal, stream=iter(()), slots_a_step=1
-    )
+    loop = Loop(job, RayWorld.__new__(RayWorld), state=SimpleNamespace(step=0), journal=journal, stream=iter(()))
     deadline = time.time() + 1.0  # within the margin
     monkeypatch.setattr(here, "deadline", deadline)
     assert loop._request() is Request.LEAVE
@@ -191,11 +189,11 @@ def test_who_left_before_a_deadline_stays_until_it_is_over(tmp_path: Path, monke
 def test_whatever_runs_out_of_memory_names_the_slot_size(error: Exception) -> None:
     config = dora_ray.load_config("tiny", *SMALL)
     with (
-        pytest.raises(ClusterError, match=r"ran out of memory \(.*lower optim.clips_per_slot=2"),
+        pytest.raises(OneRankError, match=r"ran out of memory \(.*lower optim.clips_per_slot=2"),
         _named_limits(config),
     ):
         raise error
-    with pytest.raises(ClusterError, match="Unable to allocate"), _named_limits(config):
+    with pytest.raises(OneRankError, match="Unable to allocate"), _named_limits(config):
         np.empty(2**50)
     with pytest.raises(RuntimeError, match="something else"), _named_limits(config):
         raise RuntimeError("something else")
@@ -227,11 +225,12 @@ def test_what_one_rank_alone_has_met_ends_the_run_after_the_restart(
     """Ray starts the workers again after its exception: what they find in status.json they return to the launcher."""
 
     def run_out(job: worlds.Job, world: object) -> None:
-        raise OneRankError("a worker ran out of memory: lower optim.clips_per_slot=2")
+        raise OneRankError(ClusterError("a worker ran out of memory: lower optim.clips_per_slot=2"))
 
-    monkeypatch.setattr(worker, "RayWorld", lambda job: SimpleNamespace(rank=1))
+    monkeypatch.setattr(worker, "RayWorld", lambda job, contents: SimpleNamespace(rank=1))
     monkeypatch.setattr(worker, "train_loop", run_out)
-    arguments = {"job": worlds.Job(dora_ray.load_config("tiny", *SMALL), PLAN, str(tmp_path))}
+    job = worlds.Job(dora_ray.load_config("tiny", *SMALL), PLAN, str(tmp_path))
+    arguments = {"job": job, "contents": None}
     with pytest.raises(OneRankError):
         worker.ray_worker(arguments)
     error = worker.ray_worker(arguments)

@@ -19,6 +19,7 @@ import torch
 
 import dora_ray
 from dora_ray.checkpoints import LATEST, META, MODEL, STATE, complete_checkpoints, set_newest
+from dora_ray.clips.contents import StoredContents
 from dora_ray.clips.plan import Plan
 from dora_ray.config import Config
 from dora_ray.errors import CheckpointError, ClusterError, ConfigError, DoRAError
@@ -32,6 +33,11 @@ from tests.conftest import SMALL
 
 CONFIG: Config = dora_ray.load_config("tiny", *SMALL)
 PLAN = Plan((), 2, 1.0, True, 0, 4, 2, 40, (0.2, 1.0), (0.75, 1.33), {})
+
+
+def local_world(job: Job) -> LocalWorld:
+    """A world whose clips nobody reads."""
+    return LocalWorld(job, StoredContents(job.plan, ()), lambda: True)
 
 
 def state_at(step: int) -> TrainState:
@@ -243,7 +249,7 @@ def test_a_folder_that_nodes_do_not_share_is_named_on_all_ranks(tmp_path: Path) 
 def test_a_worker_that_does_not_see_the_runs_folder_says_so(tmp_path: Path) -> None:
     """Before anything is trained: else the run would end without a checkpoint, or begin anew after a failure."""
     with pytest.raises(ClusterError, match=r"does not see .*nowhere: --out must be a folder that all nodes share"):
-        train_loop(Job(CONFIG, PLAN, str(tmp_path / "nowhere")), LocalWorld(Job(CONFIG, PLAN, str(tmp_path))))
+        train_loop(Job(CONFIG, PLAN, str(tmp_path / "nowhere")), local_world(Job(CONFIG, PLAN, str(tmp_path))))
     assert not (tmp_path / "nowhere").exists()
 
 

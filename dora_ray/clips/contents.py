@@ -1,0 +1,223 @@
+"""From a slot's place in the plan to the rows of the frame store that it is read from, as soon as they are there.
+
+A plan over stored videos is ready at once. Over videos that are still being ingested, a slot is ready when all that its
+windows' clips could need was tried; then a clip that would need an unreadable frame, or run across a cut, moves to the
+next start of its window that does not, in the window's own order. That is a function of what is stored in the end, not
+of what happened to be there: cuts are looked for within the frames that the clips of a segment are made of, and those
+are complete by then.
+
+S slots a step, M clips a slot, T frames a clip, R starts of a window, F frames of a video.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_ray.clips.plan import Plan, Window
+from dora_ray.errors import VideoError
+from dora_ray.store.cuts import find_cuts
+from dora_ray.store.frames import ComingVideo, Dataset, Stored, StoredVideo, look_up
+
+# How often the store is asked for what has come. A look reads half a kilobyte of each frame that is there.
+LOOK_SECONDS = 1.0
+# After the end of the ingest, what it stored last is seen in this time.
+LAST_LOOK_SECONDS = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class SlotKey:
+    """What a slot is read from.
+
+    Attributes:
+        step: step of the run.
+        slot: slot of the step.
+        starts: (M,) int64 rows of `Plan.starts`; -1 where nothing in the clip's window can be read.
+        versions: (M,) int64 version of each clip's dataset.
+        rows: (M, T) int64 rows of the dataset.
+    """
+
+    step: int
+    slot: int
+    starts: NDArray[np.int64]
+    versions: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+
+def pack(keys: Sequence[SlotKey]) -> bytes:
+    """Return keys as the bytes of int64 numbers, for a column of a table."""
+    parts = [np.concatenate([[k.step, k.slot], k.starts, k.versions, k.rows.ravel()]).astype("<i8") for k in keys]
+    return np.stack(parts).tobytes()
+
+
+def unpack(content: bytes, plan: Plan) -> list[SlotKey]:
+    """Undo `pack`."""
+    clips, frames = plan.clips_per_slot, plan.num_frames
+    numbers = np.frombuffer(content, "<i8").astype(np.int64).reshape(-1, 2 + clips * (2 + frames))
+    ends = np.cumsum([2, clips, clips])
+    keys = []
+    for line in numbers:
+        head, starts, versions, rows = np.split(line, ends)
+        keys.append(SlotKey(int(head[0]), int(head[1]), starts, versions, rows.reshape(clips, frames)))
+    return keys
+
+
+class Contents(Protocol):
+    """What can be read of a plan, and where."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan."""
+
+    @property
+    def videos(self) -> Sequence[Dataset]:
+        """Where its videos' frames are, in the plan's order."""
+
+    def key(self, step: int, slot: int) -> SlotKey | None:
+        """Return what a slot is read from; None while it is not all there."""
+
+
+def slot_keys(
+    contents: Contents, slots: Iterable[tuple[int, int]], has_ended: Callable[[], bool]
+) -> Iterator[SlotKey | None]:
+    """Give what slots are read from, in order; None, again and again, while the next one is not all there.
+
+    Args:
+        contents: of the plan.
+        slots: steps and slots.
+        has_ended: whether the ingest has; raises what it failed with. Called before each None.
+
+    Raises:
+        VideoError: the ingest has ended, and what a slot needs is not there.
+    """
+    for step, slot in slots:
+        ended_at = None
+        while (key := contents.key(step, slot)) is None:
+            if has_ended():
+                # What it stored last may not have been looked at.
+                ended_at = ended_at or time.monotonic()
+                if time.monotonic() - ended_at > LAST_LOOK_SECONDS:
+                    raise VideoError(
+                        f"step {step}: the ingest has ended, and frames that the next clips need are not in the store: "
+                        "were its files removed? Go on with --resume, which ingests them again"
+                    )
+            yield None
+        yield key
+
+
+class StoredContents:
+    """The contents of a plan over stored videos, whose starts are all readable."""
+
+    def __init__(self, plan: Plan, videos: Sequence[StoredVideo]) -> None:
+        self.plan, self.videos = plan, videos
+
+    def key(self, step: int, slot: int) -> SlotKey:
+        """See `Contents`."""
+        plan = self.plan
+        starts = np.array([_row(plan, number) for number in plan.slot_numbers(step, slot)])
+        found = [plan.starts[start] for start in starts]
+        videos = [self.videos[int(line[0])] for line in found]
+        rows = np.stack([video.rows[line[1:]] for video, line in zip(videos, found, strict=True)])
+        return SlotKey(step, slot, starts, np.array([video.version for video in videos]), rows)
+
+
+def _row(plan: Plan, number: int) -> int:
+    window, place = plan.place(number)
+    return int(window.rows[place])
+
+
+class GrowingContents:
+    """The contents of a plan over videos that are being ingested."""
+
+    def __init__(self, plan: Plan, videos: Sequence[ComingVideo]) -> None:
+        self.plan, self.videos = plan, videos
+        self._stored: dict[int, Stored] = {}
+        self._looked_at: dict[int, float] = {}
+        self._valid: dict[int, NDArray[np.bool_]] = {}
+        # Of the windows at hand, what each place of their order moves to.
+        self._moves: dict[int, NDArray[np.int64]] = {}
+
+    def key(self, step: int, slot: int) -> SlotKey | None:
+        """See `Contents`."""
+        plan = self.plan
+        starts = np.empty(plan.clips_per_slot, np.int64)
+        for i, number in enumerate(plan.slot_numbers(step, slot)):
+            window, place = plan.place(number)
+            moves = self._moves_of(window)
+            if moves is None:
+                return None
+            starts[i] = moves[place]
+        versions = np.zeros(plan.clips_per_slot, np.int64)
+        rows = np.full((plan.clips_per_slot, plan.num_frames), -1)
+        for i, start in enumerate(starts.tolist()):
+            if start >= 0:
+                video, *frames = plan.starts[start].tolist()
+                versions[i], rows[i] = self._stored[video].version, self._stored[video].rows[frames]
+        return SlotKey(step, slot, starts, versions, rows)
+
+    def _moves_of(self, window: Window) -> NDArray[np.int64] | None:
+        """(R,) rows of `Plan.starts` that the window's places are read from; None while something lacks."""
+        if window.first not in self._moves:
+            if not all(self._is_there(int(unit)) for unit in window.units):
+                return None
+            valid = np.concatenate([self._valid_rows(int(unit)) for unit in np.sort(window.units)])
+            rows = np.concatenate([np.arange(*self.plan.units[unit, 1:]) for unit in np.sort(window.units)])
+            while len(self._moves) > 2:
+                self._moves.pop(next(iter(self._moves)))
+            self._moves[window.first] = next_valid(window.rows, rows[valid])
+        return self._moves[window.first]
+
+    def _is_there(self, unit: int) -> bool:
+        if unit in self._valid:
+            return True
+        video, first, last = self.plan.unit_frames(unit)
+        stored = self._stored.get(video)
+        if stored is None or not stored.tried[first : last + 1].all():
+            stored = self._look_up(video)
+        return bool(stored.tried[first : last + 1].all())
+
+    def _look_up(self, video: int) -> Stored:
+        now = time.monotonic()
+        if now - self._looked_at.get(video, -np.inf) > LOOK_SECONDS:
+            self._looked_at[video] = now
+            self._stored[video] = look_up(self.videos[video])
+        return self._stored[video]
+
+    def _valid_rows(self, unit: int) -> NDArray[np.bool_]:
+        """(r,) which of a unit's starts can be read, with no cut in them if those are to be avoided."""
+        if unit not in self._valid:
+            video, first, last = self.plan.unit_frames(unit)
+            stored = self._stored[video]
+            frames = self.plan.starts[slice(*self.plan.units[unit, 1:]), 1:]
+            valid: NDArray[np.bool_] = np.all(stored.rows[frames] >= 0, axis=1)
+            if self.plan.avoid_cuts:
+                shot = shots(stored.rows[first : last + 1] >= 0, stored.signatures[first : last + 1])
+                valid = valid & (shot[frames[:, -1] - first] == shot[frames[:, 0] - first])
+            self._valid[unit] = valid
+        return self._valid[unit]
+
+
+def shots(readable: NDArray[np.bool_], signatures: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Number the shots of neighboring frames: (n,) from (n,) whether each can be read, and (n, bytes) signatures."""
+    begins = np.zeros(len(readable), bool)
+    begins[readable] = find_cuts(signatures[readable])
+    return np.cumsum(begins)
+
+
+def next_valid(order: NDArray[np.int64], valid: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(R,) for each place of an order the value there, or the next valid one after it, around the end; -1: none is.
+
+    Args:
+        order: (R,) distinct values.
+        valid: those that count.
+    """
+    places = np.flatnonzero(np.isin(order, valid))
+    if not len(places):
+        return np.full(len(order), -1)
+    following = np.searchsorted(places, np.arange(len(order)))
+    return order[places[following % len(places)]]

@@ -1,0 +1,337 @@
+"""From videos to what a run trains on: the plan, what of it can be read, and what must still be ingested.
+
+With clip.shuffle=global everything is ingested first, and the plan is over what can be read. With `window` the plan
+follows from the videos' indexes alone, and the ingest goes on in a thread beside the training, in the order in which
+the plan's windows want the segments.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dora_ray import files
+from dora_ray.clips.contents import Contents, GrowingContents, StoredContents
+from dora_ray.clips.plan import Plan, Video, no_clip, refuse_without_clips
+from dora_ray.config import Config, DataConfig
+from dora_ray.config_source import flatten
+from dora_ray.errors import ClusterError, ConfigError, DoRAError, VideoError
+from dora_ray.store.frames import ComingVideo, FrameFormat, StoredVideo, coming_video, known_index, load_index
+from dora_ray.store.ingest import Progress, Work, find_indexes, find_work, ingest, ingest_work
+from dora_ray.store.losses import whole_videos
+from dora_ray.store.ray_tasks import ray_cluster
+from dora_ray.video.index import VideoIndex, index_video
+from dora_ray.video.several import index_all, refuse_unreadable
+from dora_ray.video.sources import find_videos
+
+logger = logging.getLogger(__name__)
+
+AnyVideo = TypeVar("AnyVideo", bound=Video)
+
+# Each segment is committed as it comes: training waits for it.
+COMMIT_SECONDS = 0.0
+# Of the CPUs that no training worker has, kept for reading clips while segments are decoded.
+READING_SHARE = 0.25
+# How long a run that has ended waits for its ingest to notice.
+STOP_SECONDS = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a run trains on.
+
+    Attributes:
+        plan: the plan.
+        contents: what of it can be read.
+        work: segments that the store still lacks, in the order in which the plan wants them.
+        stored: the videos, where all of them are ingested.
+    """
+
+    plan: Plan
+    contents: Contents
+    work: Sequence[Work] = ()
+    stored: Sequence[StoredVideo] = ()
+
+
+def make_inputs(config: Config, store: str, on_ingest: Progress | None) -> Inputs:
+    """Plan a run, once everything is ingested unless it trains meanwhile.
+
+    Raises:
+        VideoError: a video cannot be read, or no clip fits.
+    """
+    if config.clip.shuffle == "global":
+        videos = ingest_videos(config, store, on_ingest)
+        plan = make_plan(config, videos)
+        inputs = Inputs(plan, StoredContents(plan, plan_order(videos)), stored=videos)
+    else:
+        inputs = _coming_inputs(config, store)
+    inputs.plan.check()
+    return inputs
+
+
+def _coming_inputs(config: Config, store: str) -> Inputs:
+    data, form = config.data, frame_format(config.data)
+    skip = data.skip_unreadable
+    indexes = find_indexes(data.videos, store=store, decoder=data.decoder, skip_unreadable=skip)
+    videos = plan_order(
+        [coming_video(index, store=store, form=form, segment_seconds=data.segment_seconds) for index in indexes]
+    )
+    plan = make_plan(config, videos)
+    work = find_work(
+        indexes, store=store, form=form, segment_seconds=data.segment_seconds, decode_seconds=data.decode_seconds
+    )
+    return Inputs(plan, GrowingContents(plan, videos), in_order_of_need(work, plan, videos))
+
+
+def in_order_of_need(work: Sequence[Work], plan: Plan, videos: Sequence[ComingVideo]) -> list[Work]:
+    """Sort segments by the first window of the first epoch that needs one of their frames; the rest comes last."""
+    numbers = {video.video_id: number for number, video in enumerate(videos)}
+    needed: dict[tuple[int, int], int] = {}
+    units = [unit for window in plan.windows(0) for unit in window.units.tolist()] if plan.clips_per_epoch else []
+    for place, unit in enumerate(units):
+        video, first, last = plan.unit_frames(unit)
+        begin, end = np.searchsorted(videos[video].edges, [first, last], side="right").tolist()
+        for segment in range(begin, end + 1):
+            needed.setdefault((video, segment), place)
+
+    def need(part: Work) -> int:
+        number = numbers[part.video_id]
+        frame = np.searchsorted(videos[number].pts, part.pts[0])
+        segment = int(np.searchsorted(videos[number].edges, frame, side="right"))
+        return needed.get((number, segment), len(units))
+
+    return sorted(work, key=need)
+
+
+def plan_order(videos: Sequence[AnyVideo]) -> tuple[AnyVideo, ...]:
+    """Sort videos by content, so that neither names nor folders matter to what a slot is made of."""
+    return tuple(sorted(videos, key=lambda video: video.video_id))
+
+
+def make_plan(config: Config, videos: Sequence[Video]) -> Plan:
+    """Return the plan of a configuration over its videos."""
+    whole = flatten(config.model_dump(mode="json"))
+    shaping: tuple[str, ...] = ("clip.", "crops.", "tracking.", "data.frames_per_second", "data.short_side")
+    shaping += ("data.jpeg_quality", "optim.slots", "optim.clips_per_slot", "model.num_heads")
+    settings: dict[str, Any] = {key: value for key, value in whole.items() if key.startswith(shaping)}
+    windows = config.clip.shuffle == "window"
+    if windows:
+        settings["data.segment_seconds"] = config.data.segment_seconds
+    else:
+        del settings["clip.window_segments"]
+    return Plan(
+        videos=plan_order(videos),
+        num_frames=config.clip.num_frames,
+        stride_seconds=config.clip.stride_seconds,
+        avoid_cuts=config.clip.avoid_cuts,
+        seed=config.run.seed,
+        slots=config.optim.slots,
+        clips_per_slot=config.optim.clips_per_slot,
+        clip_size=config.crops.clip_size,
+        clip_scale=config.crops.clip_scale,
+        aspect_ratio=config.crops.aspect_ratio,
+        settings=settings,
+        window_segments=config.clip.window_segments if windows else 0,
+    )
+
+
+def frame_format(data: DataConfig) -> FrameFormat:
+    """Return what the configuration keeps of a video."""
+    return FrameFormat(data.frames_per_second, data.short_side, data.jpeg_quality)
+
+
+def ingest_videos(config: Config, store: str, on_ingest: Progress | None = None) -> list[StoredVideo]:
+    """Bring the configuration's videos into the store.
+
+    Raises:
+        VideoError: a video cannot be read, or too much of one is missing.
+    """
+    data = config.data
+    stored = ingest(
+        data.videos,
+        store=store,
+        decoder=data.decoder,
+        form=frame_format(config.data),
+        segment_seconds=data.segment_seconds,
+        decode_seconds=data.decode_seconds,
+        node_label=config.cluster.decode_label,
+        cache=files.absolute(data.cache) if data.cache else None,
+        skip_unreadable=data.skip_unreadable,
+        progress=on_ingest,
+    )
+    return whole_videos(stored, max_bad_fraction=data.max_bad_fraction, skip_unreadable=data.skip_unreadable)
+
+
+class _Stopped(Exception):  # noqa: N818  it is no error
+    """The run has ended before its ingest."""
+
+
+class Ingest:
+    """The ingest of a run that trains meanwhile, in a thread of its own.
+
+    Args:
+        config: the run's.
+        store: the frame store.
+        work: segments, in order.
+        on_ingest: told of its progress.
+        on_end: told once, what it failed with, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: str,
+        work: Sequence[Work],
+        on_ingest: Progress | None,
+        on_end: Callable[[DoRAError | None], None],
+    ) -> None:
+        self._config, self._store, self._work = config, store, work
+        self._on_ingest, self._on_end = on_ingest, on_end
+        self._stop, self._ended = threading.Event(), threading.Event()
+        self._failure: DoRAError | None = None
+        self._thread = threading.Thread(target=self._run, name="ingest", daemon=True)
+
+    def _run(self) -> None:
+        data = self._config.data
+        try:
+            failed = ingest_work(
+                self._work,
+                store=self._store,
+                decoder=data.decoder,
+                form=frame_format(self._config.data),
+                node_label=self._config.cluster.decode_label,
+                progress=self._progress,
+                num_videos=len({part.uri for part in self._work}),
+                commit_seconds=COMMIT_SECONDS,
+                max_tasks=tasks_beside(self._config),
+            )
+            # A video that is left out after all would change the plan of a run that has begun.
+            refuse_unreadable(list(failed.values()), len({part.uri for part in self._work}), skip_unreadable=False)
+        except _Stopped:
+            return
+        except DoRAError as error:
+            self._failure = error
+        except Exception as error:  # noqa: BLE001  the run that waits for segments must hear of it
+            self._failure = VideoError(f"the ingest ended with {type(error).__name__}: {error}")
+        self._ended.set()
+        self._on_end(self._failure)
+
+    def _progress(self, state: Any) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+        if self._on_ingest is not None:
+            self._on_ingest(state)
+
+    def has_ended(self) -> bool:
+        """Return whether all is stored; raise what the ingest failed with."""
+        ended = self._ended.is_set()
+        if self._failure is not None:
+            raise self._failure
+        return ended
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Ingest for as long as the context is open."""
+        with ray_cluster() if self._work else nullcontext():
+            self._thread.start()
+            try:
+                yield
+            finally:
+                self._stop.set()
+                self._thread.join(STOP_SECONDS)
+
+
+def tasks_beside(config: Config) -> int | None:
+    """Return how many segments are decoded at a time beside training and reading; None where the cluster can grow."""
+    import ray
+
+    from dora_ray.clips.dataset import nodes
+    from dora_ray.ray_internals import has_node_types
+
+    if has_node_types():
+        return None
+    label = config.cluster.decode_label
+    cpus = sum(node["Resources"].get("CPU", 0.0) for node in nodes(label))
+    if label is None and config.cluster.num_workers != 0:
+        cpus = ray.cluster_resources().get("CPU", 0.0) - config.max_workers * config.cluster.cpus_per_worker
+    return max(1, int(cpus - max(config.cluster.decode_cpus, READING_SHARE * cpus)))
+
+
+def store_of(config: Config, run: str) -> str:
+    """Return the frame store: as set, or the folder `store` beside the run's."""
+    if config.data.store is not None:
+        return files.absolute(config.data.store)
+    return files.join(run.rstrip("/").rsplit("/", 1)[0], "store")
+
+
+def check_videos(config: Config, *, store: str | None = None) -> list[VideoIndex]:
+    """Index every video, and not again where the store has its index.
+
+    Args:
+        config: the run's.
+        store: where new indexes are kept; None: nothing is written.
+
+    Raises:
+        ConfigError: no video is named.
+        VideoError: naming all that cannot be read, or none gives a clip.
+    """
+    if not config.data.videos:
+        raise ConfigError("data.videos is empty: name video files, folders or globs, such as data.videos=[walk.mp4]")
+    known = files.absolute(config.data.store) if config.data.store else None
+
+    def read(path: str) -> VideoIndex:
+        if store is not None:
+            return load_index(path, store=store)
+        return (known_index(path, store=known) if known else None) or index_video(path)
+
+    paths = find_videos(config.data.videos)
+    return _check_lengths(config, index_all(paths, read, skip_unreadable=config.data.skip_unreadable))
+
+
+def _check_lengths(config: Config, indexes: list[VideoIndex]) -> list[VideoIndex]:
+    """The videos, if one gives a clip: found out before anything is decoded.
+
+    Raises:
+        VideoError: none does; it says what helps.
+    """
+    reasons = {}
+    for index in indexes:
+        times = index.times[index.kept_frames(config.data.frames_per_second)]
+        reason = no_clip(times, config.clip.num_frames, config.clip.stride_seconds)
+        stride, steps, kept_steps = config.clip.stride_seconds, np.diff(index.times), np.diff(times)
+        if reason and len(kept_steps) and np.median(steps) <= stride < np.median(kept_steps):
+            reason = (
+                f"data.frames_per_second={config.data.frames_per_second:g} keeps too few frames for"
+                f" clip.stride_seconds={stride:g}; raise one of the two"
+            )
+        if reason:
+            reasons[index.path] = reason
+    refuse_without_clips(reasons, num_videos=len(indexes))
+    return indexes
+
+
+def require_decode_nodes(config: Config) -> None:
+    """Refuse a label that no node of the cluster has, nor can have.
+
+    Raises:
+        ClusterError: naming the labels that nodes have.
+    """
+    import ray
+
+    from dora_ray.clips.dataset import nodes
+    from dora_ray.ray_internals import has_node_types
+
+    label = config.cluster.decode_label
+    if label is None or config.cluster.num_workers == 0 or nodes(label) or has_node_types():
+        return
+    roles = sorted({node["Labels"].get("role", "none") for node in ray.nodes() if node["Alive"]})
+    raise ClusterError(
+        f"cluster.decode_label={label}: no node has the label role={label} (roles here: {', '.join(roles)}), so no "
+        f'clip could be read. Start nodes with `ray start --labels="role={label}"`, or leave cluster.decode_label out.'
+    )
