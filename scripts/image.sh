@@ -30,8 +30,11 @@ packages() {
 }
 
 project() {
-    local prefix="$1"
-    "$prefix/bin/python" -m pip install --no-input --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation .
+    local prefix="$1" work
+    work=$(mktemp -d)  # a build leaves folders beside its source
+    cp -r pyproject.toml README.md LICENSE NOTICE THIRD_PARTY_NOTICES.md dora_ray "$work"
+    "$prefix/bin/python" -m pip install --no-input --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation "$work"
+    rm -r "$work"
     "$prefix/bin/dora-ray" --version
     "$prefix/bin/dora-ray" config tiny > /dev/null
     "$prefix/bin/python" -c 'import av, lance, ray, simplejpeg, torch; print("torch", torch.__version__, "ray", ray.__version__)'

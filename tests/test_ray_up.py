@@ -67,7 +67,8 @@ def test_from_ray_up_to_ray_down(small: tuple[str, ...], tmp_path: Path):
     laptop = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     laptop |= {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
     laptop |= {"RAY_USAGE_STATS_ENABLED": "0"}
-    run = tmp_path / "run"
+    run, project = tmp_path / "run", tmp_path / "project"
+    project.mkdir()
     with machines(tmp_path, 2) as found:
         file = edited(found, tmp_path)
         up = call([str(BIN / "ray"), "up", "-y", "--no-config-cache", str(file)], laptop, timeout=UP_SECONDS)
@@ -78,9 +79,13 @@ def test_from_ray_up_to_ray_down(small: tuple[str, ...], tmp_path: Path):
                 assert ask(url, token) == 200
                 _both_nodes_are_well(url, laptop, run)
                 words = ["train", "tiny", *small, "cluster.num_workers=2", "cluster.cpus_per_worker=1", "optim.steps=2"]
-                words += ["--out", str(run), "--address", url, "--working-dir", str(file.parent / "home")]
+                words += ["--out", str(run), "--address", url, "--working-dir", str(project)]
                 trained = call([str(BIN / "dora-ray"), "submit", *words], laptop, timeout=UP_SECONDS)
                 assert trained.returncode == 0, trained.stdout[-4000:] + trained.stderr[-2000:]
+        except AssertionError:
+            monitor = found.ssh(found.addresses[0], "cat /tmp/ray/session_latest/logs/monitor.*")
+            (tmp_path / "monitor.log").write_bytes(subprocess.run(monitor, capture_output=True, check=False).stdout)
+            raise
         finally:
             down = call([str(BIN / "ray"), "down", "-y", str(file)], laptop, timeout=UP_SECONDS)
         assert down.returncode == 0, down.stdout + down.stderr

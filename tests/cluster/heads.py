@@ -120,12 +120,13 @@ def background(command: Sequence[str], environment: dict[str, str], log: Path) -
 
 
 def call(
-    words: Sequence[str], environment: dict[str, str], *, timeout: float = 300
+    words: Sequence[str], environment: dict[str, str], *, timeout: float = 300, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
         list(words),
         env=environment,
+        cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

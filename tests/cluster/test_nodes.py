@@ -56,7 +56,8 @@ def test_an_odd_node_a_wrong_token_and_another_version_are_named(tmp_path):
         with background(_hidden_node(videos, head.address), odd, tmp_path / "node.log"):
             said = ""
             for _ in range(20):  # until the node has joined
-                done = call([*doctor, head.address], head.environment)
+                # Ray's workers look for packages in the caller's folder first, which may have been built in.
+                done = call([*doctor, head.address], head.environment, cwd=tmp_path)
                 said = done.stdout
                 if "nodes          2" in said:
                     break
