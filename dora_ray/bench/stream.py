@@ -166,7 +166,8 @@ def through_ray(inputs: Inputs, slots: int, *, size: int, slots_per_task: int) -
     """
     import ray
 
-    from dora_ray.clips.dataset import RankStream, StreamSettings, deal, make_clips
+    from dora_ray.clips.dataset import StreamSettings, deal, make_clips
+    from dora_ray.clips.rank_stream import RankStream
 
     plan, steps = inputs.plan, -(-slots // inputs.plan.slots)
     settings = StreamSettings(

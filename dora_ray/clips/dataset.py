@@ -16,10 +16,8 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,9 +30,8 @@ from ray.data.block import BlockMetadata
 
 from dora_ray import errors, ray_internals
 from dora_ray.clips.contents import Contents, SlotKey, pack, slot_keys, unpack
-from dora_ray.clips.plan import Plan, slots_of_rank
 from dora_ray.clips.slot import SlotBatch, read_slots
-from dora_ray.errors import ClusterError, DoRAError
+from dora_ray.errors import DoRAError
 from dora_ray.store.hangs import TaskWatch
 
 if TYPE_CHECKING:
@@ -50,8 +47,6 @@ AHEAD_SLOTS = 512
 LOOK_SECONDS = 0.1
 # A source that waits says so every LOOK_SECONDS; on a busy machine it may be late.
 STILL_WAITING_SECONDS = 60.0
-# How often a rank without clips looks whether the source waits.
-WAIT_SECONDS = 5.0
 # Rows of an execution. Its end costs a second without clips, its length 10 KB of memory a row.
 EXECUTION_ROWS = 8_000
 # Of the object store, for slots that are ready or under way.
@@ -261,7 +256,8 @@ def _to_row(batches: list[SlotBatch]) -> dict[str, Any]:
     }
 
 
-def _from_row(row: Mapping[str, NDArray[Any]]) -> list[SlotBatch]:
+def from_row(row: Mapping[str, NDArray[Any]]) -> list[SlotBatch]:
+    """Return the batches of a row that a task gave."""
     parts = zip(row["numbers"][0].tolist(), row["clips"][0], row["valid"][0], strict=True)
     return [SlotBatch(step, slot, clips, valid, digest, final=True) for (step, slot, digest), clips, valid in parts]
 
@@ -308,118 +304,6 @@ def deal(dataset: Dataset, world_size: int) -> list[DataIterator]:
     """Return the shard of each rank of a dataset that `make_clips` made."""
     shards: list[DataIterator] = dataset.streaming_split(world_size, equal=False)
     return shards
-
-
-class RankStream:
-    """One rank's slots of each step.
-
-    Reading begins with `start`, at the step that rank 0 expects to go on from, while this rank still loads its state;
-    `steps` begins anew where that was another step.
-    """
-
-    def __init__(
-        self,
-        shard: DataIterator,
-        plan: Plan,
-        settings: StreamSettings,
-        *,
-        rank: int,
-        size: int,
-        is_alive: Callable[[], None] = lambda: None,
-        new_shard: Callable[[], DataIterator] | None = None,
-    ) -> None:
-        """Keep this rank's part.
-
-        Args:
-            shard: this rank's.
-            plan: the plan.
-            settings: of the stream.
-            rank: this rank.
-            size: ranks W.
-            is_alive: called now and then while the source waits for the ingest.
-            new_shard: gives this rank a shard of the next execution, on all ranks together; None: the old one serves.
-        """
-        self._plan, self._settings, self._rank, self._size = plan, settings, rank, size
-        self._is_alive, self._new_shard = is_alive, new_shard
-        self._shard = shard
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="clips")
-        self._rows: Iterator[Any] = iter(())
-        self._next: Future[Any] = Future()
-
-    def start(self, step: int) -> None:
-        """Begin to read; `step` counts on rank 0."""
-        if self._rank == 0:
-            say_begin(self._settings.run, Begin(step, self._size))
-        self._rows = iter(
-            self._shard.iter_batches(batch_size=1, prefetch_batches=self._settings.prefetch, batch_format="numpy")
-        )
-        self._ask()
-
-    def _ask(self) -> None:
-        self._next = self._thread.submit(next, self._rows, None)
-
-    def _row(self) -> Any:
-        """The row that was asked for; None at the end."""
-        while True:
-            try:
-                return self._next.result(WAIT_SECONDS)
-            except TimeoutError:
-                if self._next.done():
-                    raise
-                if is_waiting(self._settings.run):
-                    self._is_alive()
-            except Exception as error:
-                raise cause_of(error) from error
-
-    def steps(self, begin: int) -> Iterator[list[SlotBatch]]:
-        """Give this rank's slots of each step from `begin` on.
-
-        Raises:
-            DoRAError: what the source or a task ended with; other ranks need not meet it at the same step.
-        """
-        while begin < self._settings.num_steps:
-            yield from self._execution(begin)
-            begin = execution_end(begin, self._plan.slots, self._settings)
-            if begin < self._settings.num_steps:
-                if self._new_shard is not None:
-                    self._shard = self._new_shard()
-                self.start(begin)
-
-    def _execution(self, begin: int) -> Iterator[list[SlotBatch]]:
-        batches, said = self._batches(begin), 0
-        for step in range(begin, execution_end(begin, self._plan.slots, self._settings)):
-            mine = slots_of_rank(self._rank, self._size, self._plan.slots, step=step, begin=begin)
-            found = list(islice(batches, len(mine)))
-            keys = [(batch.step, batch.slot) for batch in found]
-            if keys != [(step, slot) for slot in mine]:
-                raise ClusterError(f"step {step}: rank {self._rank} was given the slots {keys} in place of {mine}")
-            taken = (step + 1 - begin) * self._plan.slots
-            if self._rank == 0 and taken - said >= AHEAD_SLOTS // 8:
-                said = taken
-                say_taken(self._settings.run, taken)
-            yield found
-
-    def _batches(self, begin: int) -> Iterator[SlotBatch]:
-        row = self._row()
-        if row is None or int(row["numbers"][0, 0, 0]) != begin:
-            # Rank 0 has not gone on from the checkpoint that it had expected: on all ranks alike.
-            self.start(begin)
-            row = self._row()
-        while row is not None:
-            self._ask()
-            yield from _from_row(row)
-            row = self._row()
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """Return the error of ours that one of Ray's was made of, or the error itself."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # Ray makes a class of its own below ours, which says the whole traceback, and adds lines of advice.
-        if isinstance(seen, DoRAError) and type(seen).__module__ == errors.__name__:
-            return type(seen)(str(seen).partition("\n")[0])
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return error
 
 
 def nodes(label: str | None) -> list[dict[str, Any]]:

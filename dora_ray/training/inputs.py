@@ -18,7 +18,8 @@ import numpy as np
 
 from dora_ray import files
 from dora_ray.clips.contents import Contents, GrowingContents, StoredContents
-from dora_ray.clips.plan import Plan, Video, no_clip, refuse_without_clips
+from dora_ray.clips.plan import Plan, Video
+from dora_ray.clips.starts import no_clip, refuse_without_clips
 from dora_ray.config import Config, DataConfig
 from dora_ray.config_source import flatten
 from dora_ray.errors import ClusterError, ConfigError, DoRAError, VideoError

@@ -110,7 +110,8 @@ class Loop:
             self.journal.stepped(state.step, waited)
             measures["center_norm"] = state.center.norm()
             self._window.add(measures, waited, time.monotonic() - started)
-            self._log(self.journal, rates)
+        if self._is_logged():
+            self.world.report(self._log(self.journal, rates) if self.journal is not None else {"step": state.step})
         self._step_seconds = time.monotonic() - started
         return request
 
@@ -172,12 +173,13 @@ class Loop:
                 "that the frame store is complete and reachable from every node, or ingest the video again."
             )
 
-    def _log(self, journal: Journal, rates: Rates) -> None:
+    def _is_logged(self) -> bool:
+        """Return whether metrics are due after this step: the same on all ranks."""
         config, step = self.job.config, self.state.step
-        last = step == config.optim.steps
-        evaluate = is_due(config, step)
-        if not (last or evaluate or _divides(config.run.log_every_steps, step)):
-            return
+        return step == config.optim.steps or is_due(config, step) or _divides(config.run.log_every_steps, step)
+
+    def _log(self, journal: Journal, rates: Rates) -> dict[str, float]:
+        config, step = self.job.config, self.state.step
         clips = config.optim.slots * config.optim.clips_per_slot
         values = self._window.means(clips) | {
             "lr": rates.lr,
@@ -185,14 +187,15 @@ class Loop:
             "teacher_momentum": rates.teacher_momentum,
             "bad_clips": float(len(self.state.bad_clips)),
         }
-        if evaluate:
+        if is_due(config, step):
             values |= self._measure(journal)
         journal.metrics(step, values)
         if (warning := self._collapse.look(step, values)) is not None:
             journal.event("warning", step=step, message=warning)
+        return {"step": step, **values}
 
     def _measure(self, journal: Journal) -> dict[str, float]:
-        """Measure the teacher; the other ranks wait in their next reduction."""
+        """Measure the teacher; the other ranks wait in their report."""
         values, problems = measure_teacher(self.state.teacher.backbone, self.job.config, device=str(self.world.device))
         for problem in problems:
             journal.event("warning", step=self.state.step, message=problem)

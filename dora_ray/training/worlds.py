@@ -110,6 +110,9 @@ class World(Protocol):
     def stream(self, step: int) -> Iterator[list[SlotBatch]]:
         """This rank's slots of each step, from `step` on."""
 
+    def report(self, metrics: dict[str, float]) -> None:
+        """Tell Ray Train, on all ranks after the same step, rank 0's line of metrics."""
+
     def leave(self) -> None:
         """Everything is saved: end, or wait for the end. Returns when it does not come."""
 
@@ -160,6 +163,9 @@ class LocalWorld:
         finally:
             batches.close()
 
+    def report(self, metrics: dict[str, float]) -> None:
+        """Tell nobody: there is no Ray Train."""
+
     def leave(self) -> None:
         """End as the signal that was caught would have ended the process."""
         if here.signal == signal.SIGINT:
@@ -181,7 +187,8 @@ class RayWorld:
         import ray.train
         from ray.train.torch import get_device
 
-        from dora_ray.clips.dataset import NAME, RankStream
+        from dora_ray.clips.dataset import NAME
+        from dora_ray.clips.rank_stream import RankStream
 
         context = ray.train.get_context()
         self.rank, self.size = context.get_world_rank(), context.get_world_size()
@@ -246,6 +253,16 @@ class RayWorld:
             yield from self._stream.steps(step)
         except DoRAError as error:
             raise OneRankError(error) from error
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Tell Ray Train, its dashboard and Ray Tune.
+
+        Checkpoints stay ours: Ray's manager refuses to start where one that it knows was pruned or set aside, and ours
+        are also committed while its controller is busy with the resize that they are made for.
+        """
+        import ray.train
+
+        ray.train.report(metrics)
 
     def leave(self) -> None:
         """Wait to be ended by Ray Train; a process that was told to end does so."""

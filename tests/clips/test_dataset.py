@@ -20,11 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_ray.clips import dataset
+from dora_ray.clips import dataset, rank_stream
 from dora_ray.clips import slot as slots
 from dora_ray.clips.contents import SlotKey
-from dora_ray.clips.dataset import Begin, RankStream, StreamSettings, deal, make_clips, row_slots
+from dora_ray.clips.dataset import Begin, StreamSettings, deal, make_clips, row_slots
 from dora_ray.clips.plan import slots_of_rank
+from dora_ray.clips.rank_stream import RankStream
 from dora_ray.clips.slot import SlotBatch, read_slot
 from dora_ray.errors import VideoError
 from dora_ray.ray_internals import attempt_number
@@ -151,7 +152,7 @@ def test_a_source_whose_ingest_failed_ends_the_stream_with_the_reason(inputs: In
 
 @pytest.mark.ray
 def test_a_rank_that_waits_for_the_ingest_is_alive(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(rank_stream, "WAIT_SECONDS", 0.5)
     (stream,) = streams(Inputs(inputs.plan, Waiting(inputs)), 1)
     alive = threading.Event()
     stream._is_alive = alive.set
@@ -229,7 +230,7 @@ import sys
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
-from dora_ray.clips import dataset
+from dora_ray.clips import dataset, rank_stream
 from tests.clips.plans import key_of, stored_inputs
 from tests.clips.test_dataset import SETTINGS, streams
 from dora_ray.clips.slot import read_slot

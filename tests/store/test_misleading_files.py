@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dora_ray.store.frames import read_frames
 from dora_ray.video.synthetic import read_counter
+from tests.store.reading import read_frames
 from tests.store.test_ingest import in_this_process, run  # noqa: F401
 from tests.video import odd_videos
 
