@@ -71,6 +71,18 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_RAYS_OWN[name]), name)
 
 
+# Ray Train
+
+
+def hide_preemption(status: WorkerGroupPollStatus) -> None:
+    """Take out of what a health check has found that nodes are drained, before Ray Train's controller looks.
+
+    Public fallback: none; the controller then waits for the deadline of the drain, while nobody trains.
+    """
+    for worker in status.worker_statuses.values():
+        worker.preemption_info = None
+
+
 # Ray Data
 
 

@@ -1,11 +1,11 @@
 """What is added to Ray Train's controller, so that no resize, drain or abort loses a step and restarts are quick.
 
-Ray Train ends a worker group before it starts the next one, and tells nobody beforehand. The callback below lives in
-the controller's process. Before a resize or an abort it asks the workers to save and waits until they have; on the
-notice of a preemption it asks them to save at once, and again before the deadline; after a failure it waits until rank
-0, if it lives, has saved and the lost node is known to be lost, and has the reservations counted again, which Ray does
-every 20 seconds only. The scaling policy below counts no drained node, so that a group moves off it when the notice
-comes. `ray_internals` names what of Ray this leans on.
+Ray Train ends a worker group before it starts the next one, and tells nobody beforehand. The scaling policy below holds
+a resize back until the workers have saved, see `departure`, and counts no drained node, so that a group moves off it
+when the notice comes. The callback below, in the controller's process too, asks the workers to save before an abort; on
+the notice of a preemption it asks them to save at once, and again before the deadline; after a failure it waits until
+rank 0, if it lives, has saved and the lost node is known to be lost, and has the reservations counted again, which Ray
+does every 20 seconds only. `ray_internals` names what of Ray this leans on.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError
+from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from dora_ray.errors import DoRAError
 from dora_ray.ray_internals import (
     DEFAULT_PREEMPTION_DEADLINE_S,
     ControllerCallback,
@@ -37,10 +37,11 @@ from dora_ray.ray_internals import (
     WorkerGroupState,
     count_resources_again,
     draining_nodes,
+    hide_preemption,
 )
-from dora_ray.training.elastic.requests import LEAVE_SECONDS, Request, ask, ask_to_leave, catch_signals, wait_for_end
+from dora_ray.training.elastic.departure import Departure, departure_of, note
+from dora_ray.training.elastic.requests import LEAVE_SECONDS, Request, ask, catch_signals, wait_for_end
 from dora_ray.training.elastic.spares import environment, start_spares
-from dora_ray.training.records.journal import add_event
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ LOST_NODE_SECONDS = 15.0
 NOTICE_PEER_SECONDS, SAVE_SECONDS = 2.0, 60.0
 # What a worker that is asked for a word answers in.
 ANSWER_SECONDS = 5.0
+LOOK_SECONDS = 0.1
 
 
 class StayingNodes(ElasticScalingPolicy):
@@ -62,12 +64,39 @@ class StayingNodes(ElasticScalingPolicy):
     Ray Train's own policy counts drained nodes too, and lost ones for a while, on which Ray places nothing: the start
     of a group times out. And on the notice it waits for the deadline, while nobody trains: that is left to it where too
     few workers would stay.
+
+    Args:
+        scaling_config: the trainer's.
+        departure: of the run's workers, who leave before they are resized.
+        patience: seconds that they are given to end their step, an evaluation perhaps, and to save.
     """
+
+    def __init__(self, scaling_config: ScalingConfig, departure: Departure, patience: float) -> None:
+        super().__init__(scaling_config)
+        self._departure, self._patience = departure, patience
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
-        """Every health check; Ray Train's own answer where no worker's node is drained."""
+        """Every health check: a resize is decided when the workers have left for it."""
+        departure = self._departure
+        if not departure.under_way:
+            wanted = self._wanted(worker_group_state, worker_group_status)
+            if isinstance(wanted, NoopDecision):
+                return wanted
+            departure.begin(worker_group_state.workers, "resize", patience=self._patience)
+        # The nodes may be others by now. Workers that nobody ends go on after a while.
+        reserved = self._get_reserved_resources() if departure.over() else None
+        if reserved is None:
+            return NoopDecision()
+        departure.end()
+        count = self._count_possible_workers(reserved)
+        return self._get_resize_decision(count) if count >= self.scaling_config.min_workers else NoopDecision()
+
+    def _wanted(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        """Ray Train's own decision where no worker's node is drained."""
         if not {worker.metadata.node_id for worker in worker_group_state.workers} & draining_nodes().keys():
             return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         count = self._count_possible_workers(self._get_reserved_resources() or {})
@@ -86,10 +115,11 @@ class StayingNodes(ElasticScalingPolicy):
 class ElasticTrainer(TorchTrainer):  # type: ignore[misc]  # untyped, see pyproject.toml
     """A TorchTrainer that scales by `StayingNodes` where its number of workers is a range."""
 
-    def _initialize_and_run_controller(self, *, scaling_policy: Any, **rest: Any) -> Any:
+    def _initialize_and_run_controller(self, *, scaling_policy: Any, callbacks: list[Any], **rest: Any) -> Any:
         if isinstance(scaling_policy, ElasticScalingPolicy):
-            scaling_policy = StayingNodes(self.scaling_config)
-        return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **rest)
+            (elastic,) = (callback for callback in callbacks if isinstance(callback, Elastic))
+            scaling_policy = StayingNodes(self.scaling_config, elastic.departure, elastic.patience)
+        return super()._initialize_and_run_controller(scaling_policy=scaling_policy, callbacks=callbacks, **rest)
 
 
 class Elastic(ControllerCallback, WorkerGroupCallback):
@@ -103,7 +133,8 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
     """
 
     def __init__(self, run: str, *, fast: bool, spares: bool, patience: float) -> None:
-        self._run, self._fast, self._spares, self._patience = run, fast, fast and spares, patience
+        self._run, self._fast, self._spares, self.patience = run, fast, fast and spares, patience
+        self.departure = departure_of(run)
         self._group: Any = None
         self._noticed: float | None = None
         self._told: set[int] = set()
@@ -111,12 +142,11 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         self._asked_at, self._start_seconds = -math.inf, SPARE_READY_SECONDS
         self._environment = ""
         self._spares_at = math.inf
-        self._new_spares_at = -math.inf
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """A placement is about to be asked for."""
         self._asked_at = time.monotonic()
-        self._event("group", world_size=worker_group_context.num_workers)
+        note(self._run, "group", world_size=worker_group_context.num_workers)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """The workers' processes run, the training does not yet. An actor's call runs in its main thread."""
@@ -126,6 +156,7 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         """From now on there is something to lose."""
         self._group, self._noticed, self._told = worker_group, None, set()
+        self.departure.cancel()  # of a group that failed meanwhile
         if self._spares:
             wait = SPARES_AFTER_RESTART_SECONDS
             if not self._environment:  # the first start of all
@@ -146,9 +177,12 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         failed = {rank: error for rank, error in worker_group_status.errors.items() if rank not in self._told}
         if failed:
             self._told.update(failed)
-            self._event("failure", ranks=sorted(failed), error=describe(most_telling(failed.values())))
+            note(self._run, "failure", ranks=sorted(failed), error=describe(most_telling(failed.values())))
         if self._group is not None:
             self._announce_drains(self._group.get_workers())
+        if self.departure.under_way:
+            # Told of a drain, Ray Train would wait for its deadline instead of asking its scaling policy.
+            hide_preemption(worker_group_status)
         if self._fast:
             self._look_after_nodes()
 
@@ -165,9 +199,10 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         if first is None or first == self._noticed:
             return
         self._noticed = first
+        self.departure.not_before = -math.inf  # there is no time for spares
         # Without any deadline Ray Train restarts after a time of its own.
         deadline = first if math.isfinite(first) else time.time() + DEFAULT_PREEMPTION_DEADLINE_S
-        self._event("notice", ranks=sorted(ends), deadline=deadline)
+        note(self._run, "notice", ranks=sorted(ends), deadline=deadline)
         for worker in workers:
             worker.execute_async(ask, Request.NOTICE, "preemption", deadline)
 
@@ -185,19 +220,19 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         if new and self._environment:
             for node in new:
                 start_spares(alive[node], self._environment, 1)
-            self._new_spares_at = now + self._start_seconds
+            self.departure.not_before = now + self._start_seconds
         if new:
             _count_again(wait=False)
 
-    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Also called for the first start and after a failure, when there is no group to ask."""
-        if self._group is not None:
-            time.sleep(max(0.0, self._new_spares_at - time.monotonic()))
-        self._leave("resize")
-
     def before_controller_abort(self) -> None:
-        """Ctrl-C in the process that launched the run."""
-        self._leave("abort")
+        """Ctrl-C in the process that launched the run, where somebody waits: the workers are given less time."""
+        if self._group is None:
+            return
+        self.departure.begin(self._group.get_workers(), "abort", patience=LEAVE_SECONDS)
+        while not self.departure.over():
+            time.sleep(LOOK_SECONDS)
+        self.departure.end()
+        self._group = None
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """Wait for rank 0 to save, and for the nodes that are lost to be gone: a group placed on one fails again."""
@@ -212,32 +247,7 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         while lost & _alive() and time.monotonic() - started < LOST_NODE_SECONDS:
             time.sleep(0.1)
         _count_again(wait=True)
-        self._event("hold", seconds=round(time.monotonic() - started, 2), nodes=len(lost))
-
-    def _leave(self, reason: str) -> None:
-        """Have all workers save and wait for their end."""
-        if self._group is None:
-            return
-        started = time.monotonic()
-        # Somebody waits for an abort; a resize has time, since training goes on until it may begin.
-        patience = self._patience if reason == "resize" else LEAVE_SECONDS
-        asked = [worker.execute_async(ask_to_leave, reason, patience) for worker in self._group.get_workers()]
-        # All of them: where one is dead, another may still be saving.
-        ray.wait(asked, num_returns=len(asked), timeout=patience + 5)
-        try:
-            left = all(ray.get(asked, timeout=0))
-        except RayError as error:
-            logger.warning("not all workers could be asked to save before the %s: %s", reason, error)
-            left = False
-        self._group = None
-        self._event("leave", reason=reason, saved=left, seconds=round(time.monotonic() - started, 2))
-
-    def _event(self, event: str, **fields: Any) -> None:
-        """Ray Train ends the run where a callback of its controller raises, and a line of a log is not worth that."""
-        try:
-            add_event(self._run, event, **fields)
-        except (OSError, DoRAError) as error:
-            logger.warning("not noted: %s %s (%s)", event, fields, error)
+        note(self._run, "hold", seconds=round(time.monotonic() - started, 2), nodes=len(lost))
 
 
 def most_telling(errors: Iterable[BaseException]) -> BaseException:

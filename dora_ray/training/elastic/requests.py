@@ -42,8 +42,7 @@ class Requests:
         # One entry a kind, each set or taken in one operation: a signal may come between any two.
         self._reasons: dict[Request, str] = {}
         self._left, self._noticed, self._ended = threading.Event(), threading.Event(), threading.Event()
-        # Set with either of left and ended: nobody takes a request any more.
-        self._over = threading.Event()
+        self._asked: tuple[str, float] | None = None
         self.deadline: float | None = None
         self.signal: int | None = None
 
@@ -67,21 +66,25 @@ class Requests:
     def left(self) -> None:
         """Say that this process has nothing left to lose."""
         self._left.set()
-        self._over.set()
 
     def stay(self) -> None:
         """Say that this process goes on, and has something to lose again."""
         self._left.clear()
-        self._over.clear()
+        self._asked = None
 
-    def leave(self, reason: str, seconds: float) -> bool:
-        """Ask to leave and wait for it; whether it happened in time, and not an error instead."""
-        deadline = time.monotonic() + seconds
-        while True:
+    def leave(self, reason: str) -> bool | None:
+        """Ask to leave, at once or again after a while; call it until it is over.
+
+        Returns:
+            Whether this process has left; False when its training ended instead; None before either.
+        """
+        if self._left.is_set() or self._ended.is_set():
+            return self._left.is_set()
+        now = time.monotonic()
+        if self._asked is None or self._asked[0] != reason or now - self._asked[1] >= ASK_AGAIN_SECONDS:
             self.make(Request.LEAVE, reason)
-            over = self._over.wait(max(0.0, min(ASK_AGAIN_SECONDS, deadline - time.monotonic())))
-            if over or time.monotonic() >= deadline:
-                return self._left.is_set()
+            self._asked = reason, now
+        return None
 
     def noticed(self) -> None:
         """Say that this process has missed another one, and saves what both had."""
@@ -91,7 +94,6 @@ class Requests:
         """Say that the training in this process is over, with an error perhaps."""
         self._noticed.set()
         self._ended.set()
-        self._over.set()
 
     def wait_for_end(self, *, notice_seconds: float, seconds: float) -> bool:
         """Wait until the training here is over, if it soon notices that it cannot go on; whether it is."""
@@ -107,9 +109,9 @@ def ask(request: Request, reason: str, deadline: float | None) -> None:
     here.deadline = deadline
 
 
-def ask_to_leave(reason: str, seconds: float) -> bool:
-    """Make this process save and wait for its end: what the controller calls in a worker."""
-    return here.leave(reason, seconds)
+def ask_to_leave(reason: str) -> bool | None:
+    """See `Requests.leave`: what the controller calls in a worker."""
+    return here.leave(reason)
 
 
 def wait_for_end(notice_seconds: float, seconds: float) -> bool:

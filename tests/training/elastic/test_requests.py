@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,46 +47,42 @@ def test_a_request_made_meanwhile_is_kept() -> None:
 
 def test_who_asks_to_leave_hears_of_it() -> None:
     requests = Requests()
-
-    def worker() -> None:
-        while requests.pending() is Request.NONE:
-            time.sleep(0.01)
-        requests.left()
-
-    thread = threading.Thread(target=worker)
-    thread.start()
-    assert requests.leave("resize", 10.0)
-    thread.join()
-    assert requests.leave("abort", 0.0), "it has left already"
+    assert requests.leave("resize") is None
+    assert requests.take(Request.LEAVE) == "resize"
+    assert requests.leave("resize") is None, "it is saving"
+    assert requests.pending() is Request.NONE, "and is not asked for every answer"
+    requests.left()
+    assert requests.leave("resize") is True
+    assert requests.leave("abort") is True, "it has left already"
+    assert requests.pending() is Request.NONE
     requests.stay()
-    assert not requests.leave("resize", 0.05)
+    assert requests.leave("resize") is None
+    assert requests.pending() is Request.LEAVE
+
+
+def test_who_ends_the_run_is_heard_at_once() -> None:
+    requests = Requests()
+    assert requests.leave("resize") is None
+    requests.take(Request.LEAVE)
+    assert requests.leave("abort") is None
+    assert requests.take(Request.LEAVE) == "abort"
 
 
 def test_nobody_waits_for_a_training_that_ended_with_an_error() -> None:
-    """Another rank was killed after this one had begun to leave: the controller waits here, and nobody will answer."""
+    """Another rank was killed after this one had begun to leave: nobody takes the request any more."""
     requests = Requests()
-    threading.Timer(0.05, requests.ended).start()
-    started = time.monotonic()
-    assert not requests.leave("resize", 20.0)
-    assert time.monotonic() - started < 5
+    assert requests.leave("resize") is None
+    requests.ended()
+    assert requests.leave("resize") is False
 
 
 def test_who_could_not_leave_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ASK_AGAIN_SECONDS", 0.05)
-    requests, asked = Requests(), []
-
-    def worker() -> None:
-        while len(asked) < 2:
-            if requests.pending() is Request.LEAVE:
-                asked.append(requests.take(Request.LEAVE))
-            time.sleep(0.01)
-        requests.left()
-
-    thread = threading.Thread(target=worker)
-    thread.start()
-    assert requests.leave("resize", 10.0)
-    thread.join()
-    assert asked == ["resize", "resize"]
+    requests = Requests()
+    requests.leave("resize")
+    requests.take(Request.LEAVE)
+    monkeypatch.setattr(module, "ASK_AGAIN_SECONDS", 0.0)
+    assert requests.leave("resize") is None
+    assert requests.take(Request.LEAVE) == "resize"
 
 
 class Steps(Loop):
