@@ -43,6 +43,8 @@ __all__ = [
 # The environment variable that names what a worker process calls before anything else. Publicly it is set for all of a
 # job (runtime_env={"worker_process_setup_hook": ...}); the variable sets it for the training workers alone.
 SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
+# The cloud whose nodes are raylets of this machine, for a cluster's file. Publicly: a cloud, and its bill.
+FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 ANSWER_SECONDS = 5.0
 PACE_SECONDS = 0.005
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import itertools
 import math
@@ -79,6 +80,11 @@ def test_the_setup_hook_has_rays_name() -> None:
     from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
     assert ray_internals.SETUP_HOOK == WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+
+
+def test_the_fake_cloud_is_where_it_is_said_to_be() -> None:
+    module, _, name = ray_internals.FAKE_PROVIDER.rpartition(".")
+    assert isinstance(getattr(importlib.import_module(module), name), type)
 
 
 @pytest.mark.parametrize(

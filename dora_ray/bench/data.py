@@ -54,7 +54,13 @@ def run(*, quick: bool) -> dict[str, Any]:
         quick: one clip of the reference loader; otherwise three, and decoding alone of films in other codecs.
     """
     torch.set_num_threads(1)
-    size = {"width": WIDTH, "height": HEIGHT, "frames_per_second": RATE, "seconds": SECONDS, "group_size": GROUP_SIZE}
+    size: dict[str, Any] = {
+        "width": WIDTH,
+        "height": HEIGHT,
+        "frames_per_second": RATE,
+        "seconds": SECONDS,
+        "group_size": GROUP_SIZE,
+    }
     once = film(**size)
     config = load_config("paper", f"data.videos=[{once}]", "clip.avoid_cuts=false", "optim.slots=1")
     short = index_video(once)
@@ -148,7 +154,8 @@ def _store_seconds(config: Config, video: StoredVideo) -> tuple[float, int]:
 def _box(
     rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> np.ndarray:
-    return random_boxes(rng, count=1, height=height, width=width, scale=scale, ratio=ratio)[0]
+    box: np.ndarray = random_boxes(rng, count=1, height=height, width=width, scale=scale, ratio=ratio)[0]
+    return box
 
 
 def _reference_seconds(path: str, config: Config, *, seed: int) -> dict[str, float]:
@@ -188,7 +195,8 @@ def _crop_in_float(frames: list[np.ndarray], box: np.ndarray, size: int) -> torc
     """All frames to float at full size, then cut out and resized: (T, 3, S, S) in [0, 255]."""
     clip = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float()
     top, left, height, width = (int(number) for number in box)
-    return v2.functional.resized_crop(clip, top, left, height, width, [size, size], antialias=False)
+    cut: torch.Tensor = v2.functional.resized_crop(clip, top, left, height, width, [size, size], antialias=False)
+    return cut
 
 
 def _augment_with_pil(clip: torch.Tensor, config: Config) -> list[Image.Image]:

@@ -27,10 +27,10 @@ from dora_ray.config import Config, load_config
 from dora_ray.training.inputs import Inputs, make_plan
 from dora_ray.video.index import index_video
 
-FILM = {"width": 1280, "height": 720, "frames_per_second": 24, "seconds": 10, "group_size": 48}
-SMALL_FILM = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 10, "group_size": 48}
+FILM: dict[str, Any] = {"width": 1280, "height": 720, "frames_per_second": 24, "seconds": 10, "group_size": 48}
+SMALL_FILM: dict[str, Any] = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 # Ten minutes of 4K, looped: the decoder cannot tell.
-LONG_FILM = {"width": 3840, "height": 2160, "frames_per_second": 24, "seconds": 10, "group_size": 48}
+LONG_FILM: dict[str, Any] = {"width": 3840, "height": 2160, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 LONG_LOOPS, QUICK_LOOPS = 60, 6
 CORES = 2
 TASK_CPUS = 0.5

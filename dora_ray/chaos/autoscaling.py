@@ -31,9 +31,9 @@ import yaml
 from dora_ray.cluster.starting import join_cluster
 from dora_ray.config_source import parse_yaml
 from dora_ray.errors import ClusterError
+from dora_ray.ray_internals import FAKE_PROVIDER
 from dora_ray.video.synthetic import make_video
 
-PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 # The fake provider knows the head by this name, and its nodes by such ids.
 HEAD_TYPE, HEAD_ID = "ray.head.default", "f" * 51 + "00000"
 # Cores of a pretended node, and how many of them at most: a training worker fits on a train node alone, as one with a
@@ -132,7 +132,7 @@ def scaled_down(cluster: Mapping[str, Any], gcs_address: str) -> dict[str, Any]:
         "idle_timeout_minutes": IDLE_MINUTES,
         "provider": {
             "type": "external",
-            "module": PROVIDER,
+            "module": FAKE_PROVIDER,
             "foreground_node_launch": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,

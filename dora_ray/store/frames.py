@@ -83,7 +83,8 @@ class FrameFormat:
 
     def kept(self, index: VideoIndex) -> np.ndarray:
         """(F,) int64 ticks of the frames of a video that are kept, ascending."""
-        return index.pts[index.kept_frames(self.frames_per_second)]
+        ticks: np.ndarray = index.pts[index.kept_frames(self.frames_per_second)]
+        return ticks
 
 
 @dataclass(frozen=True, eq=False)

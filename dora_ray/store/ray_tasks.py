@@ -110,7 +110,7 @@ def _dataset(items: Sequence[str], task: Task, node_label: str | None, max_tasks
     import ray.data
 
     quiet_data()  # our callers' progress speaks for the job
-    pinned = {"label_selector": {"role": node_label}} if node_label else {}
+    pinned: dict[str, Any] = {"label_selector": {"role": node_label}} if node_label else {}
     dataset = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
         lambda row: task(row["item"]), num_cpus=_task_cpus(), compute=ray.data.TaskPoolStrategy(max_tasks), **pinned
     )
