@@ -14,15 +14,27 @@ from pydantic import Field, model_validator
 
 from dora_ray.config_network import HeadConfig, ModelConfig
 from dora_ray.config_rules import broken_rules
-from dora_ray.config_section import Count, Fraction, Interval, Natural, Positive, Section, checked
+from dora_ray.config_section import (
+    Count,
+    Fraction,
+    Interval,
+    Natural,
+    Paths,
+    Positive,
+    Section,
+    Span,
+    checked,
+    span_steps,
+)
 from dora_ray.config_source import load_values, with_override
 
 
 class DataConfig(Section):
     """Videos and the frame store."""
 
-    videos: tuple[str, ...] = ()
-    """Files, folders, globs, URIs, or package:NAME/PATH for a file inside an installed Python package."""
+    videos: Paths = ()
+    """One, or a list of: files, folders, globs, URIs, or package:NAME/PATH for a file inside an installed Python
+    package."""
     store: str | None = None
     """Folder or URI of the frame store; not set: the folder `store` beside the run's folder."""
     cache: str | None = None
@@ -161,10 +173,11 @@ class OptimConfig(Section):
     """Learning rate after warm-up, as used (released: 5e-4 x clips / 256)."""
     final_lr: Annotated[float, Field(ge=0.0)] = 1e-5
     """Learning rate at the last step (released)."""
-    warmup_steps: Natural = 30_900
-    """Steps of linear warm-up (released: 10 epochs)."""
-    freeze_last_layer_steps: Natural = 3090
-    """Steps during which the head's last layer is not updated (released: 1 epoch)."""
+    warmup_steps: Span = 0.1
+    """Linear warm-up: steps, or below 1 a share of optim.steps (released: 10 of 100 epochs)."""
+    freeze_last_layer_steps: Span = 0.01
+    """Steps, or below 1 the share of optim.steps, during which the head's last layer is not updated (released: 1 of 100
+    epochs)."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.04
     """AdamW weight decay at the start, of every tensor of two or more dimensions (released)."""
     final_weight_decay: Annotated[float, Field(ge=0.0)] = 0.4
@@ -187,6 +200,16 @@ class OptimConfig(Section):
     compile: bool = False
     """Compile what a block does to single tokens with torch.compile: a minute on each new node, then from its cache.
     It pays on a GPU (`dora-ray bench step` prints compiled_speedup), not on a CPU."""
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        return span_steps(self.warmup_steps, self.steps)
+
+    @property
+    def num_frozen_steps(self) -> int:
+        """Steps during which the head's last layer is not updated."""
+        return span_steps(self.freeze_last_layer_steps, self.steps)
 
 
 class ClusterConfig(Section):
@@ -288,13 +311,15 @@ class Config(Section):
         return self
 
 
-def load_config(source: str | Path | Mapping[str, Any] | Config = "tiny", *overrides: str) -> Config:
+def load_config(
+    source: str | Path | Mapping[str, Any] | Config = "tiny", *overrides: str | Mapping[str, Any]
+) -> Config:
     """A checked configuration.
 
     Args:
         source: a recipe's name, the path of a YAML file, a mapping, or a Config. A file or mapping may name a recipe or
             another file that it starts from with the key `base`.
-        overrides: "section.key=value", the value as YAML.
+        overrides: "section.key=value", the value as YAML; or mappings such as {"optim": {"steps": 300}}.
 
     Raises:
         ConfigError: with the key, what is allowed, and the nearest known key.

@@ -81,8 +81,11 @@ def _of_data(config: Config) -> Iterator[str]:
 
 def _of_steps(config: Config) -> Iterator[str]:
     optim, workers = config.optim, config.cluster.num_workers
-    if optim.warmup_steps > optim.steps:
-        yield f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}: lower the warm-up too"
+    if optim.num_warmup_steps > optim.steps:
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}: lower the warm-up too, or"
+            " give it as a share of the run, such as optim.warmup_steps=0.2"
+        )
     if config.max_workers > optim.slots:
         yield (
             f"cluster.num_workers={workers} asks for more workers than the {optim.slots} slots of a step: use at most"

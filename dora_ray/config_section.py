@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
+from os import PathLike
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from dora_ray.config_source import QUOTED_VIDEOS
 from dora_ray.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -17,6 +19,20 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Interval = tuple[float, float]
+# A number of steps, or a share of the run: below 1, so that no number means two things.
+Span = Natural | Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _listed(value: Any) -> Any:
+    """Make a list of the one path that stands alone."""
+    if isinstance(value, str | PathLike):
+        return (str(value),)
+    if isinstance(value, list | tuple):
+        return tuple(str(path) if isinstance(path, PathLike) else path for path in value)
+    raise ValueError(f"data.videos={value!r} is neither a path nor a list of paths; {QUOTED_VIDEOS}")
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 # An error lists all keys where they are no more than these.
 MOST_LISTED = 30
 
@@ -28,6 +44,11 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+
+
+def span_steps(span: float, num_steps: int) -> int:
+    """Return a span in steps: itself, or the share of so many steps that it is, rounded."""
+    return round(span * num_steps) if 0 < span < 1 else int(span)
 
 
 def checked(kind: type[S], values: Mapping[str, Any], noun: str) -> S:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from functools import reduce
 from importlib.resources import files as package_files
@@ -12,6 +13,12 @@ from typing import Any
 import yaml
 
 from dora_ray.errors import ConfigError
+
+# The key whose value may be an existing path as it stands: names of films hold what YAML gives a meaning.
+VIDEOS = "data.videos"
+QUOTED_VIDEOS = (
+    "quote the whole word for the shell, and odd names for YAML: 'data.videos=[\"Venice, Italy [id].mp4\", b.mp4]'"
+)
 
 
 def recipe_names() -> list[str]:
@@ -56,10 +63,18 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def with_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
-    """The values with one "section.key=value" laid over them."""
-    key, value = parse_override(override)
-    return _merge(values, reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value))
+def with_override(values: Mapping[str, Any], override: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The values with one "section.key=value", or a mapping of sections or of dotted keys, laid over them."""
+    if isinstance(override, str):
+        override = dict([parse_override(override)])
+    elif not isinstance(override, Mapping):
+        raise ConfigError(
+            f"{override!r} changes nothing: write changes as 'optim.steps=300' or as a mapping such as "
+            "{'optim': {'steps': 300}}"
+        )
+    for key, value in override.items():
+        values = _merge(values, reduce(lambda inner, part: {part: inner}, reversed(str(key).split(".")), value))
+    return dict(values)
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -67,10 +82,19 @@ def parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r} has no value: write key=value, such as optim.lr=1e-3")
+    if key == VIDEOS and (path := _existing_path(text)) is not None:
+        return key, path
     try:
         return key.strip(), yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {key} is not valid YAML: {text!r}") from error
+        hint = f"; {QUOTED_VIDEOS}" if key == VIDEOS else ""
+        raise ConfigError(f"the value of {key} is not valid YAML: {text!r}{hint}") from error
+
+
+def _existing_path(text: str) -> str | None:
+    """Return the path that the text is, with or without the brackets of a list; None where there is no such file."""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    return next((path for path in (text, inner) if path and os.path.exists(os.path.expanduser(path))), None)
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def run_demo(out: Path, overrides: Sequence[str]) -> None:
     started = time.monotonic()
     run, photos = out / "run", out / "photos"
     config = load_config("tiny", f"data.store={out / 'store'}", *overrides)
-    (video, *_) = find_videos(config.data.videos)
+    videos = find_videos(config.data.videos)
+    video, config = videos[0], load_config(config, {"data": {"videos": videos}})
     write(
         f"DoRA on {Path(video).name}: {config.optim.steps} steps of "
         f"{config.optim.slots * config.optim.clips_per_slot} clips\n"

@@ -16,6 +16,7 @@ import yaml
 
 from dora_ray import __version__, errors
 from dora_ray.cli import main
+from dora_ray.commands.words import load as load_words
 from dora_ray.config import Config, load_config
 from tests.tuning.folders import write_run, write_sweep
 
@@ -104,6 +105,11 @@ def test_bad_usage_is_status_2_with_usage(run, words):
         (["train", "tinny"], 2, "Did you mean tiny?"),
         (["train", "tiny", "paper"], 2, "2 recipes or files were given"),
         (["train", "optim.lr=1"], 2, "begin with a recipe"),
+        (["train", "tiny", "data.videos=[a.mp4", "b.mp4]"], 2, "quote the whole word"),
+        (["train", "tiny", "a.mp4", "data.videos=b.mp4"], 2, "name all videos the same way"),
+        (["train", "tiny", "missing.mp4", "--dry-run"], 3, "'missing.mp4': no such file"),
+        (["data", "ingest", "a.mp4", "data.videos=b.mp4", "--store", "s"], 2, "name the videos as words"),
+        (["data", "analyze", "a.mp4", "--interval", "0", "--store", "s"], 2, "give a number of seconds above 0"),
         (["train", "tiny", "tracking.num_object=2"], 2, "Did you mean tracking.num_objects?"),
         (["train", "tiny", "tracking.num_objects=7"], 2, "use at most 6"),
         (["train", "tiny", "cluster.num_workers=9"], 2, "more workers than the 2 slots"),
@@ -174,6 +180,21 @@ def test_ctrl_c_is_status_130():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "dora-ray: interrupted\n")
+    told = program.replace("raise KeyboardInterrupt", "raise KeyboardInterrupt('Stopped at step 3')")
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "dora-ray: Stopped at step 3\n")
+
+
+@pytest.mark.parametrize(("has_gpu", "recipe"), [(False, "tiny"), (True, "paper")])
+def test_a_film_alone_is_trained_on_with_the_recipe_that_fits_the_machine(caplog, monkeypatch, has_gpu, recipe):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    with caplog.at_level("INFO"):
+        config = load_words(["a [1].mp4", "b.MKV", "optim.lr=0.5"])
+    assert config == load_config(recipe, {"data.videos": ["a [1].mp4", "b.MKV"]}, "optim.lr=0.5")
+    assert f"No recipe was named: {recipe}, as this machine has" in caplog.text
+    caplog.clear()
+    assert load_words(["released", "a.mp4"]).tracking.block == -1
+    assert caplog.text == ""
 
 
 def test_a_reader_that_leaves_early_is_no_error():

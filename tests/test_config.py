@@ -55,6 +55,46 @@ def test_overrides_win_over_file_over_base(tmp_path: Path) -> None:
     assert (optim.lr, optim.steps, optim.slots) == (0.5, 188, load_config("tiny").optim.slots)
 
 
+@pytest.mark.parametrize("word", ["{name}", "[{name}]", '["{name}"]'])
+@pytest.mark.parametrize("name", ["dog.mp4", "Venice, Italy [id].mp4", "a: b #1.mp4"])
+def test_one_film_needs_no_list_whatever_its_name(word: str, name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    assert load_config("tiny", f"data.videos={word.format(name=name)}").data.videos == (name,)
+
+
+def test_a_film_alone_in_a_file_or_a_mapping() -> None:
+    assert load_config({"data": {"videos": "s3://b/walk.mp4"}}).data.videos == ("s3://b/walk.mp4",)
+    assert load_config("tiny", {"data": {"videos": [Path("a.mp4"), "b.mp4"]}}).data.videos == ("a.mp4", "b.mp4")
+
+
+@pytest.mark.parametrize("value", ["[id] x.mp4", "[a.mp4,", "5"])
+def test_films_that_are_no_list_are_answered_with_an_example_that_works(value: str) -> None:
+    with pytest.raises(ConfigError, match="quote the whole word") as caught:
+        load_config("tiny", f"data.videos={value}")
+    example = str(caught.value).partition("'data.videos=")[2].rpartition("'")[0]
+    assert load_config("tiny", f"data.videos={example}").data.videos == ("Venice, Italy [id].mp4", "b.mp4")
+
+
+def test_overrides_may_be_mappings() -> None:
+    optim = load_config("tiny", {"optim": {"steps": 500}}, {"optim.lr": 0.5}, "optim.slots=4").optim
+    assert (optim.steps, optim.lr, optim.slots) == (500, 0.5, 4)
+    with pytest.raises(ConfigError, match=r"3 changes nothing: write changes as 'optim\.steps=300'"):
+        load_config("tiny", 3)  # type: ignore[arg-type]
+
+
+def test_spans_are_steps_or_shares_of_the_run() -> None:
+    assert load_config("tiny").optim.num_warmup_steps == 80
+    short = load_config("tiny", "optim.steps=60").optim
+    assert (short.num_warmup_steps, short.num_frozen_steps) == (12, 12)
+    counted = load_config("tiny", "optim.warmup_steps=1", "optim.freeze_last_layer_steps=0").optim
+    assert (counted.num_warmup_steps, counted.num_frozen_steps) == (1, 0)
+    paper = load_config("paper").optim
+    assert (paper.num_warmup_steps, paper.num_frozen_steps) == (30_900, 3090)
+    with pytest.raises(ConfigError, match=r"as a share of the run, such as optim\.warmup_steps=0\.2"):
+        load_config("tiny", "optim.warmup_steps=401")
+
+
 def test_override_in_scientific_notation() -> None:
     assert load_config("tiny", "optim.lr=1e-3").optim.lr == 1e-3
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shlex
 from pathlib import Path
 from typing import Any
 
 from dora_ray import files
 from dora_ray.commands.output import Stages, write, write_facts, write_json
 from dora_ray.commands.words import split
+from dora_ray.config_source import VIDEOS
 from dora_ray.errors import ConfigError, VideoError
+
+# A line of the terminal holds so many values of lightness.
+SHOWN_VALUES = 12
 
 
 def run_index(options: argparse.Namespace) -> None:
@@ -60,16 +65,38 @@ def run_ingest(options: argparse.Namespace) -> None:
     from dora_ray.training.inputs import ingest_videos
     from dora_ray.training.trainer import connect
 
-    videos, overrides = split(options.words)
-    if not videos:
-        raise ConfigError("no video was given: name files, folders, globs or URIs")
+    videos, overrides = _videos_of(options, "ingest")
     config = load_config(options.recipe, *overrides)
     named = config.model_copy(update={"data": config.data.model_copy(update={"videos": tuple(videos)})})
     with Stages() as stages, connect(named):
         stored = ingest_videos(named, options.store, stages.ingest)
     missing = losses(stored)
     frames = {v.path: f"{len(v)} frames" + (f"; {missing[v.path]}" if v.path in missing else "") for v in stored}
-    write_facts({"store": files.absolute(options.store)} | frames)
+    data = config.data
+    kept = f"{data.frames_per_second:g} frames a second, short side {data.short_side}, quality {data.jpeg_quality}"
+    again = ["dora-ray", "train", options.recipe, *videos, f"data.store={options.store}", *overrides]
+    write_facts({"store": files.absolute(options.store)} | frames | {"kept": f"{kept} (recipe {options.recipe})"})
+    write(
+        f"\nNext, with these frames: {shlex.join(again)}\nAnother recipe keeps others: ingest again with --recipe NAME."
+    )
+
+
+def _videos_of(options: argparse.Namespace, command: str) -> tuple[list[str], list[str]]:
+    """Videos and overrides among a command's words.
+
+    Raises:
+        ConfigError: no video, or videos as a setting.
+    """
+    videos, overrides = split(options.words)
+    given = next((word for word in overrides if word.startswith(f"{VIDEOS}=")), None)
+    if given is not None:
+        raise ConfigError(
+            f"{given} is not taken here: name the videos as words, such as `dora-ray data {command} a.mp4 b.mp4"
+            f" --store {options.store}`"
+        )
+    if not videos:
+        raise ConfigError("no video was given: name files, folders, globs or URIs")
+    return videos, overrides
 
 
 def run_analyze(options: argparse.Namespace) -> None:
@@ -81,9 +108,9 @@ def run_analyze(options: argparse.Namespace) -> None:
     from dora_ray.video.index import find_videos
     from dora_ray.video.several import index_all
 
-    videos, overrides = split(options.words)
-    if not videos or options.interval <= 0:
-        raise ConfigError("name videos that were ingested, and an --interval above 0 seconds")
+    videos, overrides = _videos_of(options, "analyze")
+    if options.interval <= 0:
+        raise ConfigError(f"--interval {options.interval:g}: give a number of seconds above 0")
     data = load_config(options.recipe, *overrides).data
     store = files.absolute(options.store)
     read = functools.partial(load_index, store=store)
@@ -97,10 +124,17 @@ def run_analyze(options: argparse.Namespace) -> None:
         light, shots = facts["lightness"], facts["shots"]
         write_facts(
             {name: facts[name] for name in ("video", "seconds", "frames", "missing")}
-            | {"lightness": light["mean"], "change of lightness": light["change"]}
+            | {"lightness": light["mean"], f"lightness, each {options.interval:g} s": _few(light["by_interval"])}
+            | {f"change from one {options.interval:g} s to the next": light["change"]}
             | {"shot changes": shots["changes"], "shot changes a minute": shots["per_minute"]}
         )
     write_json(options.json, found)
+
+
+def _few(values: list[float]) -> str:
+    """Write down the first values of a list, and how many there are."""
+    shown = ", ".join(f"{value:.3f}" for value in values[:SHOWN_VALUES])
+    return shown if len(values) <= SHOWN_VALUES else f"{shown}, ... ({len(values)}; all with --json)"
 
 
 def run_fetch(options: argparse.Namespace) -> None:

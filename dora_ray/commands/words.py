@@ -1,38 +1,83 @@
-"""The words of a command: a recipe or files, and overrides of the form key=value."""
+"""The words of a command: a recipe or files, videos, and overrides of the form key=value."""
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dora_ray.config_source import QUOTED_VIDEOS, VIDEOS
 from dora_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from dora_ray.config import Config
 
+logger = logging.getLogger(__name__)
+
 OVERRIDE = re.compile(r"[A-Za-z_]+(\.[A-Za-z_]+)*=")
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names, and overrides of the form key=value."""
-    overrides = [word for word in words if OVERRIDE.match(word)]
+    """Names, and overrides of the form key=value; a file that is there is a name, whatever it is called."""
+    overrides = [word for word in words if OVERRIDE.match(word) and not os.path.isfile(word)]
     return [word for word in words if word not in overrides], overrides
 
 
 def load(words: Sequence[str]) -> Config | None:
-    """The configuration that a command's words name; None when they name none."""
+    """The configuration that a command's words name; None when they name none.
+
+    Names that end like videos are the videos of the run. Without a recipe beside them, the machine decides.
+    """
     from dora_ray.config import load_config
 
     names, overrides = split(words)
+    videos = [name for name in names if _is_video(name)]
+    names = [name for name in names if name not in videos]
+    _refuse_videos_twice(videos, overrides)
     if len(names) > 1:
+        hint = f"; to name videos, {QUOTED_VIDEOS}" if any(word.startswith(VIDEOS) for word in overrides) else ""
         raise ConfigError(
             f"{len(names)} recipes or files were given ({', '.join(names)}): "
-            "give one, and changes to it as section.key=value"
+            f"give one, and changes to it as section.key=value{hint}"
         )
-    if not names and overrides:
+    if not names and not videos and overrides:
         raise ConfigError(
             f"{overrides[0]} changes a configuration, but none was named: "
             "begin with a recipe (paper, released, tiny) or a YAML file"
         )
+    if videos:
+        names = names or [_recipe_for_this_machine()]
+        return load_config(names[0], {VIDEOS: videos}, *overrides)
     return load_config(names[0], *overrides) if names else None
+
+
+def _refuse_videos_twice(videos: Sequence[str], overrides: Sequence[str]) -> None:
+    """Raise ConfigError for data.videos where the command's own words are the videos."""
+    given = [word for word in overrides if word.startswith(f"{VIDEOS}=")]
+    if given and videos:
+        raise ConfigError(f"{given[0]} beside {' '.join(videos)}: name all videos the same way, as words (A.mp4 B.mp4)")
+
+
+def _is_video(name: str) -> bool:
+    from dora_ray.video.sources import SUFFIXES
+
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _recipe_for_this_machine() -> str:
+    """Return `paper` where there is a GPU, else `tiny`, and say so."""
+    import torch
+
+    if torch.cuda.is_available():
+        logger.info(
+            "No recipe was named: paper, as this machine has a GPU (309,000 steps; `dora-ray plan` with the same words "
+            "estimates the time, `tiny` before the video takes minutes)."
+        )
+        return "paper"
+    logger.info(
+        "No recipe was named: tiny, as this machine has no GPU (minutes on two cores, a small network; `paper` before "
+        "the video is the paper's)."
+    )
+    return "tiny"

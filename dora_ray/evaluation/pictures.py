@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dora_ray import files
 from dora_ray.checkpoints import resolve_checkpoint
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 CELL_HEIGHT, CELL_WIDTH = 150, 230
 MASK_STRENGTH = 0.55
+# The PNG text by which a folder's own pictures are known, and may be replaced.
+MARK = "Software"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +89,8 @@ def show(
         pictures and movies (lists of paths), and clips: seconds, heads and has_cut of each.
 
     Raises:
-        ConfigError: A number that cannot work, or a file in `out` that would be overwritten.
+        ConfigError: A number that cannot work, or a file in `out` that is in the way; what an earlier `show` drew
+            there is replaced.
         CheckpointError: The checkpoint cannot be loaded.
         VideoError: The video cannot be read, or is shorter than two frames of a clip.
     """
@@ -97,8 +101,8 @@ def show(
     size, objects = _check_numbers(config, num_objects, image_size, num_clips=num_clips, num_frames=num_frames)
     if files.is_remote(out):
         raise ConfigError(f"pictures are written to a local folder, not to {out}. Give a local folder.")
-    paths = _free_paths(Path(out), num_clips)
     index = index_video(files.absolute(video))
+    paths = _free_paths(Path(out), num_clips)
     rng = np.random.default_rng(seed)
     stride = float(config["clip"]["stride_seconds"])
     clips = []
@@ -107,7 +111,7 @@ def show(
         heads = rng.permutation(config["model"]["num_heads"])[:objects]
         tracks = track(backbone, shot.frames, heads, image_size=size, device=device, **_tracking_arguments(config))
         columns = np.unique(np.abs(shot.times[:, None] - _column_times(shot, stride)).argmin(axis=0))
-        figure(shot, tracks, columns, heading=_heading(origin, index, shot)).save(picture)
+        figure(shot, tracks, columns, heading=_heading(origin, index, shot)).save(picture, pnginfo=_marked())
         drawing.write_movie(movie, list(movie_frames(shot, tracks)), frames_per_second=FRAMES_PER_SECOND)
         clips.append({"seconds": float(shot.times[0]), "heads": heads.tolist(), "has_cut": shot.has_cut})
     return {"pictures": [str(path) for path, _ in paths], "movies": [str(path) for _, path in paths], "clips": clips}
@@ -131,11 +135,32 @@ def _check_numbers(
 
 def _free_paths(out: Path, num_clips: int) -> list[tuple[Path, Path]]:
     paths = [(out / f"clip-{number}.png", out / f"clip-{number}.mp4") for number in range(num_clips)]
-    used = [str(path) for pair in paths for path in pair if path.exists()]
-    if used or (out.exists() and not out.is_dir()):
-        raise ConfigError(f"{(used or [str(out)])[0]} exists already. Give another folder.")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file. Give a folder.")
+    old = [picture for picture in out.glob("clip-*.png") if _is_ours(picture)]
+    ours = {path for picture in old for path in (picture, picture.with_suffix(".mp4"))}
+    used = [str(path) for pair in paths for path in pair if path.exists() and path not in ours]
+    if used:
+        raise ConfigError(f"{used[0]} exists already, and `show` did not draw it. Give another folder.")
+    for path in ours:  # all of them: a clip of an older checkpoint beside new ones would mislead
+        path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     return paths
+
+
+def _is_ours(picture: Path) -> bool:
+    """Tell a picture that `show` has drawn by its mark."""
+    try:
+        with Image.open(picture) as image:
+            return image.info.get(MARK) == __name__
+    except OSError:
+        return False
+
+
+def _marked() -> PngInfo:
+    info = PngInfo()
+    info.add_text(MARK, __name__)
+    return info
 
 
 def _tracking_arguments(config: dict[str, Any]) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def _warnings(work: Workload, asked: dict[str, Any], memory: dict[str, Any], clu
         seconds = sum(film.seconds for film in work.films)
         found.append(
             f"{work.epochs:,.0f} epochs of {seconds:,.0f} s of video: the same pictures over and over. Add videos, or "
-            "lower optim.steps (and optim.warmup_steps)"
+            "lower optim.steps"
         )
     if asked["used_workers"] < cluster.workers:
         kind = "GPUs" if cluster.gpus else "workers"

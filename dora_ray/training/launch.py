@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shlex
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -28,12 +30,13 @@ from dora_ray.training.inputs import Ingest, Inputs, check_videos, make_inputs, 
 from dora_ray.training.measuring import prepare
 from dora_ray.training.records.checkpoint import require_plan
 from dora_ray.training.records.heartbeat import Heartbeat
-from dora_ray.training.records.journal import CONFIG, MISSING_FRAMES, add_event, read_metrics, write_status
+from dora_ray.training.records.journal import CONFIG, MISSING_FRAMES, add_event, read_metrics, read_status, write_status
 from dora_ray.training.records.tail import RunTail
 from dora_ray.training.trainer import check_resources, connect, on_devices, run_on_ray
 from dora_ray.training.worker import record_failure, train_loop
 from dora_ray.training.worlds import Job, LocalWorld, OneRankError
 from dora_ray.video.index import VideoIndex
+from dora_ray.video.sources import PACKAGE
 from dora_ray.weights import require_architecture
 
 logger = logging.getLogger(__name__)
@@ -82,13 +85,14 @@ def train(
     """
     run = files.absolute(out if out is not None else _default_run())
     config = prepare(load_config(config) if config is not None else saved_config(run, resume=resume))
+    _say_whose_film(config)
     _check_folder(run, config, resume=resume, overwrite=overwrite)
     config, given = with_resolved_init(config, run, resume=resume, overwrite=overwrite)
     if given is not None:
         logger.info("%s", given)
     store = store_of(config, run)
     indexes = check_videos(config, store=store)
-    with connect(config):
+    with _telling_where_it_stopped(run, config), connect(config):
         if config.cluster.num_workers != 0:
             require_alike([index.path for index in indexes])
         placed = on_devices(config)
@@ -103,6 +107,32 @@ def train(
         with Heartbeat(run), RunTail(run, on_metrics):
             _execute(job, inputs, store, on_ingest)
     return _finished(run)
+
+
+@contextmanager
+def _telling_where_it_stopped(run: str, config: Config) -> Iterator[None]:
+    """Give Ctrl-C the words that it needs: step, checkpoint, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        newest = newest_meta(files.join(run, CHECKPOINTS))
+        if newest is None:
+            begin = " with --overwrite" if files.exists(files.join(run, CONFIG)) else ""
+            said = f"Stopped before the first checkpoint. Ingested frames are kept: begin again{begin}."
+        else:
+            folder, meta = newest
+            again = shlex.join(["dora-ray", "train", "--resume", "--out", run])
+            said = f"Stopped at step {meta.step} of {config.optim.steps}; checkpoint saved: {folder}\nContinue: {again}"
+        raise KeyboardInterrupt(said) from interrupt
+
+
+def _say_whose_film(config: Config) -> None:
+    """Warn where the only film is one that came with a package: the recipe's, which nobody chose."""
+    videos = config.data.videos
+    if videos and all(video.startswith(PACKAGE) for video in videos):
+        logger.warning(
+            "No video was named, so this trains on the demo's (%s). Yours: data.videos=FILM.mp4", *videos[:1]
+        )
 
 
 def _default_run() -> str:
@@ -133,6 +163,7 @@ def check(
     """Make the checks of `train`: folder, images and videos; without Ray, and without writing anything."""
     run = files.absolute(out if out is not None else _default_run())
     config = prepare(config)
+    _say_whose_film(config)
     _check_folder(run, config, resume=resume, overwrite=overwrite)
     config, given = with_resolved_init(config, run, resume=resume, overwrite=overwrite)
     return Checked(run, store_of(config, run), given, check_videos(config))
@@ -186,10 +217,21 @@ def _check_folder(run: str, config: Config, *, resume: bool, overwrite: bool) ->
             f"{run} is not empty and not a run of dora_ray (no {CONFIG}): give another folder. Nothing was changed."
         )
     if not resume and not overwrite:
+        if not is_run:
+            raise ConfigError(f"{run} is not empty ({', '.join(names[:4])}) and holds no run: choose another --out.")
         raise ConfigError(
-            f"{run} is in use ({', '.join(names[:4])}): continue it with --resume, replace it with --overwrite, "
-            "or give another --out"
+            f"{run} already holds a run{_how_far(run)}. Continue with --resume, replace with --overwrite, or choose "
+            "another --out."
         )
+
+
+def _how_far(run: str) -> str:
+    """Say in brackets how many of its steps a run has done, as far as its status tells."""
+    try:
+        status = read_status(run)
+    except (ValueError, TypeError):  # damaged, by a full disk
+        status = {}
+    return f" ({status['step']} of {status['steps']} steps)" if {"step", "steps"} <= status.keys() else ""
 
 
 def _check_resume(run: str, config: Config, plan: Plan) -> None:

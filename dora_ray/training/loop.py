@@ -53,7 +53,7 @@ class Loop:
             num_images=config.optim.clips_per_slot * config.clip.num_frames * config.num_globals,
             num_objects=config.tracking.num_objects,
             num_steps=config.optim.steps,
-            warmup_steps=config.optim.warmup_steps,
+            warmup_steps=config.optim.num_warmup_steps,
             teacher_temperature=config.loss.teacher_temperature,
             lr=config.optim.lr,
         )

@@ -24,7 +24,13 @@ class Rates:
 def rates(step: int, config: OptimConfig) -> Rates:
     """Learning rate, weight decay and teacher momentum: functions of the step alone."""
     return Rates(
-        lr=cosine(step, start=config.lr, end=config.final_lr, num_steps=config.steps, warmup_steps=config.warmup_steps),
+        lr=cosine(
+            step,
+            start=config.lr,
+            end=config.final_lr,
+            num_steps=config.steps,
+            warmup_steps=config.num_warmup_steps,
+        ),
         weight_decay=cosine(step, start=config.weight_decay, end=config.final_weight_decay, num_steps=config.steps),
         teacher_momentum=cosine(
             step, start=config.teacher_momentum, end=config.final_teacher_momentum, num_steps=config.steps

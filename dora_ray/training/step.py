@@ -295,7 +295,7 @@ def _update_student(state: TrainState, gradients: list[Tensor], values: Rates, c
         clip_each(gradients, optim.gradient_clip)
     set_rates(state.optimizer, values)
     last_layer = set(map(id, state.student.head.last_layer.parameters()))
-    frozen = last_layer if state.step < optim.freeze_last_layer_steps else set()
+    frozen = last_layer if state.step < optim.num_frozen_steps else set()
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = None if id(parameter) in frozen else gradient
     state.optimizer.step()

@@ -86,6 +86,19 @@ def test_the_seed_decides_what_is_shown(checkpoint, video, tmp_path):
     assert (tmp_path / "a" / "clip-0.png").read_bytes() == (tmp_path / "b" / "clip-0.png").read_bytes()
 
 
+def test_show_replaces_its_own_pictures_and_no_others(checkpoint, video, tmp_path):
+    out = tmp_path / "out"
+    first = show(checkpoint, video, out=out, num_clips=2)
+    (out / "mine.png").write_bytes(b"mine")
+    second = show(checkpoint, video, out=out, num_clips=1, seed=1)
+    assert len(first["pictures"]) == 2
+    assert {path.name for path in out.iterdir()} == {"clip-0.png", "clip-0.mp4", "mine.png"}, "no clip of the last time"
+    assert second["clips"] != first["clips"][:1]
+    Image.new("RGB", (8, 8)).save(out / "clip-0.png")
+    with pytest.raises(ConfigError, match=r"clip-0\.png exists already, and `show` did not draw it"):
+        show(checkpoint, video, out=out)
+
+
 def test_show_overwrites_nothing(checkpoint, video, tmp_path):
     (tmp_path / "clip-1.mp4").write_text("mine")
     with pytest.raises(ConfigError, match=r"clip-1\.mp4 exists"):

