@@ -13,7 +13,7 @@ import io
 import json
 import re
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 
@@ -198,7 +198,8 @@ class VideoIndex:
                 arrays = {name: archive[name].cumsum() for name in ARRAYS}
         except (OSError, KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"not a video index: {error}") from error
-        if record.pop("format") != INDEX_FORMAT:
+        known = {field.name for field in fields(cls)} - set(ARRAYS)
+        if record.pop("format", None) != INDEX_FORMAT or record.keys() != known:
             raise ValueError("a video index of another format")
         record["time_base"] = tuple(record["time_base"])
         record["joins"] = tuple(record["joins"])
