@@ -33,7 +33,7 @@ from dora_ray.clips.crop import random_boxes
 from dora_ray.clips.slot import read_slot
 from dora_ray.config import Config, load_config
 from dora_ray.errors import ConfigError
-from dora_ray.store import frames as frame_store
+from dora_ray.store import datasets
 from dora_ray.store.frames import StoredVideo, read_jpegs
 from dora_ray.training.inputs import make_plan
 from dora_ray.video.decoders import DecodedFrame, get_decoder
@@ -132,11 +132,11 @@ def _writing(frames: list[DecodedFrame], config: Config) -> dict[str, float]:
     """CPU milliseconds of a kept frame's JPEG, and of its way into the store; its signature is in neither."""
     quality = config.data.jpeg_quality
     coding, _ = _cpu_seconds(lambda: [simplejpeg.encode_jpeg_yuv_planes(f.y, f.u, f.v, quality) for f in frames])
-    rows = [frame_store.frame_row(frame, segment=0, jpeg_quality=quality) for frame in frames]
+    rows = [datasets.frame_row(frame, segment=0, jpeg_quality=quality) for frame in frames]
     with tempfile.TemporaryDirectory() as folder:
         uri = str(Path(folder, "frames.lance"))
-        frame_store.create_dataset(uri)
-        writing, _ = _cpu_seconds(lambda: frame_store.commit(uri, frame_store.write_rows(uri, rows)))
+        datasets.create_dataset(uri)
+        writing, _ = _cpu_seconds(lambda: datasets.commit(uri, datasets.write_rows(uri, rows)))
     return {"jpeg_ms_a_kept_frame": 1e3 * coding / len(rows), "write_ms_a_kept_frame": 1e3 * writing / len(rows)}
 
 

@@ -13,6 +13,7 @@ import av
 
 from dora_ray import files
 from dora_ray.config import Config
+from dora_ray.store import datasets, indexes
 from dora_ray.store import frames as frame_store
 from dora_ray.store.frames import StoredVideo
 from dora_ray.training.inputs import frame_format
@@ -102,9 +103,9 @@ def write_store(index: VideoIndex, frames: Sequence[DecodedFrame], config: Confi
     data = config.data
     form = frame_format(data)
     uri = frame_store.dataset_uri(store, index.video_id, form)
-    files.write_bytes(files.join(store, index.video_id, frame_store.INDEX_NAME), index.to_bytes())
-    frame_store.create_dataset(uri)
-    rows = [frame_store.frame_row(frame, segment=0, jpeg_quality=data.jpeg_quality) for frame in frames]
-    frame_store.commit(uri, frame_store.write_rows(uri, rows))
+    files.write_bytes(files.join(store, index.video_id, indexes.INDEX_NAME), index.to_bytes())
+    datasets.create_dataset(uri)
+    rows = [datasets.frame_row(frame, segment=0, jpeg_quality=data.jpeg_quality) for frame in frames]
+    datasets.commit(uri, datasets.write_rows(uri, rows))
     (video,) = frame_store.open_videos([index], store=store, form=form)
     return video

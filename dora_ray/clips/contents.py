@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from dora_ray.clips.plan import Plan, Window
 from dora_ray.errors import VideoError
 from dora_ray.store.cuts import find_cuts
-from dora_ray.store.frames import ComingVideo, Dataset, Stored, StoredVideo, look_up
+from dora_ray.store.datasets import Dataset
+from dora_ray.store.frames import ComingVideo, Stored, StoredVideo, look_up
 
 # How often the store is asked for what has come. A look reads half a kilobyte of each frame that is there.
 LOOK_SECONDS = 1.0

@@ -14,7 +14,7 @@ from dora_ray.clips.contents import Contents, SlotKey
 from dora_ray.clips.crop import crop_clip
 from dora_ray.clips.plan import Clip, Plan
 from dora_ray.errors import VideoError
-from dora_ray.store.frames import fetch, read_rows
+from dora_ray.store.datasets import fetch, read_rows
 from dora_ray.store.hangs import UNWATCHED, Watch
 
 logger = logging.getLogger(__name__)

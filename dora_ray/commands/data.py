@@ -20,7 +20,7 @@ SHOWN_VALUES = 12
 
 def run_index(options: argparse.Namespace) -> None:
     """Print what one pass over each video tells."""
-    from dora_ray.store.frames import load_index
+    from dora_ray.store.indexes import load_index
     from dora_ray.store.losses import stored_frames
     from dora_ray.video.index import find_videos, index_video
     from dora_ray.video.several import refuse_unreadable
@@ -102,7 +102,8 @@ def _videos_of(options: argparse.Namespace, command: str) -> tuple[list[str], li
 def run_analyze(options: argparse.Namespace) -> None:
     """Print the statistics of ingested videos."""
     from dora_ray.config import load_config
-    from dora_ray.store.frames import load_index, open_videos
+    from dora_ray.store.frames import open_videos
+    from dora_ray.store.indexes import load_index
     from dora_ray.store.statistics import analyze
     from dora_ray.training.inputs import frame_format
     from dora_ray.video.index import find_videos

@@ -13,31 +13,26 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from dora_ray import files
-from dora_ray.errors import DoRAError, VideoError
+from dora_ray.errors import VideoError
+from dora_ray.store import datasets
 from dora_ray.store import frames as frame_store
 from dora_ray.store.frames import FrameFormat, StoredVideo
-from dora_ray.store.hangs import HANGS, TaskWatch
+from dora_ray.store.hangs import HANGS
 from dora_ray.store.ray_tasks import ray_cluster, run_tasks
-from dora_ray.video.decoders import DecodedFrame, get_decoder, scaled_size
+from dora_ray.store.segments import Work, find_work, ingest_segment
+from dora_ray.video.decoders import get_decoder
 from dora_ray.video.index import VideoIndex
 from dora_ray.video.several import index_all, refuse_unreadable
-from dora_ray.video.sources import check_unchanged, find_videos
+from dora_ray.video.sources import find_videos
 
 logger = logging.getLogger(__name__)
 
 COMMIT_SECONDS = 10.0
-# What a task holds of a segment: a file whose only key frame is its first is one segment, however long.
-ROWS_A_FILE = 256
-# The limit of a task is for this much video; a short segment gets it whole.
-LIMIT_VIDEO_SECONDS = 10.0
 # All attempts at a segment and the starts of their processes take less: when nothing ends, nothing runs.
 STALL_LIMITS = 5
 
@@ -56,34 +51,6 @@ class IngestProgress:
 
 
 Progress = Callable[[IngestProgress], None]
-
-
-@dataclass(frozen=True)
-class Work:
-    """The frames of one segment that are not stored yet.
-
-    Attributes:
-        path, size_bytes: the video file.
-        video_id: its name by content; uri: its dataset.
-        segment: number of the segment.
-        pts: ticks of the frames.
-        seconds: time of the first one from the video's start.
-        limit_seconds: the longest that decoding them may take.
-    """
-
-    path: str
-    video_id: str
-    uri: str
-    segment: int
-    pts: list[int]
-    size_bytes: int
-    seconds: float
-    limit_seconds: float
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"{self.path}, {self.seconds:.1f} s from its start"
 
 
 def ingest(
@@ -154,7 +121,7 @@ def find_indexes(videos: Sequence[str], *, store: str, decoder: str, skip_unread
     library = get_decoder(decoder)
 
     def read(path: str) -> VideoIndex:
-        index = frame_store.load_index(path, store=store)
+        index = indexes.load_index(path, store=store)
         reason = library.refusal(index)
         if reason:
             raise VideoError(f"{path}: decoder {decoder} is refused: {reason}; use data.decoder=pyav")
@@ -166,19 +133,6 @@ def find_indexes(videos: Sequence[str], *, store: str, decoder: str, skip_unread
             logger.warning("%s", warning)
         indexes.setdefault(index.video_id, index)
     return list(indexes.values())
-
-
-def find_work(
-    indexes: Sequence[VideoIndex], *, store: str, form: FrameFormat, segment_seconds: float, decode_seconds: float
-) -> list[Work]:
-    """Return the segments that the store lacks frames of; see `ingest`."""
-    return [
-        part
-        for index in indexes
-        for part in _pending(
-            index, frame_store.dataset_uri(store, index.video_id, form), form, segment_seconds, decode_seconds
-        )
-    ]
 
 
 def ingest_work(
@@ -215,91 +169,13 @@ def ingest_work(
     if not work:
         return {}
     for uri in sorted({part.uri for part in work}):
-        frame_store.create_dataset(uri)
+        datasets.create_dataset(uri)
     with ray_cluster():
         task = functools.partial(ingest_segment, store=store, decoder=decoder, form=form)
         items = [json.dumps(vars(part)) for part in work]
         patience = STALL_LIMITS * max(part.limit_seconds for part in work)
         results = run_tasks(items, task, node_label=node_label, patience_seconds=patience, max_tasks=max_tasks)
         return _commit_results(work, results, num_videos=num_videos, commit_seconds=commit_seconds, progress=progress)
-
-
-def ingest_segment(item: str, *, store: str, decoder: str, form: FrameFormat) -> dict[str, Any]:
-    """The task: decode one segment's frames and write them; returns what the driver needs to commit them."""
-    part = Work(**json.loads(item))
-    result = {"uri": part.uri, "fragments": "[]", "frames": 0, "missing": 0, "error": "", "hung": ""}
-    with TaskWatch(part.limit_seconds) as watch:
-        unread = 0 in watch.given_up
-        if unread and not watch.hung:
-            result["error"] = (
-                f"{part.name}: the process that decodes it dies again and again; look for its reason in Ray's logs"
-                " (memory?), or leave the file out"
-            )
-            return result
-        watch.begin(0)
-        try:
-            fragments, missing = _write_segment(part, store, None if unread else decoder, form)
-        except DoRAError as error:
-            result["error"] = str(error)
-        else:
-            result |= {"fragments": json.dumps(fragments), "frames": len(part.pts), "missing": missing}
-            result["hung"] = f"{part.name}: decoding did not end in {part.limit_seconds:.0f} s" if unread else ""
-    return result
-
-
-def _pending(
-    index: VideoIndex, uri: str, form: FrameFormat, segment_seconds: float, decode_seconds: float
-) -> list[Work]:
-    lacking = frame_store.unstored_frames(index, uri, form)
-    parts = []
-    for segment in index.segments(segment_seconds) if len(lacking) else ():
-        first, last = np.searchsorted(lacking, [segment.start_pts, segment.stop_pts])
-        pts = lacking[first:last].tolist()
-        if pts:
-            length = index.playing_seconds(index.key_before(pts[0]), pts[-1])
-            limit = decode_seconds * max(1.0, length / LIMIT_VIDEO_SECONDS)
-            start = float(index.seconds(np.array(pts[0])))
-            size = index.size_bytes
-            parts.append(Work(index.path, index.video_id, uri, segment.number, pts, size, start, limit))
-    return parts
-
-
-def _write_segment(part: Work, store: str, decoder: str | None, form: FrameFormat) -> tuple[list[str], int]:
-    """Return the written data files and the number of frames that are missing: all of them without a decoder."""
-    index = replace(_worker_index(store, part.video_id), path=part.path)
-    frames: Iterable[DecodedFrame] = ()
-    if decoder:
-        check_unchanged(part.path, part.size_bytes)
-        frames = get_decoder(decoder).decode(index, part.pts, short_side=form.short_side)
-    width, height = scaled_size(index.width, index.height, form.short_side)
-    lost = set(part.pts)
-
-    def rows() -> Iterator[dict[str, object]]:
-        for frame in frames:
-            lost.discard(frame.pts)
-            yield frame_store.frame_row(frame, segment=part.segment, jpeg_quality=form.jpeg_quality)
-        for pts in sorted(lost):
-            yield frame_store.missing_row(pts, segment=part.segment, width=width, height=height)
-
-    fragments: list[str] = []
-    remaining = rows()
-    try:
-        while batch := list(islice(remaining, ROWS_A_FILE)):
-            fragments += frame_store.write_rows(part.uri, batch)
-    except BaseException:
-        frame_store.discard(part.uri, fragments)
-        raise
-    return fragments, len(lost)
-
-
-@functools.lru_cache(maxsize=8)
-def _worker_index(store: str, video_id: str) -> VideoIndex:
-    index = frame_store.stored_index(store, video_id)
-    if index is None:
-        raise VideoError(
-            f"{files.join(store, video_id)}: has no index here; the store must be reachable from every node"
-        )
-    return index
 
 
 def _commit_results(
@@ -326,7 +202,7 @@ def _commit_results(
     try:
         for result in results:
             # A whole video that hangs is a server that does not answer more often than a damaged file.
-            waits = result["hung"] and not (written[result["uri"]] or frame_store.has_frames(result["uri"]))
+            waits = result["hung"] and not (written[result["uri"]] or datasets.has_frames(result["uri"]))
             (hung if waits else written)[result["uri"]] += json.loads(result["fragments"])
             if result["error"]:
                 errors[result["uri"]].append(result["error"])
@@ -359,7 +235,7 @@ def _commit_hung(hung: dict[str, list[str]]) -> dict[str, str]:
 
     A whole video that hangs is a server that does not answer more often than a damaged file.
     """
-    readable = {uri: fragments for uri, fragments in hung.items() if frame_store.has_frames(uri)}
+    readable = {uri: fragments for uri, fragments in hung.items() if datasets.has_frames(uri)}
     _commit_all(dict(readable))
     return {
         uri: f"{uri}: decoding hung wherever it was tried, and nothing of it was recorded; check that the file can be"
@@ -373,7 +249,7 @@ def _commit_all(written: dict[str, list[str]]) -> None:
     for uri in list(written):
         fragments = written.pop(uri)
         if fragments:
-            frame_store.commit(uri, fragments)
+            datasets.commit(uri, fragments)
 
 
 def _tell(progress: Progress | None, state: IngestProgress) -> None:

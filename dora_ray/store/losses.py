@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from dora_ray import files
 from dora_ray.errors import VideoError
-from dora_ray.store.frames import StoredVideo, count_frames, stored_index
+from dora_ray.store.datasets import count_frames
+from dora_ray.store.frames import StoredVideo
+from dora_ray.store.indexes import stored_index
 from dora_ray.video.remarks import LOST_SECONDS
 
 logger = logging.getLogger(__name__)

@@ -23,10 +23,12 @@ from dora_ray.clips.starts import no_clip, refuse_without_clips
 from dora_ray.config import Config, DataConfig
 from dora_ray.config_source import flatten
 from dora_ray.errors import ClusterError, ConfigError, DoRAError, VideoError
-from dora_ray.store.frames import ComingVideo, FrameFormat, StoredVideo, coming_video, known_index, load_index
-from dora_ray.store.ingest import Progress, Work, find_indexes, find_work, ingest, ingest_work
+from dora_ray.store.frames import ComingVideo, FrameFormat, StoredVideo, coming_video
+from dora_ray.store.indexes import known_index, load_index
+from dora_ray.store.ingest import Progress, find_indexes, ingest, ingest_work
 from dora_ray.store.losses import whole_videos
 from dora_ray.store.ray_tasks import ray_cluster
+from dora_ray.store.segments import Work, find_work
 from dora_ray.video.index import VideoIndex, index_video
 from dora_ray.video.several import index_all, refuse_unreadable
 from dora_ray.video.sources import find_videos

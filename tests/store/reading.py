@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dora_ray.store.frames import FrameFormat, StoredVideo, read_rows
+from dora_ray.store.datasets import read_rows
+from dora_ray.store.frames import FrameFormat, StoredVideo
 
 FORM = FrameFormat(frames_per_second=10.0, short_side=64, jpeg_quality=90)
 

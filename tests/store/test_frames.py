@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from dora_ray.errors import VideoError
+from dora_ray.store import datasets, indexes
 from dora_ray.store import frames as frame_store
 from dora_ray.store.cache import local_copy
-from dora_ray.store.frames import load_index, open_videos, read_jpegs, stored_index
+from dora_ray.store.frames import open_videos, read_jpegs
+from dora_ray.store.indexes import load_index, stored_index
 from dora_ray.video.decoders import get_decoder
 from dora_ray.video.synthetic import make_video, read_counter
 from tests.store.reading import FORM, read_frames
@@ -31,19 +33,19 @@ def uri_of(index, store):
 def fill(index, store, *, skip=(), order=(0, 1, 2, 3), lost=()):
     """Store the kept frames of a video: one commit for each segment, in the order given."""
     uri = uri_of(index, store)
-    frame_store.create_dataset(uri)
+    datasets.create_dataset(uri)
     kept = FORM.kept(index)
     segments = index.segments(0.2)
     for number in order:
         part = segments[number]
         wanted = [int(p) for p in kept[(kept >= part.start_pts) & (kept < part.stop_pts)] if p not in skip]
         rows = [
-            frame_store.missing_row(frame.pts, segment=number, width=frame.width, height=frame.height)
+            datasets.missing_row(frame.pts, segment=number, width=frame.width, height=frame.height)
             if frame.pts in lost
-            else frame_store.frame_row(frame, segment=number, jpeg_quality=90)
+            else datasets.frame_row(frame, segment=number, jpeg_quality=90)
             for frame in get_decoder("pyav").decode(index, wanted, short_side=64)
         ]
-        frame_store.commit(uri, frame_store.write_rows(uri, rows))
+        datasets.commit(uri, datasets.write_rows(uri, rows))
     return uri
 
 
@@ -155,7 +157,7 @@ def test_cuts_are_those_of_the_pictures(tmp_path):
 
 def test_the_index_is_made_once(film, monkeypatch):
     store, index = film
-    monkeypatch.setattr(frame_store, "index_video", lambda path: pytest.fail("the file was indexed again"))
+    monkeypatch.setattr(indexes, "index_video", lambda path: pytest.fail("the file was indexed again"))
     again = load_index(index.path, store=store)
     assert again.digest == index.digest
     assert np.array_equal(again.pts, index.pts)

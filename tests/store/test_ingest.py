@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 
 from dora_ray.errors import ClusterError, ConfigError, VideoError
+from dora_ray.store import datasets, segments
 from dora_ray.store import frames as frame_store
 from dora_ray.store import ingest as job
-from dora_ray.store.frames import FrameFormat, load_index, open_videos
+from dora_ray.store.frames import FrameFormat, open_videos
 from dora_ray.store.hangs import UNWATCHED
+from dora_ray.store.indexes import load_index
 from dora_ray.store.ingest import ingest
 from dora_ray.video.decoders import PyAVDecoder
 from dora_ray.video.index import index_video
@@ -37,7 +39,7 @@ SETTING = {
 }
 SIX = replace(FORM, frames_per_second=6.0)
 ROOT = Path(__file__).parents[2]
-REAL_TASK = job.ingest_segment
+REAL_TASK = segments.ingest_segment
 
 pytestmark = pytest.mark.ray
 
@@ -117,17 +119,17 @@ def endless(tmp_path):
     store, form = str(tmp_path / "store"), FrameFormat(frames_per_second=30.0, short_side=48, jpeg_quality=90)
     index = load_index(str(path), store=store)
     uri = frame_store.dataset_uri(store, index.video_id, form)
-    frame_store.create_dataset(uri)
-    (part,) = job._pending(index, uri, form, 0.2, 120.0)
+    datasets.create_dataset(uri)
+    (part,) = segments._pending(index, uri, form, 0.2, 120.0)
     return store, form, index, part
 
 
 def test_a_segment_without_end_is_written_in_parts(endless):
     """One key frame makes one segment of any length: what is held is a part's rows, and its commit is still one."""
     store, form, index, part = endless
-    fragments, missing = job._write_segment(part, store, "pyav", form)
+    fragments, missing = segments._write_segment(part, store, "pyav", form)
     assert [json.loads(fragment)["physical_rows"] for fragment in fragments] == [256, 256, 88]
-    frame_store.commit(part.uri, fragments)
+    datasets.commit(part.uri, fragments)
     (video,) = open_videos([index], store=store, form=form)
     assert (missing, video.missing, video.version) == (0, 0, 2)
     frames = [0, 255, 256, 511, 512, 599]
@@ -136,16 +138,16 @@ def test_a_segment_without_end_is_written_in_parts(endless):
 
 def test_a_segment_that_fails_leaves_no_part_behind(endless, monkeypatch):
     store, form, _, part = endless
-    frame_row = frame_store.frame_row
+    frame_row = datasets.frame_row
 
     def fails_late(frame, **options):
         if frame.pts > part.pts[300]:
             raise VideoError("nothing more can be read")
         return frame_row(frame, **options)
 
-    monkeypatch.setattr(frame_store, "frame_row", fails_late)
+    monkeypatch.setattr(datasets, "frame_row", fails_late)
     with pytest.raises(VideoError, match="nothing more"):
-        job._write_segment(part, store, "pyav", form)
+        segments._write_segment(part, store, "pyav", form)
     assert not list(Path(part.uri, "data").glob("*"))
 
 
@@ -155,16 +157,16 @@ def test_a_file_that_changed_since_it_was_indexed_is_not_decoded(tmp_path):
     path, store = str(make(frames_per_second=30, seed=1)), str(tmp_path / "store")
     index = load_index(path, store=store)
     uri = frame_store.dataset_uri(store, index.video_id, FORM)
-    frame_store.create_dataset(uri)
-    part = job._pending(index, uri, FORM, 0.2, 120.0)[1]
+    datasets.create_dataset(uri)
+    part = segments._pending(index, uri, FORM, 0.2, 120.0)[1]
     make(frames_per_second=30, seed=2)
     other = index_video(path)
     assert (other.pts.tolist(), other.key_pts.tolist()) == (index.pts.tolist(), index.key_pts.tolist())
     with pytest.raises(VideoError, match=r"v\.mp4: has \d+ bytes and had \d+ when it was indexed: the file changed"):
-        job._write_segment(part, store, "pyav", FORM)
+        segments._write_segment(part, store, "pyav", FORM)
     Path(path).unlink()
     with pytest.raises(VideoError, match=r"v\.mp4: no such file; check the path, on every node"):
-        job._write_segment(part, store, "pyav", FORM)
+        segments._write_segment(part, store, "pyav", FORM)
 
 
 def test_copies_of_one_video_are_stored_once(ray_cluster, tmp_path):
@@ -211,7 +213,7 @@ def in_this_process(monkeypatch):
     """The tasks run here, one after the other: what is tested has nothing to do with Ray."""
     monkeypatch.setattr(job, "ray_cluster", nullcontext)
     monkeypatch.setattr(job, "run_tasks", lambda items, task, **_: map(task, items))
-    monkeypatch.setattr(job, "TaskWatch", lambda seconds: nullcontext(UNWATCHED))
+    monkeypatch.setattr(segments, "TaskWatch", lambda seconds: nullcontext(UNWATCHED))
 
 
 def test_what_cannot_be_read_or_decoded_is_left_out_on_demand(in_this_process, tmp_path, caplog):
@@ -368,17 +370,17 @@ def test_two_processes_that_ingest_one_video_at_once(tmp_path):
 
 MEMORY = """
 import json, sys
-from dora_ray.store import ingest, frames as store
+from dora_ray.store import datasets, frames as store, indexes, segments
 from dora_ray.video.index import index_video
 from dora_ray.training.memory import peak_mb
 import ray
 idle, index = peak_mb(), index_video(sys.argv[1])
-store.load_index(sys.argv[1], store=sys.argv[2])
+indexes.load_index(sys.argv[1], store=sys.argv[2])
 form = store.FrameFormat(6.0, 512, 85)
 uri = store.dataset_uri(sys.argv[2], index.video_id, form)
-store.create_dataset(uri)
-(part,) = ingest._pending(index, uri, form, 20.0, 120.0)
-ingest._write_segment(part, sys.argv[2], "pyav", form)
+datasets.create_dataset(uri)
+(part,) = segments._pending(index, uri, form, 20.0, 120.0)
+segments._write_segment(part, sys.argv[2], "pyav", form)
 sys.stdout.write(json.dumps([len(part.pts), peak_mb() - idle]))
 """
 

@@ -9,8 +9,10 @@ import lance
 import pytest
 
 from dora_ray.errors import VideoError
+from dora_ray.store import datasets
 from dora_ray.store import frames as frame_store
-from dora_ray.store.frames import load_index, open_videos
+from dora_ray.store.frames import open_videos
+from dora_ray.store.indexes import load_index
 from dora_ray.store.losses import losses, missing_share, stored_frames, whole_videos
 from dora_ray.video.index import DECODING_RULES
 from tests.store.reading import FORM
@@ -66,7 +68,7 @@ def test_an_end_that_a_file_has_lost_is_told_and_not_refused(tmp_path):
 
 def by_older_rules(uri: str) -> None:
     """The dataset as it was made before it said which rules filled it."""
-    lance.write_dataset(frame_store.SCHEMA.empty_table(), uri, mode="create")
+    lance.write_dataset(datasets.SCHEMA.empty_table(), uri, mode="create")
 
 
 def test_frames_that_older_rules_showed_wrong_are_offered_for_another_ingest(tmp_path):

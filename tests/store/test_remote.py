@@ -16,8 +16,10 @@ import pytest
 
 from dora_ray import files
 from dora_ray.errors import ConfigError, VideoError
+from dora_ray.store import datasets
 from dora_ray.store import frames as frame_store
-from dora_ray.store.frames import load_index, open_videos, read_jpegs
+from dora_ray.store.frames import open_videos, read_jpegs
+from dora_ray.store.indexes import load_index
 from dora_ray.video.decoders import get_decoder
 from dora_ray.video.index import find_videos, index_video
 from dora_ray.video.sources import file_stamp
@@ -62,12 +64,12 @@ def test_a_store_in_a_bucket_is_filled_and_read(film, tmp_path):
     assert len(frame_store.unstored_frames(index, uri, FORM)) == 14
     kept = index.pts[index.kept_frames(10.0)]
     parts = [kept[:5], kept[5:9], kept[9:]]
-    frame_store.create_dataset(uri)
+    datasets.create_dataset(uri)
 
     def store_part(number):
         frames = get_decoder("pyav").decode(index, parts[number], short_side=64)
-        rows = [frame_store.frame_row(frame, segment=number, jpeg_quality=90) for frame in frames]
-        frame_store.commit(uri, frame_store.write_rows(uri, rows))
+        rows = [datasets.frame_row(frame, segment=number, jpeg_quality=90) for frame in frames]
+        datasets.commit(uri, datasets.write_rows(uri, rows))
 
     with ThreadPoolExecutor(3) as pool:  # commits at the same time: none is lost
         list(pool.map(store_part, range(3)))
@@ -131,12 +133,12 @@ OPERATIONS = {
     "find": lambda path: find_videos([f"{path}/*.mp4"]),
     "index": lambda path: index_video(f"{path}/v.mp4"),
     "store": lambda path: load_index(BIKES, store=path),
-    "look at frames": lambda path: frame_store.has_frames(f"{path}/v.lance"),
-    "create a dataset": lambda path: frame_store.create_dataset(f"{path}/v.lance"),
-    "write frames": lambda path: frame_store.write_rows(
-        f"{path}/v.lance", [frame_store.missing_row(0, segment=0, width=2, height=2)]
+    "look at frames": lambda path: datasets.has_frames(f"{path}/v.lance"),
+    "create a dataset": lambda path: datasets.create_dataset(f"{path}/v.lance"),
+    "write frames": lambda path: datasets.write_rows(
+        f"{path}/v.lance", [datasets.missing_row(0, segment=0, width=2, height=2)]
     ),
-    "commit frames": lambda path: frame_store.commit(f"{path}/v.lance", []),
+    "commit frames": lambda path: datasets.commit(f"{path}/v.lance", []),
     "read frames": lambda path: read_frames(replace(STORED, uri=f"{path}/v.lance"), [0]),
 }
 STORED = frame_store.StoredVideo(
@@ -177,7 +179,7 @@ def test_a_server_that_is_not_there_is_named(monkeypatch):
     with pytest.raises(ConfigError, match=r"cannot be reached .* check the address and AWS_ENDPOINT_URL"):
         files.exists("s3://films/a")
     with pytest.raises(VideoError, match=r"cannot be reached .* check the address and AWS_ENDPOINT_URL"):
-        frame_store.has_frames("s3://films/v.lance")
+        datasets.has_frames("s3://films/v.lance")
 
 
 def test_missing_objects_and_buckets_are_named(s3, monkeypatch):
@@ -187,7 +189,7 @@ def test_missing_objects_and_buckets_are_named(s3, monkeypatch):
     with pytest.raises(ConfigError, match=r"there is no such bucket .*; create it"):
         files.write_text("s3://nowhere/a.txt", "a")
     with pytest.raises(VideoError, match=r"there is no such bucket .*; create it"):
-        frame_store.has_frames("s3://nowhere/v.lance")
+        datasets.has_frames("s3://nowhere/v.lance")
 
 
 @pytest.mark.parametrize("kind", [servers.Ranges, servers.WholeFiles])

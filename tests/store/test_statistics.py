@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from dora_ray.cli import main
+from dora_ray.store import datasets
 from dora_ray.store import frames as frame_store
-from dora_ray.store.frames import load_index, open_videos
+from dora_ray.store.frames import open_videos
+from dora_ray.store.indexes import load_index
 from dora_ray.store.statistics import analyze
 from dora_ray.video.decoders import get_decoder
 from dora_ray.video.synthetic import encode_video
@@ -26,10 +28,10 @@ def film(tmp_path):
     store = str(tmp_path / "store")
     index = load_index(str(path), store=store)
     uri = frame_store.dataset_uri(store, index.video_id, FORM)
-    frame_store.create_dataset(uri)
+    datasets.create_dataset(uri)
     frames = list(get_decoder("pyav").decode(index, index.pts, short_side=64))
-    rows = [frame_store.frame_row(frame, segment=0, jpeg_quality=90) for frame in frames]
-    frame_store.commit(uri, frame_store.write_rows(uri, rows))
+    rows = [datasets.frame_row(frame, segment=0, jpeg_quality=90) for frame in frames]
+    datasets.commit(uri, datasets.write_rows(uri, rows))
     return path, store, frames
 
 

@@ -1,0 +1,49 @@
+"""The indexes of videos that a store keeps, each in the folder of its video."""
+
+from __future__ import annotations
+
+from dora_ray import files
+from dora_ray.errors import VideoError
+from dora_ray.video.index import VideoIndex, index_video
+from dora_ray.video.sources import file_stamp
+
+INDEX_NAME = "index.npz"
+
+
+def load_index(path: str, *, store: str) -> VideoIndex:
+    """The index of a video file, from the store when the file is the one that was indexed, else made and stored.
+
+    Raises:
+        VideoError: the file cannot be read.
+    """
+    path = files.absolute(path)
+    if known := known_index(path, store=store):
+        return known
+    index = index_video(path)
+    files.write_bytes(files.join(store, index.video_id, INDEX_NAME), index.to_bytes())
+    return index
+
+
+def known_index(path: str, *, store: str) -> VideoIndex | None:
+    """The index of a video file that a store has; None where it has none, or the file is another one now."""
+    path = files.absolute(path)
+    for name in files.list_names(store):
+        known = stored_index(store, name) if name[:-8] == VideoIndex.name_of(path) + "-" else None
+        if known and known.path == path and _same_file(known):
+            return known
+    return None
+
+
+def stored_index(store: str, video_id: str) -> VideoIndex | None:
+    """The index in a store, None where there is none that can be read."""
+    try:
+        return VideoIndex.from_bytes(files.read_bytes(files.join(store, video_id, INDEX_NAME)))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _same_file(index: VideoIndex) -> bool:
+    try:
+        return file_stamp(index.path) == (index.size_bytes, index.mtime_ns)
+    except VideoError:
+        return False
