@@ -23,6 +23,7 @@ from dora_ray.store import datasets
 from dora_ray.store import frames as frame_store
 from dora_ray.store.frames import FrameFormat, StoredVideo
 from dora_ray.store.hangs import HANGS
+from dora_ray.store.indexes import load_index
 from dora_ray.store.ray_tasks import ray_cluster, run_tasks
 from dora_ray.store.segments import Work, find_work, ingest_segment
 from dora_ray.video.decoders import get_decoder
@@ -121,7 +122,7 @@ def find_indexes(videos: Sequence[str], *, store: str, decoder: str, skip_unread
     library = get_decoder(decoder)
 
     def read(path: str) -> VideoIndex:
-        index = indexes.load_index(path, store=store)
+        index = load_index(path, store=store)
         reason = library.refusal(index)
         if reason:
             raise VideoError(f"{path}: decoder {decoder} is refused: {reason}; use data.decoder=pyav")
