@@ -66,7 +66,7 @@ class DataConfig(Section):
 
 
 class ClipConfig(Section):
-    """What one training sample is cut from."""
+    """The clip that one training sample is cut from."""
 
     num_frames: Annotated[int, Field(ge=2)] = 8
     """Frames T of a clip; 2 is the frame pair (paper: 8)."""
@@ -140,7 +140,7 @@ class TrackingConfig(Section):
     threshold: Literal["clip", "batch", "soft"] = "clip"
     """Mask rule: above the mean of its own frame; the released rule over the slot; or soft."""
     heads_per: Literal["clip", "slot"] = "clip"
-    """Whether heads are drawn for each clip or once for a slot (released)."""
+    """Heads are drawn for each clip, or once for a slot (released)."""
     views: Literal["masked", "packed"] = "masked"
     """Object views: whole frames that are 0 outside the object, or (ours, less work) its patches alone."""
     every_steps: Count = 1
@@ -189,11 +189,11 @@ class OptimConfig(Section):
     gradient_clip: Positive | None = 3.0
     """Largest norm of each parameter's gradient (released: per parameter, not global); null: no clipping."""
     reduction: Literal["exact", "float32"] = "exact"
-    """How slot gradients are added: in fixed point, bit-identical for any number of workers, or in float32."""
+    """Sum of slot gradients: in fixed point, bit-identical for any number of workers, or in float32."""
     precision: Literal["bf16", "float32"] = "bf16"
     """Autocast type of the forward on a GPU; a CPU always computes in float32."""
     teacher_precision: Literal["same", "bf16", "fp8"] = "same"
-    """What the teacher's networks compute in, on any device: as the student's, in bf16, or in bf16 with the linear
+    """Precision of the teacher's networks, on any device: as the student's, bf16, or bf16 with the linear
     layers of its blocks in fp8 (GPUs since Ada and Hopper; a CPU is slower with it)."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the student's blocks, compute the rest again in the backward: less memory, more time."""
@@ -256,7 +256,7 @@ class RunConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What a run measures of its teacher, at its end and in between, on data that it is not trained for."""
+    """Measures of a run's teacher, at its end and in between, on data that it is not trained for."""
 
     images: str | None = None
     """Labeled folder with train/CLASS/* and test/CLASS/*, for kNN."""

@@ -38,7 +38,7 @@ class ModelConfig(Section):
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Stochastic depth of the last block of the student, rising linearly from 0 (released)."""
     position_interpolation: Literal["antialiased", "released"] = "antialiased"
-    """How the position embedding is brought to a local view's grid: bicubic and antialiased (timm's), or as in the
+    """Resize of the position embedding to a local view's grid: bicubic and antialiased (timm's), or as in the
     released code, not antialiased and at a scale computed with 0.1 patch too many."""
     cls_token_std: Positive = 1e-6
     """Standard deviation of the CLS token's first values (timm's; released: 0.02)."""

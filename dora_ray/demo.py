@@ -130,7 +130,7 @@ def _measured(run: Path, knn: dict[str, Any]) -> dict[str, str]:
 
 
 def _meaning(knn: dict[str, Any]) -> str:
-    """What the figures say, and what they do not."""
+    """Say what the figures show, and what they do not."""
     gain = 100 * (knn["trained"] - max(knn["random"]))
     # Two standard errors of a difference of two shares on the same number of crops.
     error = 200 * (2 * knn["trained"] * (1 - knn["trained"]) / knn["num_test"]) ** 0.5

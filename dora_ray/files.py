@@ -24,7 +24,7 @@ Rest = ParamSpec("Rest")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether the path names a URI other than file://."""
+    """Return whether the path names a URI other than file://."""
     text = os.fspath(path)
     return "://" in text and not text.startswith("file://")
 
@@ -67,7 +67,7 @@ def _named(
 
 @_named
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether a file or folder is there."""
+    """Return whether a file or folder is there."""
     filesystem, inner = _filesystem(path)
     return bool(filesystem.exists(inner))
 

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, a log line now and then anywhere else.
+"""Progress of a long job: a bar on a terminal, a log line now and then anywhere else.
 
     with Progress("train", unit="steps") as progress:
         progress.update(step=12, total=3000, loss=5.1, clips_per_second=9.7, data_wait=0.02)

@@ -127,7 +127,7 @@ def quiet_data() -> None:
 
 
 def attempt_number() -> int:
-    """How many times Ray has begun the task that runs here before; 0 in its first attempt.
+    """Return how many times Ray has begun the task that runs here before; 0 in its first attempt.
 
     Public fallback: none for tasks; note the beginning of each attempt in `put_value`'s store, at the price of a call
     to the head for every task.
@@ -215,7 +215,7 @@ def living_nodes_at(address: str, ip: str) -> list[str]:
 
 
 def has_node_types() -> bool:
-    """Whether an autoscaler with node types of its own runs here; without one, Ray names a node's type after its id.
+    """Return whether an autoscaler with its own node types runs here; without one, a node's type is named after its id.
 
     Public fallback: take every cluster to be able to grow, and wait for what may never come.
     """

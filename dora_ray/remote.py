@@ -1,4 +1,4 @@
-"""What object stores and web servers refuse, in sentences for people.
+"""Refusals of object stores and web servers, in sentences for people.
 
 Each library behind fsspec has errors of its own (botocore's, aiohttp's, Google's). They are told apart by the names of
 their classes, so that none of those libraries need be installed. Lance has one class for all, and words.

@@ -256,7 +256,7 @@ def differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> st
 
 
 def _describe_tensors(tensors: dict[str, Tensor]) -> str:
-    """What the shapes of an encoder's tensors tell of it (the number of heads leaves no trace in them)."""
+    """Describe an encoder by its tensors' shapes (the number of heads leaves no trace in them)."""
     projection = next((tensors[name] for name in tensors if name.endswith("patch_embed.proj.weight")), None)
     if projection is None:
         return "no ViT" if tensors else "no tensors under the expected names"

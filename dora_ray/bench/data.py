@@ -214,7 +214,7 @@ def _augment_with_pil(clip: torch.Tensor, config: Config) -> list[Image.Image]:
 
 
 def _plain_decoder() -> tuple[str, Callable[[str], float]]:
-    """What decodes a file in one thread and does nothing more, by name, and the function that gives its CPU seconds."""
+    """Name a program that only decodes a file, in one thread, and return the function that gives its CPU seconds."""
     binary = shutil.which("ffmpeg") or _packaged_ffmpeg()
     if binary is None:
         return "PyAV (no ffmpeg found)", lambda path: _cpu_seconds(lambda: _decode_only(path))[0]

@@ -44,7 +44,7 @@ class Products:
         return dict(found)
 
     def seconds(self, device: torch.device) -> float:
-        """What all of them take one after the other, with nothing between them; matrices lie as they are multiplied."""
+        """Time all of them one after the other, with nothing between them; matrices lie as they are multiplied."""
         return sum(_seconds(product, count, device) for product, count in self.counts.items())
 
 

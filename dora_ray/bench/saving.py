@@ -1,4 +1,4 @@
-"""What a checkpoint costs the training: the snapshot in the step, and the steps beside which it is written."""
+"""The cost of a checkpoint: the snapshot in the step, and the steps beside which it is written."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Saving:
 
 
 def cost(written: Sequence[Written], alone: Sequence[float]) -> dict[str, float]:
-    """What a checkpoint takes out of the training; medians.
+    """Return what a checkpoint takes out of the training; medians.
 
     Args:
         written: the checkpoints.

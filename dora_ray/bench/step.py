@@ -166,7 +166,7 @@ def _call_once(paths: dict[str, Callable[[], float]], names: Iterable[str], opti
 
 
 def _setting(config: Config | None, device_name: str | None = None) -> tuple[Config, torch.device]:
-    """What is trained, one slot a step, and where."""
+    """Return what is trained, one slot a step, and on which device."""
     if device_name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device=cuda, but torch finds no GPU here: leave it out, or look at nvidia-smi")
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -223,7 +223,7 @@ def _speeds(config: Config, device: torch.device, seconds: dict[str, list[float]
 
 
 def _shares(products: Products, seconds: dict[str, list[float]], device: torch.device) -> dict[str, float]:
-    """Of the matrix products: how many operations, and what part of a step they would take."""
+    """Count the matrix products' operations, and the share of a step that they would take."""
     ours, by_type = seconds["ours"], products.by_type()
     size = 8192 if device.type == "cuda" else 1536
     rates = {_name(kind): square_flops_per_second(size, kind, device) for kind in by_type}

@@ -116,7 +116,7 @@ def _cluster() -> Iterator[None]:
 def _in_turns(
     bare: ProcessPoolExecutor, inputs: Inputs, slots: int, *, size: int, slots_per_task: int
 ) -> dict[str, float]:
-    """Of rounds in which the bare reading and the stream have their turn, the median one by the stream's share."""
+    """Run rounds in which the bare reading and the stream take turns; return the median one by the stream's share."""
     through_ray(inputs, WARM_SLOTS * slots_per_task, size=size, slots_per_task=slots_per_task)
     rounds = []
     for _ in range(ROUNDS):

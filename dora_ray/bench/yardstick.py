@@ -33,7 +33,7 @@ class Yardstick:
         self._products = record(self._train)
 
     def matmul_share(self) -> float:
-        """What its matrix products take by themselves, over what forward and backward take."""
+        """Time of its matrix products by themselves, over that of forward and backward."""
         synchronize(self._device)
         started = time.perf_counter()
         self._train()

@@ -56,7 +56,7 @@ TRAINING = (
 
 @dataclass(frozen=True)
 class Moment:
-    """What there was at a time.
+    """The cluster at one time.
 
     Attributes:
         seconds: since the training was started.

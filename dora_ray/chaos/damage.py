@@ -126,7 +126,7 @@ def hang_decoder(run: Path, words: tuple[str, ...], *, address: str) -> str:
 
 @dataclass(frozen=True)
 class Hang:
-    """What becomes of a run when one data file hangs.
+    """A data file that hangs, and where the run then ends.
 
     Attributes:
         file: the data file.

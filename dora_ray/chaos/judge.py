@@ -1,4 +1,4 @@
-"""What a run with faults lost, from its files alone: compared with those of a run that was left alone.
+"""Losses of a run with faults, from its files alone, compared with those of a run that was left alone.
 
 An attempt is one start of the worker group. A fault answers for the attempts that begin after it and before the next
 fault: for the steps that they take back, and for the time without a step before the first of their steps.
@@ -69,7 +69,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Row:
-    """What one fault cost.
+    """The cost of one fault.
 
     Attributes:
         recovered_seconds: without a step, from the fault (or, when training went on, from the last step before the

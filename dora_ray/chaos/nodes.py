@@ -67,7 +67,7 @@ class LocalNodes:
 
     @property
     def address(self) -> str:
-        """What RAY_ADDRESS is set to."""
+        """Value of RAY_ADDRESS."""
         return str(self._cluster.gcs_address)
 
     def __len__(self) -> int:

@@ -80,7 +80,7 @@ def kill_writer(training: Training) -> None:
 
 
 def _half_written(checkpoints: Path) -> bool:
-    """Whether the newest folder lacks its last file; in an older one it may be gone already."""
+    """Return whether the newest folder lacks its last file; in an older one it may be gone already."""
     newest = max(checkpoints.glob("step-*"), default=None)
     return newest is not None and not (newest / META).exists()
 

@@ -47,7 +47,7 @@ Inflict = Callable[[Training, LocalNodes], Iterable[Hit]]
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one run.
+    """The outcome of one run.
 
     Attributes:
         name: the fault, or what the faults were when there were several.
@@ -247,7 +247,7 @@ def unprovoked(hits: Sequence[Hit], run: Path) -> list[str]:
 
 
 def limits(row: Row) -> list[str]:
-    """What one fault may cost, and does not keep to: a sentence each."""
+    """Name the limits that one fault's cost exceeds, a sentence each."""
     lost, problems = row.work_lost_seconds, []
     where = f"{row.fault} at step {row.step}"
     if row.recovered_seconds is None:

@@ -1,4 +1,4 @@
-"""What each command of the command line does: one call of the API, and what it prints.
+"""The commands of the command line: one call of the API each, and the printing of its result.
 
 A module for each command. Results go to standard output, progress and messages to standard error.
 """

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _recoveries(trial: dict[str, Any]) -> list[str]:
-    """What the time without a step was spent on, a sentence for each fault that the run told it of."""
+    """Say how the time without a step was spent, a sentence for each fault that the run reported it for."""
     return [
         f"step {row['step']}, {row['fault']}, {row['recovered_seconds']:.1f} s: "
         + ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in row["parts"].items())

@@ -1,4 +1,4 @@
-"""What commands print: results to standard output, progress to standard error."""
+"""Printing: results to standard output, progress to standard error."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ class Stages:
         return self._progress
 
     def ingest(self, state: IngestProgress) -> None:
-        """Of an ingest."""
+        """Show the progress of an ingest."""
         rate = state.done_frames / state.seconds if state.seconds else None
         self.at("ingest", "segments").update(
             step=state.done_segments, total=state.segments, frames_per_second=rate, missing=state.missing or None
         )
 
     def train(self, num_steps: int) -> Callable[[dict[str, Any]], None]:
-        """Of a training, from its lines of metrics."""
+        """Return a callback that shows a training's progress from its lines of metrics."""
 
         def update(line: dict[str, Any]) -> None:
             wait, seconds = line.get("data_wait_seconds"), line.get("step_seconds")

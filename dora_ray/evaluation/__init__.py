@@ -1,4 +1,4 @@
-"""How good is a checkpoint's encoder? One function for every protocol; each protocol has its own file.
+"""Evaluation of a checkpoint's encoder: one function for every protocol, each of which has its own file.
 
 `tasks` lists them; nothing here imports torch before an encoder is evaluated.
 """

@@ -168,7 +168,7 @@ class _Cut:
 
     @property
     def short_side(self) -> int:
-        """Of a frame to be cut, pixels."""
+        """Short side of a frame before it is cut, pixels."""
         return self.size if self.whole else round(self.size * 256 / 224)
 
     def __call__(self, image: Image.Image) -> np.ndarray:

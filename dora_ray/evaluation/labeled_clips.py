@@ -93,7 +93,7 @@ def _stack(clips: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.n
 
 
 def _sequence_names(root: Path, images: Path) -> list[str]:
-    """Those that the list of the validation part names, where there is one, else all."""
+    """Return those that the list of the validation part names, where there is one, else all."""
     listed = root / "ImageSets" / "2017" / "val.txt"
     names = listed.read_text().split() if listed.is_file() else [entry.name for entry in images.iterdir()]
     return sorted(name for name in names if (images / name).is_dir())

@@ -14,25 +14,25 @@ from dora_ray.config_section import Count, Natural, Positive, Section, checked
 
 
 class Options(Section):
-    """What every task takes."""
+    """Options of every task."""
 
     device: str = "cpu"
     """Where the encoder runs: cpu, cuda, cuda:1 or mps."""
     random_init: bool = False
     """Evaluate a newly drawn encoder of the checkpoint's architecture: the figure to compare with."""
     seed: Natural = 0
-    """Of the newly drawn encoder."""
+    """Seed of the newly drawn encoder."""
 
 
 class FileOptions(Options):
-    """What the tasks on many files take."""
+    """Options of the tasks on many files."""
 
     skip_unreadable: bool = False
     """Leave out files that cannot be read, with a warning, in place of naming them in an error."""
 
 
 class ImageOptions(FileOptions):
-    """What the tasks on labeled images take."""
+    """Options of the tasks on labeled images."""
 
     image_size: Count | None = None
     """Side of the square images, pixels; not set: what the encoder was trained on."""
@@ -65,14 +65,14 @@ class LinearOptions(ImageOptions):
     probe_batch_size: Count = 256
     """Images a step of the probe."""
     probe_seed: Natural = 0
-    """Of the order of the probe's images."""
+    """Seed of the order of the probe's images."""
 
 
 class CorlocOptions(FileOptions):
     """Object discovery: one box an image."""
 
     method: Literal["attention", "lost"] = "lost"
-    """How a box is found: mean CLS attention above its mean, or LOST."""
+    """Rule that finds a box: mean CLS attention above its mean, or LOST."""
     short_side: Count | None = None
     """Short side of what the encoder sees, pixels; not set: the image's own (LOST), within `long_side`."""
     long_side: Count = 640
@@ -104,14 +104,14 @@ class VosOptions(FileOptions):
 
 
 class BesideOptions(Options):
-    """What tasks take that measure newly drawn encoders on the same clips."""
+    """Options of the tasks that measure newly drawn encoders on the same clips."""
 
     image_size: Count | None = None
     """Side of what the encoder sees (the short one of whole frames), pixels; not set: what it was trained on."""
     random_encoders: Natural = 1
     """Newly drawn encoders that are measured too; 0 for none."""
     draw_seed: Natural = 0
-    """Of all that the measure draws: heads, crops, light."""
+    """Seed of all that the measure draws: heads, crops, light."""
 
 
 class ObjectsOptions(BesideOptions):
@@ -134,9 +134,9 @@ class ObjectsOptions(BesideOptions):
     normalize_patches: bool | None = None
     """L2-normalize the patch tokens."""
     num_iterations: Natural | None = None
-    """Of Sinkhorn-Knopp; 0 for none."""
+    """Iterations of Sinkhorn-Knopp; 0 for none."""
     epsilon: Positive | None = None
-    """Of Sinkhorn-Knopp."""
+    """Entropic regularization of Sinkhorn-Knopp."""
     threshold: Literal["clip", "batch"] | None = None
     """Rule of the masks."""
 

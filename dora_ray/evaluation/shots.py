@@ -37,7 +37,7 @@ class Shot:
 
     @property
     def has_cut(self) -> bool:
-        """Whether a shot cut runs through it: objects cannot be tracked across one."""
+        """True if a shot cut runs through it: objects cannot be tracked across one."""
         return bool(self.cuts.any())
 
     @property

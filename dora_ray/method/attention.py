@@ -151,7 +151,7 @@ def _project_mixed(attention: Attention, runs: list[Tensor]) -> Tensor:
 
 
 def _has_kernel(tokens: Tensor, layout: Layout) -> bool:
-    """Whether to use torch's attention over unlike lengths, which there is in half precision on a GPU."""
+    """Return whether to use torch's attention over unlike lengths, which exists in half precision on a GPU."""
     return tokens.is_cuda and tokens.dtype in HALF and len(layout.runs) >= RUNS_FOR_KERNEL
 
 
@@ -180,7 +180,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _runs(projections: Tensor, layout: Layout) -> list[tuple[Tensor, ...]]:
-    """Of each run its queries, keys and values, or some of them: (sequences, H, tokens, d) of (P, parts, H, d)."""
+    """Return each run's queries, keys and values, or some of them: (sequences, H, tokens, d) of (P, parts, H, d)."""
     views: tuple[Tensor, ...] = _Views.apply(projections, layout)
     count = projections.shape[1]
     return [views[first : first + count] for first in range(0, len(views), count)]

@@ -136,7 +136,7 @@ class _DroppedResidual(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Forms:
-    """What a block does to single tokens, before and after its attention: `_begin_block`, `_finish_block`."""
+    """The parts of a block that act on single tokens, before and after attention: `_begin_block`, `_finish_block`."""
 
     begin: Callable[..., Tensor]
     finish: Callable[..., Tensor]

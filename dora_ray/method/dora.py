@@ -103,7 +103,7 @@ def build_network(
 
 @dataclass(frozen=True)
 class SlotOutput:
-    """What one slot adds to a step.
+    """One slot's part of a step.
 
     Attributes:
         loss: scalar with gradient to the student.
@@ -120,7 +120,7 @@ class SlotOutput:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the teacher says of a slot.
+    """The teacher's outputs for a slot.
 
     Attributes:
         outputs: (B, G, T, O) at least in float32.
@@ -229,7 +229,7 @@ def student_forward(
 def student_bottlenecks(
     student: Network, globals_: Tensor, locals_: Tensor, masks: Tensor | None, settings: MethodSettings
 ) -> tuple[Tensor, Tensor]:
-    """What the student's last layer gets for the large views and for the local views: (B, V, T, P) and (B, L, T, P).
+    """Return the input of the student's last layer for large and for local views: (B, V, T, P) and (B, L, T, P).
 
     All sequences go through the encoder together. The large views are the global views for kind "none", else the
     objects', of which there are none (V of 0) without masks.

@@ -74,7 +74,7 @@ class _LogSums(torch.autograd.Function):
 
 @full_precision
 def _log_sum_gradients(features: Tensor, rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Of features (n, P) and rows (O, P), from that of the sums (n,)."""
+    """Return the gradients of features (n, P) and rows (O, P), from that of the sums (n,)."""
     means, of_rows = torch.empty_like(features), torch.zeros_like(rows)
     weighted = features * gradient.unsqueeze(1)
     for chunk, of_chunk, mean in zip(*(_chunks(each, rows) for each in (features, weighted, means)), strict=True):

@@ -1,4 +1,4 @@
-"""What is logged beside the loss, because self-supervised learning fails silently. All are 0-dimensional and detached.
+"""Measures beside the loss, since self-supervised learning fails silently. All are 0-dimensional and detached.
 
 Shapes: B clips, T frames, N patches, K objects, V views, G global views, O head outputs, P the head's bottleneck.
 """
@@ -20,7 +20,7 @@ Measures = dict[str, Tensor]
 @torch.no_grad()
 @full_precision
 def teacher_measures(teacher: Tensor, center: Tensor, *, temperature: float) -> Measures:
-    """How far the teacher's targets are from collapse.
+    """Measure how far the teacher's targets are from collapse.
 
     Args:
         teacher: (..., O) outputs.

@@ -14,7 +14,7 @@ _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """What runs inside belongs to this part of the step. Parts do not nest."""
+    """Count what runs inside as this part of the step. Parts do not nest."""
     watch = _watch.get()
     with record_function(name):
         if watch is None:

@@ -187,7 +187,7 @@ def reference_slot_forward(
     object_weight: float,
     masks: Tensor | None = None,
 ) -> SlotOutput:
-    """What `slot_forward` computes, with the same arguments and results, one frame and one view at a time."""
+    """Compute what `slot_forward` does, with the same arguments and results, one frame and one view at a time."""
     teacher.eval()
     num_globals, num_frames = globals_.shape[1:3]
     dtype, temperature = settings.teacher_dtype, settings.teacher_temperature

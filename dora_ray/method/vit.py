@@ -32,7 +32,7 @@ TIMM_CLS_STD = 1e-6
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder says about images, after its final norm.
+    """An encoder's outputs for images, after its final norm.
 
     Attributes:
         cls: (B', D).
@@ -45,7 +45,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Tracked:
-    """What objects are discovered and tracked with. Heads are concatenated in query and key; CLS is in neither.
+    """Tensors that discover and track objects. Heads are concatenated in query and key; CLS is in neither.
 
     Attributes:
         cls: (B, T, D) CLS of every frame, after the final norm.
@@ -321,7 +321,7 @@ def _normalize(vit: VisionTransformer, tokens: Tensor) -> Tensor:
 
 
 def _layout_of(tokens: Tensor) -> Layout:
-    """Of sequences (S, n, D) of one length."""
+    """Return the layout of sequences (S, n, D) of one length."""
     return Layout(((tokens.shape[0], tokens.shape[1]),), tokens.device)
 
 

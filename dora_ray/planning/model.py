@@ -31,7 +31,7 @@ class Film:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a recipe does with its films.
+    """A recipe's work on its films.
 
     Attributes:
         films: the videos.
@@ -65,7 +65,7 @@ class Workload:
 
     @property
     def epochs(self) -> float:
-        """How often the run shows every place where a clip may start."""
+        """Number of times that the run shows every place where a clip may start."""
         return self.steps * self.clips_per_step / max(1, self.kept_frames)
 
 
@@ -124,7 +124,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would be on a cluster.
+    """Estimate of a run on a cluster.
 
     Attributes:
         used_workers: no more than there are slots.

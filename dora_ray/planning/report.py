@@ -49,7 +49,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked beside the recipe.
+    """A question beside the recipe.
 
     Attributes:
         cluster: the machines.

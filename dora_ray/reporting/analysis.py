@@ -1,4 +1,4 @@
-"""What a sweep's table says of its question: the verdict in words, and the figures that the page draws."""
+"""Analysis of a sweep's table: the verdict in words, and the figures that the page draws."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def verdict(found: Analysis) -> str:
 
 
 def _beside(found: Analysis) -> str:
-    """How the best point stands beside random encoders and chance."""
+    """Compare the best point with random encoders and chance."""
     estimate = next(iter(found.comparison.points.values()))
     parts = []
     if found.random:

@@ -1,4 +1,4 @@
-"""What the pages of runs and sweeps share: the template, pictures, times, the environment."""
+"""Parts that the pages of runs and sweeps share: the template, pictures, times, the environment."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def _read_config(folder: str) -> dict[str, Any]:
 
 
 def _changed(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What the run's configuration has otherwise than the recipe `paper`: key, the run's value, paper's."""
+    """List the settings that differ from the recipe `paper`: key, the run's value, paper's."""
     default = flatten(Config().model_dump(mode="json"))
     return [(key, value, default.get(key)) for key, value in flatten(config).items() if value != default.get(key)]
 
@@ -212,7 +212,7 @@ def _evaluations(folder: str) -> list[dict[str, str]]:
 
 
 def _events(events: Sequence[Line]) -> list[tuple[str, str, str]]:
-    """What happened, newest last: date and time, event, all else that was noted. Warnings have their own list."""
+    """List the events, newest last: date and time, event, all else that was noted. Warnings have their own list."""
     rows = []
     for line in [line for line in events if line.get("event") != "warning"][-MAX_EVENTS:]:
         detail = ", ".join(f"{key} {figure(value)}" for key, value in line.items() if key not in EVENT_FIELDS)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FrameFormat:
-    """What is kept of a video.
+    """Format of the frames that are kept of a video.
 
     Attributes:
         frames_per_second: kept frames for each second of video.
@@ -136,7 +136,7 @@ def coming_video(index: VideoIndex, *, store: str, form: FrameFormat, segment_se
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """What the newest version of a dataset holds of a coming video.
+    """Contents of a dataset's newest version, for a coming video.
 
     Attributes:
         version: of the dataset; 0 where there is none yet.

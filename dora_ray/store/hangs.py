@@ -32,7 +32,7 @@ RESTART_SECONDS = 60.0
 
 
 class Watch(Protocol):
-    """What work tells of its progress, item by item, and the items that it is not to try again."""
+    """Receives the progress of work, item by item, and holds the items that it is not to try again."""
 
     given_up: Container[int]
 
@@ -56,7 +56,7 @@ UNWATCHED = Unwatched()
 
 
 class Ended(NamedTuple):
-    """How an attempt ended: the item it was at, and whether that had taken as long as it may."""
+    """End of an attempt: the item it was at, and whether that had taken as long as it may."""
 
     item: int
     hung: bool

@@ -40,7 +40,7 @@ STALL_LIMITS = 5
 
 @dataclass(frozen=True)
 class IngestProgress:
-    """How far an ingest is; frames are kept frames, `missing` those among the done ones that cannot be decoded."""
+    """Progress of an ingest; frames are kept frames, `missing` those among the done ones that cannot be decoded."""
 
     videos: int
     segments: int

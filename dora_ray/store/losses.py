@@ -1,4 +1,4 @@
-"""What a frame store lacks of a video, and which rules of decoding filled it: said aloud, and refused above a limit."""
+"""Frames that a store lacks of a video, and the rules of decoding that filled it: told, and refused above a limit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _lost_end(video: StoredVideo) -> str:
 
 
 def stored_frames(store: str, video_id: str) -> list[str]:
-    """What a store holds of a video, a sentence for each setting."""
+    """Say what a store holds of a video, a sentence for each setting."""
     found = []
     for name in files.list_names(files.join(store, video_id)):
         if name.endswith(".lance"):

@@ -43,7 +43,7 @@ def run_tasks(
     patience_seconds: float,
     max_tasks: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """What `task` returns for each item, a flat dict of plain values, as soon as it is there.
+    """Yield what `task` returns for each item, a flat dict of plain values, as soon as it is there.
 
     Args:
         items: what each task is given.

@@ -1,4 +1,4 @@
-"""What the frame store tells about a video without decoding it again: a few bytes were kept of every frame.
+"""Statistics of a video from the frame store, without decoding it again: a few bytes were kept of every frame.
 
 F stored frames of a video.
 """

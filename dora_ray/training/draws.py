@@ -18,7 +18,7 @@ from dora_ray.views.augment import ViewParameters, draw_views
 
 
 def object_weight(config: Config, step: int) -> float:
-    """What the objects' term of the loss is multiplied with: over `tracking.every_steps` steps its mean is 1."""
+    """Return the weight of the objects' term of the loss: over `tracking.every_steps` steps its mean is 1."""
     every = config.tracking.every_steps
     return float(every) if step % every == 0 else 0.0
 

@@ -1,4 +1,4 @@
-"""What a run measures of its teacher beside the training: kNN, its own objects, scenes known again."""
+"""Measures of a run's teacher beside the training: kNN, its own objects, scenes known again."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def tokens_of_slot(config: Config) -> tuple[int, int]:
 
 
 def _activation_bytes(config: Config, *, half: bool) -> int:
-    """What the backward needs of every token.
+    """Memory that the backward needs for every token.
 
     A block keeps, in multiples of the width D: its input and the sum after the attention (the residual stream, in
     float32), both normalized, queries, keys, values, what attention mixed, and four widths before GELU.

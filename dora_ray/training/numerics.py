@@ -1,4 +1,4 @@
-"""How torch computes in a process that trains; the same for a worker and for what is measured of one."""
+"""Torch's modes in a process that trains; the same for a worker and for a measurement of one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prepare_torch(device: torch.device, config: OptimConfig, *, deterministic: b
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether the device's matrix units compute in fp8."""
+    """Return whether the device's matrix units compute in fp8."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 

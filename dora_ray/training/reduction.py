@@ -122,7 +122,7 @@ class SlotSums:
 
 
 class SumResult:
-    """What came back, the same on every rank.
+    """Result of the reduction, the same on every rank.
 
     Attributes:
         quantities: flat float32 sums over all slots.

@@ -166,7 +166,7 @@ def method_settings(config: Config) -> MethodSettings:
 def slot_quantities(
     state: TrainState, batch: SlotBatch, config: Config, forward: SlotForward = slot_forward
 ) -> list[Tensor]:
-    """What one slot adds to the step: a gradient for each parameter, the teacher's output sum, the measures.
+    """One slot's part of the step: a gradient for each parameter, the teacher's output sum, the measures.
 
     An unreadable clip has weight 0 and the slot keeps its nominal size: the means over readable clips are weighed by
     their share.
@@ -187,7 +187,7 @@ def slot_quantities(
 
 @dataclass(frozen=True)
 class StepSums:
-    """What all slots of all ranks add up to, the same on every rank.
+    """Sum over all slots of all ranks, the same on every rank.
 
     Attributes:
         quantities: flat float32 sums: a gradient for each parameter, the teacher's output, the measures.

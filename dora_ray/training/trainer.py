@@ -138,7 +138,7 @@ def idle_gpus(gpus: float, *, use_gpu: bool, fewest: int, most: int, asked: bool
 
 
 def check_resources(config: Config) -> None:
-    """Whether the cluster has, or can grow to, what the fewest workers need.
+    """Check that the cluster has, or can grow to, what the fewest workers need.
 
     Raises:
         ClusterError: it has not, and says what is missing.

@@ -1,4 +1,4 @@
-"""What a sweep's figures are to be compared with: random encoders of the same architecture, and chance."""
+"""Baselines of a sweep's figures: random encoders of the same architecture, and chance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many trials there is room for, now and as the cluster grows or shrinks.
+"""Room for trials, now and as the cluster grows or shrinks.
 
 A trial's workers are placed by Ray Train when its driver runs already: with more drivers than there is room for, they
 would take each other's decode CPUs and wait for ever. So trials begin only where a whole one fits. On a cluster that
@@ -41,7 +41,7 @@ class Need:
 
     @classmethod
     def of(cls, config: Config) -> Need:
-        """What a trial of this configuration needs."""
+        """Return what a trial of this configuration needs."""
         cluster = config.cluster
         worker = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if cluster.use_gpu else {})
         local = cluster.num_workers == 0
@@ -49,7 +49,7 @@ class Need:
 
     @property
     def driver(self) -> dict[str, float]:
-        """What Ray Tune reserves for the driver: nearly nothing, except where the driver itself trains."""
+        """Resources that Ray Tune reserves for the driver: nearly none, except where the driver itself trains."""
         return {"CPU": DRIVER_CPUS} if self.workers else dict(self.worker)
 
     @property
@@ -70,7 +70,7 @@ def largest(configs: Sequence[Config]) -> Need:
 
 
 def trials_that_fit(nodes: Sequence[Mapping[str, float]], need: Need) -> int:
-    """How many trials fit beside each other on nodes with these resources."""
+    """Count the trials that fit beside each other on nodes with these resources."""
     whole = int(sum(node.get("CPU", 0.0) for node in nodes) / need.cpus + 1e-6)
     parts = need.workers or 1
     places = sum(_places(node, need.worker) for node in nodes)
@@ -97,7 +97,7 @@ class Capacity:
         self._fit = 1
 
     def limit(self, waiting: int) -> int:
-        """How many trials may run now, at least one; `waiting` is how many have not ended."""
+        """Count the trials that may run now, at least one; `waiting` is how many have not ended."""
         now = time.monotonic()
         if now - self._looked_at >= LOOK_SECONDS:
             self._looked_at = now

@@ -1,4 +1,4 @@
-"""What all trials of a sweep share: its films, its labeled photographs, its store; each made or looked at once."""
+"""Data that all trials of a sweep share: films, labeled photographs, the store; each made or looked at once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def with_absolute_values(spec: SweepSpec) -> SweepSpec:
 
 
 def _tours(base: Config, spec: SweepSpec, folder: str) -> list[str]:
-    """What the configuration says of the sweep's tours, where the file's overrides do not name other videos."""
+    """Return the settings that name the sweep's tours, where the file's overrides do not name other videos."""
     if files.is_remote(folder):
         raise ConfigError(
             f"tours cannot be written to {folder}: name data.videos and evaluation.tour, or a local --out"

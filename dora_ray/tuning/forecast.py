@@ -1,4 +1,4 @@
-"""What a sweep would take, before it is started: trials, workers, disk, and time by a step that is measured here."""
+"""Forecast of a sweep: trials, workers, disk, and time by a step that is measured here."""
 
 from __future__ import annotations
 

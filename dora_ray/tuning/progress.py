@@ -1,4 +1,4 @@
-"""How far a sweep is: trials, and the steps within them. Its status.json, and what `dora-ray status` says of it."""
+"""Progress of a sweep: trials, and the steps within them. Its status.json, and what `dora-ray status` says of it."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class SweepProgress:
 
 
 def summarize_sweep(folder: str) -> dict[str, Any]:
-    """What there is to say about a sweep, in the order in which one asks; what is unknown is left out.
+    """Describe a sweep, in the order in which one asks; what is unknown is left out.
 
     Returns:
         sweep, state (starting, running, done, failed when a trial failed, interrupted, or unknown; "dead" in place of

@@ -1,4 +1,4 @@
-"""What runs and sweeps left in their folders, read back: metrics by step, a trial's final figures, results.csv."""
+"""Results of runs and sweeps, read back from their folders: metrics by step, a trial's final figures, results.csv."""
 
 from __future__ import annotations
 

@@ -48,25 +48,25 @@ class TourSpec(Section):
     num_objects: Count = 4
     """Objects that move at a time."""
     seed: Natural = 0
-    """Of the film to train on; the other one's is the next."""
+    """Seed of the film to train on; the other one's is the next."""
 
 
 class SweepSpec(Section):
-    """What a sweep's file says."""
+    """Contents of a sweep's file."""
 
     question: str = ""
     """The question that the sweep answers, as one sentence; the report repeats it."""
     base: str = "tiny"
     """Recipe or YAML file that every trial starts from."""
     overrides: tuple[str, ...] = ()
-    """What all trials change in it: "section.key=value", or nested mappings."""
+    """Changes that all trials make to it: "section.key=value", or nested mappings."""
     space: dict[str, dict[str, list[Any]]]
     """Dotted key, or several joined by " + " -> {grid: [...]}, {choice: [...]}, {uniform: [low, high]} or {loguniform:
     [low, high]}."""
     metric: str = "loss"
     """Measure of metrics.jsonl that ranks the trials, such as loss or knn."""
     mode: Literal["min", "max"] = "min"
-    """Whether less or more of it is better."""
+    """Direction that is better: less or more."""
     num_samples: Count = 1
     """Draws for everything in the space that is not a grid."""
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
@@ -135,7 +135,7 @@ def load_sweep(source: str | Path | Mapping[str, Any], *overrides: str) -> Sweep
 
 
 def base_config(spec: SweepSpec) -> Config:
-    """What every trial starts from.
+    """Return the configuration that every trial starts from.
 
     Raises:
         ConfigError: it cannot be used, or sets a key that the sweep varies.

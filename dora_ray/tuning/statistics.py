@@ -1,4 +1,4 @@
-"""What a sweep's figures say, and how surely: points, differences, effects, each with an interval.
+"""Statistics of a sweep's figures: points, differences, effects, each with an interval.
 
 The model is y = point + seed + noise: trials of one seed share their initial weights and their clips' order, so what
 they have in common drops out of differences between points, but not out of a point's own mean. All variances are pooled
@@ -187,7 +187,7 @@ def compare(observations: Sequence[Observation], *, mode: str) -> Comparison:
 def effects(
     observations: Sequence[Observation], factors: Mapping[str, Callable[[Hashable], Any]]
 ) -> dict[str, list[Level]]:
-    """How much each value of each factor moves the figure, all other factors held: an additive model.
+    """Estimate how each value of each factor moves the figure, all other factors held: an additive model.
 
     A factor with more than eight numbers is taken as a straight line, and told at its ends. The error is that of
     repetitions where there are any; what the model leaves out is then no part of it.

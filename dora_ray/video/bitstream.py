@@ -46,7 +46,7 @@ def sequence_parameters(packet: Packet, codec: str, extradata: bytes | None) -> 
 
 
 def av1_begins_anew(packet: Packet) -> bool:
-    """Whether a packet that FFmpeg takes for a key frame begins with one, and shows it.
+    """Return whether a packet that FFmpeg takes for a key frame begins with one, and shows it.
 
     One that another packet shows later refreshes nothing until then.
     """
@@ -87,7 +87,7 @@ def _start_code_units(packet: bytes) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """What the frame header's layout depends on: 0 off, 1 on, SELECT where each frame says."""
+    """Fields that the frame header's layout depends on: 0 off, 1 on, SELECT where each frame says."""
 
     screen_content_tools: int
     integer_motion: int

@@ -26,7 +26,7 @@ SEAM_PLACES, SEAM_PACKETS, SEARCHED_PACKETS = 3, 40, 2000
 
 
 def times_contradict(codec: Codec, packets: Scan) -> bool:
-    """Whether times of presentation are such as no decoder's order allows, though those of decoding go forward."""
+    """Return whether no decoder's order allows the times of presentation, though those of decoding go forward."""
     counted = ~packets.column("second") & ~packets.column("hidden")
     pts, dts = packets.column("pts")[counted], packets.column("dts")[counted]
     if len(pts) < 2 or (pts == NO_TIME).any() or (dts == NO_TIME).any() or (np.diff(dts) <= 0).any():
@@ -41,7 +41,7 @@ def times_contradict(codec: Codec, packets: Scan) -> bool:
 
 
 def times_are_of_decoding(path: str, container: InputContainer, stream: VideoStream, packets: Scan) -> bool:
-    """Whether pictures come out of the decoder in another order than that of their times.
+    """Return whether pictures come out of the decoder in another order than that of their times.
 
     Asked only of files where that may be: pictures are reordered, and times ascend in the order of the file; or the
     container is one that does not hold the times of single pictures.
@@ -72,7 +72,7 @@ def _shown_times(path: str) -> list[int]:
 
 
 def times_follow_seeks(path: str, packets: Scan, *, timed: bool) -> bool:
-    """Whether packets have the same times after a seek as when the file is read from its start."""
+    """Return whether packets have the same times after a seek as when the file is read from its start."""
     stamp = "pts" if timed else "dts"
     times = packets.column(stamp)
     starts = np.flatnonzero((packets.column("starts") > 0) & (times != NO_TIME))[1:]

@@ -1,4 +1,4 @@
-"""What a labeled tour is made of: photographs to walk along, and objects cut out of photographs.
+"""Material of labeled tours: photographs to walk along, and objects cut out of photographs.
 
 Both come from scikit-image and scikit-learn, or from a folder of the user's own. H, W height and width in pixels.
 """
@@ -96,7 +96,7 @@ class Cutout:
 
 @dataclass(frozen=True, eq=False)
 class Photographs:
-    """What a tour is made of.
+    """Material of one tour.
 
     Attributes:
         scenes: RGB pictures to walk along.

@@ -23,7 +23,7 @@ HIGH_PROFILES = frozenset((100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 1
 
 @dataclass(frozen=True)
 class _Sequence:
-    """What the slice header's beginning depends on."""
+    """Fields that the slice header's beginning depends on."""
 
     frames_only: bool
     separate_planes: bool
@@ -55,7 +55,7 @@ class FieldPairs:
             self._learn(parameter_units(codec, extradata))
 
     def is_second(self, packet: Packet) -> bool:
-        """Whether the packet completes the frame that the last one began."""
+        """Return whether the packet completes the frame that the last one began."""
         if not self._known:
             return False
         # Parameters may change at any time, and stand at the beginning of a packet.

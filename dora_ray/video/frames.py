@@ -35,7 +35,7 @@ class DecodedFrame:
 
 
 class Decoder(Protocol):
-    """What ingest needs of a decoding library."""
+    """Interface of a decoding library, as ingest needs it."""
 
     name: str
 

@@ -52,7 +52,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class VideoIndex:
-    """What one pass over a file's packets tells, without decoding more than its first picture.
+    """Index of a file: one pass over its packets, without decoding more than its first picture.
 
     Attributes:
         digest: hash of the times, sizes, key flags and the first bytes of the key frames: two files with one digest
@@ -312,7 +312,7 @@ def _displayed(coded: tuple[int, int], pixel_aspect: Fraction | None, rotation: 
 
 
 def _digest(packets: Scan, stream: VideoStream, shown: tuple[int, int, int], *, mirrored: bool) -> str:
-    """Of times, sizes, the beginnings of key frames, and how the pictures are shown: width, height, rotation."""
+    """Hash times, sizes, the beginnings of key frames, and how the pictures are shown: width, height, rotation."""
     context = stream.codec_context
     facts = [f"{context.name} {context.width}x{context.height} {stream.time_base}"]
     if shown != (context.width, context.height, 0):

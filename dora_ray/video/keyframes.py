@@ -32,7 +32,7 @@ STILLS = frozenset(("png", "bmp", "tiff"))
 
 
 class Start(IntEnum):
-    """Whether decoding may start at a picture."""
+    """Return whether decoding may start at a picture."""
 
     NO = 0
     # Pictures that follow in the file may be shown before it, and may lean on what came before.
@@ -147,7 +147,7 @@ class BrokenLinks:
         self._broken = False
 
     def skips(self, packet: Packet) -> bool:
-        """Whether this packet, the next one in the file, is never shown."""
+        """Return whether this packet, the next one in the file, is never shown."""
         if self._size is None:
             return False
         kind = hevc_picture(packet, self._size)

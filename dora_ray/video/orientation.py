@@ -1,4 +1,4 @@
-"""How a stored picture is turned and mirrored before it is shown: eight ways, told by a matrix and not by an angle.
+"""Orientation of a stored picture, turned and mirrored: eight ways, told by a matrix and not by an angle.
 
 Source: ISO/IEC 14496-12, 8.3.2 (track header). The matrix a b u / c d v / x y w, as nine 32-bit numbers, takes the
 point (p, q) of the stored picture, q downwards, to (a p + c q + x, b p + d q + y) of the shown one.

@@ -24,7 +24,7 @@ class DecordDecoder:
         self._library = library
 
     def refusal(self, index: VideoIndex) -> str | None:
-        """What notes and the conformance suite know decord 0.6 to get wrong."""
+        """Say what the conformance suite knows decord 0.6 to get wrong."""
         reasons = (
             ("mpegts" in index.container, "it does not return from MPEG-TS files"),
             (index.codec == "av1", "its FFmpeg of 2021 has no AV1 decoder"),
@@ -73,7 +73,7 @@ class TorchCodecDecoder:
         self._library = library
 
     def refusal(self, index: VideoIndex) -> str | None:
-        """What torchcodec is known to fail on."""
+        """Say what torchcodec is known to fail on."""
         reasons = (
             (index.resized, "it fails where the size of the pictures changes"),
             ("mpegts" in index.container, "it cannot read MPEG-TS"),

@@ -58,7 +58,7 @@ def find_videos(patterns: Sequence[str]) -> list[str]:
 
 
 def file_stamp(path: str) -> tuple[int, int]:
-    """What tells a changed file: its size in bytes and its modification time in ns.
+    """Identity of a file, which tells a change: its size in bytes and its modification time in ns.
 
     Of a remote file the second is a hash of the tag and the time that its server gives; 0 where it gives none.
 
@@ -83,7 +83,7 @@ def file_stamp(path: str) -> tuple[int, int]:
 
 
 def check_unchanged(path: str, size_bytes: int) -> None:
-    """Whether the file, on this node and now, is the one that was indexed, told by its size.
+    """Return whether the file, on this node and now, is the one that was indexed, told by its size.
 
     Times are not compared: nodes may hold copies of their own.
 

@@ -59,7 +59,7 @@ class Timeline:
 
     @property
     def plain(self) -> bool:
-        """Whether every frame has a time of its own, and times go forward."""
+        """Return whether every frame has a time of its own, and times go forward."""
         return self.timed and not (self.joins or self.without_time or self.doubled)
 
 

@@ -264,7 +264,7 @@ def _paste(
 
 
 def _visible(instances: np.ndarray, drawn: Sequence[tuple[int, Cutout, int, bool]]) -> list[ObjectInView]:
-    """What is left of the objects when all is drawn; those that are wholly hidden are left out."""
+    """Return what is left of the objects when all is drawn, without those that are wholly hidden."""
     found = []
     for instance, cutout, pixels, cut in drawn:
         mask = instances == instance

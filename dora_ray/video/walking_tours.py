@@ -106,7 +106,7 @@ def fetch_tours(
 def download_options(
     folder: Path, name: str, height: int, codec: str, hook: Callable[[dict[str, Any]], None] | None
 ) -> dict[str, Any]:
-    """What yt-dlp is asked for: the pictures alone, most lines up to `height`, then most frames a second, then `codec`.
+    """Return yt-dlp's options: pictures alone, most lines up to `height`, most frames a second, then `codec`.
 
     After that codec come those that the site ranks below it: none above.
     """

@@ -1,1 +1,1 @@
-"""What the network sees of a clip: crops, colors, blur."""
+"""Views of a clip: crops, colors, blur."""

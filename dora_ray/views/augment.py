@@ -33,7 +33,7 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 
 @dataclasses.dataclass(frozen=True)
 class ViewParameters:
-    """What `render` needs to know of each view of each frame; float32 tensors on the CPU.
+    """Parameters of each view of each frame, for `render`; float32 tensors on the CPU.
 
     Attributes:
         boxes: (B, V, T, 4) top, left, height, width of the crop, in pixels of the clip.

@@ -33,7 +33,7 @@ LOG_CHARACTERS = 1500
 
 @dataclass(frozen=True)
 class Settings:
-    """How to check.
+    """Settings of a check.
 
     Attributes:
         out: folder of the results.
@@ -129,7 +129,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _environment(root: Path, *, rehearse: bool) -> dict[str, str]:
-    """What has to be set before torch begins."""
+    """Return the environment of a part: some of it has to be set before torch begins."""
     paths = [str(root), *sys.path[:1], os.environ.get("PYTHONPATH", "")]
     # On a machine that others use, threads that wait for each other take many times as long as one.
     alone = {"OMP_NUM_THREADS": "1"} if rehearse else {}
@@ -147,7 +147,7 @@ def _environment(root: Path, *, rehearse: bool) -> dict[str, str]:
 
 
 def machine(root: Path) -> dict[str, Any]:
-    """What was measured on, and which commit."""
+    """Machine and commit that were measured."""
     has_gpu = torch.cuda.is_available()
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if has_gpu else f"no GPU; {platform.processor() or platform.machine()}",

@@ -1,1 +1,1 @@
-"""What makes a run survive kills, drains and resizes: requests, the controller's callback, spares."""
+"""Parts that let a run survive kills, drains and resizes: requests, the controller's callback, spares."""

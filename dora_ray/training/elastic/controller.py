@@ -1,4 +1,4 @@
-"""What is added to Ray Train's controller, so that no resize, drain or abort loses a step and restarts are quick.
+"""Additions to Ray Train's controller, so that no resize, drain or abort loses a step and restarts are quick.
 
 Ray Train ends a worker group before it starts the next one, and tells nobody beforehand. The scaling policy below holds
 a resize back until the workers have saved, see `departure`, and counts no drained node, so that a group moves off it
@@ -251,7 +251,7 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
 
 
 def most_telling(errors: Iterable[BaseException]) -> BaseException:
-    """Of the errors of one failure: the dead say more than those who lost their connection to them."""
+    """Return the root cause of a failure rather than the connection errors that it triggers in other ranks."""
     return min(errors, key=lambda error: "actor" not in str(error).lower())
 
 

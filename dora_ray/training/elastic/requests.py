@@ -1,4 +1,4 @@
-"""What the outside asks of a training between two steps: save now, or save and leave; and what it hears of it.
+"""Requests to a training between two steps, to save now or to save and leave, and the answers.
 
 A request is made in any one process of the worker group: by Ray Train's controller before a resize and on the notice of
 a preemption (see `elastic`), or by a signal. The step's own reduction carries it to all ranks, so all act on it after

@@ -1,1 +1,1 @@
-"""What a run writes: journal, checkpoints, status, TensorBoard."""
+"""Files that a run writes: journal, checkpoints, status, TensorBoard."""

@@ -80,7 +80,7 @@ def take_snapshot(state: TrainState, config: Config, plan: Plan, world_size: int
 
 
 def _versions(*packages: str) -> Iterator[tuple[str, str]]:
-    """Of those that are installed: a step needs no Ray, and a copied folder of this package has no version."""
+    """Give the versions of installed packages: a step needs no Ray, and a copied folder of this one has no version."""
     for package in packages:
         with suppress(PackageNotFoundError):
             yield package, version(package)
@@ -189,11 +189,11 @@ class CheckpointWriter:
             self._journal.event("warning", step=step, message=f"{self._checkpoints}: {error}")
 
     def busy(self) -> bool:
-        """Whether a snapshot is still being written."""
+        """Return whether a snapshot is still being written."""
         return not self._pending.done()
 
     def failed(self) -> bool:
-        """Whether the last snapshot could not be written, once it is no longer being written."""
+        """Return whether the last snapshot could not be written, once it is no longer being written."""
         self._pending.result()
         return bool(self._failure)
 

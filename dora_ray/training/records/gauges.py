@@ -1,4 +1,4 @@
-"""What a run is doing as Ray's own metrics, which Prometheus collects and clusters/grafana-dashboard.json shows.
+"""Ray metrics of a run, which Prometheus collects and clusters/grafana-dashboard.json shows.
 
 Rank 0 sets them with each line of metrics.jsonl; they cost nothing where Ray is not connected.
 """

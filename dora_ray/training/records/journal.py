@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: metrics.jsonl, ledger.jsonl, events.jsonl, status.json, tensorboard/.
+"""Files of a run beside its checkpoints: metrics.jsonl, ledger.jsonl, events.jsonl, status.json, tensorboard/.
 
 Rank 0 writes; Ray Train's controller adds failures to the events. Every line carries its attempt (1, 2, ...: each start
 of the worker group is one). An attempt that begins at step s takes back the steps from s on of the attempts before it;
@@ -150,7 +150,7 @@ class Journal:
         self.event("warning", step=step, message=message)
 
     def ledger(self, step: int, slots: list[int]) -> None:
-        """What every slot of a step was made of."""
+        """Note what every slot of a step was made of."""
         self._ledger.append(json.dumps({"attempt": self.attempt, "step": step, "slots": slots}))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -241,7 +241,7 @@ class _Recovery:
         return cls(noticed[0], grouped[-1], entered, time.time())
 
     def ended(self, waited: float) -> dict[str, Any]:
-        """What the interruption cost, in whole and by part; `waited` is the first step's wait for clips."""
+        """Return the interruption's cost, in whole and by part; `waited` is the first step's wait for clips."""
         now = time.time()
         parts = {
             "reservation": self.grouped - self.noticed,
@@ -255,7 +255,7 @@ class _Recovery:
 
 
 def _steps_done(run: str) -> int:
-    """What the attempts so far have told of themselves: a ledger in an object store is as old as its checkpoint."""
+    """Count the steps that the attempts so far report: a ledger in an object store is as old as its checkpoint."""
     return max(_last_step(files.join(run, LEDGER)) + 1, int(read_status(run).get("step", 0)))
 
 
@@ -276,7 +276,7 @@ def write_status(run: str, **fields: Any) -> None:
 
 
 def read_status(run: str) -> dict[str, Any]:
-    """What status.json says; empty when there is none."""
+    """Return what status.json says; empty when there is none."""
     path = files.join(run, STATUS)
     return dict(json.loads(files.read_text(path))) if files.exists(path) else {}
 

@@ -1,4 +1,4 @@
-"""How a run is doing, from its files alone: it may be alive or dead, here or in an object store."""
+"""Status of a run from its files alone: it may be alive or dead, here or in an object store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FROM_METRICS = ("step", "world_size", "clips_per_second", "loss")
 
 
 def summarize(run: str) -> dict[str, Any]:
-    """What there is to say about a run, in the order in which one asks; what is unknown is left out.
+    """Describe a run, in the order in which one asks; what is unknown is left out.
 
     Returns:
         run, state (starting, running, done, failed, or what else status.json says; in place of running "dead" when the
@@ -92,7 +92,7 @@ def _checkpoint(events: Sequence[dict[str, Any]], name: str | None, now: float) 
 
 
 def missing_frames(events: Sequence[dict[str, Any]]) -> list[str]:
-    """What is missing of the run's videos, a sentence each."""
+    """Say what is missing of the run's videos, a sentence each."""
     found = {line["video"]: line["missing"] for line in events if line["event"] == MISSING_FRAMES}
     return [f"{video}: {missing}" for video, missing in found.items()]
 

@@ -68,7 +68,7 @@ class _Lines:
         self._offset = len(self._read(0))
 
     def _read(self, offset: int) -> bytes:
-        """What follows `offset`; an object is read whole."""
+        """Return what follows `offset`; an object is read whole."""
         if not files.exists(self.path):
             return b""
         if files.is_remote(self.path):
