@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_ray.commands.output import Stages, write, write_facts
+from dora_ray.commands.output import write, write_facts
 from dora_ray.config import load_config
 from dora_ray.errors import DoRAError
 
@@ -62,14 +62,7 @@ def run_demo(out: Path, overrides: Sequence[str]) -> None:
         f"{config.optim.slots * config.optim.clips_per_slot} clips\n"
     )
     make_photo_classes(photos, seed=0, num_test=100)
-    with Stages() as stages:
-        dora_ray.train(
-            config,
-            out=run,
-            overwrite=run.exists(),
-            on_metrics=stages.train(config.optim.steps),
-            on_ingest=stages.ingest,
-        )
+    dora_ray.train(config, out=run, overwrite=run.exists())
     pictures = show(run, video, out=run / "pictures", image_size=PICTURE_SIZE)
     encoder = _export(run, out)
     knn = _knn(run, photos)

@@ -1,4 +1,4 @@
-"""Progress of a long job: a bar on a terminal, a log line now and then anywhere else.
+"""Progress of a long job: a bar on a terminal, a line in a notebook, a log line now and then anywhere else.
 
     with Progress("train", unit="steps") as progress:
         progress.update(step=12, total=3000, loss=5.1, clips_per_second=9.7, data_wait=0.02)
@@ -10,12 +10,14 @@ most every ten seconds and once at the end. Imports neither torch nor ray.
 from __future__ import annotations
 
 import datetime
+import importlib
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,6 +72,7 @@ class Progress:
 
         self._console = Console(stderr=True) if console is None else console
         self._bar: RichProgress | None = None
+        self._notebook: Any = None
         self._speed: deque[tuple[float, int]] = deque(maxlen=SPEED_UPDATES)
         self._pending = ""
         self._shown_at = -float("inf")
@@ -79,7 +82,7 @@ class Progress:
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        if not self._open_notebook() and self._console.is_terminal and not self._console.is_dumb_terminal:
             # Without rich's refreshing thread: each update draws, and nothing runs beside the job.
             self._bar = RichProgress(
                 TextColumn("{task.description}", markup=False),
@@ -91,6 +94,13 @@ class Progress:
             self._bar.add_task(self.title, total=None, details="")
             self._bar.start()
         return self
+
+    def _open_notebook(self) -> bool:
+        """Open a line in a notebook's cell, where rich's bar would need ipywidgets."""
+        if self._console.is_jupyter:
+            display: Any = importlib.import_module("IPython.display")
+            self._notebook = display.display({"text/plain": f"{self.title}: ..."}, raw=True, display_id=True)
+        return self._notebook is not None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -116,13 +126,23 @@ class Progress:
         self._pending = ", ".join(details)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, total=total, details=self._pending)
-        if self._clock() - self._shown_at >= (LOG_SECONDS if self._bar is None else REFRESH_SECONDS):
+        logs = self._bar is None and self._notebook is None
+        if self._clock() - self._shown_at >= (LOG_SECONDS if logs else REFRESH_SECONDS):
             self._show()
+
+    def say(self, words: str) -> None:
+        """Show words at once, in place of a count: nothing can be counted yet."""
+        self._pending = words
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], details=words)
+        self._show()
 
     def _show(self) -> None:
         if not self._pending:
             return
-        if self._bar is None:
+        if self._notebook is not None:
+            self._notebook.update({"text/plain": f"{self.title}: {self._pending}"}, raw=True)
+        elif self._bar is None:
             logger.info("%s: %s", self.title, self._pending)
         else:
             self._bar.refresh()
@@ -137,6 +157,29 @@ class Progress:
         if total is None or last_step == first_step:
             return None
         return max(0, total - step) * (last_time - first_time) / (last_step - first_step)
+
+
+class Stages:
+    """Progress of one stage after the other: the first update of the next one closes the last."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._title = ""
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def at(self, title: str, unit: str) -> Progress:
+        """Return the progress of a stage, which begins if it has not."""
+        if self._progress is None or title != self._title:
+            self._stack.close()
+            self._progress = self._stack.enter_context(Progress(title, unit=unit))
+            self._title = title
+        return self._progress
 
 
 def _count(step: int, total: int | None, unit: str) -> str:

@@ -6,6 +6,7 @@ import io
 import logging
 import subprocess
 import sys
+import types
 
 import pytest
 from rich.console import Console
@@ -54,6 +55,35 @@ def test_terminal_shows_a_bar_and_logs_nothing(terminal, clock, caplog):
     assert "━" in shown
     assert "20/3,000 steps (1%), loss 5.1250, 1,234.6 clips/s, data wait 3%, ETA 1:39:20" in shown
     assert caplog.messages == []
+
+
+def test_a_notebook_has_one_line_that_changes(monkeypatch, clock, caplog):
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, data, *, raw):
+            shown.append(data["text/plain"])
+
+    display = types.SimpleNamespace(display=lambda data, *, raw, display_id: Handle())
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    notebook = Console(file=io.StringIO(), force_jupyter=True)
+    with Progress("train", unit="steps", console=notebook, clock=clock) as progress:
+        progress.say("starting 2 workers")
+        clock.now += 1
+        progress.update(step=10, total=20)
+    assert shown == ["train: starting 2 workers", "train: 10/20 steps (50%)"]
+    assert notebook.file.getvalue() == ""
+    assert caplog.messages == []
+
+
+def test_words_are_shown_at_once_where_nothing_can_be_counted(terminal, pipe, clock, caplog):
+    for console in (terminal, pipe):
+        with Progress("train", unit="steps", console=console, clock=clock) as progress:
+            progress.say("starting 2 workers")
+            progress.say("reading the first clips")
+    assert "starting 2 workers" in terminal.file.getvalue()
+    assert caplog.messages == ["train: starting 2 workers", "train: reading the first clips"]
 
 
 def test_terminal_is_redrawn_at_most_ten_times_a_second_and_at_the_end(terminal, clock):

@@ -272,7 +272,7 @@ def _first_step(loops: int) -> dict[str, float]:
                 *("optim.freeze_last_layer_steps=0", "cluster.num_workers=0", "run.log_every_steps=1"),
             )
             started = time.perf_counter()
-            train(config, out=Path(folder, "run"))
+            train(config, out=Path(folder, "run"), progress=False)
             seconds[shuffle] = time.perf_counter() - started
     return {
         "film_minutes": loops * LONG_FILM["seconds"] / 60,

@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import Any
 
 from dora_ray.commands import words
-from dora_ray.commands.output import Stages, write_facts, write_json
+from dora_ray.commands.output import write_facts, write_json
 from dora_ray.errors import ConfigError
+from dora_ray.progress import Stages
 
 
 def run(options: argparse.Namespace) -> None:

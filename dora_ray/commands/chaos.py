@@ -6,8 +6,9 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dora_ray.commands.output import Stages, write, write_json
+from dora_ray.commands.output import write, write_json
 from dora_ray.errors import DoRAError
+from dora_ray.progress import Stages
 
 if TYPE_CHECKING:
     from rich.table import Table

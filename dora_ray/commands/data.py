@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dora_ray import files
-from dora_ray.commands.output import Stages, write, write_facts, write_json
+from dora_ray.commands.output import write, write_facts, write_json
 from dora_ray.commands.words import split
 from dora_ray.config_source import VIDEOS
 from dora_ray.errors import ConfigError, VideoError
+from dora_ray.progress import Stages
 
 # A line of the terminal holds so many values of lightness.
 SHOWN_VALUES = 12
@@ -63,13 +64,14 @@ def run_ingest(options: argparse.Namespace) -> None:
     from dora_ray.config import load_config
     from dora_ray.store.losses import losses
     from dora_ray.training.inputs import ingest_videos
+    from dora_ray.training.shown import show_ingest
     from dora_ray.training.trainer import connect
 
     videos, overrides = _videos_of(options, "ingest")
     config = load_config(options.recipe, *overrides)
     named = config.model_copy(update={"data": config.data.model_copy(update={"videos": tuple(videos)})})
     with Stages() as stages, connect(named):
-        stored = ingest_videos(named, options.store, stages.ingest)
+        stored = ingest_videos(named, options.store, functools.partial(show_ingest, stages))
     missing = losses(stored)
     frames = {v.path: f"{len(v)} frames" + (f"; {missing[v.path]}" if v.path in missing else "") for v in stored}
     data = config.data

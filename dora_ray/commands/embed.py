@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from dora_ray.commands.output import Stages, write_facts
+from dora_ray.commands.output import write_facts
+from dora_ray.progress import Stages
 
 
 def run(options: argparse.Namespace) -> None:

@@ -7,8 +7,9 @@ import shlex
 from typing import TYPE_CHECKING
 
 from dora_ray import files
-from dora_ray.commands.output import Stages, write, write_facts
+from dora_ray.commands.output import write, write_facts
 from dora_ray.errors import DoRAError
+from dora_ray.progress import Stages
 
 if TYPE_CHECKING:
     from dora_ray.tuning.progress import SweepProgress

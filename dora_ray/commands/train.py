@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dora_ray import files
-from dora_ray.commands.output import Stages, write, write_facts
+from dora_ray.commands.output import write, write_facts
 from dora_ray.commands.words import load, split
 from dora_ray.errors import ConfigError
 
@@ -33,15 +33,7 @@ def run(options: argparse.Namespace) -> None:
 
         write(dry_run(config, check(config, out=options.out, resume=options.resume, overwrite=options.overwrite)))
         return
-    with Stages() as stages:
-        result = train(
-            config,
-            out=options.out,
-            resume=options.resume,
-            overwrite=options.overwrite,
-            on_metrics=stages.train(config.optim.steps),
-            on_ingest=stages.ingest,
-        )
+    result = train(config, out=options.out, resume=options.resume, overwrite=options.overwrite)
     shown = ("step", "loss", "object_agreement", "local_agreement", "knn", "clips_per_second")
     write_facts(
         {"run": result.path, "checkpoint": result.checkpoint}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -32,6 +32,7 @@ from dora_ray.training.records.checkpoint import require_plan
 from dora_ray.training.records.heartbeat import Heartbeat
 from dora_ray.training.records.journal import CONFIG, MISSING_FRAMES, add_event, read_metrics, read_status, write_status
 from dora_ray.training.records.tail import RunTail
+from dora_ray.training.shown import TrainingProgress
 from dora_ray.training.trainer import check_resources, connect, on_devices, run_on_ray
 from dora_ray.training.worker import record_failure, train_loop
 from dora_ray.training.worlds import Job, LocalWorld, OneRankError
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 OnMetrics = Callable[[dict[str, Any]], None]
 OnIngest = Callable[[IngestProgress], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def train(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    progress: bool = True,
     on_metrics: OnMetrics | None = None,
     on_ingest: OnIngest | None = None,
 ) -> Run:
@@ -76,6 +79,7 @@ def train(
         out: folder or URI of the run, reachable from every node; not given: runs/<time>.
         resume: go on from the newest checkpoint in `out`.
         overwrite: remove the run that is in `out`.
+        progress: show a bar in a terminal or a notebook, and log a line now and then anywhere else.
         on_metrics: called in this process with every new line of metrics.
         on_ingest: called in this process while videos are ingested.
 
@@ -92,7 +96,9 @@ def train(
         logger.info("%s", given)
     store = store_of(config, run)
     indexes = check_videos(config, store=store)
-    with _telling_where_it_stopped(run, config), connect(config):
+    shown = TrainingProgress(config, enabled=progress)
+    on_ingest = _both(shown.ingest, on_ingest)
+    with _telling_where_it_stopped(run, config), shown, connect(config):
         if config.cluster.num_workers != 0:
             require_alike([index.path for index in indexes])
         placed = on_devices(config)
@@ -104,9 +110,21 @@ def train(
         job = Job(placed, inputs.plan, run)
         logger.info("%d videos, %d places where a clip may start", len(indexes), inputs.plan.clips_per_epoch)
         _prepare_folder(job, config, inputs, overwrite=overwrite)
-        with Heartbeat(run), RunTail(run, on_metrics):
+        shown.starting()
+        with Heartbeat(run), RunTail(run, _both(shown.metrics, on_metrics), shown.event):
             _execute(job, inputs, store, on_ingest)
     return _finished(run)
+
+
+def _both(one: Callable[[T], None], other: Callable[[T], None] | None) -> Callable[[T], None]:
+    """Return a function that calls two."""
+
+    def call(value: T) -> None:
+        one(value)
+        if other is not None:
+            other(value)
+
+    return call
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def drive(point: dict[str, Any], *, folder: str) -> None:
     if trial_status(folder, trial.name) in ("done", "stopped"):
         return
     try:
-        train(trial.config, out=run, resume=True, on_metrics=lambda line: tune.report(_figures(line)))
+        train(trial.config, out=run, resume=True, progress=False, on_metrics=lambda line: tune.report(_figures(line)))
     except (RayError, OSError):
         raise
     except Exception as error:

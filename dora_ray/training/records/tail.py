@@ -16,6 +16,8 @@ from dora_ray.training.records.journal import EVENTS, METRICS, OTHER_EVENTS
 
 logger = logging.getLogger(__name__)
 
+OnLine = Callable[[dict[str, Any]], None]
+
 POLL_SECONDS = 0.5
 REMOTE_POLL_SECONDS = 5.0
 
@@ -23,11 +25,17 @@ REMOTE_POLL_SECONDS = 5.0
 class RunTail:
     """Hands on what the workers write while the context is open: wherever they are, they share the run's folder.
 
-    New lines of metrics go to `on_metrics`; warnings, failures and resizes to this module's logger.
+    New lines of metrics go to `on_metrics`, events to `on_event`; warnings, failures and resizes to this module's
+    logger.
     """
 
-    def __init__(self, run: str, on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
-        self._followed = [_Lines(files.join(run, name), _log_event) for name in (EVENTS, OTHER_EVENTS)]
+    def __init__(self, run: str, on_metrics: OnLine | None, on_event: OnLine | None = None) -> None:
+        def forward(event: dict[str, Any]) -> None:
+            _log_event(event)
+            if on_event is not None:
+                on_event(event)
+
+        self._followed = [_Lines(files.join(run, name), forward) for name in (EVENTS, OTHER_EVENTS)]
         if on_metrics is not None:
             self._followed.append(
                 _Lines(files.join(run, METRICS), lambda line: on_metrics(line) if "step" in line else None)
