@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
 
 
 class Dataset(Protocol):
-    """What rows are read from: a StoredVideo or a ComingVideo."""
+    """Source of rows: a StoredVideo or a ComingVideo."""
 
     @property
     def path(self) -> str:
@@ -70,7 +70,7 @@ class Dataset(Protocol):
 
 
 def has_frames(uri: str) -> bool:
-    """Whether the dataset holds a frame that could be decoded."""
+    """Return whether the dataset holds a frame that could be decoded."""
     return count_frames(uri)[0] > 0
 
 

@@ -61,7 +61,7 @@ class Departure:
 
     @property
     def under_way(self) -> bool:
-        """Whether workers were asked, or will be, and their group has not ended since."""
+        """Return whether workers were asked, or will be, and their group has not ended since."""
         return self._reason is not None
 
     def begin(self, workers: Sequence[Worker], reason: str, *, patience: float) -> None:
