@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from dora_ray.config_network import HeadConfig, ModelConfig
 from dora_ray.config_rules import broken_rules
@@ -27,6 +27,11 @@ from dora_ray.config_section import (
     span_steps,
 )
 from dora_ray.config_source import load_values, with_override
+
+Loggers = Annotated[
+    tuple[Literal["wandb", "mlflow", "trackio"], ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+]
 
 
 class DataConfig(Section):
@@ -251,6 +256,8 @@ class RunConfig(Section):
     """Steps between lines of metrics.jsonl; a line holds the means since the last one."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept."""
+    loggers: Loggers = ()
+    """Services that get the metrics and events beside the run's own files: wandb, mlflow, trackio (one, or a list)."""
     deterministic: bool = True
     """Ask torch for deterministic kernels, without which a GPU's results differ from run to run."""
 

@@ -31,6 +31,7 @@ from dora_ray.training.measuring import prepare
 from dora_ray.training.records.checkpoint import require_plan
 from dora_ray.training.records.heartbeat import Heartbeat
 from dora_ray.training.records.journal import CONFIG, MISSING_FRAMES, add_event, read_metrics, read_status, write_status
+from dora_ray.training.records.loggers import require_packages
 from dora_ray.training.records.tail import RunTail
 from dora_ray.training.shown import TrainingProgress
 from dora_ray.training.trainer import check_resources, connect, on_devices, run_on_ray
@@ -91,6 +92,7 @@ def train(
     config = prepare(load_config(config) if config is not None else saved_config(run, resume=resume))
     _say_whose_film(config)
     _check_folder(run, config, resume=resume, overwrite=overwrite)
+    require_packages(config.run.loggers)
     config, given = with_resolved_init(config, run, resume=resume, overwrite=overwrite)
     if given is not None:
         logger.info("%s", given)
@@ -183,6 +185,7 @@ def check(
     config = prepare(config)
     _say_whose_film(config)
     _check_folder(run, config, resume=resume, overwrite=overwrite)
+    require_packages(config.run.loggers)
     config, given = with_resolved_init(config, run, resume=resume, overwrite=overwrite)
     return Checked(run, store_of(config, run), given, check_videos(config))
 

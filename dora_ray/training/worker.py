@@ -101,6 +101,7 @@ def train_loop(job: Job, world: World) -> None:
             world_size=world.size,
             entered=entered,
             last_checkpoint=checkpoint_name(state.step) if state.step else None,
+            loggers=config.run.loggers,
         )
         if given is not None:
             journal.event("init", step=0, message=given)

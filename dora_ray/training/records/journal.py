@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, SupportsFloat
@@ -20,6 +20,7 @@ from typing import Any, SupportsFloat
 from dora_ray import files
 from dora_ray.errors import DoRAError
 from dora_ray.training.records.gauges import RunGauges
+from dora_ray.training.records.loggers import Loggers
 from dora_ray.training.records.tensorboard import Board
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class Journal:
         world_size: workers of the attempt.
         entered: seconds since the epoch at which the worker's training function was called.
         last_checkpoint: name of the checkpoint that the attempt begins from.
+        loggers: services that get the same (`records.loggers`).
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Journal:
         world_size: int,
         entered: float,
         last_checkpoint: str | None = None,
+        loggers: Sequence[str] = (),
     ) -> None:
         self.run = run
         self._metrics = files.LineFile(files.join(run, METRICS))
@@ -120,6 +123,8 @@ class Journal:
         self._last_checkpoint = last_checkpoint
         self._board = Board(files.join(run, TENSORBOARD), self._warn)
         self._gauges = RunGauges(run)
+        self._loggers = Loggers(run, (), self._warn)
+        self._loggers = Loggers(run, loggers, self._warn)
         self._recovery = _Recovery.of(events[starts[-1] :], entered) if starts else None
         if self._recovery is not None:
             self._recovery.steps_lost = max(0, _steps_done(run) - step)
@@ -145,6 +150,7 @@ class Journal:
         self._events.append(json.dumps({"time": time.time(), "event": event, "attempt": self.attempt, **fields}))
         with suppress(OSError, DoRAError):  # it is kept, and made visible with the next one
             self._events.flush()
+        self._loggers.event(event, {"attempt": self.attempt, **fields})
 
     def _warn(self, step: int, message: str) -> None:
         self.event("warning", step=step, message=message)
@@ -159,6 +165,7 @@ class Journal:
         self._metrics.append(json.dumps(line))
         self._gauges.set(line)
         self._board.add(step, {**values, "world_size": self._world_size})
+        self._loggers.metrics(step, {**values, "world_size": self._world_size, "attempt": self.attempt})
         self.status("running", step, clips_per_second=values.get("clips_per_second"))
 
     def status(self, state: str, step: int, **fields: Any) -> None:
@@ -205,6 +212,7 @@ class Journal:
         except (OSError, DoRAError) as error:
             logger.warning("the last lines of %s cannot be written: %s", self.run, error)
         self._board.close()
+        self._loggers.close()
 
 
 @dataclass
