@@ -187,7 +187,11 @@ def _add_config(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "words", nargs="*", metavar="RECIPE | FILE.yaml | key=value", help="not given: the recipe paper, all defaults"
     )
-    parser.add_argument("--schema", action="store_true", help="print the JSON schema instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--schema", action="store_true", help="print the JSON schema instead")
+    instead.add_argument(
+        "--important", action="store_true", help="print the ten settings that matter, in order, and what they cost"
+    )
 
 
 def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:

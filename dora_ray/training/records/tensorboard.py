@@ -36,15 +36,25 @@ class Board:
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Values after a step, visible at once."""
+        from tensorboardX.summary import scalar
+
+        self._write(step, [scalar(name, value) for name, value in values.items()])
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Add a text as it is, which TensorBoard would else read as Markdown."""
+        from tensorboardX.summary import text as summary
+
+        self._write(step, [summary(name, "\n".join(f"    {line}" for line in text.splitlines()))])
+
+    def _write(self, step: int, summaries: list[Any]) -> None:
         if self._failed:
             return
         from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
 
         try:
             writer = self._open()
-            for name, value in values.items():
-                writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            for summary in summaries:
+                writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             writer.flush()
         except OSError as error:
             self._failed = True

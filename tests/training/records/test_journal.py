@@ -6,6 +6,7 @@ import json
 import struct
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event
@@ -32,17 +33,35 @@ def attempt(run: str, begin: int, steps: range, mark: int, world_size: int = 1) 
 
 
 def read_scalars(run: str) -> dict[str, dict[int, float]]:
-    """What TensorBoard shows of a run: its scalars by name and step."""
-    folder, scalars = files.join(run, "tensorboard"), defaultdict[str, dict[int, float]](dict)
+    """TensorBoard's scalars of a run by name and step."""
+    scalars = defaultdict[str, dict[int, float]](dict)
+    for event in read_board(run):
+        for value in event.summary.value:
+            if not value.tensor.string_val:
+                scalars[value.tag][event.step] = value.simple_value
+    return scalars
+
+
+def read_board(run: str) -> Iterator[Event]:
+    """All events that TensorBoard shows of a run."""
+    folder = files.join(run, "tensorboard")
     for name in files.list_names(folder):
         content = files.read_bytes(files.join(folder, name))
         while content:
             # A record is its length, that one's checksum, the event, its checksum.
             (size,) = struct.unpack_from("<Q", content)
-            event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
-            for value in event.summary.value:
-                scalars[value.tag][event.step] = value.simple_value
-    return scalars
+            yield Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+
+
+def test_tensorboard_shows_the_configuration_as_text(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("optim:\n  lr: 0.5\n")
+    attempt(str(tmp_path), 0, range(2), mark=1)
+    values = [value for event in read_board(str(tmp_path)) for value in event.summary.value]
+    (text,) = [value for value in values if value.tag == "config/text_summary"]
+    assert text.metadata.plugin_data.plugin_name == "text"
+    assert text.tensor.string_val == [b"    optim:\n      lr: 0.5"]
+    assert read_scalars(str(tmp_path))["loss"] == {1: 1.0, 2: 1.0}
 
 
 def test_a_later_attempt_takes_back_what_was_lost(tmp_path: Path) -> None:
