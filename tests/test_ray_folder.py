@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from dora_ray import doctor, ray_folder
+from dora_ray import ray_folder
 from dora_ray.config import load_config
+from dora_ray.doctor.machine import examine
 from dora_ray.errors import ClusterError
 from dora_ray.store.ray_tasks import ray_cluster
 from dora_ray.training.trainer import connect
@@ -56,7 +57,10 @@ def test_a_long_name_counts_in_bytes(monkeypatch):
     assert "41 bytes" in str(ray_folder.long_folder())
 
 
-def test_a_local_ray_is_not_started_in_a_long_folder(long):
+def test_a_local_ray_is_not_started_in_a_long_folder(long, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests' cluster may run in this process
     config = load_config("tiny", "cluster.num_workers=1")
     for start in (ray_cluster, lambda: connect(config)):
         with pytest.raises(ClusterError, match=f"{LONG} has .* Set RAY_TMPDIR=/tmp"), start():
@@ -64,9 +68,9 @@ def test_a_local_ray_is_not_started_in_a_long_folder(long):
 
 
 def test_doctor_tells_of_a_long_folder(long, monkeypatch):
-    found = {finding.name: finding for finding in doctor.examine()}["Ray's folder"]
+    found = {finding.name: finding for finding in examine()}["Ray's folder"]
     assert found.good is False
     assert LONG in found.text
     assert "RAY_TMPDIR=/tmp" in found.remedy
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
-    assert {finding.name: finding for finding in doctor.examine()}["Ray's folder"].good is True
+    assert {finding.name: finding for finding in examine()}["Ray's folder"].good is True
