@@ -33,7 +33,7 @@ LAST_LOOK_SECONDS = 10.0
 
 @dataclass(frozen=True, eq=False)
 class SlotKey:
-    """What a slot is read from.
+    """Rows of the frame store that a slot is read from.
 
     Attributes:
         step: step of the run.
@@ -69,7 +69,7 @@ def unpack(content: bytes, plan: Plan) -> list[SlotKey]:
 
 
 class Contents(Protocol):
-    """What can be read of a plan, and where."""
+    """Readable part of a plan, and where it is."""
 
     @property
     def plan(self) -> Plan:

@@ -57,7 +57,7 @@ CROWDED_TASKS = 2
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How a clip stream runs; nothing here changes what it holds.
+    """Settings of a clip stream; none of them changes what it holds.
 
     Attributes:
         run: name under which rank 0 says where the stream begins, unique in the cluster.

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Purpose(IntEnum):
-    """What a stream of random numbers is for. The values are part of the plan: never renumber them."""
+    """Purpose of a stream of random numbers. The values are part of the plan: never renumber them."""
 
     EPOCH = 0
     CLIP_CROP = 1
@@ -287,7 +287,7 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What the plan is, key by key: compared when a run is resumed."""
+        """The plan, key by key: compared when a run is resumed."""
         videos = [[video.video_id, _video_digest(video)] for video in self.videos]
         return {"seed": self.seed, "videos": videos, **{key: self.settings[key] for key in sorted(self.settings)}}
 

@@ -47,7 +47,7 @@ STOP_SECONDS = 10.0
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a run trains on.
+    """Plan and data of a run.
 
     Attributes:
         plan: the plan.

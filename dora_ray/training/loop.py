@@ -127,7 +127,7 @@ class Loop:
         return torch.from_numpy(records)
 
     def _request(self) -> Request:
-        """What this rank asks for: what it was asked itself, and on rank 0 what the clock says."""
+        """Return this rank's pending request; rank 0 adds one when a checkpoint is due."""
         request = here.pending()
         if self._writer is None:
             return request
@@ -142,7 +142,7 @@ class Loop:
         return max(request, Request.INTERVAL)
 
     def _is_writing(self, *, overdue: bool) -> bool:
-        """Whether the last checkpoint is still being written; said once, in the events, when that is overdue."""
+        """Return whether the last checkpoint is still being written; say once, in the events, when that is overdue."""
         assert self._writer is not None
         assert self.journal is not None
         writing = self._writer.busy()

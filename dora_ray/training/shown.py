@@ -1,4 +1,4 @@
-"""What the launching process shows of a training: the ingest, the start of the workers, the steps."""
+"""Progress that the launching process shows of a training: the ingest, the start of the workers, the steps."""
 
 from __future__ import annotations
 

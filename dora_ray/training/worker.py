@@ -1,4 +1,4 @@
-"""What a training worker runs, in this process or as one rank of a Ray Train group: how it begins and how it ends."""
+"""The program of a training worker, in this process or as one rank of a Ray Train group: its beginning and end."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def train_loop(job: Job, world: World) -> None:
 
 
 def _problem_here(job: Job, device: torch.device) -> ClusterError | None:
-    """What keeps a worker from beginning on this machine, and need not on others."""
+    """Return what keeps a worker from beginning on this machine, and need not on others; None where nothing does."""
     if not files.exists(files.join(job.run, CONFIG)):
         return ClusterError(
             f"{socket.gethostname()} does not see {job.run}: --out must be a folder that all nodes share, or a URI "

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is, as it is sent to every worker.
+    """A run, as it is sent to every worker.
 
     Attributes:
         config: the configuration.
@@ -55,7 +55,7 @@ class LostPeerError(RuntimeError):
 
 
 class OneRankError(DoRAError):
-    """What one rank has met and the others do not know of.
+    """An error that one rank has met and the others do not know of.
 
     Attributes:
         told: the error that the run ends with.
