@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         add_cluster_commands,
     ):
         add(commands)
+    _add_completion(commands, parser)
     return parser
 
 
@@ -180,6 +181,12 @@ def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
 def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "report", "write report.html into the folder of a run or a sweep")
     parser.add_argument("path", metavar="RUN_OR_SWEEP")
+
+
+def _add_completion(commands: Commands[argparse.ArgumentParser], whole: argparse.ArgumentParser) -> None:
+    parser = _command(commands, "completion", 'print completion for a shell: eval "$(dora-ray completion bash)"')
+    parser.add_argument("shell", choices=("bash", "zsh"))
+    parser.set_defaults(parser=whole)
 
 
 def _add_config(commands: Commands[argparse.ArgumentParser]) -> None:
