@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,15 @@ import yaml
 
 import dora_ray
 from dora_ray import files
+from dora_ray.cli import main
+from dora_ray.commands.words import load as load_words
 from dora_ray.errors import CheckpointError, ConfigError, DivergenceError, VideoError
+from dora_ray.store.frames import open_videos
 from dora_ray.training import launch
+from dora_ray.training.inputs import frame_format
 from dora_ray.training.records.journal import Journal, read_history, read_lines, read_metrics
 from dora_ray.video.sources import find_videos
+from dora_ray.video.synthetic import make_video
 from tests.conftest import BIKES, SMALL
 from tests.training.records.test_journal import read_scalars
 
@@ -250,3 +256,17 @@ def test_a_disk_that_takes_no_more_ends_a_run_with_what_could_not_be_written(
     config = dora_ray.load_config("tiny", *small, "optim.steps=2", "optim.warmup_steps=2")
     with pytest.raises(CheckpointError, match=r"could not be written: .*No space left.*--resume"):
         dora_ray.train(config, out=tmp_path / "run")
+
+
+def test_ingest_names_the_training_that_uses_its_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film = make_video(tmp_path / "a walk [1].mp4", width=96, height=64, num_frames=20, frames_per_second=10, seed=0)
+    store = str(tmp_path / "store")
+    words = ["data", "ingest", str(film), "data.short_side=48", "--recipe", "tiny", "--store", store]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "12 frames a second, short side 48, quality 85 (recipe tiny)" in printed
+    config = load_words(shlex.split(printed.partition("dora-ray train ")[2].splitlines()[0]))
+    assert config is not None
+    assert (config.data.videos, config.data.store) == ((str(film),), store)
+    (stored,) = open_videos([str(film)], store=store, form=frame_format(config.data))
+    assert (stored.missing, len(stored) > 0) == (0, True)
