@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from dora_ray.cluster.starting import join_cluster
+from dora_ray.cluster.starting import AUTH_MODE, join_cluster, prepare_ray
 from dora_ray.config_source import parse_yaml
 from dora_ray.errors import ClusterError
 from dora_ray.ray_internals import FAKE_PROVIDER
@@ -156,8 +156,8 @@ def fake_cluster(cluster: Mapping[str, Any], folder: Path) -> Iterator[str]:
     """A head with the autoscaler, and no other node; yields its address. All its processes end with the context."""
     import ray
 
-    with socket.create_server(("", 0)) as free:
-        port = free.getsockname()[1]
+    with socket.create_server(("", 0)) as free, socket.create_server(("", 0)) as other:
+        port, client_port = free.getsockname()[1], other.getsockname()[1]
     address = f"{ray.util.get_node_ip_address()}:{port}"
     file = folder / "autoscaling.yaml"
     file.write_text(yaml.safe_dump(scaled_down(cluster, address)))
@@ -177,7 +177,7 @@ def fake_cluster(cluster: Mapping[str, Any], folder: Path) -> Iterator[str]:
     ray_command = Path(sys.executable).with_name("ray")
     command = [str(ray_command), "start", "--head", f"--port={port}", "--num-cpus=0", "--block"]
     command += ["--include-dashboard=false", f"--object-store-memory={STORE_BYTES}", f"--autoscaling-config={file}"]
-    command += ["--disable-usage-stats", "--labels=role=head", "--ray-client-server-port=0"]
+    command += ["--disable-usage-stats", "--labels=role=head", f"--ray-client-server-port={client_port}"]
     with (folder / "head.log").open("wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -207,7 +207,7 @@ def _of_cluster(address: str) -> list[tuple[Any, str]]:
     found = []
     for raylet in _psutil().process_iter(["name", "cmdline"]):
         with suppress(_psutil().Error):
-            if raylet.info["name"] == "raylet" and any(port in word for word in raylet.info["cmdline"]):
+            if raylet.info["name"] == "raylet" and any(port in word for word in raylet.info["cmdline"] or ()):
                 kind = raylet.environ().get("RAY_NODE_TYPE_NAME", HEAD_TYPE)
                 found += [(raylet, kind), *((child, kind) for child in raylet.children(recursive=True))]
     return found
@@ -343,6 +343,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the timeline there")
     parser.add_argument("--picture", metavar="FILE", help="write it there as an SVG")
     options = parser.parse_args(arguments)
+    # Ray reads it when it is imported: the head, this process and the training are to have one mode.
+    os.environ.setdefault(AUTH_MODE, "token")
+    prepare_ray(starts=True)
     cluster = parse_yaml(Path(options.cluster).read_text(encoding="utf-8"), options.cluster)
     with tempfile.TemporaryDirectory(prefix="dora-autoscaling-") as folder:
         timeline = run(cluster, Path(folder), steps=options.steps)

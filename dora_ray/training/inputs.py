@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -241,7 +241,13 @@ class Ingest:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Ingest for as long as the context is open."""
-        with ray_cluster() if self._work else nullcontext():
+        if not self._work:
+            # No thread, and no Ray in a training that needs none.
+            self._ended.set()
+            self._on_end(None)
+            yield
+            return
+        with ray_cluster():
             self._thread.start()
             try:
                 yield

@@ -151,3 +151,15 @@ def test_the_ingest_takes_segments_in_the_order_of_the_windows(film: Path, tmp_p
     assert needed <= ready
     assert sorted(part.segment for part in found.work) == list(range(10))
     assert in_order_of_need(list(reversed(found.work)), plan, [video])[0].segment in {p.segment for p in found.work[:2]}
+
+
+def test_a_training_with_nothing_to_ingest_asks_nothing_of_ray(
+    finished: Path, film: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(inputs, "tasks_beside", lambda config: pytest.fail("the cluster was looked at"))
+    monkeypatch.setattr(inputs, "ray_cluster", lambda: pytest.fail("Ray was started"))
+    store = f"data.store={finished.parent / 'store'}"
+    config = dora_ray.load_config(
+        "tiny", *WINDOW, f"data.videos=[{film}]", store, "optim.steps=1", "optim.warmup_steps=0"
+    )
+    assert dora_ray.train(config, out=tmp_path / "run").metrics["step"] == 1
