@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast lint audit format lock image gpu-kit clean
+.PHONY: help setup demo test test-long test-fast lint audit format lock image gpu-kit clean
 
 help:
 	@echo "make demo       the main job on a real video: train, evaluate, export, report (about 5 minutes)"
-	@echo "make test       all tests"
+	@echo "make test       all tests but those of make test-long"
+	@echo "make test-long  those that take minutes each: killed sweeps, ray up, autoscaling, images"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make lint       ruff, mypy, import-linter"
 	@echo "make audit      known vulnerabilities of the locked versions"
@@ -31,7 +32,10 @@ demo: $(STAMP)
 	$(BIN)/python -m dora_ray.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not ray"

@@ -57,6 +57,7 @@ def tunnel(found: Machines, folder: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")
 def test_from_ray_up_to_ray_down(small: tuple[str, ...], tmp_path: Path):

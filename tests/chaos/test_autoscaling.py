@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -63,12 +62,9 @@ def test_the_timeline_as_a_table_and_a_picture():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(
-    "DORA_RAY_AUTOSCALING" not in os.environ,
-    reason="six raylets on one machine for minutes, and not yet seen to pass: DORA_RAY_AUTOSCALING=1 runs it",
-)
 def test_nodes_come_are_replaced_and_go_again(tmp_path: Path):
     timeline = run(CLUSTER, tmp_path, steps=200)
     shown = table(timeline) + "\n" + (tmp_path / "train.log").read_text()[-3000:]

@@ -41,6 +41,7 @@ def _can_hide_folders() -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.skipif(not _can_hide_folders(), reason="needs the right to make mount namespaces (root)")
 def test_an_odd_node_a_wrong_token_and_another_version_are_named(tmp_path):

@@ -69,6 +69,7 @@ def _autoscaling(port: int, ip: str) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_as_many_trials_run_as_the_node_types_allow(small, tmp_path):

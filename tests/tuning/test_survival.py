@@ -19,7 +19,7 @@ from dora_ray.tuning.progress import summarize_sweep
 from dora_ray.tuning.results import read_csv
 from dora_ray.tuning.sweep import sweep
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.ray]
 
 # What depends on the clock and not on the training.
 TIMES = ("seconds", "per_second")
