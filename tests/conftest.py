@@ -48,6 +48,14 @@ SMALL = (
 )
 
 
+@pytest.fixture(autouse=True)
+def of_ordinary_priority() -> Iterator[None]:
+    """SVT-AV1 makes a process of root's a real-time one, which no later test is to inherit."""
+    yield
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
     """One Ray cluster for the whole session, with logical CPUs to spare."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import cast
@@ -88,6 +90,19 @@ def render_frames(
         yield picture
 
 
+@contextmanager
+def ordinary_priority() -> Iterator[None]:
+    """Take back the real-time priority that SVT-AV1 gives a process of root's, and that every child would inherit.
+
+    A browser or a cluster with that priority can keep all else on the machine from running.
+    """
+    try:
+        yield
+    finally:
+        if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def encode_video(
     path: str | Path,
     frames: Iterable[np.ndarray],
@@ -115,7 +130,7 @@ def encode_video(
     """
     rate = Fraction(frames_per_second).limit_denominator(1001)
     base = Fraction(1, 90000) if times is not None else 1 / rate
-    with av.open(str(path), "w") as container:
+    with ordinary_priority(), av.open(str(path), "w") as container:
         stream: av.VideoStream | None = None
         for number, picture in enumerate(frames):
             if stream is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,3 +111,13 @@ def test_a_missing_package_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(synthetic, "PHOTOGRAPHS", {"x": ("no_such_package", "a.png")})
     with pytest.raises(ConfigError, match="pip install scikit-image scikit-learn"):
         synthetic.make_photo_classes(tmp_path, seed=0)
+
+
+def test_an_encoder_leaves_the_process_its_priority(tmp_path: Path) -> None:
+    """SVT-AV1 asks for the highest real-time one where it may."""
+    before = os.sched_getscheduler(0)
+    pictures = (np.zeros((96, 160, 3), np.uint8) for _ in range(3))
+    synthetic.encode_video(
+        tmp_path / "v.mp4", pictures, frames_per_second=12, codec="libsvtav1", options={"preset": "12"}
+    )
+    assert os.sched_getscheduler(0) == before
