@@ -169,7 +169,7 @@ def through_ray(inputs: Inputs, slots: int, *, size: int, slots_per_task: int) -
     from dora_ray.clips.dataset import StreamSettings, deal, make_clips
     from dora_ray.clips.rank_stream import RankStream
 
-    plan, steps = inputs.plan, -(-slots // inputs.plan.slots)
+    plan, steps = inputs.plan, max(2, -(-slots // inputs.plan.slots))
     settings = StreamSettings(
         run=uuid.uuid4().hex,
         num_steps=steps,
