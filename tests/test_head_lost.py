@@ -16,6 +16,7 @@ WAIT_SECONDS, JOB_SECONDS = 240, 400
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_a_job_goes_on_on_a_new_cluster(small: tuple[str, ...], tmp_path: Path):

@@ -28,6 +28,7 @@ def test_looped_film_is_as_long_as_its_loops() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_reports_every_part(monkeypatch: pytest.MonkeyPatch) -> None:

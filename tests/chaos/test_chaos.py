@@ -66,6 +66,7 @@ def test_a_run_without_faults_of_its_own_has_a_row(call):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_kill_a_drain_and_a_join_cost_nothing_but_time(tmp_path):
     path = tmp_path / "result.json"

@@ -24,6 +24,7 @@ def test_the_stores_size(store: Path, small: tuple[str, ...], tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_hours_of_a_run_from_the_rate_of_another(small: tuple[str, ...], tmp_path: Path):
     """A training of one shape tells the core's rate; with it, one of four times the work a step is foretold."""
     few = dora_ray.load_config("tiny", *small, "optim.slots=2", "optim.clips_per_slot=4", "optim.steps=12")
