@@ -317,25 +317,9 @@ def _kill_decode_node(address: str) -> str:
     return ""
 
 
-def table(timeline: Timeline) -> str:
-    """Return the timeline as lines of a Markdown table, without moments at which no count changes."""
-    lines = ["| seconds | decode nodes | train nodes | what happens |", "|---|---|---|---|"]
-    shown: tuple[int, int] | None = None
-    events = sorted(timeline.events)
-    for moment in timeline.moments:
-        counts = (moment.count("decode"), moment.count("train"))
-        said = [words for seconds, words in events if seconds <= moment.seconds]
-        events = events[len(said) :]
-        if counts != shown or said:
-            lines.append(f"| {moment.seconds:.0f} | {counts[0]} | {counts[1]} | {'; '.join(said)} |")
-        shown = counts
-    lines += [f"| {seconds:.0f} | | | {words} |" for seconds, words in events]
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it, and print the table."""
-    from dora_ray.chaos.timeline_picture import picture
+    from dora_ray.chaos.timeline_picture import picture, table
 
     parser = argparse.ArgumentParser(prog="python -m dora_ray.chaos.autoscaling", description=__doc__.splitlines()[0])
     parser.add_argument("--cluster", default="cluster.yaml", metavar="FILE", help="whose node types (cluster.yaml)")

@@ -76,3 +76,19 @@ def picture(timeline: Line) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="Decode and train nodes over time"><style>{style}</style>{"".join(parts)}</svg>\n'
     )
+
+
+def table(timeline: Line) -> str:
+    """Return the timeline as lines of a Markdown table, without moments at which no count changes."""
+    lines = ["| seconds | decode nodes | train nodes | what happens |", "|---|---|---|---|"]
+    shown: tuple[int, int] | None = None
+    events = sorted(timeline.events)
+    for moment in timeline.moments:
+        counts = (moment.count("decode"), moment.count("train"))
+        said = [words for seconds, words in events if seconds <= moment.seconds]
+        events = events[len(said) :]
+        if counts != shown or said:
+            lines.append(f"| {moment.seconds:.0f} | {counts[0]} | {counts[1]} | {'; '.join(said)} |")
+        shown = counts
+    lines += [f"| {seconds:.0f} | | | {words} |" for seconds, words in events]
+    return "\n".join(lines)

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from dora_ray.chaos.autoscaling import HEAD_TYPE, Moment, Timeline, run, scaled_down, table
-from dora_ray.chaos.timeline_picture import picture
+from dora_ray.chaos.autoscaling import HEAD_TYPE, Moment, Timeline, run, scaled_down
+from dora_ray.chaos.timeline_picture import picture, table
 
 CLUSTER = yaml.safe_load((Path(__file__).parents[2] / "cluster.yaml").read_text())
 
