@@ -142,24 +142,30 @@ def put_value(key: str, value: str | bytes, *, namespace: str) -> None:
 
     Public fallback of these three: a detached actor with a dict, which is a process more.
     """
-    from ray.experimental import internal_kv
-
-    internal_kv._internal_kv_put(key, value, overwrite=True, namespace=namespace)
+    _values().internal_kv_put(
+        key.encode(), value.encode() if isinstance(value, str) else value, True, namespace.encode()
+    )
 
 
 def get_value(key: str, *, namespace: str) -> bytes | None:
     """Look up what `put_value` stored; None where there is nothing."""
-    from ray.experimental import internal_kv
-
-    value: bytes | None = internal_kv._internal_kv_get(key, namespace=namespace)
+    value: bytes | None = _values().internal_kv_get(key.encode(), namespace.encode())
     return value
 
 
 def delete_value(key: str, *, namespace: str) -> None:
     """Forget what `put_value` stored, if anything."""
-    from ray.experimental import internal_kv
+    _values().internal_kv_del(key.encode(), False, namespace.encode())
 
-    internal_kv._internal_kv_del(key, namespace=namespace)
+
+def _values() -> Any:
+    """Return the head's client of the cluster that this process is connected to.
+
+    `ray.experimental.internal_kv` has the same, but a local Cluster in this process takes it along when it ends.
+    """
+    from ray._private.worker import global_worker
+
+    return global_worker.gcs_client
 
 
 # Nodes

@@ -242,9 +242,7 @@ def test_an_address_is_noted(known_addresses: None) -> None:
 @pytest.mark.slow
 def test_nodes_of_a_local_cluster_are_seen_and_drained(ray_cluster: Any) -> None:
     """The session's own cluster stands beside: what asks for an address gets that one's answer."""
-    from ray._private.worker import global_worker
     from ray.cluster_utils import Cluster
-    from ray.experimental import internal_kv
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
@@ -264,8 +262,8 @@ def test_nodes_of_a_local_cluster_are_seen_and_drained(ray_cluster: Any) -> None
         assert ray_internals.nodes_of(cluster) == {cluster.head_node.node_id}
     finally:
         cluster.shutdown()
-        # It closed this process's way to the session's store, too.
-        internal_kv._initialize_internal_kv(global_worker.gcs_client)
+    ray_internals.put_value("a", "the session's cluster still answers", namespace="test")
+    ray_internals.delete_value("a", namespace="test")
 
 
 @ray_test

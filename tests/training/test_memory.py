@@ -33,18 +33,19 @@ SMALL = (
 MEASURE = """
 import ctypes, gc, sys, torch
 torch.set_num_threads(1)
-from dora_ray.bench import step
+from dora_ray.bench.timed import ALONE, Timed
 from dora_ray.config import load_config
+from dora_ray.method.dora import slot_forward
 
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
 
 def forward(*networks, **slot):
     with torch.autocast("cpu", torch.bfloat16, enabled=sys.argv[1] == "half"):
-        return step.slot_forward(*networks, **slot)
+        return slot_forward(*networks, **slot)
 
 def work(config):
-    timed = step._Timed(load_config(config, *step.ALONE), torch.device("cpu"))
+    timed = Timed(load_config(config, *ALONE), torch.device("cpu"))
     timed.step(timed.config, forward)
 
 config = load_config("paper", *sys.argv[2:])
@@ -70,7 +71,7 @@ def test_the_estimate_is_near_what_a_step_takes(checkpointing: str, precision: s
     overrides = [*SMALL, f"optim.activation_checkpointing={checkpointing}"]
     command = [sys.executable, "-c", MEASURE, precision, *overrides]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     sizes = estimate_memory_mb(load_config("paper", *overrides), half=precision == "half")
     estimate = sizes["total"] - sizes["snapshot"]  # a step alone makes no checkpoint
     measured = float(done.stdout)
