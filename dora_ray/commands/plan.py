@@ -37,5 +37,8 @@ def run(options: argparse.Namespace) -> None:
     on_gpu = options.gpu_memory * GIB if options.gpu_memory else gpu_memory()
     prices = load_prices(options.price_file) if options.price_file else {}
     plan = plan_of(config, films, load_figures(options.figures), Question(cluster, memory, on_gpu, prices))
-    write(long_form(plan, gpus=cluster.gpus, cores=cluster.cores, currency=str(prices.get("currency", "cost"))))
+    taken = [
+        name for name, given in (("--cpus", options.cpus), ("--node-memory", options.node_memory)) if given is None
+    ]
+    write(long_form(plan, cluster, taken=taken, currency=str(prices.get("currency", "cost"))))
     write_json(options.json, plan)

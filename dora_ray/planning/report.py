@@ -121,6 +121,7 @@ def plan_of(config: Config, films: Sequence[Film], figures: Figures, question: Q
         "asked": asked,
         "rows": rows,
         "warnings": _warnings(work, asked, memory, cluster),
+        "rates": asdict(figures.rates),
         "origins": figures.origins,
     }
 
@@ -245,14 +246,61 @@ def dry_run(config: Config, checked: Checked) -> str:
     )
 
 
-def long_form(plan: Mapping[str, Any], *, gpus: bool, cores: float, currency: str) -> str:
-    """Return the whole plan."""
+def long_form(plan: Mapping[str, Any], cluster: Cluster, *, taken: Sequence[str], currency: str) -> str:
+    """Return the whole plan.
+
+    Args:
+        plan: of `plan_of`.
+        cluster: that it was made for.
+        taken: options that nobody gave, whose values are this machine's.
+        currency: of its money.
+    """
     films = [
         f"film        {_time(film['seconds'] / HOUR)}, {film['width']}x{film['height']}, "
         f"{film['frames_per_second']:.4g} frames/s, {film['codec']}"
         for film in plan["films"]
     ]
-    head = f"{'GPUs' if gpus else 'workers':>8} {'used':>5} {'slots':>9} {'s/step':>8} "
+    return "\n".join(
+        [
+            *films,
+            *_machines(plan, cluster, taken),
+            short_form(plan),
+            "",
+            "The same run on other numbers of them. `used`: no more than there are slots. `cores`: would read as "
+            "quickly as the",
+            "workers train. Rows with more slots split the same batch finer (optim.slots x optim.clips_per_slot): "
+            "another run.",
+            *_table(plan, cluster, currency),
+            "",
+            "The rates behind it:",
+            *_origins(plan),
+        ]
+    )
+
+
+def _machines(plan: Mapping[str, Any], cluster: Cluster, taken: Sequence[str]) -> list[str]:
+    """Lines about the cluster: its size, what of it was guessed, and rates that nobody has measured."""
+    kind = "GPU" if cluster.gpus else "worker"
+    count = f"{cluster.workers:,} {kind}{'s' * (cluster.workers > 1)}"
+    lost = "no interruptions (--interruptions N an hour, of spot nodes)"
+    if cluster.interruptions:
+        share = plan["asked"]["lost_share"]
+        lost = f"{cluster.interruptions:g} interruptions a node and hour, which take {share:.1%} of the time"
+    lines = [
+        f"machines    {count}, {min(cluster.workers, cluster.workers_per_node)} a node; {cluster.cores:g} cores for "
+        f"reading in all; a node needs {plan['node_needs_gib']:.1f} of {plan['node_has_gib']:.1f} GiB",
+        f"            {lost}",
+    ]
+    if taken:
+        lines.append(f"            {' and '.join(taken)} not given: this machine's were taken")
+    assumed = [name for name, origin in plan["origins"].items() if origin.startswith("assumed")]
+    if cluster.gpus and assumed:
+        lines.append(f"            NOT MEASURED: {', '.join(assumed)}; the hours are no better than these (below)")
+    return lines
+
+
+def _table(plan: Mapping[str, Any], cluster: Cluster, currency: str) -> list[str]:
+    head = f"{'GPUs' if cluster.gpus else 'workers':>8} {'used':>5} {'slots':>9} {'s/step':>8} "
     head += f"{'clips/s':>9} {'hours':>9} {'cores':>7}"
     money = any(row["cost"] is not None for row in plan["rows"])
     table = [head + f" {'lost':>6}" + (f" {currency:>11}" if money else "") + "  limited by"]
@@ -263,22 +311,21 @@ def long_form(plan: Mapping[str, Any], *, gpus: bool, cores: float, currency: st
             f"{row['clips_per_second']:>9,.4g} {row['hours']:>9,.4g} {row['read_cores']:>7.3g} "
             f"{row['lost_share']:>6.1%}{cost}  {_limit(row)}"
         )
+    return table
+
+
+def _origins(plan: Mapping[str, Any]) -> list[str]:
+    """Each rate with its value, under the sentence that says where it is from."""
     origins: dict[str, list[str]] = {}
     for name, origin in plan["origins"].items():
-        origins.setdefault(origin, []).append(name)
-    return "\n".join(
-        [
-            *films,
-            short_form(plan),
-            "",
-            f"With {cores:g} cores for reading; `cores`: those that would read as quickly as the workers train.",
-            "Rows with more slots split the same batch finer (optim.slots x optim.clips_per_slot): another run.",
-            *table,
-            "",
-            "The figures behind it:",
-            *(f"  {', '.join(names)}: {origin}" for origin, names in origins.items()),
-        ]
-    )
+        origins.setdefault(origin, []).append(f"{name} {_value(plan['rates'][name])}")
+    return [line for origin, names in origins.items() for line in (f"  {', '.join(names)}", f"    {origin}")]
+
+
+def _value(rate: float | Mapping[str, float]) -> str:
+    if isinstance(rate, Mapping):
+        return "(" + ", ".join(f"{name} {value:.3g}" for name, value in rate.items()) + ")"
+    return f"{rate:.4g}"
 
 
 def _slots(row: Mapping[str, Any]) -> str:

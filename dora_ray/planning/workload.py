@@ -19,8 +19,9 @@ FILM = re.compile(r"(?P<seconds>[\d.]+)s,(?P<width>\d+)x(?P<height>\d+),(?P<rate
 
 
 def film_of(index: VideoIndex) -> Film:
-    """Return a video as the model takes it."""
-    return Film(index.real_seconds, index.coded_width, index.coded_height, index.average_rate, index.codec)
+    """Return a video as the model takes it: without the holes in its time, which nobody decodes or keeps."""
+    seconds = index.shown_seconds
+    return Film(seconds, index.coded_width, index.coded_height, len(index.pts) / seconds, index.codec)
 
 
 def parse_film(text: str) -> Film:
@@ -39,13 +40,12 @@ def parse_film(text: str) -> Film:
 
 def workload_of(config: Config, films: Sequence[Film]) -> Workload:
     """Return what a configuration does with films."""
-    seconds = sum(film.seconds for film in films)
-    count = _parameters(config)
+    count, rate = _parameters(config), config.data.frames_per_second
     shapes = [(film.width, film.height, film.seconds) for film in films] or [(16, 9, 1.0)]
     widest = sum(max(w, h) / min(w, h) * weight for w, h, weight in shapes) / sum(weight for *_, weight in shapes)
     return Workload(
         films=tuple(films),
-        kept_frames=round(seconds * config.data.frames_per_second),
+        kept_frames=round(sum(film.seconds * min(film.frames_per_second, rate) for film in films)),
         stored_pixels=round(config.data.short_side**2 * widest),
         steps=config.optim.steps,
         slots=config.optim.slots,

@@ -90,7 +90,7 @@ def _store_bytes(config: Config, spec: SweepSpec, folder: str) -> float:
     if unmade := [own[path] for path in config.data.videos if path in own and not files.exists(path)]:
         seconds = sum(unmade)
     else:
-        seconds = sum(index.real_seconds for index in check_videos(config))
+        seconds = sum(index.shown_seconds for index in check_videos(config))
     return seconds * config.data.frames_per_second * config.data.short_side**2 * ASPECT * JPEG_BYTES
 
 

@@ -173,6 +173,12 @@ class VideoIndex:
         usual = float(np.median(np.diff(self.pts)))
         return min(float(last - first), frames * usual) * self.tick
 
+    @property
+    def shown_seconds(self) -> float:
+        """Seconds in which frames are shown: the video's length; where it has holes, usual frames in their place."""
+        usual = float(np.median(np.diff(self.pts))) * self.tick
+        return min(self.real_seconds, len(self.pts) * usual) if self.holes else self.real_seconds
+
     def key_before(self, pts: int) -> int:
         """The last key frame at or before `pts`, ticks."""
         return int(self.key_pts[max(0, int(np.searchsorted(self.key_pts, pts, side="right")) - 1)])

@@ -38,9 +38,19 @@ def test_a_tour_on_eight_gpus(plan):
     assert found["epochs"] == pytest.approx(309_000 * 128 / 39600)
     assert [row["workers_asked"] for row in found["rows"]] == [1, 8, 64, 64, 1024, 1024]
     assert found["warnings"] == []
-    assert "assumed, not measured" in said, "nobody measured a GPU for these figures"
+    assert "NOT MEASURED: gpu_tflop, bus_bytes, network_bytes" in said, "nobody measured a GPU for these figures"
+    assert "gpu_tflop 200\n    assumed, not measured: " in said
+    assert "machines    8 GPUs, 8 a node; 32 cores for reading in all;" in said
+    assert "no interruptions" in said
+    assert "not given" not in said
     assert "8 x 16" in said
     assert "1,016 idle, there are 8 slots" in said
+
+
+def test_what_nobody_gave_is_said(plan):
+    said = plan("paper", "--film", TOUR, "--gpus", "8", "--interruptions", "0.5")[1]
+    assert "--cpus and --node-memory not given: this machine's were taken" in said
+    assert "0.5 interruptions a node and hour, which take 0.1% of the time" in said
 
 
 def test_what_does_not_fit_is_warned_of(plan):

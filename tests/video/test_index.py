@@ -297,6 +297,11 @@ def test_a_hole_takes_no_time_to_decode():
     index = make_index([0, 1, 2, 3 * 10**11, 3 * 10**11 + 1], [0])
     assert index.playing_seconds(0, 3 * 10**11 + 1) == pytest.approx(5 / 30)
     assert index.playing_seconds(0, 2) == pytest.approx(2 / 30)
+    assert replace(index, holes=1, real_seconds=1e10).shown_seconds == pytest.approx(5 / 30)
+
+
+def test_frames_of_unlike_length_are_shown_as_long_as_they_are():
+    assert replace(make_index([0, 1, 2, 60, 120], [0]), real_seconds=5.0).shown_seconds == 5.0
 
 
 def test_matroska_that_begins_late_has_lost_nothing(tmp_path):
