@@ -3,7 +3,8 @@
 A task decodes the frames that one segment still lacks and writes them as data files; the driver commits those files
 to the datasets as results come in, every COMMIT_SECONDS. A killed ingest therefore repeats the segments in flight and
 those few seconds, and one with nothing to do starts no Ray. A task that hangs is ended with its process; where that
-happens twice, the segment's frames count as unreadable, unless none of the video can be read.
+happens twice, the segment's frames count as unreadable, unless none of the video can be read. Tasks decode without the
+secrets of their environment and in limited memory (`shield`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,7 @@ from dora_ray.store.hangs import HANGS
 from dora_ray.store.indexes import load_index
 from dora_ray.store.ray_tasks import ray_cluster, run_tasks
 from dora_ray.store.segments import Work, find_work, ingest_segment
+from dora_ray.store.shield import blanked
 from dora_ray.video.decoders import get_decoder
 from dora_ray.video.index import VideoIndex
 from dora_ray.video.several import index_all, refuse_unreadable
@@ -175,7 +178,14 @@ def ingest_work(
         task = functools.partial(ingest_segment, store=store, decoder=decoder, form=form)
         items = [json.dumps(vars(part)) for part in work]
         patience = STALL_LIMITS * max(part.limit_seconds for part in work)
-        results = run_tasks(items, task, node_label=node_label, patience_seconds=patience, max_tasks=max_tasks)
+        results = run_tasks(
+            items,
+            task,
+            node_label=node_label,
+            patience_seconds=patience,
+            max_tasks=max_tasks,
+            variables=blanked([store, *(part.path for part in work)], os.environ),
+        )
         return _commit_results(work, results, num_videos=num_videos, commit_seconds=commit_seconds, progress=progress)
 
 

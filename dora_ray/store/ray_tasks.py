@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,7 @@ def run_tasks(
     node_label: str | None,
     patience_seconds: float,
     max_tasks: int | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield what `task` returns for each item, a flat dict of plain values, as soon as it is there.
 
@@ -51,13 +52,15 @@ def run_tasks(
         node_label: value of the node label `role` that tasks are pinned to; None: any node.
         patience_seconds: longest time in which no task ends.
         max_tasks: tasks at a time; None: any number.
+        variables: of the environment that the tasks' processes start with, in place of the cluster's own.
 
     Raises:
         ClusterError: no task has ended for that long.
     """
     results: queue.Queue[Any] = queue.Queue()
     job = uuid.uuid4().hex
-    arguments = (items, task, node_label, max_tasks, results, job)
+    options = _options(node_label, variables or {})
+    arguments = (items, task, options, max_tasks, results, job)
     thread = threading.Thread(target=_consume, args=arguments, name="dora-ray-tasks", daemon=True)
     thread.start()
     try:
@@ -83,13 +86,13 @@ def run_tasks(
 def _consume(
     items: Sequence[str],
     task: Task,
-    node_label: str | None,
+    options: dict[str, Any],
     max_tasks: int | None,
     results: queue.Queue[Any],
     job: str,
 ) -> None:
     try:
-        dataset = _dataset(items, task, node_label, max_tasks)
+        dataset = _dataset(items, task, options, max_tasks)
         call_each_turn(dataset.context, lambda: _end_if_given_up(job))
         for row in dataset.iter_rows():
             results.put(row)
@@ -105,14 +108,19 @@ def _end_if_given_up(job: str) -> None:
         raise ClusterError("the job was given up")
 
 
-def _dataset(items: Sequence[str], task: Task, node_label: str | None, max_tasks: int | None) -> Any:
+def _options(node_label: str | None, variables: Mapping[str, str]) -> dict[str, Any]:
+    """What Ray is told of each task."""
+    pinned = {"label_selector": {"role": node_label}} if node_label else {}
+    return {**pinned, **({"runtime_env": {"env_vars": dict(variables)}} if variables else {})}
+
+
+def _dataset(items: Sequence[str], task: Task, options: dict[str, Any], max_tasks: int | None) -> Any:
     """One block and one task for each item, so that a retry repeats one."""
     import ray.data
 
     quiet_data()  # our callers' progress speaks for the job
-    pinned: dict[str, Any] = {"label_selector": {"role": node_label}} if node_label else {}
     dataset = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
-        lambda row: task(row["item"]), num_cpus=_task_cpus(), compute=ray.data.TaskPoolStrategy(max_tasks), **pinned
+        lambda row: task(row["item"]), num_cpus=_task_cpus(), compute=ray.data.TaskPoolStrategy(max_tasks), **options
     )
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False

@@ -20,6 +20,7 @@ from dora_ray.store import datasets, indexes
 from dora_ray.store import frames as frame_store
 from dora_ray.store.frames import FrameFormat
 from dora_ray.store.hangs import TaskWatch
+from dora_ray.store.shield import DECODE_BYTES, memory_limit
 from dora_ray.video.decoders import DecodedFrame, get_decoder, scaled_size
 from dora_ray.video.index import VideoIndex
 from dora_ray.video.sources import check_unchanged
@@ -85,9 +86,15 @@ def ingest_segment(item: str, *, store: str, decoder: str, form: FrameFormat) ->
             return result
         watch.begin(0)
         try:
-            fragments, missing = _write_segment(part, store, None if unread else decoder, form)
+            with memory_limit():
+                fragments, missing = _write_segment(part, store, None if unread else decoder, form)
         except DoRAError as error:
             result["error"] = str(error)
+        except MemoryError:
+            result["error"] = (
+                f"{part.name}: decoding asked for more than {DECODE_BYTES / 2**30:.0f} GiB, which no honest film needs;"
+                " leave the file out"
+            )
         else:
             result |= {"fragments": json.dumps(fragments), "frames": len(part.pts), "missing": missing}
             result["hung"] = f"{part.name}: decoding did not end in {part.limit_seconds:.0f} s" if unread else ""

@@ -1,0 +1,72 @@
+"""Decoding of films that strangers have made: without the secrets of its process's environment, in limited memory.
+
+A decoder that a film takes over finds no credentials in its environment, and a film that asks for more memory than any
+honest one is refused it before the node runs out. Files of this user and a cloud's metadata service stay within its
+reach: those are for the images and roles of the cluster to close (docs/cluster.md).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from dora_ray import files
+
+# Nodes may hold other secrets than the process that sends the tasks: the usual ones are blanked without being seen.
+USUAL = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN"),
+    *("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"),
+    *("AWS_CONTAINER_CREDENTIALS_FULL_URI", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_API_KEY"),
+    *("AZURE_CLIENT_SECRET", "AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN"),
+    *("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+    *("GITHUB_TOKEN", "GH_TOKEN", "GITLAB_TOKEN", "DATABASE_URL", "SSH_AUTH_SOCK"),
+)
+SECRET = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+# A task may take so much beside what its process has: 16 reference frames of 8K in 16 bits, and as much again.
+DECODE_BYTES = 8 * 2**30
+
+
+def blanked(paths: Iterable[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a decoding task gets, all empty; none where it needs credentials for its own reads.
+
+    Ray's own variables stay, its token among them: a worker without it could not speak to its cluster.
+
+    Args:
+        paths: the films and the store.
+        environment: of the process that sends the tasks.
+    """
+    if any(files.is_remote(path) for path in paths):
+        return {}
+    secret = {name for name in environment if SECRET.search(name) and not name.startswith("RAY_")}
+    return dict.fromkeys(sorted({*USUAL, *secret}), "")
+
+
+@contextmanager
+def memory_limit(more_bytes: int = DECODE_BYTES) -> Iterator[None]:
+    """Let this process take no more than so many bytes beside those that it has; afterwards it may again.
+
+    What asks for more gets an error, and not the whole node's memory. Linux alone counts a process's address space.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _address_space() + more_bytes
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped, Ray's object store among them."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
