@@ -18,7 +18,7 @@ from tests.cluster.heads import BIN, ask, background, call, free_ports
 from tests.cluster.machines import Machines, machines, missing
 
 ROOT = Path(__file__).parents[1]
-UP_SECONDS, JOIN_SECONDS = 300, 180
+UP_SECONDS, JOIN_SECONDS = 600, 600
 
 
 def edited(found: Machines, folder: Path) -> Path:
@@ -27,16 +27,15 @@ def edited(found: Machines, folder: Path) -> Path:
     before, _, rest = text.partition("\nmetadata:\n")
     block, _, after = rest.partition("\ncluster_name:")
     head, *workers = found.addresses
-    path = f"echo 'export PATH={BIN}:$PATH PYTHONPATH={ROOT} RAY_worker_niceness=0' > ~/.dora-ray-env"
     for key, value in {
         "head": head,
         "workers": json.dumps(workers),
         "user": "root",
         "key": str(found.key),
+        "path": f"echo 'export PATH={BIN}:$PATH PYTHONPATH={ROOT} RAY_worker_niceness=0' > ~/.dora-ray-env",
     }.items():
-        block, count = re.subn(rf"(  {key}: &{key}) .*", rf"\1 {value}", block)
+        block, count = re.subn(rf"(  {key}: &{key}) .*", lambda found, value=value: f"{found[1]} {value}", block)
         assert count == 1, key
-    block = re.sub(r"    - echo .*", f"    - {path}", block)
     mine = folder / "local.yaml"
     mine.write_text(f"{before}\nmetadata:\n{block}\ncluster_name:{after}")
     return mine
@@ -59,6 +58,7 @@ def tunnel(found: Machines, folder: Path) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.ray
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")
 def test_from_ray_up_to_ray_down(small: tuple[str, ...], tmp_path: Path):
     home, token = tmp_path / "home", secrets.token_hex(32)
@@ -73,11 +73,13 @@ def test_from_ray_up_to_ray_down(small: tuple[str, ...], tmp_path: Path):
     with machines(tmp_path, 2) as found:
         file = edited(found, tmp_path)
         up = call([str(BIN / "ray"), "up", "-y", "--no-config-cache", str(file)], laptop, timeout=UP_SECONDS)
+        (tmp_path / "up.log").write_text(up.stdout + up.stderr)
         assert up.returncode == 0, up.stdout[-4000:] + up.stderr[-2000:]
         try:
             with tunnel(found, tmp_path) as url:
                 assert ask(url, None) == 401, "without the token nobody gets in"
                 assert ask(url, token) == 200
+                _wait_for_raylets(found, found.addresses[1], 1)
                 _both_nodes_are_well(url, laptop, run)
                 words = ["train", "tiny", *small, "cluster.num_workers=2", "cluster.cpus_per_worker=1", "optim.steps=2"]
                 words += ["--out", str(run), "--address", url, "--working-dir", str(project)]
@@ -89,11 +91,23 @@ def test_from_ray_up_to_ray_down(small: tuple[str, ...], tmp_path: Path):
             raise
         finally:
             down = call([str(BIN / "ray"), "down", "-y", str(file)], laptop, timeout=UP_SECONDS)
+            (tmp_path / "down.log").write_text(down.stdout + down.stderr)
         assert down.returncode == 0, down.stdout + down.stderr
+        assert "Stopped " in down.stdout, "the head's `ray stop`\n" + down.stdout + down.stderr
         for address in found.addresses:
-            left = subprocess.run(found.ssh(address, "pgrep -x raylet"), capture_output=True, check=False)
-            assert left.returncode == 1, f"a raylet is left on {address}"
+            _wait_for_raylets(found, address, 0)
     assert json.loads((run / "status.json").read_text())["state"] == "done"
+
+
+def _wait_for_raylets(found: Machines, address: str, count: int) -> None:
+    """The head's autoscaler starts one on each worker, over SSH; without their head they end by themselves."""
+    deadline = time.monotonic() + JOIN_SECONDS
+    while True:
+        there = subprocess.run(found.ssh(address, "pgrep -x raylet"), capture_output=True, check=False).stdout.split()
+        if len(there) == count:
+            return
+        assert time.monotonic() < deadline, f"{len(there)} raylets on {address}"
+        time.sleep(1)
 
 
 def _both_nodes_are_well(url: str, laptop: dict[str, str], run: Path) -> None:

@@ -95,10 +95,12 @@ def _machine(folder: Path, bridge: str, address: str, host_key: Path, key: Path)
         own = folder / f"own-{last}"
         own.mkdir()
         # What is written at home and in Ray's folder stays there. The rest of the disk is shared, as over NFS.
+        # The shell stays as the first process, as it waits for those that lose their parent; sshd would not, and what
+        # `ray stop` ends would be there for ever.
         boot = (
             f"mount -t tmpfs none {own} && mkdir {own}/home {own}/work && mount -t overlay overlay -o "
             f"lowerdir={Path.home()},upperdir={own}/home,workdir={own}/work {Path.home()} && "
-            f"mount -t tmpfs none /tmp/ray && exec {SSHD} -D -e -f {config}"
+            f"mount -t tmpfs none /tmp/ray && {SSHD} -D -e -f {config}; true"
         )
         command = [
             "ip",
