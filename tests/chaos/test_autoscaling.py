@@ -9,7 +9,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from dora_ray.chaos.autoscaling import HEAD_TYPE, Moment, Timeline, run, scaled_down
+from dora_ray.chaos.autoscaling import Moment, Timeline, run
+from dora_ray.chaos.fake_nodes import FEW, HEAD_TYPE, MOST, scaled_down
 from dora_ray.chaos.timeline_picture import picture, table
 
 CLUSTER = yaml.safe_load((Path(__file__).parents[2] / "cluster.yaml").read_text())
@@ -22,6 +23,7 @@ MADE_UP = Timeline(
         Moment(90.0, {"head": ["0"]}, {}),
     ],
     [(21.0, "decode node 00002 is killed"), (60.0, "the training ends with status 0")],
+    [(22.0, 1), (40.0, 2)],
     0,
 )
 
@@ -37,6 +39,19 @@ def test_names_labels_and_limits_are_the_files():
         assert types[name]["labels"] == given["labels"]
         assert types[name]["min_workers"] == given["min_workers"] == 0
         assert 2 <= types[name]["max_workers"] <= given["max_workers"]
+
+
+def test_the_first_file_allows_fewer_nodes():
+    types = scaled_down(CLUSTER, "10.0.0.1:6379", FEW)["available_node_types"]
+    assert types["train"]["max_workers"] == 1
+    assert types["decode"]["max_workers"] == FEW["decode"] == MOST["decode"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "grew"), [([], False), ([1], False), ([2], False), ([2, 1, 2], False), ([1, 1, 2, 1], True)]
+)
+def test_growing_is_from_the_fewest_to_more(counts, grew):
+    assert Timeline(workers=[(float(place), count) for place, count in enumerate(counts)]).grew() is grew
 
 
 def test_processes_on_nodes_that_are_not_for_them_are_named():
@@ -64,14 +79,15 @@ def test_the_timeline_as_a_table_and_a_picture():
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.ray
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_nodes_come_are_replaced_and_go_again(tmp_path: Path):
     timeline = run(CLUSTER, tmp_path, steps=200)
     shown = table(timeline) + "\n" + (tmp_path / "train.log").read_text()[-3000:]
     assert timeline.status == 0, shown
     assert set(timeline.moments[0].nodes) == {"head"}, "the first job starts on a cluster without workers"
     assert timeline.most("decode") >= 2, shown
-    assert timeline.most("train") >= 1, shown
+    assert timeline.grew(), f"{timeline.workers}\n{shown}"
+    assert timeline.most("train") == MOST["train"], shown
     assert timeline.misplaced() == [], shown
     assert set(timeline.moments[-1].nodes) == {"head"}, shown
     killed = next(seconds for seconds, words in timeline.events if "killed" in words)

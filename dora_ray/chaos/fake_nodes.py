@@ -1,0 +1,150 @@
+"""A cluster whose nodes are raylets of this machine: Ray's own autoscaler on the node types of a cluster's file."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dora_ray.ray_internals import FAKE_PROVIDER
+
+# The fake provider knows the head by this name, and its nodes by such ids.
+HEAD_TYPE, HEAD_ID = "ray.head.default", "f" * 51 + "00000"
+# Cores of a pretended node, and how many of them at most: a training worker fits on a train node alone, as one with a
+# GPU does, and several decode nodes are wanted for a film of some segments.
+CORES = {"decode": 2, "train": 4}
+MOST = {"decode": 3, "train": 2}
+# As on a spot market that has one machine with GPUs at first; `more_nodes` brings the others.
+FEW = {"decode": 3, "train": 1}
+STORE_BYTES = 200_000_000
+IDLE_MINUTES = 0.25
+
+
+def scaled_down(cluster: Mapping[str, Any], gcs_address: str, most: Mapping[str, int] = MOST) -> dict[str, Any]:
+    """Return a cluster's file with its node types as fake nodes of this machine.
+
+    Args:
+        cluster: the content of cluster.yaml.
+        gcs_address: host:port at which the head will listen.
+        most: nodes by type, where the file allows as many.
+    """
+    types = cluster["available_node_types"]
+    head = cluster["head_node_type"]
+    nodes = {HEAD_TYPE: {"resources": {"CPU": 0}, "labels": types[head]["labels"], "node_config": {}, "max_workers": 0}}
+    for name, node in types.items():
+        if name != head:
+            nodes[name] = {
+                "resources": {"CPU": CORES[name], "object_store_memory": STORE_BYTES},
+                "labels": node["labels"],
+                "node_config": {},
+                "min_workers": node["min_workers"],
+                "max_workers": min(most[name], node["max_workers"]),
+            }
+    commands = ("head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+    lists = ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands")
+    return {
+        "cluster_name": cluster["cluster_name"],
+        "max_workers": cluster["max_workers"],
+        "upscaling_speed": 100.0,
+        "idle_timeout_minutes": IDLE_MINUTES,
+        "provider": {
+            "type": "external",
+            "module": FAKE_PROVIDER,
+            "foreground_node_launch": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "use_node_id_as_ip": True,
+            "launch_multiple": True,
+            "head_node_id": HEAD_ID,
+            "gcs_address": gcs_address,
+        },
+        "docker": {},
+        "auth": {},
+        "head_node_type": HEAD_TYPE,
+        "available_node_types": nodes,
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        **{name: [] for name in (*lists, *commands)},
+    }
+
+
+@contextmanager
+def fake_cluster(cluster: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    """A head with the autoscaler, and no other node; yields its address. All its processes end with the context."""
+    import ray
+
+    with socket.create_server(("", 0)) as free, socket.create_server(("", 0)) as other:
+        port, client_port = free.getsockname()[1], other.getsockname()[1]
+    address = f"{ray.util.get_node_ip_address()}:{port}"
+    file = _write(cluster, folder, address, FEW)
+    environment = os.environ | {
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        # As `ray up` sets it: without it the first job of a cluster without workers is refused.
+        "RAY_NODE_TYPE_NAME": HEAD_TYPE,
+        "RAY_worker_niceness": "0",
+        "RAY_health_check_initial_delay_ms": "0",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_failure_threshold": "4",
+    }
+    ray_command = Path(sys.executable).with_name("ray")
+    command = [str(ray_command), "start", "--head", f"--port={port}", "--num-cpus=0", "--block"]
+    command += ["--include-dashboard=false", f"--object-store-memory={STORE_BYTES}", f"--autoscaling-config={file}"]
+    command += ["--disable-usage-stats", "--labels=role=head", f"--ray-client-server-port={client_port}"]
+    with (folder / "head.log").open("wb") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield address
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            head.wait(timeout=20)
+        _end_rest(address)
+
+
+def more_nodes(cluster: Mapping[str, Any], folder: Path, address: str) -> None:
+    """Let the autoscaler have as many nodes as one machine pretends to have: it reads its file again and again."""
+    _write(cluster, folder, address, MOST)
+
+
+def _write(cluster: Mapping[str, Any], folder: Path, address: str, most: Mapping[str, int]) -> Path:
+    new, file = folder / "autoscaling.new.yaml", folder / "autoscaling.yaml"
+    new.write_text(yaml.safe_dump(scaled_down(cluster, address, most)))
+    return new.replace(file)
+
+
+def _end_rest(address: str) -> None:
+    """End what the fake provider's nodes have left behind, which are in groups of their own."""
+    for process, _ in processes_of(address):
+        with suppress(psutil().Error):
+            process.kill()
+
+
+def psutil() -> Any:
+    """Return the library, which has no types."""
+    return importlib.import_module("psutil")  # Ray brings it along
+
+
+def processes_of(address: str) -> list[tuple[Any, str]]:
+    """Processes of the cluster with the type of their node, the raylets first."""
+    port = address.rpartition(":")[2]
+    found = []
+    for raylet in psutil().process_iter(["name", "cmdline"]):
+        with suppress(psutil().Error):
+            if raylet.info["name"] == "raylet" and any(port in word for word in raylet.info["cmdline"] or ()):
+                kind = raylet.environ().get("RAY_NODE_TYPE_NAME", HEAD_TYPE)
+                found += [(raylet, kind), *((child, kind) for child in raylet.children(recursive=True))]
+    return found
