@@ -151,7 +151,8 @@ def _add_show(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="folder of the pictures; not given: the run's own `pictures`, which its report shows",
+        help="folder of the pictures; not given: the run's own `pictures`, which its report shows, and there too what "
+        "its first and a middle checkpoint saw",
     )
     parser.add_argument("--clips", type=int, metavar="N", help="clips to draw")
     parser.add_argument("--seed", type=int, metavar="N", help="of the clips and the attention heads")

@@ -22,6 +22,7 @@ MARGIN = 16
 LINE = 20
 FONT_SIZE = 15
 STRIPE = 7
+BAR_WIDTH = 240
 _PALETTE = ((235, 70, 60), (40, 170, 90), (60, 120, 245), (245, 180, 30), (190, 80, 215), (30, 195, 210))
 # Dark violet to yellow with steadily rising lightness: order is seen in gray print and by color-blind people as well.
 _HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
@@ -107,22 +108,27 @@ class Row:
     cells: Sequence[np.ndarray | None]
 
 
-def grid(rows: Sequence[Row], *, titles: Sequence[str], heading: Sequence[str], notes: Sequence[str]) -> Image.Image:
-    """Cells of one size with a title above each column and a label before each row.
+def grid(
+    rows: Sequence[Row], *, titles: Sequence[str], heading: Sequence[str], notes: Sequence[str], scale: tuple[str, str]
+) -> Image.Image:
+    """Cells of one size with a title above each column and a label before each row, and one color bar for all.
 
     Args:
         rows: Their cells are (H, W, 3) uint8.
         titles: Of the columns.
         heading: Lines above the grid, the first one larger.
         notes: Lines below it.
+        scale: Words at the two ends of the bar of `heat_colors`, which is drawn below the notes.
     """
     font, large = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE + 5)
     height, width = next(cell for row in rows for cell in row.cells if cell is not None).shape[:2]
     left = MARGIN + max(int(font.getlength(line)) for row in rows for line in row.label.split("\n")) + 2 * GAP
     top = MARGIN + LINE * len(heading) + 4 * GAP + LINE
     right = left + len(titles) * (width + GAP)
-    text = max(int(font.getlength(line)) for line in (*heading, *notes)) + 2 * MARGIN + 60
-    size = (max(right + MARGIN, text), top + len(rows) * (height + GAP) + GAP + LINE * len(notes) + MARGIN)
+    bar = BAR_WIDTH + 2 * GAP + sum(int(font.getlength(word)) for word in scale)
+    text = max(bar, *(int(font.getlength(line)) for line in (*heading, *notes))) + 2 * MARGIN + 60
+    bottom = top + len(rows) * (height + GAP) + GAP + LINE * len(notes)
+    size = (max(right + MARGIN, text), bottom + GAP + LINE + MARGIN)
     canvas = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     for number, line in enumerate(heading):
@@ -143,7 +149,18 @@ def grid(rows: Sequence[Row], *, titles: Sequence[str], heading: Sequence[str], 
     for number, line in enumerate(notes):
         y = top + len(rows) * (height + GAP) + GAP + LINE * number
         draw.text((MARGIN, y), line, fill=INK, font=font)
+    _color_bar(canvas, bottom + GAP, scale)
     return canvas
+
+
+def _color_bar(canvas: Image.Image, top: int, scale: tuple[str, str]) -> None:
+    """The colors of `heat_colors` from left to right, between the words at their ends."""
+    font, draw = ImageFont.load_default(FONT_SIZE), ImageDraw.Draw(canvas)
+    left = MARGIN + int(font.getlength(scale[0])) + GAP
+    colors = heat_colors(np.linspace(0, 1, BAR_WIDTH))
+    canvas.paste(Image.fromarray(np.repeat(colors[None], LINE - 4, axis=0)), (left, top + 2))
+    draw.text((MARGIN, top + LINE / 2), scale[0], fill=INK, font=font, anchor="lm")
+    draw.text((left + BAR_WIDTH + GAP, top + LINE / 2), scale[1], fill=INK, font=font, anchor="lm")
 
 
 def write_movie(path: str | os.PathLike[str], frames: Sequence[np.ndarray], *, frames_per_second: float) -> None:

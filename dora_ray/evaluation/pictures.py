@@ -268,10 +268,10 @@ def figure(shot: Shot, tracks: Tracks, columns: np.ndarray, *, heading: list[str
     titles = ["CLS attention", *(f"{shot.times[t] - shot.times[0]:+.1f} s" for t in columns)]
     notes = [
         "CLS attention: of the head that discovered the object, in the first frame. Other columns: the object's",
-        "tracked map, and its view, which is what the student sees. A map goes from 0 (violet) to its own largest",
-        "value (yellow). Stripes: objects overlap.",
+        "tracked map, and its view, which is what the student sees. Stripes: objects overlap.",
     ]
-    return drawing.grid(rows, titles=titles, heading=heading, notes=notes)
+    scale = ("attention and maps: 0", "each one's largest value")
+    return drawing.grid(rows, titles=titles, heading=heading, notes=notes, scale=scale)
 
 
 def _heat(values: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -104,24 +104,24 @@ def duration(seconds: float) -> str:
 
 
 def read_pictures(folder: str) -> list[Picture]:
-    """Return the pictures and short videos of a folder and its subfolders, which are those of checkpoints."""
+    """Return a run's pictures and short videos: of earlier checkpoints, which have subfolders, then of the last one."""
     names = files.list_names(folder)
     steps = [name for name in names if name.startswith("step-")]
     kept = [steps[index] for index in sorted({0, len(steps) // 2, len(steps) - 1})] if steps else []
-    found: list[Picture] = []
-    for place, name in [("", name) for name in names] + [
-        (step, name) for step in kept for name in files.list_names(files.join(folder, step))
-    ]:
-        picture = _read_picture(files.join(folder, place, name) if place else files.join(folder, name), place)
-        if picture is not None and len(found) < MAX_PICTURES:
-            found.append(picture)
-    return found
+    places = [(f"{step}/{name}", _words(step)) for step in kept for name in files.list_names(files.join(folder, step))]
+    places += [(name, "at the last checkpoint" if steps else "") for name in names]
+    found = (_read_picture(files.join(folder, *place.split("/")), when) for place, when in places)
+    return [picture for picture in found if picture is not None][-MAX_PICTURES:]
 
 
-def _read_picture(path: str, step: str) -> Picture | None:
+def _words(step: str) -> str:
+    return f"at step {int(step.removeprefix('step-'))}" if step.removeprefix("step-").isdigit() else f"at {step}"
+
+
+def _read_picture(path: str, when: str) -> Picture | None:
     kind = PurePosixPath(path).suffix.lower()
     caption = PurePosixPath(path).stem.replace("_", " ").replace("-", " ")
-    caption += f", at {step.replace('-', ' ')}" if step else ""
+    caption += f", {when}" if when else ""
     if kind in PICTURE_TYPES:
         return Picture(shrink(files.read_bytes(path), PICTURE_WIDTH), f"{_shows(path)} ({caption})", caption)
     if kind not in VIDEO_TYPES:

@@ -62,7 +62,7 @@ def test_an_outline_is_the_border_of_a_mask_inside_the_picture():
 
 def test_a_grid_places_its_cells_and_grows_with_them():
     red, blue = (np.full((20, 30, 3), color, np.uint8) for color in ((255, 0, 0), (0, 0, 255)))
-    options = {"titles": ["a", "b"], "heading": ["A heading", "and more"], "notes": ["a note"]}
+    options = {"titles": ["a", "b"], "heading": ["A heading", "and more"], "notes": ["a note"], "scale": ("0", "most")}
     image = np.asarray(drawing.grid([drawing.Row("row", drawing.INK, [red, None])], **options))
     taller = np.asarray(
         drawing.grid([drawing.Row("row", drawing.INK, cells) for cells in ([red, None], [None, blue])], **options)
@@ -74,6 +74,19 @@ def test_a_grid_places_its_cells_and_grows_with_them():
     assert len(red_rows) == len(blue_rows) == 600
     assert blue_rows.min() == red_rows.min() + 20 + drawing.GAP
     assert blue_columns.min() == red_columns.min() + 30 + drawing.GAP
+
+
+def test_a_grid_has_one_color_bar_below_everything_from_the_least_color_to_the_most():
+    cell = np.zeros((20, 30, 3), np.uint8)
+    rows = [drawing.Row("row", drawing.INK, [cell])] * 2
+    image = drawing.grid(rows, titles=["a"], heading=["A heading"], notes=["a note"], scale=("0", "most"))
+    least, most = (tuple(drawing.heat_colors(np.array(value)).tolist()) for value in (0.0, 1.0))
+    found = [np.argwhere((np.asarray(image) == color).all(axis=-1)) for color in (least, most)]
+    assert len(found[0]) > 0, "the least color is there"
+    assert len(found[1]) > 0, "the most is there"
+    assert found[0][:, 1].max() < found[1][:, 1].min()
+    assert set(found[0][:, 0]) == set(found[1][:, 0]), "in one bar"
+    assert found[0][:, 0].min() > image.height - 3 * drawing.LINE
 
 
 def test_a_movie_keeps_its_frames_and_rate(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import av
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from dora_ray import export
+from dora_ray.commands.show import run as show_command
 from dora_ray.errors import CheckpointError, ConfigError, VideoError
 from dora_ray.evaluation.pictures import figure, movie_frames, show, track
 from dora_ray.evaluation.shots import Shot, draw_shot, read_window
@@ -195,6 +197,16 @@ def test_the_objects_look_different_in_the_pictures(vit):
     assert [frame.shape for frame in movie] == [(96, 332, 3)] * 4
     np.testing.assert_array_equal(movie[2][:, :160], frames[2])
     assert (movie[2][:, 172:] != frames[2]).any()
+
+
+def test_a_run_is_shown_at_its_first_a_middle_and_its_last_checkpoint(video, tmp_path, capsys):
+    run, config = tmp_path / "run", small_config()
+    for step in (10, 20, 30, 40):
+        write_checkpoint(run / "checkpoints" / f"step-{step:08d}", config, step=step)
+    show_command(argparse.Namespace(checkpoint=str(run), video=str(video), out=None, clips=1, seed=3))
+    pictures = {path.parent.relative_to(run).as_posix() for path in run.glob("pictures/**/clip-0.png")}
+    assert pictures == {"pictures/step-00000010", "pictures/step-00000030", "pictures"}
+    assert len(capsys.readouterr().out.splitlines()) == 6, "a picture and a movie each"
 
 
 def _without(name):

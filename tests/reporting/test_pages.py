@@ -65,6 +65,16 @@ def test_a_runs_page_shows_health_curves_events_and_configuration(tmp_path):
     assert any(re.fullmatch(r"2023-11-14 22:\d\d:\d\d", text) for text in page.texts), "dates stand beside clocks"
 
 
+def test_a_runs_page_shows_its_objects_at_the_first_a_middle_and_the_last_checkpoint(tmp_path):
+    run = write_run(tmp_path / "run", steps=20)
+    for place in ("step-00000010", "step-00000050", "step-00000070", "step-00000200", ""):
+        (run / "pictures" / place).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(run / "pictures" / place / "clip-0.png")
+    captions = [text for text in read_page(report(run)).texts if text.startswith("clip 0")]
+    told = ["at step 10", "at step 70", "at step 200", "at the last checkpoint"]
+    assert captions == [f"clip 0, {when}" for when in told]
+
+
 def test_a_runs_page_says_what_its_videos_lack(tmp_path):
     run = write_run(tmp_path / "venice")
     line = {"time": 1.0, "event": "missing_frames", "video": "/films/a.mp4", "missing": "3 of 90 frames are missing"}
