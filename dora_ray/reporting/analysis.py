@@ -15,7 +15,7 @@ from typing import Any
 from dora_ray.tuning.axes import SEED_KEY, keys_of_axis, value_at
 from dora_ray.tuning.results import Row, group_points
 from dora_ray.tuning.space import SweepSpec
-from dora_ray.tuning.statistics import Comparison, Level, Observation, compare, effects, share_half
+from dora_ray.tuning.statistics import Comparison, Estimate, Level, Observation, compare, effects, share_half
 
 # PED-ANOVA needs that many trials to say anything.
 MIN_IMPORTANCE_TRIALS = 20
@@ -60,11 +60,16 @@ class Analysis:
         """Trials that ended with the metric."""
         return [row for members in self.groups.values() for row in members]
 
-    def show(self, value: float, *, sign: bool = False) -> str:
+    def show(self, value: float) -> str:
         """Return a figure of the metric for reading: a percentage where it is a share."""
+        return f"{100 * value:.1f} %" if is_share(self.spec.metric) else f"{value:.4g}"
+
+    def show_change(self, change: Estimate, *, sign: bool = False) -> str:
+        """Return a difference and its interval for reading: in points of a percentage where the metric is a share."""
+        plus, half = "+" if sign else "", self.show_half(change.half)
         if is_share(self.spec.metric):
-            return f"{100 * value:{'+' if sign else ''}.1f} %"
-        return f"{value:{'+' if sign else ''}.4g}"
+            return f"{100 * change.value:{plus}.1f} ± {half} points"
+        return f"{change.value:{plus}.4g} ± {half}"
 
     def show_half(self, half: float) -> str:
         """Return a half width for reading."""
@@ -160,7 +165,7 @@ def verdict(found: Analysis) -> str:
         return f"{first}. It is the only point that finished.{_beside(found)}"
     if comparison.winner is not None:
         runner, behind = next(iter(comparison.behind.items()))
-        gap = f"{found.show(behind.value)} ± {found.show_half(behind.half)}"
+        gap = found.show_change(behind)
         all_others = f"all {others} others; the next" if others > 1 else "the other"
         first += f". It is better than {all_others}, {found.label(runner)}, by {gap}."
         return first + _beside(found)
@@ -171,7 +176,8 @@ def verdict(found: Analysis) -> str:
     which = f"{tied} of {others} others" if others > 1 else "the other"
     text = f"{first}; not separable from {which} ({listed}{more})."
     if tied == others:
-        text += f" No difference is shown; one of more than {found.show(largest)} would be unlikely to hide here."
+        most = f"{100 * largest:.1f} points" if is_share(spec.metric) else f"{largest:.4g}"
+        text += f" No difference is shown; one of more than {most} would be unlikely to hide here."
     return text + _beside(found)
 
 

@@ -22,10 +22,7 @@ def summarize(folder: str) -> str:
     if found.comparison.points:
         parts.append("\n".join(_points(found)))
     for key, levels in found.effects.items():
-        told = "; ".join(
-            f"{level.value}: {found.show(level.effect.value, sign=True)} ± {found.show_half(level.effect.half)}"
-            for level in levels
-        )
+        told = "; ".join(f"{level.value}: {found.show_change(level.effect, sign=True)}" for level in levels)
         parts.append(f"Effect of `{key}` on {spec.metric}: {told}")
     parts += [f"By {metric}: {text}" for metric, text in other_verdicts(rows, spec, baseline)]
     failed = [row for row in rows if row.status == "failed"]

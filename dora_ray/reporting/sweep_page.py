@@ -89,7 +89,7 @@ def sweep_page(folder: str) -> str:
         maps=[(title, _mark(html)) for title, html in _maps(found)],
         **_curves(folder, found),
         cost=_mark(_draw_cost(found)),
-        rays=_mark(_draw_rays(found)) if many and found.factors else "",
+        rays=_mark(_draw_rays(found)) if many and len(found.factors) > 1 else "",
         pictures=_pictures(folder, found),
         failed=[
             {"id": row.short_id, "values": _values(row), "error": row.error} for row in rows if row.status == "failed"
@@ -207,7 +207,8 @@ def _curves(folder: str, found: Analysis) -> dict[str, Any]:
     for metric in dict.fromkeys((found.spec.metric, *CURVES)):
         measured = {name: series(of_trial, metric) for name, of_trial in lines.items()}
         curves = {name: curve for name, curve in measured.items() if curve[1]}
-        if curves:
+        # A column of dots at the last step is no curve: what is measured at the end alone stands above.
+        if any(len(values) > 1 for _, values in curves.values()):
             drawn.append((metric, Markup(overlay(curves, groups, metric))))
     return {"curves": drawn, "factors": keys, "legends": legends}
 

@@ -19,7 +19,7 @@ def _analyze(folder, baseline=None):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ([[0.20, 0.21, 0.2], [0.40, 0.41, 0.4]], "better than the other, num_objects 1, by 20.0 % ± 0.0"),
+        ([[0.20, 0.21, 0.2], [0.40, 0.41, 0.4]], "better than the other, num_objects 1, by 20.0 ± 0.0 points"),
         ([[0.2, 0.31], [0.3, 0.32]], "not separable from the other (num_objects 1). No difference is shown"),
         ([[0.2], [0.3]], "with one seed each: this cannot tell"),
         ([[None, None], [0.3, 0.3]], "the only point that finished"),
