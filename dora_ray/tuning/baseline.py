@@ -18,7 +18,7 @@ from dora_ray.weights import random_backbone
 logger = logging.getLogger(__name__)
 
 BASELINE = "baseline.json"
-RANDOM_SEEDS = (1, 2, 3)
+RANDOM_SEEDS = (1, 2, 3, 4, 5, 6)
 # More test images than that take minutes on the machine that only waits for the trials.
 MOST_IMAGES = 5000
 
