@@ -35,12 +35,14 @@ class Picture:
         alt: what it shows, for those who do not see it.
         caption: the line below it.
         video: whether it moves.
+        link: page that shows more of it; empty where there is none.
     """
 
     uri: str
     alt: str
     caption: str
     video: bool = False
+    link: str = ""
 
 
 def render(template: str, **values: Any) -> str:

@@ -260,7 +260,8 @@ def _pictures(folder: str, found: Analysis) -> list[Picture]:
             value = found.show(row.metrics[found.spec.metric])
             words = f"{found.label(point)}, seed {row.values[SEED_KEY]}: {found.spec.metric} {value}"
             alt = f"Objects that the teacher of trial {row.short_id} discovers and tracks in the sweep's clip; {words}"
-            pictures.append(Picture(shrink(files.read_bytes(path), THUMBNAIL_WIDTH), alt, f"{row.short_id}: {words}"))
+            uri = shrink(files.read_bytes(path), THUMBNAIL_WIDTH)
+            pictures.append(Picture(uri, alt, f"{row.short_id}: {words}", link=f"{row.path}/report.html"))
     return pictures
 
 
