@@ -187,16 +187,21 @@ def _beside(found: Analysis) -> str:
     parts = []
     if found.random:
         low, high = min(found.random), max(found.random)
-        sign = 1 if found.spec.mode == "max" else -1
-        reach = estimate.low if sign > 0 else estimate.high
-        above = math.isfinite(reach) and sign * (reach - (high if sign > 0 else low)) > 0
-        word = "beyond" if above else "not clearly beyond"
+        word = _beside_random(estimate, low, high, most=found.spec.mode == "max")
         span = found.show(low) if low == high else f"{found.show(low)} to {found.show(high)}"
         parts.append(f"it is {word} {len(found.random)} random encoders ({span})")
     if found.chance is not None:
         parts.append(f"chance is {found.show(found.chance)}")
     text = "; ".join(parts)
     return f" {text[0].upper()}{text[1:]}." if text else ""
+
+
+def _beside_random(estimate: Estimate, low: float, high: float, *, most: bool) -> str:
+    """Return where an estimate's interval lies beside the span of random encoders, of which more is better or less."""
+    above, below = estimate.low > high, estimate.high < low
+    return (
+        "beyond" if (above if most else below) else "worse than" if (below if most else above) else "not clearly beyond"
+    )
 
 
 OTHER_MEASURES = ("j_and_f", "knn", "object_iou", "tracking_iou", "view_matching", "rankme")

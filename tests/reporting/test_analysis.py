@@ -40,7 +40,7 @@ def test_the_verdict_stands_beside_random_encoders_and_says_its_images(tmp_path)
     assert "± 4.8 over 400 test images" in sentence
     assert "It is beyond 2 random encoders (14.0 % to 15.0 %); chance is 10.0 %." in sentence
     worse = {"knn": {"random": [0.5], "chance": 0.1}}
-    assert "It is not clearly beyond 1 random encoders (50.0 %)" in verdict(_analyze(folder, worse))
+    assert "It is worse than 1 random encoders (50.0 %)" in verdict(_analyze(folder, worse))
 
 
 def test_less_is_better_where_the_sweep_says_so(tmp_path):
