@@ -7,7 +7,6 @@ calls: a decode process that wants one of them does not pay for the others.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import logging
 import math
@@ -107,11 +106,26 @@ def call_each_turn(context: DataContext, call: Callable[[], object]) -> None:
 
 
 def pace_execution(context: DataContext) -> None:
-    """Have the scheduling loop sleep 5 ms a turn: where the consumer is slower than the tasks it spins on a core.
+    """Have the scheduling loop sleep 5 ms a turn, and begin as soon as the cluster's resources are known.
 
-    Public fallback: leave it out, at the cost of that core.
+    Where the consumer is slower than the tasks, the loop spins on a core. And it looks at the resources once a second,
+    at first before it is told of any: nothing is begun in the first second.
+
+    Public fallback: leave it out, at the cost of that core and that second.
     """
-    call_each_turn(context, functools.partial(time.sleep, PACE_SECONDS))
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Pace(ExecutionCallback):
+        def before_execution_starts(self, executor: Any) -> None:
+            self._began = time.monotonic()
+
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(PACE_SECONDS)
+            manager = executor._resource_manager
+            if manager._global_limits.cpu == 0 and time.monotonic() - self._began < 1.0:
+                manager._global_limits_last_update_time = 0.0
+
+    context.custom_execution_callback_classes.append(Pace)
 
 
 def quiet_data() -> None:

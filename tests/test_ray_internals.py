@@ -107,6 +107,7 @@ def test_the_fake_cloud_is_where_it_is_said_to_be() -> None:
         ("ElasticScalingPolicy", "_get_reserved_resources", []),
         ("ElasticScalingPolicy", "_get_resize_decision", ["num_workers"]),
         ("ExecutionCallback", "on_execution_step", ["executor"]),
+        ("ExecutionCallback", "before_execution_starts", ["executor"]),
     ],
 )
 def test_what_is_overridden_or_called_is_there(base: str, method: str, parameters: list[str]) -> None:
@@ -145,6 +146,19 @@ def test_the_pace_is_kept_where_the_loop_runs_in_an_actor(ray_cluster: Any) -> N
     ray_internals.pace_execution(dataset.context)
     (split,) = dataset.streaming_split(1)
     assert sorted(row["id"] for row in split.iter_rows()) == [0, 1, 2, 3]
+
+
+@ray_test
+def test_an_execution_begins_when_the_resources_are_known(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at once an hour, at first before anything is known, nothing would be begun for an hour."""
+    from ray.data import range as numbers
+    from ray.data._internal.execution.resource_manager import ResourceManager
+
+    monkeypatch.setattr(ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", 3600)
+    dataset = numbers(4).map(lambda row: row)
+    dataset.context.enable_progress_bars = False
+    ray_internals.pace_execution(dataset.context)
+    assert sorted(row["id"] for row in dataset.iter_rows()) == [0, 1, 2, 3]
 
 
 @ray_test

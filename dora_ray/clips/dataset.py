@@ -29,6 +29,7 @@ from ray.data import Dataset, Datasource, ExecutionOptions, ExecutionResources, 
 from ray.data.block import BlockMetadata
 
 from dora_ray import errors, ray_internals
+from dora_ray.clips import reading
 from dora_ray.clips.contents import Contents, SlotKey, pack, slot_keys, unpack
 from dora_ray.clips.slot import SlotBatch, read_slots
 from dora_ray.errors import DoRAError
@@ -224,7 +225,9 @@ class RowReader:
             keys = unpack(packed, contents.plan)
             with TaskWatch(self._seconds) as watch:
                 batches = read_slots(contents, keys, watch)
-            elsewhere = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_read_elsewhere)
+            elsewhere = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", runtime_env=reading.ENVIRONMENT)(
+                _read_elsewhere
+            )
             again = {
                 i: elsewhere.remote(self._contents, keys[i], self._seconds)
                 for i, batch in enumerate(batches)
@@ -271,12 +274,15 @@ def make_clips(contents: Any, settings: StreamSettings) -> Dataset:
     """
     room = settings.decode_label is not None or has_room(settings.decode_cpus)
     pinned: dict[str, Any] = {"label_selector": {"role": settings.decode_label}} if settings.decode_label else {}
-    dataset: Dataset = ray.data.read_datasource(SlotRows(contents, settings), override_num_blocks=1, num_cpus=0)
+    dataset: Dataset = ray.data.read_datasource(
+        SlotRows(contents, settings), override_num_blocks=1, num_cpus=0, runtime_env=reading.ENVIRONMENT
+    )
     dataset = dataset.map_batches(
         RowReader(contents, settings.decode_seconds),
         batch_size=1,
         num_cpus=settings.decode_cpus if room else 0.0,
         compute=TaskPoolStrategy(None if room else CROWDED_TASKS),
+        runtime_env=reading.ENVIRONMENT,
         **pinned,
     )
     context = dataset.context

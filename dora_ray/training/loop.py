@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ from dora_ray.training.worlds import Job, LostPeerError, RayWorld, World, watch_
 OVERDUE_INTERVALS = 5
 # A preempted node is left so long before its deadline, and twice the time of the last step and checkpoint.
 LEAVE_MARGIN_SECONDS = 3.0
+# Ray Train's controller takes one report from a worker at each of its health checks, every two seconds, and has it wait
+# until then.
+REPORT_SECONDS = 5.0
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Loop:
     journal: Journal | None
     stream: Iterator[list[SlotBatch]]
     _saved_at: float = field(default_factory=time.monotonic)
+    _reported_at: float = -math.inf
     _step_seconds: float = 0.0
     _window: MetricsWindow = field(default_factory=MetricsWindow)
     _writer: CheckpointWriter | None = None
@@ -102,7 +107,7 @@ class Loop:
         waited = time.monotonic() - started
         assert all(batch.step == state.step for batch in batches), "the clip stream left the plan's order"
         result = sum_slots(state, batches, self._records(batches), config, self.world.all_reduce)
-        slots, bad, request = _split_records(result.records, config)
+        slots, bad, request, reported = _split_records(result.records, config)
         self._count_bad(bad)
         measures, rates = apply_step(state, result, config)
         if self.journal is not None:
@@ -110,21 +115,30 @@ class Loop:
             self.journal.stepped(state.step, waited)
             measures["center_norm"] = state.center.norm()
             self._window.add(measures, waited, time.monotonic() - started)
-        if self._is_logged():
-            self.world.report(self._log(self.journal, rates) if self.journal is not None else {"step": state.step})
+        if self._is_logged(state.step):
+            metrics = {"step": float(state.step)} if self.journal is None else self._log(self.journal, rates)
+            if reported or is_due(config, state.step) or state.step == config.optim.steps:
+                self._reported_at = time.monotonic()
+                self.world.report(metrics)
         self._step_seconds = time.monotonic() - started
         return request
 
     def _records(self, batches: Sequence[SlotBatch]) -> Tensor:
-        """This rank's integers: its slots' hashes, its unreadable clips, and its requests."""
+        """This rank's integers: its slots' hashes, its unreadable clips, its requests, and rank 0's for a report."""
         optim = self.job.config.optim
-        records = np.zeros(optim.slots * (1 + optim.clips_per_slot) + len(Request), np.int64)
+        records = np.zeros(optim.slots * (1 + optim.clips_per_slot) + len(Request) + 1, np.int64)
         for batch in batches:
             records[batch.slot] = batch.digest
             first = optim.slots + batch.slot * optim.clips_per_slot
             records[first : first + optim.clips_per_slot] = ~batch.valid
-        records[-len(Request) + self._request()] = 1
+        records[-len(Request) - 1 + self._request()] = 1
+        records[-1] = self._is_report_due()
         return torch.from_numpy(records)
+
+    def _is_report_due(self) -> bool:
+        """Return whether this is rank 0, whose clock decides for all, and Ray Train is to hear of the coming step."""
+        waited = time.monotonic() - self._reported_at
+        return self.journal is not None and waited >= REPORT_SECONDS and self._is_logged(self.state.step + 1)
 
     def _request(self) -> Request:
         """Return this rank's pending request; rank 0 adds one when a checkpoint is due."""
@@ -173,9 +187,9 @@ class Loop:
                 "that the frame store is complete and reachable from every node, or ingest the video again."
             )
 
-    def _is_logged(self) -> bool:
-        """Return whether metrics are due after this step: the same on all ranks."""
-        config, step = self.job.config, self.state.step
+    def _is_logged(self, step: int) -> bool:
+        """Return whether metrics are due when so many steps are done: the same on all ranks."""
+        config = self.job.config
         return step == config.optim.steps or is_due(config, step) or _divides(config.run.log_every_steps, step)
 
     def _log(self, journal: Journal, rates: Rates) -> dict[str, float]:
@@ -223,8 +237,8 @@ def _divides(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _split_records(records: Tensor, config: Config) -> tuple[list[int], list[int], Request]:
-    """Slot hashes, positions of unreadable clips in the batch, the largest request of all ranks."""
+def _split_records(records: Tensor, config: Config) -> tuple[list[int], list[int], Request, bool]:
+    """Slot hashes, positions of unreadable clips in the batch, the ranks' largest request, rank 0's for a report."""
     slots, requests = config.optim.slots, len(Request)
-    hashes, bad, asked = records.split([slots, records.numel() - slots - requests, requests])
-    return hashes.tolist(), bad.nonzero().flatten().tolist(), Request(int(asked.nonzero().max()))
+    hashes, bad, asked, report = records.split([slots, records.numel() - slots - requests - 1, requests, 1])
+    return hashes.tolist(), bad.nonzero().flatten().tolist(), Request(int(asked.nonzero().max())), bool(report.item())

@@ -20,9 +20,10 @@ from dora_ray.cli import main
 from dora_ray.commands.words import load as load_words
 from dora_ray.errors import CheckpointError, ConfigError, DivergenceError, VideoError
 from dora_ray.store.frames import open_videos
-from dora_ray.training import launch
+from dora_ray.training import launch, loop
 from dora_ray.training.inputs import frame_format
 from dora_ray.training.records.journal import Journal, read_history, read_lines, read_metrics
+from dora_ray.training.worlds import LocalWorld
 from dora_ray.video.sources import find_videos
 from dora_ray.video.synthetic import make_video
 from tests.conftest import BIKES, SMALL
@@ -72,6 +73,18 @@ def test_run_folder(finished: Path) -> None:
     assert scalars["data_wait_seconds"].keys() == scalars["loss"].keys() == set(range(1, 7))
     assert list(read_history(str(finished))) == list(range(6))
     assert dora_ray.load_config(yaml.safe_load((finished / "config.yaml").read_text())).optim.steps == 6
+
+
+@pytest.mark.parametrize(("seconds", "reported"), [(0.0, [1, 2, 3, 4, 5, 6]), (3600.0, [1, 6])])
+def test_ray_train_hears_of_few_of_many_steps(
+    small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, reported: list[int]
+) -> None:
+    """Each report waits for a health check of Ray Train's controller, seconds perhaps, where a step takes a tenth."""
+    heard: list[float] = []
+    monkeypatch.setattr(loop, "REPORT_SECONDS", seconds)
+    monkeypatch.setattr(LocalWorld, "report", lambda world, metrics: heard.append(metrics["step"]))
+    dora_ray.train(dora_ray.load_config("tiny", *small), out=tmp_path / "run")
+    assert heard == reported
 
 
 def test_checkpoint_folder(finished: Path) -> None:

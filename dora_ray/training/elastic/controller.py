@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 # SPARE_READY_SECONDS.
 SPARES_AFTER_SECONDS, SPARES_AFTER_RESTART_SECONDS = 15.0, 5.0
 SPARE_READY_SECONDS = 15.0
+# What Ray makes beside the workers of each group, on the controller's node: actors that clean the placement up,
+# synchronize reports, watch for preemptions, hand out the shards, and deal out the rows.
+GROUP_ACTORS = 5
 LOST_NODE_SECONDS = 15.0
 # After another rank's end rank 0's next sum fails, at once where the connection was closed; then it saves.
 NOTICE_PEER_SECONDS, SAVE_SECONDS = 2.0, 60.0
@@ -140,12 +143,12 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         self._told: set[int] = set()
         self._nodes: frozenset[str] = frozenset()
         self._asked_at, self._start_seconds = -math.inf, SPARE_READY_SECONDS
-        self._environment = ""
+        self._environment = self._own_environment = ""
         self._spares_at = math.inf
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """A placement is about to be asked for."""
-        self._asked_at = time.monotonic()
+        self._asked_at, self._own_environment = time.monotonic(), environment()
         note(self._run, "group", world_size=worker_group_context.num_workers)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
@@ -217,6 +220,7 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
             for node, count in places.items():
                 if node in alive:
                     start_spares(alive[node], self._environment, count)
+            start_spares(alive[ray.get_runtime_context().get_node_id()], self._own_environment, GROUP_ACTORS)
         if new and self._environment:
             for node in new:
                 start_spares(alive[node], self._environment, 1)
