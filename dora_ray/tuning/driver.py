@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 SPEC, BASE = "sweep.yaml", "base.yaml"
 # In a report: this trial has failed for a reason that trying again does not change.
 FAILED = "failed"
+# Ray Tune gives the thread of a trial that has ended so long until it begins another one in the same process; the
+# default of 2 s is too little on a machine that is shared, and the other trial would fail.
+THREAD_SECONDS = 120
 
 
 def trainable(folder: str) -> Callable[[dict[str, Any]], None]:
@@ -49,6 +53,7 @@ def drive(point: dict[str, Any], *, folder: str) -> None:
     from ray import tune
     from ray.exceptions import RayError
 
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(THREAD_SECONDS))
     spec = read_spec(folder)
     base = load_config(parse_yaml(files.read_text(files.join(folder, BASE)), BASE))
     trial = make_trial(base, with_seed(point, spec))

@@ -78,6 +78,9 @@ def run_trials(
             search_alg=search,
             scheduler=_scheduler(spec, base),
             num_samples=spec.count if spec.search == "tpe" else 1,
+            # A process that imports torch anew takes seconds of a core, for a trial that may take half a minute. One
+            # whose trial was stopped early is not done with it.
+            reuse_actors=spec.scheduler == "none",
             trial_name_creator=_folder_of_tune,
             trial_dirname_creator=_folder_of_tune,
         ),

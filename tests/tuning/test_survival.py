@@ -64,6 +64,7 @@ def test_a_killed_sweep_is_dead_and_its_resume_ends_with_the_same_table(small, t
     whole = _run_in_a_process(spec, tmp_path / "whole", tmp_path)
     out, _ = whole.communicate(timeout=2 * PATIENCE_SECONDS)
     assert whole.returncode == 0, out
+    assert len({_driver(run) for run in (tmp_path / "whole" / "trials").iterdir()}) < 8, "processes are used again"
     killed = _run_in_a_process(spec, tmp_path / "killed", tmp_path)
     _wait(lambda: _ended(tmp_path / "killed") >= 2, killed)
     killed.send_signal(signal.SIGKILL)
