@@ -8,6 +8,7 @@ makes nearly every picture white), the camera's orientation is applied, and tran
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 
@@ -50,9 +51,12 @@ def unreadable(path: Path, error: Exception) -> str:
 
 
 def _open_header(path: Path) -> Image.Image:
-    """Open a file without decoding it, under our own limit of pixels, which gives no warning below it."""
+    """Open a file without decoding it, under our own limit of pixels, which gives no warning below it.
+
+    Pillow's limit is one for all threads: another one, amid a crop, may read it in between, so it stays a number.
+    """
     with _open_lock:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, sys.maxsize
         try:
             image = Image.open(path)
         finally:

@@ -155,6 +155,20 @@ def test_a_picture_above_the_limit_is_named_and_below_it_read_without_a_warning(
     assert images.LARGEST_PIXELS == 178_956_970  # where Pillow's own error begins
 
 
+def test_another_thread_that_crops_meanwhile_finds_a_limit_that_is_a_number(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 20)).save(tmp_path / "small.png")
+    opened, crops = Image.open, []
+
+    def open_slowly(path):
+        crops.append(Image.new("RGB", (9, 9)).crop((0, 0, 5, 5)).size)
+        assert isinstance(Image.MAX_IMAGE_PIXELS, int), "Pillow looks for None, and then multiplies"
+        return opened(path)
+
+    monkeypatch.setattr(Image, "open", open_slowly)
+    assert open_rgb(tmp_path / "small.png").size == (30, 20)
+    assert crops == [(5, 5)]
+
+
 def test_a_huge_text_is_named(tmp_path):
     text = PngImagePlugin.PngInfo()
     text.add_text("a", "x" * (70 << 20), zip=True)
