@@ -20,8 +20,9 @@ from dora_ray.tuning.space import SweepSpec, name_of, with_seed
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[SweepProgress], None]
-# The page is written at a trial's end, and not more often than this.
-PAGE_SECONDS = 30.0
+# The page is written at a trial's end, not more often than this, and at most a tenth of the time: meanwhile Ray Tune's
+# loop waits, and with it each trial that has a line to report.
+PAGE_SECONDS, PAGE_REST = 30.0, 9.0
 
 
 class Watch(tune.Callback):
@@ -55,7 +56,7 @@ class Watch(tune.Callback):
         # Optuna's points alone are to be noted: all others follow from the sweep's file.
         self._points = files.LineFile(files.join(folder, POINTS)) if spec.search == "tpe" else None
         self._known = {name_of(values) for values in read_points(folder)}
-        self._page_at = time.monotonic()
+        self._page_after = time.monotonic() + PAGE_SECONDS
 
     def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
         """Return a callback that does nothing: what Ray Tune keeps, for a restore without this process."""
@@ -116,9 +117,11 @@ class Watch(tune.Callback):
         if status == "failed":
             logger.warning("trial %s failed: see %s", name, files.join(self._folder, "errors", f"{name}.txt"))
         self._tell()
-        if time.monotonic() - self._page_at >= PAGE_SECONDS:
+        began = time.monotonic()
+        if began >= self._page_after:
             self._write_pages()
-            self._page_at = time.monotonic()
+            ended = time.monotonic()
+            self._page_after = ended + max(PAGE_SECONDS, PAGE_REST * (ended - began))
 
     def _tell(self) -> None:
         if self._on_progress is not None:
