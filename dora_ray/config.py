@@ -258,6 +258,9 @@ class RunConfig(Section):
     """Newest checkpoints kept."""
     loggers: Loggers = ()
     """Services that get the metrics and events beside the run's own files: wandb, mlflow, trackio (one, or a list)."""
+    pictures: Natural = 3
+    """Pictures of objects that a run draws, at evenly spaced steps from the first to the last, for its folder
+    `pictures`, TensorBoard and run.loggers; 1: after the last step alone, 0: none."""
     deterministic: bool = True
     """Ask torch for deterministic kernels, without which a GPU's results differ from run to run."""
 

@@ -109,7 +109,8 @@ def show(
     for picture, movie in paths:
         shot = draw_shot(index, rng, num_frames=num_frames, stride_seconds=stride)
         heads = rng.permutation(config["model"]["num_heads"])[:objects]
-        tracks = track(backbone, shot.frames, heads, image_size=size, device=device, **_tracking_arguments(config))
+        arguments = tracking_arguments(config["tracking"])
+        tracks = track(backbone, shot.frames, heads, image_size=size, device=device, **arguments)
         columns = np.unique(np.abs(shot.times[:, None] - _column_times(shot, stride)).argmin(axis=0))
         figure(shot, tracks, columns, heading=_heading(origin, index, shot)).save(picture, pnginfo=_marked())
         drawing.write_movie(movie, list(movie_frames(shot, tracks)), frames_per_second=FRAMES_PER_SECOND)
@@ -163,9 +164,10 @@ def _marked() -> PngInfo:
     return info
 
 
-def _tracking_arguments(config: dict[str, Any]) -> dict[str, Any]:
+def tracking_arguments(tracking: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that `track` takes of a section `tracking`."""
     names = ("block", "normalize_patches", "num_iterations", "epsilon", "threshold")
-    return {name: config["tracking"][name] for name in names}
+    return {name: tracking[name] for name in names}
 
 
 @torch.inference_mode()

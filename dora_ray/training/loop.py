@@ -14,6 +14,7 @@ from torch import Tensor
 from dora_ray.clips.slot import SlotBatch
 from dora_ray.config import Config
 from dora_ray.errors import VideoError
+from dora_ray.training.drawing import ObjectPictures
 from dora_ray.training.elastic.requests import Request, here
 from dora_ray.training.measuring import is_due, measure_teacher
 from dora_ray.training.optim import Rates
@@ -49,10 +50,12 @@ class Loop:
     _collapse: CollapseWatch = field(init=False)
     _told_overdue: bool = False
     _saved_step: int = field(init=False)
+    _pictures: ObjectPictures = field(init=False)
 
     def __post_init__(self) -> None:
         self._saved_step = self.state.step
         config = self.job.config
+        self._pictures = ObjectPictures(config)
         self._collapse = CollapseWatch(
             num_outputs=config.head.num_outputs,
             num_images=config.optim.clips_per_slot * config.clip.num_frames * config.num_globals,
@@ -120,6 +123,8 @@ class Loop:
             if reported or is_due(config, state.step) or state.step == config.optim.steps:
                 self._reported_at = time.monotonic()
                 self.world.report(metrics)
+        if self.journal is not None and self._pictures.is_due(state.step):
+            self._draw(self.journal, batches)
         self._step_seconds = time.monotonic() - started
         return request
 
@@ -214,6 +219,19 @@ class Loop:
         for problem in problems:
             journal.event("warning", step=self.state.step, message=problem)
         return values
+
+    def _draw(self, journal: Journal, batches: Sequence[SlotBatch]) -> None:
+        """Draw the teacher's objects; the other ranks wait in their next sum. A picture must not end a training."""
+        state = self.state
+        journal.histogram(state.step, "center", state.center.cpu().numpy())
+        try:
+            picture = self._pictures.draw(state.teacher.backbone, batches, state.step)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            message = f"no picture of objects: {str(error).partition(chr(10))[0] or 'out of memory'}"
+            journal.event("warning", step=state.step, message=message)
+            return
+        if picture is not None:
+            journal.picture(state.step, "objects", picture)
 
     def _save(self, reason: str) -> None:
         """Begin to write a checkpoint; rank 0 alone has anything to do."""

@@ -76,7 +76,7 @@ def drive(point: dict[str, Any], *, folder: str) -> None:
 def _draw_objects(trial: Trial, run: str) -> None:
     """Draw one clip as the trial's teacher sees it, the same for all trials: the report puts them side by side."""
     pictures = files.join(run, "pictures")
-    if files.is_remote(run) or files.exists(pictures):
+    if files.is_remote(run) or files.exists(files.join(pictures, "clip-0.png")):
         return
     try:
         show(run, find_videos(trial.config.data.videos)[0], out=pictures, num_clips=1)

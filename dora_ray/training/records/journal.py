@@ -15,13 +15,20 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dora_ray import files
+from dora_ray.checkpoints import checkpoint_name
 from dora_ray.errors import DoRAError
 from dora_ray.training.records.gauges import RunGauges
 from dora_ray.training.records.loggers import Loggers
-from dora_ray.training.records.tensorboard import Board
+from dora_ray.training.records.tensorboard import Board, png
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +44,7 @@ METRICS, EVENTS, STATUS, LEDGER, TENSORBOARD = (
 OTHER_EVENTS = "events-controller.jsonl"
 # An event of a launch: a video of the run is not whole.
 MISSING_FRAMES = "missing_frames"
+PICTURES = "pictures"
 LEDGER_END_BYTES = 1 << 16
 
 
@@ -135,7 +143,7 @@ class Journal:
         if starts and events[starts[-1]]["world_size"] != world_size:
             self.event("resize", step=step, before=events[starts[-1]]["world_size"], after=world_size)
         if files.exists(files.join(run, CONFIG)):
-            self._board.text(step, "config", files.read_text(files.join(run, CONFIG)))
+            self._board.configuration(step, files.read_text(files.join(run, CONFIG)))
         self.status("running", step)
 
     def stepped(self, step: int, waited: float) -> None:
@@ -153,6 +161,8 @@ class Journal:
         with suppress(OSError, DoRAError):  # it is kept, and made visible with the next one
             self._events.flush()
         self._loggers.event(event, {"attempt": self.attempt, **fields})
+        if event == "end":
+            self._board.done(int(fields["step"]))
 
     def _warn(self, step: int, message: str) -> None:
         self.event("warning", step=step, message=message)
@@ -169,6 +179,22 @@ class Journal:
         self._board.add(step, {**values, "world_size": self._world_size})
         self._loggers.metrics(step, {**values, "world_size": self._world_size, "attempt": self.attempt})
         self.status("running", step, clips_per_second=values.get("clips_per_second"))
+
+    def picture(self, step: int, name: str, picture: Image) -> None:
+        """Keep a picture in the run's folder, where its report finds it, and hand it to TensorBoard and the loggers."""
+        path = f"{PICTURES}/{checkpoint_name(step)}/{name}.png"
+        try:
+            files.write_bytes(files.join(self.run, path), png(picture))
+        except (OSError, DoRAError) as error:
+            self._warn(step, f"{files.join(self.run, path)} cannot be written: {error}")
+            return
+        self.event("picture", step=step, name=path)
+        self._board.picture(step, name, picture)
+        self._loggers.picture(step, name, picture)
+
+    def histogram(self, step: int, name: str, values: NDArray[np.float32]) -> None:
+        """Hand the distribution of many values to TensorBoard."""
+        self._board.histogram(step, name, values)
 
     def status(self, state: str, step: int, **fields: Any) -> None:
         """Write status.json; where that is not possible just now, training goes on."""

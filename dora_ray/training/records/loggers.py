@@ -15,11 +15,14 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dora_ray import files
 from dora_ray.config_source import flatten, parse_yaml
 from dora_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 IDENTITY = "loggers.json"
 PROJECT = "dora_ray"
@@ -57,6 +60,9 @@ class Service(Protocol):
     def event(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
         """Mark an event."""
 
+    def picture(self, step: int, name: str, picture: Image) -> None:
+        """Take a picture."""
+
     def close(self, *, done: bool) -> None:
         """Send what is left; `done`: the run has reached its last step."""
 
@@ -87,6 +93,10 @@ class WandbRun:
         self._run.log({f"events/{name}": 1, "step": step})
         self._run.summary[f"last_{name}"] = json.dumps(dict(fields))
 
+    def picture(self, step: int, name: str, picture: Image) -> None:
+        """Log a row with the picture."""
+        self._run.log({name: importlib.import_module("wandb").Image(picture), "step": step})
+
     def close(self, *, done: bool) -> None:
         """Finish; a run that is not done can be resumed."""
         self._run.finish(exit_code=0 if done else 1)
@@ -110,6 +120,10 @@ class TrackioRun:
         self._run.log(
             {f"events/{name}": 1, **{f"events/{name}/{key}": value for key, value in numbers.items()}}, step=step
         )
+
+    def picture(self, step: int, name: str, picture: Image) -> None:
+        """Log a row with the picture."""
+        self._run.log({name: importlib.import_module("trackio").Image(picture)}, step=step)
 
     def close(self, *, done: bool) -> None:
         """Finish."""
@@ -149,6 +163,10 @@ class MlflowRun:
         """Log a mark; the last words of each kind are a tag."""
         self.metrics(step, {f"events/{name}": 1.0})
         self._client.set_tag(self._id, f"last_{name}", json.dumps(dict(fields)))
+
+    def picture(self, step: int, name: str, picture: Image) -> None:
+        """Log the picture among those of its name."""
+        self._client.log_image(self._id, picture, key=name, step=step)
 
     def close(self, *, done: bool) -> None:
         """Finish; KILLED can be resumed."""
@@ -221,6 +239,11 @@ class Loggers:
         step = int(fields.get("step", 0))
         for name, service in list(self._open.items()):
             self._guarded(name, step, service.event, step, event, fields)
+
+    def picture(self, step: int, name: str, picture: Image) -> None:
+        """Hand on a picture."""
+        for service_name, service in list(self._open.items()):
+            self._guarded(service_name, step, service.picture, step, name, picture)
 
     def close(self) -> None:
         """Send what is left."""

@@ -10,16 +10,33 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dora_ray import files
+from dora_ray.config_source import flatten, parse_yaml
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HISTOGRAM_BINS = 64
+# Measures beside a run's settings in the table of hyperparameters; and those that a run has where a setting is given.
+COMPARED = ("loss", "object_agreement", "object_overlap", "teacher_diversity")
+MEASURED = {
+    "evaluation.images": ("knn",),
+    "evaluation.tour": ("j_and_f", "object_iou", "tracking_iou"),
+    "evaluation.video": ("view_matching", "rankme"),
+}
 
 
 class Board:
-    """Writes scalars of one attempt, the file being made with the first of them.
+    """Writes what TensorBoard shows of one attempt, the file being made with the first of it.
 
     Where its file cannot be written it says so once and does no more: metrics.jsonl has the same values.
 
@@ -45,6 +62,34 @@ class Board:
         from tensorboardX.summary import text as summary
 
         self._write(step, [summary(name, "\n".join(f"    {line}" for line in text.splitlines()))])
+
+    def picture(self, step: int, name: str, picture: Image) -> None:
+        """Add a picture."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        content = Summary.Image(
+            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=png(picture)
+        )
+        self._write(step, [Summary(value=[Summary.Value(tag=name, image=content)])])
+
+    def histogram(self, step: int, name: str, values: NDArray[np.float32]) -> None:
+        """Add a histogram of values."""
+        from tensorboardX.summary import histogram
+
+        self._write(step, [histogram(name, values, HISTOGRAM_BINS)])
+
+    def configuration(self, step: int, text: str) -> None:
+        """Add the configuration (YAML) as text, and as the run's row in the table of hyperparameters."""
+        values = flatten(parse_yaml(text, "config.yaml"))
+        measured = [name for key, names in MEASURED.items() if values.get(key) is not None for name in names]
+        begin, settings, _ = _hyperparameters(values, [*COMPARED, *measured])
+        self.text(step, "config", text)
+        self._write(step, [begin, settings])
+
+    def done(self, step: int) -> None:
+        """Say in the table of hyperparameters that the run has reached its last step."""
+        if self._writer is not None:
+            self._write(step, [_hyperparameters({}, [])[2]])
 
     def _write(self, step: int, summaries: list[Any]) -> None:
         if self._failed:
@@ -83,3 +128,18 @@ class Board:
                 self._writer.close()
             if files.is_remote(self._folder):
                 shutil.rmtree(self._local, ignore_errors=True)
+
+
+def png(picture: Image) -> bytes:
+    """Return a picture as the bytes of a PNG file."""
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _hyperparameters(values: Mapping[str, Any], measures: Sequence[str]) -> tuple[Any, Any, Any]:
+    """Return the summaries of an experiment, a session's begin and its end; lists and None become text."""
+    from tensorboardX.summary import hparams
+
+    plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()}
+    return hparams(plain, dict.fromkeys(measures))  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import time
@@ -9,7 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from dora_ray import files
 from dora_ray.training.records.journal import (
@@ -37,7 +41,7 @@ def read_scalars(run: str) -> dict[str, dict[int, float]]:
     scalars = defaultdict[str, dict[int, float]](dict)
     for event in read_board(run):
         for value in event.summary.value:
-            if not value.tensor.string_val:
+            if value.WhichOneof("value") == "simple_value":
                 scalars[value.tag][event.step] = value.simple_value
     return scalars
 
@@ -62,6 +66,59 @@ def test_tensorboard_shows_the_configuration_as_text(tmp_path: Path) -> None:
     assert text.metadata.plugin_data.plugin_name == "text"
     assert text.tensor.string_val == [b"    optim:\n      lr: 0.5"]
     assert read_scalars(str(tmp_path))["loss"] == {1: 1.0, 2: 1.0}
+
+
+def hyperparameters(run: str) -> dict[str, HParamsPluginData]:
+    """What a run says to TensorBoard's table of hyperparameters, by tag."""
+    values = [value for event in read_board(run) for value in event.summary.value]
+    return {
+        value.tag.removeprefix("_hparams_/"): HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for value in values
+        if value.metadata.plugin_data.plugin_name == "hparams"
+    }
+
+
+def test_tensorboard_has_the_settings_in_its_table_of_hyperparameters(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "optim: {lr: 0.5, steps: 3, reduction: exact}\ndata: {videos: [a.mp4, b.mp4], store: null}\n"
+        "run: {deterministic: true}\nevaluation: {images: photos, tour: null}\n"
+    )
+    journal = Journal(str(tmp_path), step=0, num_steps=3, world_size=1, entered=0.0)
+    assert hyperparameters(str(tmp_path)).keys() == {"experiment", "session_start_info"}
+    journal.event("end", step=3)
+    journal.close()
+    found = hyperparameters(str(tmp_path))
+    settings = found["session_start_info"].session_start_info.hparams
+    assert (settings["optim.lr"].number_value, settings["optim.steps"].number_value) == (0.5, 3)
+    assert settings["run.deterministic"].bool_value
+    assert settings["data.videos"].string_value == "['a.mp4', 'b.mp4']"
+    measures = [info.name.tag for info in found["experiment"].experiment.metric_infos]
+    assert measures == ["loss", "object_agreement", "object_overlap", "teacher_diversity", "knn"]
+    assert found["session_end_info"].HasField("session_end_info")
+
+
+def test_tensorboard_shows_pictures_and_distributions(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path), step=0, num_steps=3, world_size=1, entered=0.0)
+    picture = Image.effect_noise((30, 20), 50).convert("RGB")
+    journal.picture(2, "objects", picture)
+    journal.histogram(2, "center", np.linspace(-1, 1, 100, dtype=np.float32))
+    journal.close()
+    shown = {value.tag: (event.step, value) for event in read_board(str(tmp_path)) for value in event.summary.value}
+    assert shown["objects"][0] == shown["center"][0] == 2
+    read = Image.open(io.BytesIO(shown["objects"][1].image.encoded_image_string))
+    assert read.tobytes() == picture.tobytes()
+    assert Image.open(tmp_path / "pictures" / "step-00000002" / "objects.png").tobytes() == picture.tobytes()
+    histogram = shown["center"][1].histo
+    assert (histogram.num, histogram.min, histogram.max) == (100, -1.0, 1.0)
+
+
+def test_a_picture_that_cannot_be_written_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "pictures").write_text("a file in its place")
+    journal = Journal(str(tmp_path), step=0, num_steps=3, world_size=1, entered=0.0)
+    journal.picture(2, "objects", Image.new("RGB", (3, 2)))
+    journal.close()
+    (warning,) = [event["message"] for event in read_events(str(tmp_path)) if event["event"] == "warning"]
+    assert "objects.png cannot be written" in warning
 
 
 def test_a_later_attempt_takes_back_what_was_lost(tmp_path: Path) -> None:

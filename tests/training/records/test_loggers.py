@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image as PillowImage
 
 from dora_ray.config import load_config
 from dora_ray.errors import ConfigError
@@ -33,6 +36,12 @@ class Notes(types.ModuleType):
 
     def define_metric(self, name: str, *, step_metric: str) -> None:
         self.calls.append(("define_metric", {"name": name, "step_metric": step_metric}))
+
+    class Image:
+        """Their pictures: made of one of Pillow's."""
+
+        def __init__(self, picture: PillowImage.Image) -> None:
+            self.size = picture.size
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
         if self.broken:
@@ -60,6 +69,8 @@ def attempt(run: str, first: int, steps: int, *names: str, end: bool = False) ->
     journal = Journal(run, step=first, num_steps=4, world_size=2, entered=0.0, loggers=names)
     for step in range(first + 1, first + steps + 1):
         journal.metrics(step, {"loss": 10.0 / step})
+        if step % 2:
+            journal.picture(step, "objects", PillowImage.new("RGB", (20 + step, 8), "red"))
     if end:
         journal.event("end", step=first + steps)
     journal.close()
@@ -81,6 +92,11 @@ def test_a_service_hears_of_every_attempt_as_one_run(name: str, run: str, monkey
     assert [line["step"] for line in logged if "loss" in line] == [1, 2, 3, 3, 4]
     assert [line["step"] for line in logged if line.get("events/start")] == [0, 2]
     assert logged[-1]["events/end"] == 1
+    assert [(line["step"], line["objects"].size) for line in logged if "objects" in line] == [
+        (1, (21, 8)),
+        (3, (23, 8)),
+        (3, (23, 8)),
+    ]
     assert len(notes.called("finish")) == 2
     if name == "wandb":
         assert [words["exit_code"] for words in notes.called("finish")] == [1, 0]
@@ -139,6 +155,8 @@ def test_mlflow_itself(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     history = client.get_metric_history(found.info.run_id, "loss")
     assert sorted(point.step for point in history) == [1, 2, 3, 3, 4]
     assert '"attempt": 2' in found.data.tags["last_start"]
+    pictures = sorted(Path(run).parents[2].glob("mlflow/**/images/objects*step*.png"))
+    assert {PillowImage.open(path).size for path in pictures} == {(21, 8), (23, 8)}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="the extra wandb is not installed")
@@ -151,3 +169,20 @@ def test_wandb_itself_offline(run: str, monkeypatch: pytest.MonkeyPatch) -> None
     (written,) = Path(run).glob("wandb/offline-run-*/run-*.wandb")
     assert written.stem == f"run-{identify(run).id}"
     assert written.stat().st_size > 1000
+    (picture,) = Path(run).glob("wandb/offline-run-*/files/media/images/objects_*.png")
+    assert PillowImage.open(picture).size == (21, 8)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="the extra trackio is not installed")
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_trackio_itself(run: str, tmp_path: Path) -> None:
+    """In a process of its own: trackio chooses its folder when it is imported, and serves from threads."""
+    program = (
+        "from tests.training.records.test_loggers import attempt; from dora_ray.training.records.journal import "
+        f"read_events; attempt({run!r}, 0, 2, 'trackio'); "
+        f"assert not [e for e in read_events({run!r}) if e['event'] == 'warning'], read_events({run!r})"
+    )
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300, env=environment)
+    (picture,) = (tmp_path / "trackio").glob("**/*.png")
+    assert PillowImage.open(picture).size == (21, 8)
