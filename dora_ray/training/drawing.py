@@ -26,7 +26,7 @@ def picture_steps(config: Config) -> frozenset[int]:
     num_pictures, num_steps = min(config.run.pictures, config.optim.steps), config.optim.steps
     if num_pictures == 1:
         return frozenset({num_steps})
-    return frozenset(1 + round(i * (num_steps - 1) / (num_pictures - 1)) for i in range(num_pictures))
+    return frozenset(1 + i * (num_steps - 1) // (num_pictures - 1) for i in range(num_pictures))
 
 
 class ObjectPictures:
