@@ -85,7 +85,6 @@ def train(config: Config, out: Path) -> Path:
     return Path(dora_ray.train(config, out=out, progress=False).path)
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_weights_are_the_same_bits_with_and_without(
     tmp_path: Path, small: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
