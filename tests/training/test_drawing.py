@@ -111,5 +111,5 @@ def test_weights_are_the_same_bits_with_and_without(
     monkeypatch.setattr(loop.ObjectPictures, "draw", too_much)
     poor = train(load_config("tiny", *small), tmp_path / "poor")
     assert same(weights_of(poor), weights_of(plain))
-    warnings = [event["message"] for event in read_events(str(poor)) if event["event"] == "warning"]
-    assert warnings == ["no picture of objects: out of memory"] * 3
+    said = [event["message"] for event in read_events(str(poor)) if event["event"] == "warning"]
+    assert said.count("no picture of objects: out of memory") == 3
