@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ def run(options: argparse.Namespace) -> None:
         _dry_run(options)
         return
     from dora_ray.reporting.analysis import analyze, verdict
+    from dora_ray.training.shown import show_ingest
     from dora_ray.tuning.baseline import read_baseline
     from dora_ray.tuning.results import read_spec
     from dora_ray.tuning.sweep import sweep
@@ -34,11 +36,25 @@ def run(options: argparse.Namespace) -> None:
         def on_progress(progress: SweepProgress) -> None:
             ended = f"{len(progress.ended)}/{progress.trials}"
             failed = sum(status == "failed" for status in progress.ended.values())
-            shown = stages.at("sweep", "steps")
-            shown.update(step=progress.steps_done, total=progress.steps, trials=ended, failed=failed or None)
+            shown, waiting = stages.at("sweep", "steps"), len(progress.waiting)
+            if progress.eta_seconds is None and waiting:
+                shown.say(f"{waiting} trial{'s' if waiting > 1 else ''} of {progress.trials}: reading the first clips")
+                return
+            shown.update(
+                step=progress.steps_done,
+                total=progress.steps,
+                trials=ended,
+                failed=failed or None,
+                starting=waiting or None,
+            )
 
         result = sweep(
-            options.file, *options.overrides, out=options.out, resume=options.resume, on_progress=on_progress
+            options.file,
+            *options.overrides,
+            out=options.out,
+            resume=options.resume,
+            on_progress=on_progress,
+            on_ingest=functools.partial(show_ingest, stages),
         )
     counts = {status: sum(row.status == status for row in result.results) for status in ("done", "stopped", "failed")}
     write_facts(

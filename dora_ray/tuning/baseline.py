@@ -34,6 +34,7 @@ def measure_baseline(folder: str, run: str, config: Config) -> None:
     path = files.join(folder, BASELINE)
     if files.exists(path):
         return
+    logger.info("measuring %d random encoders, which the trials are compared with", len(RANDOM_SEEDS))
     try:
         facts = _measure(run, config)
     except (DoRAError, OSError) as error:

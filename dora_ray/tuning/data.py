@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dora_ray import files
 from dora_ray.config import Config, load_config
 from dora_ray.errors import ConfigError
+from dora_ray.store.ingest import IngestProgress
 from dora_ray.training.beginning import with_resolved_init
 from dora_ray.training.inputs import check_videos, ingest_videos
 from dora_ray.training.paths import PATH_KEYS, absolute_paths, with_absolute_paths
@@ -124,8 +125,8 @@ def check_indexes(configs: Sequence[Config]) -> None:
         check_videos(config, store=config.data.store)
 
 
-def ingest_all(configs: Sequence[Config]) -> None:
+def ingest_all(configs: Sequence[Config], on_ingest: Callable[[IngestProgress], None] | None = None) -> None:
     """Bring the videos into the store before the first trial, once for all of them."""
     for config in configs:
         assert config.data.store is not None
-        ingest_videos(config, config.data.store)
+        ingest_videos(config, config.data.store, on_ingest)

@@ -15,6 +15,7 @@ import torch
 
 from dora_ray import files
 from dora_ray.config import Config
+from dora_ray.progress import Progress
 from dora_ray.training.inputs import check_videos
 from dora_ray.training.memory import MB, estimate_memory_mb
 from dora_ray.training.numerics import prepare_torch
@@ -57,7 +58,7 @@ def forecast(
     need = largest([trial.config for trial in trials])
     here = [{"CPU": max(os.cpu_count() or 1, need.cpus), "GPU": torch.cuda.device_count()}]
     at_a_time = max(1, min(trials_that_fit(here, need), spec.max_concurrent_trials or spec.count, spec.count))
-    seconds = [step_seconds(trial.config) for trial in _spread(trials)]
+    seconds = _measured([trial.config for trial in _spread(trials)])
     left = spec.count - len(done)
     mean = sum(seconds) / len(seconds)
     total = left * base.optim.steps * mean / max(1, need.workers) / at_a_time
@@ -100,6 +101,17 @@ def _spread(trials: Sequence[Trial]) -> list[Trial]:
     points = [trial for trial in trials if trial.values[SEED_KEY] == first]
     step = max(1, (len(points) - 1) // (MEASURED_POINTS - 1)) if len(points) > 1 else 1
     return points[::step][:MEASURED_POINTS]
+
+
+def _measured(configs: Sequence[Config]) -> list[float]:
+    """Return the seconds of a step of each, and show how far that is: a large network takes minutes."""
+    with Progress("measure", unit="points") as progress:
+        seconds = list[float]()
+        for config in configs:
+            progress.update(step=len(seconds), total=len(configs))
+            seconds.append(step_seconds(config))
+        progress.update(step=len(seconds), total=len(configs))
+    return seconds
 
 
 def step_seconds(config: Config) -> float:

@@ -34,6 +34,7 @@ class SweepProgress:
         trial_steps: steps of each trial.
         reached: trial -> step that it has come to, in this process or before.
         ended: trial -> done, stopped or failed.
+        waiting: trials that have begun in this process and reported no step: they start, or read their first clips.
     """
 
     folder: str
@@ -42,6 +43,7 @@ class SweepProgress:
     trial_steps: Mapping[str, int]
     reached: dict[str, int] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
     _began: tuple[float, int] | None = None
     _written: float = 0.0
 
@@ -61,13 +63,19 @@ class SweepProgress:
     def _steps_of(self, name: str) -> int:
         return self.trial_steps.get(name, self.steps // max(1, self.trials))
 
+    def start(self, name: str) -> None:
+        """Note that a trial begins, or begins again."""
+        self.waiting.add(name)
+
     def step(self, name: str, step: int) -> None:
         """Note that a trial has come to a step; what it reports again is no news."""
+        self.waiting.discard(name)
         self._began = self._began or (time.monotonic(), self.steps_done)
         self.reached[name] = max(step, self.reached.get(name, 0))
 
     def end(self, name: str, status: str) -> None:
         """Note a trial's end."""
+        self.waiting.discard(name)
         self._began = self._began or (time.monotonic(), self.steps_done)
         self.ended[name] = status
 
@@ -98,7 +106,11 @@ class SweepProgress:
         if not force and now - self._written < WRITE_SECONDS:
             return
         self._written = now
-        trials = {name: f"{self.reached.get(name, 0)} of {self._steps_of(name)} steps" for name in running}
+        trials = {
+            name: f"{self.reached.get(name, 0)} of {self._steps_of(name)} steps"
+            + (", reading its first clips" if name in self.waiting else "")
+            for name in running
+        }
         try:
             write_status(self.folder, state=state, **self.facts(), running=trials)
         except (OSError, DoRAError) as error:

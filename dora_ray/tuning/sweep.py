@@ -25,7 +25,7 @@ import functools
 import logging
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ from dora_ray.config import Config, load_config
 from dora_ray.config_source import parse_yaml
 from dora_ray.errors import ConfigError
 from dora_ray.reporting.pages import report
+from dora_ray.store.ingest import IngestProgress
 from dora_ray.training.records.heartbeat import Heartbeat
 from dora_ray.training.trainer import check_resources, connect, on_devices
 from dora_ray.tuning.baseline import measure_baseline
@@ -54,7 +55,7 @@ from dora_ray.tuning.data import (
     with_absolute_values,
 )
 from dora_ray.tuning.driver import BASE, SPEC
-from dora_ray.tuning.progress import SweepProgress, read_points
+from dora_ray.tuning.progress import SweepProgress, read_points, summarize_sweep
 from dora_ray.tuning.results import (
     Row,
     best_point,
@@ -71,6 +72,8 @@ from dora_ray.tuning.space import SweepSpec, Trial, base_config, expand, load_sw
 from dora_ray.tuning.tuner import OnProgress, run_trials
 
 logger = logging.getLogger(__name__)
+
+OnIngest = Callable[[IngestProgress], None]
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def sweep(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     on_progress: OnProgress | None = None,
+    on_ingest: OnIngest | None = None,
 ) -> Sweep:
     """Run all trials of a sweep's file that have not been run.
 
@@ -103,6 +107,7 @@ def sweep(
         out: folder or URI, reachable from every node; not given: runs/sweep-<time>.
         resume: run what is missing, new or failed in the sweep that is in `out`.
         on_progress: called in this process with every news of a trial.
+        on_ingest: called in this process while videos are ingested, before the first trial.
 
     Raises:
         ConfigError, VideoError, ClusterError: before any trial is started.
@@ -127,7 +132,7 @@ def sweep(
         check_indexes(configs)
         with connect(_cluster(trials)):
             check_resources(on_devices(_largest(trials)))
-            return _run(folder, spec, base, trials, configs, on_progress)
+            return _run(folder, spec, base, trials, configs, on_progress, on_ingest)
 
 
 def _run(
@@ -137,13 +142,14 @@ def _run(
     trials: Sequence[Trial],
     configs: Sequence[Config],
     on_progress: OnProgress | None,
+    on_ingest: OnIngest | None,
 ) -> Sweep:
     """Everything that is written after the checks, on a cluster that is there."""
     progress = _progress(folder, spec, base, trials)
     progress.write("starting", [], force=True)
     state = "failed"
     try:
-        ingest_all(configs)
+        ingest_all(configs, on_ingest)
         logger.info("%d of %d trials to run", progress.trials - len(progress.ended), progress.trials)
         if len(progress.ended) < progress.trials:
             known = functools.partial(known_trials, folder, spec, base, trials)
@@ -177,9 +183,7 @@ def check_folder(folder: str, spec: SweepSpec, *, resume: bool) -> None:
     if SPEC in names and "trials" not in names:
         return  # checks or videos ended it before its first trial
     if not resume:
-        raise ConfigError(
-            f"{folder} is in use ({', '.join(names[:4])}): continue it with --resume, or give another --out"
-        )
+        raise ConfigError(_holds(folder, names))
     if SPEC not in names:
         raise ConfigError(
             f"{folder} is not empty and not a sweep (no {SPEC}): give another folder. Nothing was changed."
@@ -190,6 +194,18 @@ def check_folder(folder: str, spec: SweepSpec, *, resume: bool) -> None:
             f"{folder} holds another sweep: {', '.join(differences)}. Give the same file, with more seeds, values or "
             "samples if you like, or another --out."
         )
+
+
+def _holds(folder: str, names: Sequence[str]) -> str:
+    """Say what a folder holds that a new sweep was to have, and what to do."""
+    if SPEC not in names:
+        return f"{folder} is not empty ({', '.join(names[:4])}) and holds no sweep: choose another --out."
+    known = summarize_sweep(folder)
+    far = f" ({known['done']} of {known['trials']} trials done)" if {"done", "trials"} <= known.keys() else ""
+    return (
+        f"{folder} already holds the sweep {read_spec(folder).question!r}{far}. Continue with --resume, or choose "
+        "another --out."
+    )
 
 
 def _differences(spec: SweepSpec, before: SweepSpec) -> list[str]:

@@ -75,6 +75,8 @@ class Watch(tune.Callback):
             self._known.add(name)
             self._points.append(json.dumps({"name": name, "values": values}))
             self._points.flush()
+        self._progress.start(name)
+        self._tell()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from dora_ray.errors import ConfigError
 from dora_ray.training.records.heartbeat import HEARTBEAT, Heartbeat
+from dora_ray.training.records.journal import read_status
 from dora_ray.tuning import progress as progress_module
 from dora_ray.tuning.progress import SweepProgress, read_points, summarize_sweep
+from dora_ray.tuning.results import write_spec
+from dora_ray.tuning.space import load_sweep
+from dora_ray.tuning.sweep import check_folder
 
 
 @pytest.fixture
@@ -37,6 +42,36 @@ def test_trials_and_the_steps_within_them_are_counted(tmp_path, clock):
     assert progress.facts() | {"eta_seconds": 0} == {
         "trials": 4, "done": 0, "stopped": 0, "failed": 1, "steps_done": 100, "steps": 400, "eta_seconds": 0,
     }  # fmt: skip
+
+
+def test_a_trial_without_a_step_waits_for_its_first_clips(tmp_path, clock):
+    progress = _sweep(tmp_path)
+    for name in ("t0", "t1", "t2"):
+        progress.start(name)
+    progress.step("t0", 10)
+    progress.end("t1", "failed")
+    assert progress.waiting == {"t2"}
+    progress.write("running", ["t0", "t2"], force=True)
+    assert read_status(str(tmp_path))["running"] == {
+        "t0": "10 of 100 steps",
+        "t2": "0 of 100 steps, reading its first clips",
+    }
+
+
+def test_a_folder_in_use_is_named_by_its_question_and_progress(tmp_path, clock):
+    spec = load_sweep({"question": "Which k?", "base": "tiny", "space": {"tracking.num_objects": {"grid": [1, 2]}}})
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"not empty \(notes.txt\) and holds no sweep: choose another --out"):
+        check_folder(str(tmp_path), spec, resume=False)
+    write_spec(str(tmp_path / "sweep.yaml"), spec)
+    (tmp_path / "trials").mkdir()
+    with pytest.raises(ConfigError, match=r"already holds the sweep 'Which k\?'\. Continue with --resume"):
+        check_folder(str(tmp_path), spec, resume=False)
+    progress = _sweep(tmp_path)
+    progress.end("t0", "done")
+    progress.write("running", [], force=True)
+    with pytest.raises(ConfigError, match=r"'Which k\?' \(1 of 4 trials done\)\. Continue with --resume, or choose"):
+        check_folder(str(tmp_path), spec, resume=False)
 
 
 def test_what_was_done_before_says_nothing_of_the_speed_now(tmp_path, clock):

@@ -53,7 +53,10 @@ def test_a_failed_trial_is_kept_and_the_others_finish(objects, tmp_path):
     assert load_sweep(folder / "sweep.yaml") == load_sweep(objects)
 
     before = _times(folder)
-    with pytest.raises(ConfigError, match="is in use"):
+    with pytest.raises(
+        ConfigError,
+        match=r"already holds the sweep 'How fast may it learn\?' \(1 of 2 trials done\)\. Continue with --resume",
+    ):
         sweep(objects, out=folder)
     with pytest.raises(ConfigError, match="holds another sweep"):
         sweep(objects, "optim.steps=7", out=folder, resume=True)
