@@ -5,13 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-long test-fast lint audit format lock image gpu-kit clean
+.PHONY: help setup demo test test-long test-fast coverage notebook lint audit format lock image gpu-kit clean
 
 help:
 	@echo "make demo       the main job on a real video: train, evaluate, export, report (about 5 minutes)"
 	@echo "make test       all tests but those of make test-long"
 	@echo "make test-long  those that take minutes each: killed sweeps, ray up, autoscaling, images"
 	@echo "make test-fast  the tests that take seconds"
+	@echo "make coverage   lines that no test reaches, in htmlcov/ (COVERED=\"tests/clips\": by these tests)"
+	@echo "make notebook   docs/tutorial.ipynb from docs/tutorial.md"
 	@echo "make lint       ruff, mypy, import-linter"
 	@echo "make audit      known vulnerabilities of the locked versions"
 	@echo "make format     ruff's formatter and its safe fixes"
@@ -39,6 +41,18 @@ test-long: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not ray"
+
+# Counting lines slows tests down, so this is apart from `make test`. COVERED="tests/clips" counts with less.
+COVERED ?= -m "not long"
+coverage: $(STAMP)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(COVERED)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet
+	$(BIN)/coverage report
+
+notebook: $(STAMP)
+	$(BIN)/python scripts/notebook.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -82,4 +96,4 @@ gpu-kit: $(STAMP)
 	@du -sh $(GPU_KIT)
 
 clean:
-	rm -rf $(VENV) .audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .audit build dist *.egg-info .pytest_cache .coverage .coverage.* htmlcov .mypy_cache .ruff_cache .import_linter_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import timm
 
 from dora_ray.cli import main
+from scripts.notebook import NOTEBOOK, notebook
 from tests.conftest import SMALL
 
 PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
@@ -23,6 +25,15 @@ SMALLER = {
     "dora-ray train tiny": [*SMALL],
     "dora-ray eval": ["max_images=20"],
 }
+
+
+def test_the_notebook_is_the_page() -> None:
+    assert NOTEBOOK.read_text() == notebook(PAGE.read_text()), "run `make notebook`"
+    code = [
+        "".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    assert [text.removeprefix("!") for text in code if text.startswith("!")] == COMMANDS
+    assert [text for text in code if not text.startswith("!")] == ["%pip install -e '.[demo]'"]
 
 
 @pytest.mark.slow
