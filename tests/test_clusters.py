@@ -8,9 +8,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from tests.kuberay_schema import RAY_CLUSTER, RAY_JOB
 
 ROOT = Path(__file__).parents[1]
 CLOUDS = [ROOT / "cluster.yaml", ROOT / "clusters" / "gcp.yaml"]
@@ -19,22 +22,6 @@ KUBERNETES = sorted((ROOT / "clusters").glob("kuberay-*.yaml"))
 POLICIES = sorted((ROOT / "clusters").glob("*-policy.json"))
 ROLES = sorted((ROOT / "clusters").glob("gcp-*-role.json"))
 EVERYTHING = [*RAY_UP, *KUBERNETES, *POLICIES, *ROLES]
-
-# The fields of KubeRay 1.6's published API reference (docs.ray.io, "KubeRay CRD API reference"), of what is used here.
-FIELDS = {
-    "RayClusterSpec": "authOptions autoscalerOptions enableInTreeAutoscaling gcsFaultToleranceOptions headGroupSpec "
-    "headServiceAnnotations managedBy rayVersion suspend upgradeStrategy workerGroupSpecs",
-    "AuthOptions": "enableK8sTokenAuth mode secretName",
-    "AutoscalerOptions": "env envFrom idleTimeoutSeconds image imagePullPolicy resources securityContext upscalingMode "
-    "version volumeMounts",
-    "HeadGroupSpec": "enableIngress headService labels rayStartParams resources serviceType template",
-    "WorkerGroupSpec": "groupName idleTimeoutSeconds labels maxReplicas minReplicas numOfHosts rayStartParams replicas "
-    "resources scaleStrategy suspend template",
-    "RayJobSpec": "activeDeadlineSeconds backoffLimit clusterSelector deletionStrategy entrypoint entrypointNumCpus "
-    "entrypointNumGpus entrypointResources jobId managedBy metadata preRunningDeadlineSeconds rayClusterSpec "
-    "runtimeEnvYAML shutdownAfterJobFinishes submissionMode submitterConfig submitterPodTemplate suspend "
-    "ttlSecondsAfterFinished",
-}
 
 
 def documents(path: Path) -> list[Any]:
@@ -117,15 +104,18 @@ def test_nothing_is_open_to_the_world_and_nothing_secret_is_written_down(path):
 
 @pytest.mark.parametrize("spec", ray_clusters(), ids=["cluster", "job"])
 def test_kuberay_knows_every_field(spec):
-    assert set(spec) <= set(FIELDS["RayClusterSpec"].split())
-    assert set(spec["authOptions"]) <= set(FIELDS["AuthOptions"].split())
-    assert set(spec["autoscalerOptions"]) <= set(FIELDS["AutoscalerOptions"].split())
-    assert set(spec["headGroupSpec"]) <= set(FIELDS["HeadGroupSpec"].split())
-    for group in spec["workerGroupSpecs"]:
-        assert set(group) <= set(FIELDS["WorkerGroupSpec"].split())
-        assert all(isinstance(value, str) for value in group["labels"].values())
-    assert spec["autoscalerOptions"]["version"] in {"v1", "v2"}
+    jsonschema.validate(spec, RAY_CLUSTER)
     assert spec["rayVersion"] == "2.60.0"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"rayVersions": "2"}, {"rayVersion": 2.6}, {"authOptions": {"mode": "tokens"}}, {"workerGroupSpecs": [{}]}],
+    ids=str,
+)
+def test_the_schema_refuses_what_is_wrong(wrong):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(ray_clusters()[0] | wrong, RAY_CLUSTER)
 
 
 @pytest.mark.parametrize("spec", ray_clusters(), ids=["cluster", "job"])
@@ -161,7 +151,7 @@ def test_the_jobs_cluster_is_the_cluster():
     cluster, job = (json.dumps(spec) for spec in ray_clusters())
     assert job.replace('"app": "dora-job"', '"app": "dora"') == cluster
     spec = of_kind(ROOT / "clusters" / "kuberay-job.yaml", "RayJob")["spec"]
-    assert set(spec) <= set(FIELDS["RayJobSpec"].split())
+    jsonschema.validate(spec, RAY_JOB)
     assert "--resume" in spec["entrypoint"], "each retry is a new cluster, which goes on from storage"
     assert spec["backoffLimit"] > 0
 
