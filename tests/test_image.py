@@ -63,7 +63,7 @@ def test_the_tags_are_those_of_the_clusters():
 
 
 @pytest.mark.slow
-@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_steps_make_an_environment_that_works(tmp_path: Path):
     """In a fresh environment that sees this one's packages: pip finds each at the pinned version, or would fetch it.
 

@@ -43,6 +43,7 @@ def _can_hide_folders() -> bool:
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.ray
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not _can_hide_folders(), reason="needs the right to make mount namespaces (root)")
 def test_an_odd_node_a_wrong_token_and_another_version_are_named(tmp_path):
     """The second node sees an empty folder where the film is, and has another dora-ray."""
