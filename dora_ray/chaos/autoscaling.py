@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dora_ray.chaos.fake_nodes import HEAD_TYPE, fake_cluster, more_nodes, processes_of, psutil
+from dora_ray.chaos.fake_nodes import FEW, HEAD_TYPE, MOST, fake_cluster, offer, processes_of, psutil
 from dora_ray.cluster.starting import AUTH_MODE, join_cluster, prepare_ray
 from dora_ray.config_source import parse_yaml
 from dora_ray.errors import ClusterError
@@ -145,8 +145,12 @@ def run(cluster: Mapping[str, Any], folder: Path, *, steps: int, kill: bool = Tr
             training = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, stdout=log, stderr=log)
         try:
             for moment in _moments(timeline, address, started, training):
-                if _note_workers(timeline, folder / "run", started) and len(timeline.workers) == 1:
-                    more_nodes(cluster, folder, address)
+                events = _events(folder / "run")
+                _note_workers(timeline, events, started)
+                if timeline.workers:
+                    offer(cluster, folder, address, MOST)
+                elif any(event["event"] == "launch" for event in events):
+                    offer(cluster, folder, address, FEW, {"train": FEWEST})
                 if kill and moment.count("decode") >= 2 and "decode" in moment.processes:
                     kill = False
                     timeline.events.append((moment.seconds, f"decode node {_kill_decode_node(address)} is killed"))
@@ -194,19 +198,19 @@ def _moments(timeline: Timeline, address: str, started: float, training: subproc
         time.sleep(LOOK_SECONDS)
 
 
-def _note_workers(timeline: Timeline, run: Path, started: float) -> bool:
-    """Note on how many workers the training has begun anew, and return whether there was something to note."""
+def _events(run: Path) -> list[dict[str, Any]]:
     with suppress(FileNotFoundError, ValueError):  # not there yet, or half a line
-        lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
-        events = [json.loads(line) for line in lines]
-        starts = [event for event in events if event["event"] == "start"][len(timeline.workers) :]
-        for event in starts:
-            seconds = round(event["time"] - (time.time() - time.monotonic()) - started, 1)
-            count = int(event["world_size"])
-            timeline.workers.append((seconds, count))
-            timeline.events.append((seconds, f"training on {count} worker{'s' * (count > 1)}"))
-        return bool(starts)
-    return False
+        return [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    return []
+
+
+def _note_workers(timeline: Timeline, events: Sequence[dict[str, Any]], started: float) -> None:
+    """Note on how many workers the training has begun anew since the last look."""
+    for event in [event for event in events if event["event"] == "start"][len(timeline.workers) :]:
+        seconds = round(event["time"] - (time.time() - time.monotonic()) - started, 1)
+        count = int(event["world_size"])
+        timeline.workers.append((seconds, count))
+        timeline.events.append((seconds, f"training on {count} worker{'s' * (count > 1)}"))
 
 
 def _kill_decode_node(address: str) -> str:

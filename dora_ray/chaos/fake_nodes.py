@@ -23,19 +23,26 @@ HEAD_TYPE, HEAD_ID = "ray.head.default", "f" * 51 + "00000"
 # GPU does, and several decode nodes are wanted for a film of some segments.
 CORES = {"decode": 2, "train": 4}
 MOST = {"decode": 3, "train": 2}
-# As on a spot market that has one machine with GPUs at first; `more_nodes` brings the others.
+# As on a spot market that has one machine with GPUs at first, and more later. Ray's autoscaler starts nothing towards a
+# demand that it cannot meet in full, as an elastic trainer's for its most workers: the one is asked for by number.
 FEW = {"decode": 3, "train": 1}
 STORE_BYTES = 200_000_000
 IDLE_MINUTES = 0.25
 
 
-def scaled_down(cluster: Mapping[str, Any], gcs_address: str, most: Mapping[str, int] = MOST) -> dict[str, Any]:
+def scaled_down(
+    cluster: Mapping[str, Any],
+    gcs_address: str,
+    most: Mapping[str, int] = MOST,
+    fewest: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """Return a cluster's file with its node types as fake nodes of this machine.
 
     Args:
         cluster: the content of cluster.yaml.
         gcs_address: host:port at which the head will listen.
         most: nodes by type, where the file allows as many.
+        fewest: nodes by type that are started unasked, in place of the file's own.
     """
     types = cluster["available_node_types"]
     head = cluster["head_node_type"]
@@ -46,7 +53,7 @@ def scaled_down(cluster: Mapping[str, Any], gcs_address: str, most: Mapping[str,
                 "resources": {"CPU": CORES[name], "object_store_memory": STORE_BYTES},
                 "labels": node["labels"],
                 "node_config": {},
-                "min_workers": node["min_workers"],
+                "min_workers": (fewest or {}).get(name, node["min_workers"]),
                 "max_workers": min(most[name], node["max_workers"]),
             }
     commands = ("head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
@@ -85,7 +92,7 @@ def fake_cluster(cluster: Mapping[str, Any], folder: Path) -> Iterator[str]:
     with socket.create_server(("", 0)) as free, socket.create_server(("", 0)) as other:
         port, client_port = free.getsockname()[1], other.getsockname()[1]
     address = f"{ray.util.get_node_ip_address()}:{port}"
-    file = _write(cluster, folder, address, FEW)
+    file = offer(cluster, folder, address, FEW)
     environment = os.environ | {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
@@ -115,14 +122,16 @@ def fake_cluster(cluster: Mapping[str, Any], folder: Path) -> Iterator[str]:
         _end_rest(address)
 
 
-def more_nodes(cluster: Mapping[str, Any], folder: Path, address: str) -> None:
-    """Let the autoscaler have as many nodes as one machine pretends to have: it reads its file again and again."""
-    _write(cluster, folder, address, MOST)
-
-
-def _write(cluster: Mapping[str, Any], folder: Path, address: str, most: Mapping[str, int]) -> Path:
+def offer(
+    cluster: Mapping[str, Any],
+    folder: Path,
+    address: str,
+    most: Mapping[str, int],
+    fewest: Mapping[str, int] | None = None,
+) -> Path:
+    """Write the autoscaler's file, see `scaled_down`; it reads it again and again."""
     new, file = folder / "autoscaling.new.yaml", folder / "autoscaling.yaml"
-    new.write_text(yaml.safe_dump(scaled_down(cluster, address, most)))
+    new.write_text(yaml.safe_dump(scaled_down(cluster, address, most, fewest)))
     return new.replace(file)
 
 

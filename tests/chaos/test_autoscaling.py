@@ -42,8 +42,9 @@ def test_names_labels_and_limits_are_the_files():
 
 
 def test_the_first_file_allows_fewer_nodes():
-    types = scaled_down(CLUSTER, "10.0.0.1:6379", FEW)["available_node_types"]
-    assert types["train"]["max_workers"] == 1
+    types = scaled_down(CLUSTER, "10.0.0.1:6379", FEW, {"train": 1})["available_node_types"]
+    assert types["train"]["max_workers"] == types["train"]["min_workers"] == 1
+    assert types["decode"]["min_workers"] == 0
     assert types["decode"]["max_workers"] == FEW["decode"] == MOST["decode"]
 
 
