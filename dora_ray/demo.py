@@ -111,7 +111,7 @@ def _measured(run: Path, knn: dict[str, Any]) -> dict[str, str]:
     lines = read_metrics(str(run))
     first, last, steady = lines[0], lines[-1], lines[1:] or lines
     seconds = sum(line["step_seconds"] for line in steady)
-    waited = sum(line["data_wait_seconds"] for line in steady)
+    waited = sum(line["exposed_wait_seconds"] for line in steady)
     speed = statistics.mean(line["clips_per_second"] for line in steady)
     return {
         "loss": f"{first['loss']:.3f} -> {last['loss']:.3f}",

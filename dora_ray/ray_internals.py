@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
-    from ray.data import DataContext
+    from ray.data import DataContext, DataIterator
     from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
     from ray.data._internal.execution.execution_callback import ExecutionCallback
     from ray.train.v2._internal.constants import DEFAULT_PREEMPTION_DEADLINE_S
@@ -126,6 +126,18 @@ def pace_execution(context: DataContext) -> None:
                 manager._global_limits_last_update_time = 0.0
 
     context.custom_execution_callback_classes.append(Pace)
+
+
+def blocked_seconds(shard: DataIterator) -> dict[str, float]:
+    """Seconds in which this process waited for a shard of `streaming_split`, by the stage that kept it waiting.
+
+    They are the gauges `ray_data_iter_blocked_<stage>_seconds` of Ray's dashboard before these are sent.
+    Public fallback: `shard.stats()`, a text for people that takes a call to the actor that deals the blocks out.
+    """
+    from ray.data._internal.stats import IterationStage
+
+    stats: Any = shard._iter_stats  # type: ignore[attr-defined]
+    return {stage.value: float(stats.get_blocked_timer(stage).get()) for stage in IterationStage}
 
 
 def quiet_data() -> None:

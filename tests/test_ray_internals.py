@@ -162,6 +162,28 @@ def test_an_execution_begins_when_the_resources_are_known(ray_cluster: Any, monk
 
 
 @ray_test
+def test_what_a_shard_waited_for_is_known_by_rays_own_stages(ray_cluster: Any) -> None:
+    """The names are those of its gauges, and the seconds are those of its own summary."""
+    from ray.data import range as numbers
+    from ray.data._internal import stats
+
+    def slow(batch: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(0.5)
+        return batch
+
+    (shard,) = numbers(4, override_num_blocks=4).map_batches(slow).streaming_split(1)
+    before = ray_internals.blocked_seconds(shard)
+    stages = "production_wait data_transfer batching format collate finalize"
+    assert before == dict.fromkeys(stages.split(), 0.0)
+    assert len(list(shard.iter_batches(batch_size=1))) == 4
+    after = ray_internals.blocked_seconds(shard)
+    assert after["production_wait"] >= 0.4
+    gauges = inspect.getsource(stats)
+    assert all(f'"data_iter_blocked_{stage}_seconds"' in gauges for stage in after)
+    assert f"production wait: {stats.fmt(after['production_wait'])}" in shard.stats()
+
+
+@ray_test
 def test_ray_data_says_nothing(ray_cluster: Any, capfd: pytest.CaptureFixture[str]) -> None:
     from ray.data import range as numbers
 

@@ -21,6 +21,7 @@ from dora_ray.clips.dataset import (
 from dora_ray.clips.plan import Plan, slots_of_rank
 from dora_ray.clips.slot import SlotBatch
 from dora_ray.errors import ClusterError, DoRAError
+from dora_ray.ray_internals import blocked_seconds
 
 if TYPE_CHECKING:
     from ray.data import DataIterator
@@ -61,6 +62,8 @@ class RankStream:
         self._plan, self._settings, self._rank, self._size = plan, settings, rank, size
         self._is_alive, self._new_shard = is_alive, new_shard
         self._shard = shard
+        # Seconds in shards that are used up, by stage.
+        self._blocked = dict.fromkeys(blocked_seconds(shard), 0.0)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="clips")
         self._rows: Iterator[Any] = iter(())
         self._next: Future[Any] = Future()
@@ -101,8 +104,13 @@ class RankStream:
             begin = execution_end(begin, self._plan.slots, self._settings)
             if begin < self._settings.num_steps:
                 if self._new_shard is not None:
-                    self._shard = self._new_shard()
+                    self._blocked, self._shard = self.blocked(), self._new_shard()
                 self.start(begin)
+
+    def blocked(self) -> dict[str, float]:
+        """Return the seconds so far in which this rank waited for rows, by Ray Data's stage."""
+        now = blocked_seconds(self._shard)
+        return {stage: seconds + now[stage] for stage, seconds in self._blocked.items()}
 
     def _execution(self, begin: int) -> Iterator[list[SlotBatch]]:
         batches, said = self._batches(begin), 0
@@ -117,6 +125,7 @@ class RankStream:
                 said = taken
                 say_taken(self._settings.run, taken)
             yield found
+        self._rows = iter(())  # which ends Ray's iteration: its last row was taken, its end not asked for
 
     def _batches(self, begin: int) -> Iterator[SlotBatch]:
         row = self._row()
@@ -125,8 +134,9 @@ class RankStream:
             self.start(begin)
             row = self._row()
         while row is not None:
-            self._ask()
             yield from from_row(row)
+            # Not before it is wanted: Ray fetches rows ahead by itself, and counts from here on as this rank's wait.
+            self._ask()
             row = self._row()
 
 

@@ -85,8 +85,16 @@ PANELS = (
     Panel("Throughput", (("clips_per_second", "clips/s"),), "Clips that all workers trained on in a second."),
     Panel(
         "Where a step's time goes",
-        (("step_seconds", "step"), ("data_wait_seconds", "waiting for data")),
-        "Seconds. Waiting near 0: the decoders keep up.",
+        (("step_seconds", "step"), ("exposed_wait_seconds", "waiting for data")),
+        "Seconds. Waiting, of the worker that waits longest, near 0: the decoders keep up.",
+    ),
+    Panel(
+        "Where that worker waits",
+        tuple(
+            (f"blocked_{stage.replace(' ', '_')}_seconds", stage)
+            for stage in ("production wait", "data transfer", "batching", "format", "collate", "finalize")
+        ),
+        "Seconds a step in each stage of Ray Data. Production: more CPUs that decode; transfer: the network.",
     ),
     Panel("Workers", (("world_size", "workers"),), "Train workers at each step.", smooth=False),
     Panel("Learning rate", (("lr", "lr"),), "Warm-up, then half a cosine.", smooth=False),

@@ -21,6 +21,7 @@ from dora_ray.reporting.curves import PANELS, draw_panel, series
 from dora_ray.reporting.render import duration, figure, moment, read_pictures, render
 from dora_ray.training.records.journal import read_events, read_metrics
 from dora_ray.training.records.status import missing_frames, summarize
+from dora_ray.training.records.waits import EXPOSED
 from dora_ray.tuning.results import Line, final_metrics
 from dora_ray.tuning.statistics import share_half
 
@@ -121,7 +122,7 @@ def _overlap(final: dict[str, float]) -> Health | None:
 
 
 def _waiting(lines: Sequence[Line]) -> Health | None:
-    waits, steps = series(lines, "data_wait_seconds")[1], series(lines, "step_seconds")[1]
+    waits, steps = series(lines, EXPOSED)[1], series(lines, "step_seconds")[1]
     if not waits or not steps:
         return None
     share = sum(waits) / max(sum(steps), 1e-9)

@@ -21,6 +21,7 @@ from dora_ray.training.optim import Rates
 from dora_ray.training.records.checkpoint import CheckpointWriter, take_snapshot
 from dora_ray.training.records.collapse import CollapseWatch
 from dora_ray.training.records.journal import Journal, MetricsWindow
+from dora_ray.training.records.waits import Waits
 from dora_ray.training.step import TrainState, apply_step, sum_slots
 from dora_ray.training.worlds import Job, LostPeerError, RayWorld, World, watch_for_stalls
 
@@ -46,6 +47,7 @@ class Loop:
     _reported_at: float = -math.inf
     _step_seconds: float = 0.0
     _window: MetricsWindow = field(default_factory=MetricsWindow)
+    _waits: Waits = field(init=False)
     _writer: CheckpointWriter | None = None
     _collapse: CollapseWatch = field(init=False)
     _told_overdue: bool = False
@@ -54,6 +56,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._saved_step = self.state.step
+        self._waits = Waits(self.world.rank, self.world.size, self.world.blocked)
         config = self.job.config
         self._pictures = ObjectPictures(config)
         self._collapse = CollapseWatch(
@@ -109,17 +112,23 @@ class Loop:
         batches = next(self.stream)
         waited = time.monotonic() - started
         assert all(batch.step == state.step for batch in batches), "the clip stream left the plan's order"
-        result = sum_slots(state, batches, self._records(batches), config, self.world.all_reduce)
-        slots, bad, request, reported = _split_records(result.records, config)
+        self._waits.add(waited)
+        logged = self._is_logged(state.step + 1)
+        records = self._records(batches)
+        if logged:
+            records = torch.cat([records, torch.from_numpy(self._waits.take())])
+        result = sum_slots(state, batches, records, config, self.world.all_reduce)
+        slots, bad, request, reported, waits = _split_records(result.records, config)
         self._count_bad(bad)
         measures, rates = apply_step(state, result, config)
         if self.journal is not None:
             self.journal.ledger(state.step - 1, slots)
             self.journal.stepped(state.step, waited)
             measures["center_norm"] = state.center.norm()
-            self._window.add(measures, waited, time.monotonic() - started)
-        if self._is_logged(state.step):
-            metrics = {"step": float(state.step)} if self.journal is None else self._log(self.journal, rates)
+            self._window.add(measures, time.monotonic() - started)
+        if logged:
+            values = self._waits.values(waits.numpy())
+            metrics = {"step": float(state.step)} if self.journal is None else self._log(self.journal, rates, values)
             if reported or is_due(config, state.step) or state.step == config.optim.steps:
                 self._reported_at = time.monotonic()
                 self.world.report(metrics)
@@ -131,12 +140,13 @@ class Loop:
     def _records(self, batches: Sequence[SlotBatch]) -> Tensor:
         """This rank's integers: its slots' hashes, its unreadable clips, its requests, and rank 0's for a report."""
         optim = self.job.config.optim
-        records = np.zeros(optim.slots * (1 + optim.clips_per_slot) + len(Request) + 1, np.int64)
+        first_request = optim.slots * (1 + optim.clips_per_slot)
+        records = np.zeros(first_request + len(Request) + 1, np.int64)
         for batch in batches:
             records[batch.slot] = batch.digest
             first = optim.slots + batch.slot * optim.clips_per_slot
             records[first : first + optim.clips_per_slot] = ~batch.valid
-        records[-len(Request) - 1 + self._request()] = 1
+        records[first_request + self._request()] = 1
         records[-1] = self._is_report_due()
         return torch.from_numpy(records)
 
@@ -197,15 +207,19 @@ class Loop:
         config = self.job.config
         return step == config.optim.steps or is_due(config, step) or _divides(config.run.log_every_steps, step)
 
-    def _log(self, journal: Journal, rates: Rates) -> dict[str, float]:
+    def _log(self, journal: Journal, rates: Rates, waits: dict[str, float]) -> dict[str, float]:
         config, step = self.job.config, self.state.step
         clips = config.optim.slots * config.optim.clips_per_slot
-        values = self._window.means(clips) | {
-            "lr": rates.lr,
-            "weight_decay": rates.weight_decay,
-            "teacher_momentum": rates.teacher_momentum,
-            "bad_clips": float(len(self.state.bad_clips)),
-        }
+        values = (
+            self._window.means(clips)
+            | waits
+            | {
+                "lr": rates.lr,
+                "weight_decay": rates.weight_decay,
+                "teacher_momentum": rates.teacher_momentum,
+                "bad_clips": float(len(self.state.bad_clips)),
+            }
+        )
         if is_due(config, step):
             values |= self._measure(journal)
         journal.metrics(step, values)
@@ -255,8 +269,9 @@ def _divides(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _split_records(records: Tensor, config: Config) -> tuple[list[int], list[int], Request, bool]:
-    """Slot hashes, positions of unreadable clips in the batch, the ranks' largest request, rank 0's for a report."""
-    slots, requests = config.optim.slots, len(Request)
-    hashes, bad, asked, report = records.split([slots, records.numel() - slots - requests - 1, requests, 1])
-    return hashes.tolist(), bad.nonzero().flatten().tolist(), Request(int(asked.nonzero().max())), bool(report.item())
+def _split_records(records: Tensor, config: Config) -> tuple[list[int], list[int], Request, bool, Tensor]:
+    """Slot hashes, places of unreadable clips, the ranks' largest request, rank 0's for a report, the ranks' waits."""
+    sizes = [config.optim.slots, config.optim.slots * config.optim.clips_per_slot, len(Request), 1]
+    hashes, bad, asked, report, waits = records.split([*sizes, records.numel() - sum(sizes)])
+    request = Request(int(asked.nonzero().max()))
+    return hashes.tolist(), bad.nonzero().flatten().tolist(), request, bool(report.item()), waits

@@ -9,6 +9,7 @@ from typing import Any, Self
 from dora_ray.config import Config
 from dora_ray.progress import Stages
 from dora_ray.store.ingest import IngestProgress
+from dora_ray.training.records.waits import EXPOSED
 
 
 def show_ingest(stages: Stages, state: IngestProgress) -> None:
@@ -81,7 +82,7 @@ class TrainingProgress:
 
     def _show_steps(self) -> None:
         line = self._line
-        wait, seconds = line.get("data_wait_seconds"), line.get("step_seconds")
+        wait, seconds = line.get(EXPOSED), line.get("step_seconds")
         self._stages.at("train", "steps").update(
             step=line.get("step", 0),
             total=self._config.optim.steps,

@@ -110,6 +110,9 @@ class World(Protocol):
     def stream(self, step: int) -> Iterator[list[SlotBatch]]:
         """This rank's slots of each step, from `step` on."""
 
+    def blocked(self) -> dict[str, float]:
+        """Seconds so far in which Ray Data kept this rank waiting, by stage; empty without Ray."""
+
     def report(self, metrics: dict[str, float]) -> None:
         """Tell Ray Train, on all ranks after the same step, rank 0's line of metrics."""
 
@@ -162,6 +165,10 @@ class LocalWorld:
                 yield found
         finally:
             batches.close()
+
+    def blocked(self) -> dict[str, float]:
+        """Return nothing: threads have no stages."""
+        return {}
 
     def report(self, metrics: dict[str, float]) -> None:
         """Tell nobody: there is no Ray Train."""
@@ -253,6 +260,10 @@ class RayWorld:
             yield from self._stream.steps(step)
         except DoRAError as error:
             raise OneRankError(error) from error
+
+    def blocked(self) -> dict[str, float]:
+        """Seconds so far in which Ray Data kept this rank waiting, by stage."""
+        return self._stream.blocked()
 
     def report(self, metrics: dict[str, float]) -> None:
         """Tell Ray Train, its dashboard and Ray Tune.

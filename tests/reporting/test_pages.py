@@ -90,7 +90,7 @@ def _first_line(run):
 def test_a_sick_run_says_so_first(tmp_path):
     run = write_run(tmp_path / "run", steps=20)
     lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    sick = [line | {"object_overlap": 0.97, "data_wait_seconds": 0.5, "teacher_diversity": 0.001} for line in lines]
+    sick = [line | {"object_overlap": 0.97, "exposed_wait_seconds": 0.5, "teacher_diversity": 0.001} for line in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sick))
     with (run / "events.jsonl").open("a") as events:
         events.write(

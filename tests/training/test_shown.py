@@ -30,7 +30,7 @@ def test_each_stage_says_what_one_waits_for(caplog: pytest.LogCaptureFixture) ->
         shown.ingest(ingested(4))
         shown.starting()
         shown.event({"event": "start", "step": 0})
-        shown.metrics({"step": 40, "loss": 5.0, "step_seconds": 0.5, "data_wait_seconds": 0.1})
+        shown.metrics({"step": 40, "loss": 5.0, "step_seconds": 0.5, "exposed_wait_seconds": 0.1})
         shown.event({"event": "start", "step": 30})
     assert caplog.messages == [
         "ingest: 4/4 segments (100%), 20.0 frames/s",

@@ -69,7 +69,7 @@ def test_run_folder(finished: Path) -> None:
     assert [event["event"] for event in read_lines(str(finished / "events.jsonl"))][-1] == "end"
     scalars = read_scalars(str(finished))
     assert scalars["world_size"] == dict.fromkeys(range(1, 7), 1.0)
-    assert scalars["data_wait_seconds"].keys() == scalars["loss"].keys() == set(range(1, 7))
+    assert scalars["exposed_wait_seconds"].keys() == scalars["loss"].keys() == set(range(1, 7))
     assert list(read_history(str(finished))) == list(range(6))
     assert dora_ray.load_config(yaml.safe_load((finished / "config.yaml").read_text())).optim.steps == 6
 
@@ -99,7 +99,7 @@ def test_checkpoint_folder(finished: Path) -> None:
 def test_metrics_hold_what_collapse_would_show_in(finished: Path) -> None:
     line = read_metrics(str(finished))[-1]
     measures = "loss teacher_entropy teacher_kl_uniform center_norm mask_area object_overlap sinkhorn_residual"
-    rates = "object_agreement clips_per_second data_wait_seconds lr"
+    rates = "object_agreement clips_per_second exposed_wait_seconds lr"
     assert {*measures.split(), *rates.split()} <= line.keys()
 
 

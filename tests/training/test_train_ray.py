@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dora_ray
 from dora_ray.errors import ClusterError, DivergenceError
-from dora_ray.training.records.journal import read_history, read_lines
+from dora_ray.training.records.journal import read_history, read_lines, read_metrics
 from tests.training.test_train_local import same, weights_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -36,9 +37,21 @@ def test_three_workers_that_do_not_divide_the_slots(undisturbed: Path, tmp_path:
     assert result.metrics["world_size"] == 3
     assert same(weights_of(tmp_path / "run"), weights_of(undisturbed))
     assert read_history(result.path) == read_history(str(undisturbed))
+    check_waits(read_metrics(result.path))
     for _ in range(2):
         dora_ray.train(out=tmp_path / "run", resume=True)
         assert same(weights_of(tmp_path / "run"), weights_of(undisturbed))
+
+
+def check_waits(lines: list[dict[str, Any]]) -> None:
+    """Every line says how long the slowest rank waited, and by Ray Data's stages for what."""
+    stages = ("production_wait", "data_transfer", "batching", "format", "collate", "finalize")
+    blocked = [sum(line[f"blocked_{stage}_seconds"] for stage in stages) for line in lines]
+    exposed = [line["exposed_wait_seconds"] for line in lines]
+    assert min(exposed) >= 0
+    # The first line's stages begin with the stream, while the networks are still made.
+    assert blocked[0] > 0
+    assert sum(blocked[1:]) <= sum(exposed[1:]) + 0.05 * len(lines)
 
 
 def train_workers() -> set[int]:

@@ -39,7 +39,7 @@ def write_run(folder: Path, *, steps: int = 300, knn_every: int = 100) -> Path:
             "weight_decay": 0.04 + 0.36 * share,
             "teacher_momentum": 0.996 + 0.004 * share,
             "clips_per_second": 20 + rng.random(),
-            "data_wait_seconds": 0.02 * rng.random(),
+            "exposed_wait_seconds": 0.02 * rng.random(),
             "step_seconds": 0.8 + 0.1 * rng.random(),
         }
         if step % knn_every == 0:

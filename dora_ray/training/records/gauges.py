@@ -9,6 +9,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from dora_ray.training.records.waits import EXPOSED
+
 # Names of gauges, without Ray's own prefix `ray_`, what each is, and the line's fields that it is computed from.
 GAUGES = {
     "dora_step": "Optimizer steps done.",
@@ -25,8 +27,8 @@ def gauge_values(line: Mapping[str, Any]) -> dict[str, float]:
     fields = {"dora_step": "step", "dora_loss": "loss", "dora_clips_per_second": "clips_per_second"}
     fields |= {"dora_bad_clips": "bad_clips", "dora_workers": "world_size"}
     values = {gauge: float(line[field]) for gauge, field in fields.items() if field in line}
-    if "data_wait_seconds" in line and line.get("step_seconds"):
-        values["dora_data_wait_share"] = line["data_wait_seconds"] / line["step_seconds"]
+    if EXPOSED in line and line.get("step_seconds"):
+        values["dora_data_wait_share"] = line[EXPOSED] / line["step_seconds"]
     return values
 
 

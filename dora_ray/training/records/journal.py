@@ -324,16 +324,15 @@ class MetricsWindow:
         self._clear()
 
     def _clear(self) -> None:
-        self._count, self._waited, self._seconds = 0, 0.0, 0.0
+        self._count, self._seconds = 0, 0.0
         self._values: dict[str, list[SupportsFloat]] = {}
 
-    def add(self, measures: Mapping[str, SupportsFloat], waited: float, seconds: float) -> None:
-        """Count one step: its measures, the seconds it waited for data, the seconds it took.
+    def add(self, measures: Mapping[str, SupportsFloat], seconds: float) -> None:
+        """Count one step: its measures, and the seconds it took.
 
         The measures are read when their means are asked for: a GPU may not have come so far yet.
         """
         self._count += 1
-        self._waited += waited
         self._seconds += seconds
         for name, value in measures.items():
             self._values.setdefault(name, []).append(value)
@@ -343,7 +342,6 @@ class MetricsWindow:
         # A measure of objects is not there in every step.
         values = {name: sum(map(float, found)) / len(found) for name, found in self._values.items()}
         values["step_seconds"] = self._seconds / self._count
-        values["data_wait_seconds"] = self._waited / self._count
         values["clips_per_second"] = clips_a_step * self._count / self._seconds
         self._clear()
         return values

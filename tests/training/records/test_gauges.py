@@ -18,7 +18,7 @@ LINE = {
     "step": 10,
     "loss": 2.5,
     "clips_per_second": 80.0,
-    "data_wait_seconds": 0.02,
+    "exposed_wait_seconds": 0.02,
     "step_seconds": 0.1,
     "bad_clips": 1.0,
     "world_size": 3,
