@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import uuid
@@ -120,11 +121,21 @@ def _dataset(items: Sequence[str], task: Task, options: dict[str, Any], max_task
 
     quiet_data()  # our callers' progress speaks for the job
     dataset = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
-        lambda row: task(row["item"]), num_cpus=_task_cpus(), compute=ray.data.TaskPoolStrategy(max_tasks), **options
+        _of_row(task), num_cpus=_task_cpus(), compute=ray.data.TaskPoolStrategy(max_tasks), **options
     )
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     return dataset
+
+
+def _of_row(task: Task) -> Callable[[dict[str, str]], dict[str, Any]]:
+    """Return the task as one of a row, under its own name: Ray's dashboard names the operator after it."""
+
+    def of_row(row: dict[str, str]) -> dict[str, Any]:
+        return task(row["item"])
+
+    of_row.__name__ = task.func.__name__ if isinstance(task, functools.partial) else getattr(task, "__name__", "task")
+    return of_row
 
 
 def _task_cpus() -> float:

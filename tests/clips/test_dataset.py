@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +108,15 @@ def test_every_rank_is_given_the_plans_slots(inputs: Inputs, size: int, slots_pe
     assert [(batch.step, batch.slot) for batch in batches] == [(s, slot) for s in range(2, 6) for slot in range(4)]
     for batch in batches:
         assert same(batch, read_slot(inputs.contents, key_of(inputs.contents, batch.step, batch.slot)))
+
+
+@pytest.mark.ray
+def test_the_streams_operators_have_names_that_say_what_they_do(inputs: Inputs, capsys: pytest.CaptureFixture) -> None:
+    import ray
+
+    make_clips((ray.put(inputs.contents),), SETTINGS).explain()
+    optimized = capsys.readouterr().out.rpartition("Physical Plan (Optimized)")[2]
+    assert re.findall(r"TaskPoolMapOperator\[(.*)\]", optimized) == ["MapBatches(RowReader)", "ReadSlotRows"]
 
 
 @pytest.mark.ray
