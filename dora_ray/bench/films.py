@@ -12,13 +12,14 @@ from pathlib import Path
 import av
 
 from dora_ray import files
+from dora_ray.clips.contents import StoredContents
 from dora_ray.config import Config
 from dora_ray.store import datasets, indexes
 from dora_ray.store import frames as frame_store
 from dora_ray.store.frames import StoredVideo
-from dora_ray.training.inputs import frame_format
+from dora_ray.training.inputs import Inputs, frame_format, make_plan
 from dora_ray.video.decoders import DecodedFrame, get_decoder
-from dora_ray.video.index import VideoIndex
+from dora_ray.video.index import VideoIndex, index_video
 from dora_ray.video.synthetic import make_video
 
 # Encoders and their options, quick ones; None: those of `make_video`.
@@ -109,3 +110,11 @@ def write_store(index: VideoIndex, frames: Sequence[DecodedFrame], config: Confi
     datasets.commit(uri, datasets.write_rows(uri, rows))
     (video,) = frame_store.open_videos([index], store=store, form=form)
     return video
+
+
+def film_inputs(config: Config, path: str, store: str) -> Inputs:
+    """Plan and contents of a run over one film, brought into a new store."""
+    index = index_video(path)
+    video = write_store(index, decode_frames(index, config), config, store)
+    plan = make_plan(config, [video])
+    return Inputs(plan, StoredContents(plan, [video]))

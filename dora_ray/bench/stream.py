@@ -6,33 +6,29 @@ Everything runs on this machine with a film of its own; rates are of clips that 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import statistics
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dora_ray.bench.films import decode_frames, film, write_store
-from dora_ray.clips.contents import StoredContents
+from dora_ray.bench.cluster import CORES, cluster, cpu_of_all
+from dora_ray.bench.films import film, film_inputs
+from dora_ray.bench.growth import measure, small_inputs
 from dora_ray.clips.slot import SlotBatch, read_slot
-from dora_ray.config import Config, load_config
-from dora_ray.training.inputs import Inputs, make_plan
-from dora_ray.video.index import index_video
+from dora_ray.config import load_config
+from dora_ray.training.inputs import Inputs
 
 FILM: dict[str, Any] = {"width": 1280, "height": 720, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 SMALL_FILM: dict[str, Any] = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 # Ten minutes of 4K, looped: the decoder cannot tell.
 LONG_FILM: dict[str, Any] = {"width": 3840, "height": 2160, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 LONG_LOOPS, QUICK_LOOPS = 60, 6
-CORES = 2
 TASK_CPUS = 0.5
 # Slots of each stream: of the recipe paper's size, and small ones; the first are for --quick.
 SLOTS, SMALL_SLOTS = (48, 240), (400, 4000)
@@ -60,9 +56,9 @@ def run(*, quick: bool) -> dict[str, Any]:
         *("clip.avoid_cuts=false", "crops.clip_size=64", "data.short_side=96"),
         *("optim.clips_per_slot=8", "optim.slots=8"),
     )
-    with tempfile.TemporaryDirectory() as store, _cluster():
-        paper = _inputs(config, film(**FILM, loops=3), f"{store}/paper")
-        little = _inputs(small, film(**SMALL_FILM, loops=3), f"{store}/small")
+    with tempfile.TemporaryDirectory() as store, cluster():
+        paper = film_inputs(config, film(**FILM, loops=3), f"{store}/paper")
+        little = film_inputs(small, film(**SMALL_FILM, loops=3), f"{store}/small")
         with ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn")) as bare:
             found: dict[str, Any] = {}
             for size in (1, 4, 8):
@@ -71,7 +67,7 @@ def run(*, quick: bool) -> dict[str, Any]:
             for size in (1, 8):
                 rates = _in_turns(bare, little, SMALL_SLOTS[which], size=size, slots_per_task=SMALL_SLOTS_PER_TASK)
                 found |= {f"small_{size}_ranks_{name}": value for name, value in rates.items()}
-        found |= _memory(little, MEMORY_SLOTS[which])
+        found |= _memory(f"{store}/smallest", MEMORY_SLOTS[which])
     return {
         "clips": f"{FILM['width']}x{FILM['height']} film, {config.clip.num_frames} frames, stored with short side "
         f"{config.data.short_side}, {config.optim.clips_per_slot} clips a slot",
@@ -81,36 +77,6 @@ def run(*, quick: bool) -> dict[str, Any]:
         **found,
         **_first_step(QUICK_LOOPS if quick else LONG_LOOPS),
     }
-
-
-def _inputs(config: Config, path: str, store: str) -> Inputs:
-    index = index_video(path)
-    video = write_store(index, decode_frames(index, config), config, store)
-    plan = make_plan(config, [video])
-    return Inputs(plan, StoredContents(plan, [video]))
-
-
-@contextmanager
-def _cluster() -> Iterator[None]:
-    import ray
-
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    already = ray.is_initialized()
-    if not already:
-        ray.init(
-            address="local",
-            num_cpus=CORES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            object_store_memory=2 * 2**30,
-            _system_config={"num_workers_soft_limit": 64},
-        )
-    try:
-        yield
-    finally:
-        if not already:
-            ray.shutdown()
 
 
 def _in_turns(
@@ -161,8 +127,7 @@ def through_ray(inputs: Inputs, slots: int, *, size: int, slots_per_task: int) -
     """Read slots through Ray Data: threads are the ranks, which wait for each other at every step as in a sum.
 
     Returns:
-        clips_per_second and cpu_seconds_a_clip after the first quarter, first_seconds until the first step, and
-        executor_mb: memory of the actor that deals the rows out, at the end.
+        clips_per_second and cpu_seconds_a_clip after the first quarter, and first_seconds until the first step.
     """
     import ray
 
@@ -183,14 +148,11 @@ def through_ray(inputs: Inputs, slots: int, *, size: int, slots_per_task: int) -
     started = time.perf_counter()
     moments: list[float] = []
     cpu: list[float] = []
-    memory: list[float] = []
 
     def look() -> None:
         # Looking at all processes takes as long as reading a clip: three times is enough.
         if len(moments) in (steps // 4, steps - 1):
-            cpu.append(_cpu_of_all())
-        if len(moments) == steps - 1:
-            memory.append(_memory_of("SplitCoordinator"))
+            cpu.append(cpu_of_all())
         moments.append(time.perf_counter())
 
     barrier = threading.Barrier(size, action=look)
@@ -209,52 +171,17 @@ def through_ray(inputs: Inputs, slots: int, *, size: int, slots_per_task: int) -
         "clips_per_second": clips / (moments[-1] - moments[settled]),
         "cpu_seconds_a_clip": (cpu[-1] - cpu[0]) / clips,
         "first_seconds": moments[0] - started,
-        "executor_mb": memory[0],
     }
 
 
-def _processes() -> Iterator[Any]:
-    """This process, and all of the Ray cluster below it."""
-    import ray
-
-    assert ray.is_initialized()
-    # Ray brings psutil along.
-    import psutil
-
-    this = psutil.Process()
-    yield from (this, *this.children(recursive=True))
-
-
-def _cpu_of_all() -> float:
-    """CPU seconds so far of this process and of the whole Ray cluster below it: workers, raylet, head."""
-    import psutil
-
-    total = 0.0
-    for process in _processes():
-        with suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total
-
-
-def _memory_of(name: str) -> float:
-    """Memory in MB of the largest process whose name has that in it."""
-    import psutil
-
-    sizes = [0.0]
-    for process in _processes():
-        with suppress(psutil.NoSuchProcess):
-            if name in " ".join(process.cmdline()):
-                sizes.append(process.memory_info().rss / 2**20)
-    return max(sizes)
-
-
-def _memory(inputs: Inputs, slots: int) -> dict[str, float]:
-    """Growth of the actor that deals the rows out, over a stream of small slots."""
-    few = through_ray(inputs, slots // 10, size=1, slots_per_task=SMALL_SLOTS_PER_TASK)["executor_mb"]
-    many = through_ray(inputs, slots, size=1, slots_per_task=SMALL_SLOTS_PER_TASK)["executor_mb"]
-    grown = max(0.0, many - few)
-    return {"executor_mb": many, "executor_kb_a_row": 1024 * grown / (0.9 * slots / SMALL_SLOTS_PER_TASK)}
+def _memory(store: str, slots: int) -> dict[str, float]:
+    """Memory of every process of the cluster over a stream of small slots: at most, and its slope."""
+    growth, _ = measure(small_inputs(store), slots)
+    return {
+        f"{role}_{name}": figures[name]
+        for role, figures in growth.roles().items()
+        for name in ("most_mb", "mb_a_million_slots")
+    }
 
 
 def _first_step(loops: int) -> dict[str, float]:

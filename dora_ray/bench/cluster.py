@@ -1,0 +1,86 @@
+"""The Ray cluster that a measurement runs on, and what its processes use: CPU time, and memory of their own."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+CORES = 2
+STORE_BYTES = 2 * 2**30
+# Titles of processes that run tasks: idle, or named after an operator of Ray Data.
+TASKS = ("IDLE", "Map", "Read", "_read_elsewhere")
+
+
+@contextmanager
+def cluster() -> Iterator[None]:
+    """The cluster that this process is connected to, or one of CORES CPUs that ends with the block."""
+    import ray
+
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(
+        address="local",
+        num_cpus=CORES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=STORE_BYTES,
+        _system_config={"num_workers_soft_limit": 64},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _processes() -> Iterator[Any]:
+    """This process, and all of the Ray cluster below it."""
+    import ray
+
+    assert ray.is_initialized()
+    # Ray brings psutil along.
+    import psutil
+
+    this = psutil.Process()
+    yield from (this, *this.children(recursive=True))
+
+
+def cpu_of_all() -> float:
+    """CPU seconds so far of this process and of the whole Ray cluster below it: workers, raylet, head."""
+    import psutil
+
+    total = 0.0
+    for process in _processes():
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def memory_by_role() -> dict[str, list[float]]:
+    """Memory in MB of each process, by its part in the cluster; pages of the object store do not count."""
+    import psutil
+
+    found: dict[str, list[float]] = defaultdict(list)
+    for process in _processes():
+        with suppress(psutil.NoSuchProcess):
+            words, memory = process.cmdline(), process.memory_info()
+            role = "driver" if process.pid == os.getpid() else role_of(words)
+            found[role].append((memory.rss - memory.shared) / 2**20)
+    return dict(found)
+
+
+def role_of(words: list[str]) -> str:
+    """Name a process of a cluster by its command line: an actor's class, `task`, or the program."""
+    title = " ".join(words).strip()
+    if title.startswith("ray::"):
+        name = title.removeprefix("ray::").split(".")[0].strip()
+        return "task" if name.startswith(TASKS) else name
+    programs = [word for word in words[:3] if not word.startswith("-")]
+    script = programs[0].rpartition("/")[2].startswith("python")
+    return os.path.basename(programs[-1 if script else 0])
