@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from dora_ray.cluster.starting import SYSTEM_CONFIG
+
 CORES = 2
 STORE_BYTES = 2 * 2**30
 # Titles of processes that run tasks: idle, or named after an operator of Ray Data.
@@ -30,7 +32,7 @@ def cluster() -> Iterator[None]:
         log_to_driver=False,
         logging_level="error",
         object_store_memory=STORE_BYTES,
-        _system_config={"num_workers_soft_limit": 64},
+        _system_config=SYSTEM_CONFIG,
     )
     try:
         yield

@@ -15,10 +15,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from dora_ray.cluster.starting import prepare_ray
+from dora_ray.cluster.starting import SYSTEM_CONFIG, prepare_ray
 from dora_ray.ray_internals import actors_of, draining_nodes_of, known_address, nodes_of, note_address
 from dora_ray.spot import drain
-from dora_ray.training.trainer import KEPT_WORKERS
 
 OBJECT_STORE_BYTES = 150_000_000
 # Of which a training worker takes two (chaos.training), so that two of them never share a node.
@@ -29,7 +28,7 @@ HEAD_SETTINGS = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 1000,
     "health_check_failure_threshold": 4,
-    "num_workers_soft_limit": KEPT_WORKERS,
+    **SYSTEM_CONFIG,
 }
 
 

@@ -17,6 +17,14 @@ logger = logging.getLogger(__name__)
 
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 CONNECT_SECONDS, TOKEN_BYTES = 10.0, 32
+# Settings of a Ray that is started here for a training.
+SYSTEM_CONFIG = {
+    # Ray ends an idle process after a second once there are more processes than cores, actors counted: on a laptop that
+    # is every decode process between two tasks, and each new one imports for seconds.
+    "num_workers_soft_limit": 64,
+    # Tasks that the head remembers for the dashboard, each in 7 KB: Ray's own 100,000 are 700 MB.
+    "task_events_max_num_task_in_gcs": 10_000,
+}
 
 
 def prepare_ray(*, starts: bool) -> None:

@@ -16,7 +16,7 @@ import torch
 from dora_ray.checkpoints import CHECKPOINTS
 from dora_ray.clips.contents import Contents
 from dora_ray.cluster.growth import resources_within_reach
-from dora_ray.cluster.starting import join_cluster, prepare_ray
+from dora_ray.cluster.starting import SYSTEM_CONFIG, join_cluster, prepare_ray
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
 from dora_ray.ray_internals import has_node_types
@@ -39,9 +39,6 @@ FAST_ELASTIC_RECOVERY = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "RAY_TRA
 # A collective that hangs fails so much later than the stall watch ends the workers, which shows where all of them are.
 COLLECTIVE_MARGIN_SECONDS = 30
 OBJECT_STORE_BYTES = 2**30
-# Ray ends an idle process after a second once there are more processes than cores, actors counted: on a laptop that is
-# every decode process between two tasks, and each new one imports torch. So clusters that are started here keep more.
-KEPT_WORKERS = 64
 
 
 @contextmanager
@@ -90,7 +87,7 @@ def _start_here(config: Config) -> None:
             log_to_driver=False,
             logging_level="warning",
             object_store_memory=OBJECT_STORE_BYTES,
-            _system_config={"num_workers_soft_limit": KEPT_WORKERS},
+            _system_config=SYSTEM_CONFIG,
         )
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(f"Ray does not start on this machine: {error}") from error
