@@ -71,7 +71,7 @@ def take(ranks: list[RankStream], begin: int, expected: int | None = None) -> li
         try:
             for step in stream.steps(begin):
                 steps.append(step)
-                barrier.wait(120)
+                barrier.wait(600)
         except BaseException:
             barrier.abort()
             raise
@@ -176,9 +176,9 @@ def test_a_rank_that_waits_for_the_ingest_is_alive(inputs: Inputs, monkeypatch: 
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    assert alive.wait(120)
+    assert alive.wait(600)
     dataset.say_ingest_ended(stream._settings.run, VideoError("over"))
-    waiting.join(120)
+    waiting.join(600)
     assert ended == ["over"]
 
 

@@ -52,7 +52,7 @@ with TaskWatch(2.0) as watch:
 
 
 def test_a_hang_that_holds_the_lock_ends_with_its_process() -> None:
-    ended = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=400, check=False)
     assert ended.returncode == 1
     assert "Timeout (0:00:02)!" in ended.stderr
 
