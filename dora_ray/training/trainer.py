@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,7 @@ from dora_ray.cluster.growth import resources_within_reach
 from dora_ray.cluster.starting import SYSTEM_CONFIG, join_cluster, prepare_ray
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
-from dora_ray.ray_internals import has_node_types
+from dora_ray.ray_internals import has_node_types, most_resources
 from dora_ray.training.worker import ray_worker
 from dora_ray.training.worlds import Job, stream_settings
 
@@ -162,6 +162,28 @@ def check_resources(config: Config) -> None:
             f"the cluster has {found}; {fewest} workers and their decoding need {needed}. Lower cluster.num_workers or "
             "cluster.cpus_per_worker, set cluster.use_gpu=false, or add nodes."
         )
+    most = most_resources()  # empty where no autoscaler has told it
+    if missing and most and (short := beyond_reach(config, most)):
+        raise ClusterError(short)
+
+
+def beyond_reach(config: Config, most: Mapping[str, float]) -> str | None:
+    """Return why an autoscaler would start no node for a training; None where it would.
+
+    An elastic trainer asks for its most workers, and Ray starts nothing towards a demand that it cannot meet in full.
+
+    Args:
+        config: of the training.
+        most: resources with all nodes that the node types allow.
+    """
+    name, each = ("GPU", 1.0) if config.cluster.use_gpu else ("CPU", config.cluster.cpus_per_worker)
+    can = int(most.get(name, 0.0) / each)
+    if config.max_workers <= can:
+        return None
+    return (
+        f"cluster.num_workers asks for up to {config.max_workers} workers of {each:g} {name}s, and the cluster's node "
+        f"types allow {can}: its autoscaler would start no node at all. Lower it, or raise max_workers of the nodes"
+    )
 
 
 def run_on_ray(job: Job, contents: Contents) -> None:

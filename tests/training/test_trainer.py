@@ -12,7 +12,7 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 import dora_ray
 from dora_ray.clips.contents import StoredContents
-from dora_ray.errors import DoRAError
+from dora_ray.errors import ClusterError, DoRAError
 from dora_ray.training import trainer
 from dora_ray.training.trainer import FAST_ELASTIC_RECOVERY, FAST_RECOVERY, run_on_ray
 from dora_ray.training.worlds import Job
@@ -64,3 +64,24 @@ def test_gpus_are_used_where_they_are_and_named_where_they_idle(monkeypatch, cap
     placed = trainer.on_devices(dora_ray.load_config("tiny", *words))
     assert placed.cluster.use_gpu is uses
     assert says in caplog.text if says else caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("workers", "words", "most", "says"),
+    [
+        ("[1, 8]", ["cluster.use_gpu=true"], {"CPU": 64.0, "GPU": 8.0}, None),
+        ("[1, 16]", ["cluster.use_gpu=true"], {"CPU": 64.0, "GPU": 8.0}, "up to 16 workers of 1 GPUs, .* allow 8"),
+        ("[1, 4]", ["cluster.cpus_per_worker=2"], {"CPU": 6.0}, "up to 4 workers of 2 CPUs, .* allow 3"),
+        ("[1, 16]", ["cluster.use_gpu=true"], {}, None),
+    ],
+)
+def test_a_demand_that_no_autoscaler_meets_is_refused(monkeypatch, workers, words, most, says):
+    monkeypatch.setattr(trainer, "has_node_types", lambda: True)
+    monkeypatch.setattr(trainer, "most_resources", lambda: most)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 0.0})
+    config = dora_ray.load_config("tiny", f"cluster.num_workers={workers}", "optim.slots=16", *words)
+    if says is None:
+        trainer.check_resources(config)
+        return
+    with pytest.raises(ClusterError, match=says):
+        trainer.check_resources(config)
