@@ -41,6 +41,8 @@ EXCLUDES = (
 # Folders that nobody wants to upload, whatever is left out.
 TOO_WIDE = (Path("/"), Path.home())
 LOST_SECONDS, RETRY_SECONDS = 120.0, 3.0
+# What the dashboard says in the first seconds of a head, whose agent is still starting.
+NO_AGENT = "No available agent"
 PROGRESS = re.compile(r"[a-z ]+: [\d,]+(/[\d,]+)? \w+")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
@@ -112,17 +114,22 @@ class Jobs:
                 "of it is uploaded, but for data, runs and secrets"
             )
         logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
-        try:
-            self._client.submit_job(
-                entrypoint=shlex.join(command),
-                submission_id=name,
-                runtime_env={"working_dir": str(folder), "excludes": list(EXCLUDES)},
-                metadata={"name": name},
-            )
-        except ValueError as error:  # larger than Ray uploads
-            raise ConfigError(f"{folder} cannot be uploaded: {' '.join(str(error).split())[:400]}") from error
-        except Exception as error:  # as above
-            raise explain_refusal(self.address, error) from error
+        give_up = time.monotonic() + LOST_SECONDS
+        while True:
+            try:
+                self._client.submit_job(
+                    entrypoint=shlex.join(command),
+                    submission_id=name,
+                    runtime_env={"working_dir": str(folder), "excludes": list(EXCLUDES)},
+                    metadata={"name": name},
+                )
+                return
+            except ValueError as error:  # larger than Ray uploads
+                raise ConfigError(f"{folder} cannot be uploaded: {' '.join(str(error).split())[:400]}") from error
+            except Exception as error:  # as above
+                if NO_AGENT not in str(error) or time.monotonic() > give_up:
+                    raise explain_refusal(self.address, error) from error
+                time.sleep(RETRY_SECONDS)
 
     def follow(self, name: str, show: Callable[[str], None]) -> int:
         """Show a job's log until it ends, through interruptions of the connection, and return its exit status.

@@ -89,6 +89,28 @@ def test_a_head_that_stays_away_is_told_with_what_to_do(monkeypatch):
         jobs_with(Client([OSError("gone")] * 1000, "RUNNING", None)).follow("job", print)
 
 
+def test_a_head_whose_agent_still_starts_is_asked_again(monkeypatch, tmp_path):
+    answers = [RuntimeError("Request failed with status code 500: No available agent to submit job"), "walk"]
+    asked = []
+
+    class Starting:
+        def submit_job(self, **job):
+            asked.append(job["submission_id"])
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+
+    found = jobs.Jobs.__new__(jobs.Jobs)
+    found.address, found._client = "http://127.0.0.1:1", Starting()
+    monkeypatch.setattr(jobs, "RETRY_SECONDS", 0.0)
+    found.submit(["dora-ray", "doctor"], name="walk", working_dir=str(tmp_path))
+    assert asked == ["walk", "walk"]
+    answers[:] = [RuntimeError("No available agent")]
+    monkeypatch.setattr(jobs, "LOST_SECONDS", -1.0)
+    with pytest.raises(ClusterError, match="No available agent"):
+        found.submit(["dora-ray", "doctor"], name="walk", working_dir=str(tmp_path))
+
+
 def test_a_home_folder_is_not_uploaded(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="not a project's folder"):
         jobs_with(Client([], "", None)).submit(["dora-ray"], name="job", working_dir="~")
