@@ -176,6 +176,20 @@ def test_a_folder_in_use_is_left_alone(run, tmp_path):
     assert {path: path.read_bytes() for path in run_folder.iterdir()} == before
 
 
+def test_a_name_with_spaces_that_was_not_quoted_is_recognized(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "My walk, [take 1].mp4").touch()
+    for words in (
+        ["train", "My", "walk,", "[take", "1].mp4", "optim.lr=1"],
+        ["plan", "My", "walk,", "[take", "1].mp4"],
+    ):
+        status, _, err = run(*words)
+        assert status == 2
+        assert err == (
+            "dora-ray: 'My walk, [take 1].mp4' was given as 4 words: quote a name with spaces, 'My walk, [take 1].mp4'\n"
+        )
+
+
 def test_without_a_video_nothing_is_trained_and_an_example_is_given(tmp_path: Path) -> None:
     """`train()` and `train("tiny")`: no recipe has a film of its own."""
     for config in ("tiny", load_config()):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 
 from dora_ray import files
 from dora_ray.commands.output import write, write_facts
@@ -39,5 +41,6 @@ def run(options: argparse.Namespace) -> None:
         {"run": result.path, "checkpoint": result.checkpoint}
         | {name: result.metrics[name] for name in shown if name in result.metrics}
     )
-    path = result.path
-    write(f"\nNext: dora-ray report {path}; dora-ray export {path} --out DIR; dora-ray show {path} VIDEO")
+    path = shlex.quote(result.path)
+    video = shlex.quote(config.data.videos[0]) if os.path.isfile(config.data.videos[0]) else "VIDEO"
+    write(f"\nNext: dora-ray report {path}; dora-ray export {path} --out DIR; dora-ray show {path} {video}")

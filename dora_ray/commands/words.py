@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ def load(words: Sequence[str]) -> Config | None:
     from dora_ray.config import load_config
 
     names, overrides = split(words)
+    _refuse_parts_of_a_name(names)
     videos = [name for name in names if _is_video(name)]
     names = [name for name in names if name not in videos]
     _refuse_videos_twice(videos, overrides)
@@ -58,6 +60,15 @@ def _refuse_videos_twice(videos: Sequence[str], overrides: Sequence[str]) -> Non
     given = [word for word in overrides if word.startswith(f"{VIDEOS}=")]
     if given and videos:
         raise ConfigError(f"{given[0]} beside {' '.join(videos)}: name all videos the same way, as words (A.mp4 B.mp4)")
+
+
+def _refuse_parts_of_a_name(words: Sequence[str]) -> None:
+    """Raise ConfigError where several words together are the name of a file, which was not quoted."""
+    joined = " ".join(words)
+    if len(words) > 1 and os.path.isfile(joined):
+        raise ConfigError(
+            f"{joined!r} was given as {len(words)} words: quote a name with spaces, {shlex.quote(joined)}"
+        )
 
 
 def _is_video(name: str) -> bool:

@@ -108,7 +108,8 @@ def train(
         if resume:
             _check_resume(run, config, inputs.plan)
         job = Job(placed, inputs.plan, run)
-        logger.info("%d videos, %d places where a clip may start", len(indexes), inputs.plan.clips_per_epoch)
+        videos = f"{len(indexes)} video{'s' if len(indexes) > 1 else ''}"
+        logger.info("%s, %d places where a clip may start", videos, inputs.plan.clips_per_epoch)
         _prepare_folder(job, config, inputs, overwrite=overwrite)
         shown.starting()
         with Heartbeat(run), RunTail(run, _both(shown.metrics, on_metrics), shown.event):
