@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from dora_ray.commands.words import load as load_words
 from dora_ray.config import Config, load_config
 from dora_ray.config_section import keys_of
 from dora_ray.errors import ConfigError
+from dora_ray.training import launch
 from dora_ray.training.launch import train
 from tests.tuning.folders import write_run, write_sweep
 
@@ -178,16 +180,24 @@ def test_a_folder_in_use_is_left_alone(run, tmp_path):
 
 def test_a_name_with_spaces_that_was_not_quoted_is_recognized(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "My walk, [take 1].mp4").touch()
-    for words in (
-        ["train", "My", "walk,", "[take", "1].mp4", "optim.lr=1"],
-        ["plan", "My", "walk,", "[take", "1].mp4"],
-    ):
-        status, _, err = run(*words)
+    name = "My walk, [take 1].mp4"
+    (tmp_path / name).touch()
+    for command in ("train", "plan"):
+        status, _, err = run(command, *name.split(), "optim.lr=1")
         assert status == 2
-        assert err == (
-            "dora-ray: 'My walk, [take 1].mp4' was given as 4 words: quote a name with spaces, 'My walk, [take 1].mp4'\n"
-        )
+        assert err == f"dora-ray: '{name}' was given as 4 words: quote a name with spaces, '{name}'\n"
+
+
+def test_the_commands_that_come_next_can_be_pasted(run, tmp_path, monkeypatch):
+    film = tmp_path / "My walk.mp4"
+    film.touch()
+    done = launch.Run(str(tmp_path / "my runs" / "a"), {"step": 3}, "step-00000003")
+    monkeypatch.setattr(launch, "train", lambda config, **options: done)
+    status, out, err = run("train", "tiny", film)
+    assert status == 0, err
+    commands = [shlex.split(text) for text in out.split("Next: ")[1].split(";")]
+    assert commands[0] == ["dora-ray", "report", done.path]
+    assert commands[2] == ["dora-ray", "show", done.path, str(film)]
 
 
 def test_without_a_video_nothing_is_trained_and_an_example_is_given(tmp_path: Path) -> None:
