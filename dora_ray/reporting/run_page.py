@@ -107,7 +107,8 @@ def _collapse(final: dict[str, float], events: Sequence[Line], config: dict[str,
             f"The teacher gives nearly every image the same output (diversity {diversity:.2g} nats).",
         )
     warned = sum(line.get("event") == "warning" for line in events)
-    more = f" {warned} warnings on the way are listed below." if warned else ""
+    more = f" {warned} warnings on the way are listed below." if warned > 1 else ""
+    more = " A warning on the way is listed below." if warned == 1 else more
     return "good", "No collapse", f"The teacher's outputs differ between images (diversity {diversity:.2f} nats).{more}"
 
 
