@@ -1,4 +1,4 @@
-"""The Ray cluster that a measurement runs on, and what its processes use: CPU time, and memory of their own."""
+"""Ray cluster of a measurement, with the CPU time and private memory of its processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cluster() -> Iterator[None]:
 
 
 def _processes() -> Iterator[Any]:
-    """This process, and all of the Ray cluster below it."""
+    """Return this process and all processes of the Ray cluster that it started."""
     import ray
 
     assert ray.is_initialized()

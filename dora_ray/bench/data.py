@@ -103,7 +103,7 @@ def _cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _decoding(path: str, config: Config) -> tuple[list[DecodedFrame], dict[str, float]]:
-    """A film's kept frames, and the frames that ingest goes through a core-second, beside plain decoding."""
+    """Measure the frames that an ingest and a plain decoder handle in a core-second; also return the kept frames."""
     index = index_video(path)
     ingest, frames = _cpu_seconds(lambda: decode_frames(index, config))
     plain, other = _plain_decoder()[1](path), _decord_seconds(index, config)

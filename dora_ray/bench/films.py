@@ -1,4 +1,4 @@
-"""Films to measure on: made once, kept in the user's cache, and looped without being encoded again.
+"""Test films: made once, kept in the user's cache, and looped without another encoding.
 
 The decoder cannot tell a loop from new content, so a long film costs the encoding of its first seconds.
 """
@@ -31,7 +31,7 @@ ENCODERS: dict[str, tuple[str, dict[str, str] | None]] = {
 
 
 def cache_folder() -> Path:
-    """Where films are kept between measurements."""
+    """Return the folder that keeps films between measurements."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(root, "dora-ray", "bench")
     folder.mkdir(parents=True, exist_ok=True)

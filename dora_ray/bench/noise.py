@@ -1,4 +1,4 @@
-"""Figures that a busy machine cannot give: they are refused rather than printed."""
+"""Refusal of figures that a busy machine measured too unevenly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def noise(seconds: Sequence[float]) -> float:
 
 
 def noisy_paths(seconds: Mapping[str, Sequence[float]]) -> set[str]:
-    """Names of what was timed too unevenly to be compared with anything."""
+    """Return the names of paths that were timed too unevenly to be compared."""
     return {name for name, values in seconds.items() if noise(values) > MOST_NOISE}
 
 

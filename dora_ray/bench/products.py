@@ -1,4 +1,4 @@
-"""The matrix products of a piece of work: which there are, and how long they alone would take."""
+"""Matrix products of a piece of work: their shapes, and the time that they alone take."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Products:
 
 
 def record(work: Callable[[], Any]) -> Products:
-    """The products that `work` computes, but for those that resample its views.
+    """Record the products that `work` computes, except those that resample views.
 
     Fused attention counts as the plain products that it is made of: two forward and four backward, but not the logits
     that its backward computes again.
@@ -73,7 +73,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class _Recorder(TorchDispatchMode):
-    """Looks at every operator on its way to the device."""
+    """Intercepts every operator on its way to the device."""
 
     def __init__(self, counts: Counter[Product]) -> None:
         TorchDispatchMode.__init__(self)

@@ -1,4 +1,4 @@
-"""The sum of a step's quantities over two processes, in fixed point and in float32: what twice the bytes cost."""
+"""Time of a step's sum over two processes, in fixed point and in float32, which has half the bytes."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Saving:
         return held + sum(steps)
 
     def _begin(self) -> float:
-        """Seconds that the snapshot takes; it is being written from then on."""
+        """Take a snapshot and start writing it; return the seconds that the snapshot took."""
         device = self._state.center.device
         synchronize(device)
         started = time.perf_counter()

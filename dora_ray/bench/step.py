@@ -126,7 +126,7 @@ def run(
 def _told(
     paths: dict[str, Callable[[], float]], report: Report | None, *, total: int
 ) -> dict[str, Callable[[], float]]:
-    """The paths, each of which says that it begins."""
+    """Wrap paths so that each announces its start."""
     numbers = itertools.count()
 
     def tell(name: str, path: Callable[[], float]) -> float:
@@ -138,7 +138,7 @@ def _told(
 
 
 def _without_noise(result: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """The result without comparisons that the machine was too busy for, and a note that says so."""
+    """Remove comparisons that were too noisy, and add a note that says so."""
     quiet = refuse(result, noisy_paths(seconds))
     refused = [name for name, value in quiet.items() if value == TOO_NOISY]
     if not refused:
@@ -151,7 +151,7 @@ def _without_noise(result: dict[str, Any], seconds: dict[str, list[float]]) -> d
 
 
 def _call_once(paths: dict[str, Callable[[], float]], names: Iterable[str], options: Collection[str]) -> dict[str, str]:
-    """Call some of the paths; of the options those that raise are taken out, and named with what they said."""
+    """Call some of the paths; remove options that raise, and report them with their errors."""
     failed = {}
     for name in names:
         try:
@@ -249,7 +249,7 @@ def _median_share(alone: list[float], steps: list[float]) -> float:
 
 
 def _memory(config: Config, device: torch.device, peak: dict[str, float]) -> dict[str, float]:
-    """Megabytes: had, and as estimated without the snapshot, which a step does not take."""
+    """Return megabytes, measured and estimated; the snapshot, no part of a step, is left out."""
     sizes = estimate_memory_mb(config, half=_precision(config, device) == torch.bfloat16)
     return {
         "peak_memory_mb": peak["ours"],

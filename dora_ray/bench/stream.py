@@ -1,4 +1,4 @@
-"""The clip stream: what Ray takes of the reading of clips, many ranks, memory, and the first step beside an ingest.
+"""Clip stream: Ray's overhead when reading clips, many ranks, memory, and the first step beside an ingest.
 
 Everything runs on this machine with a film of its own; rates are of clips that arrive in order at their rank.
 """

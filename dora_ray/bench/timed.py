@@ -99,7 +99,7 @@ class Timed:
         return (ranks < (shares * count).round()).float().to(self.device)
 
     def parts(self, config: Config) -> dict[str, Any]:
-        """Seconds of each part of one step, the device waited for at both ends, and of both kinds of reduction."""
+        """Time each part of one step, with the device synchronized around it, and both kinds of reduction."""
         seconds: dict[str, float] = defaultdict(float)
 
         @contextmanager

@@ -1,4 +1,4 @@
-"""timm's own ViT, forward and backward over whole frames: a training step that has nothing of DoRA in it.
+"""Forward and backward of timm's own ViT over whole frames: a training step without DoRA.
 
 How near a transformer's training comes to the rate of its matrix products is first of all the library's doing: the
 rest of its time is attention, GELU, norms and sums, each a pass over memory.

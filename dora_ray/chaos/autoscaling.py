@@ -63,7 +63,7 @@ class Moment:
 
 @dataclass
 class Timeline:
-    """All moments at which something had changed, and what was done.
+    """Changes of the cluster over time, and the actions taken.
 
     Attributes:
         moments: in order.
@@ -82,12 +82,12 @@ class Timeline:
         return max((moment.count(kind) for moment in self.moments), default=0)
 
     def grew(self) -> bool:
-        """Return whether the training began on the fewest workers, and went on on more."""
+        """Return whether the training began on the fewest workers and continued on more."""
         counts = [count for _, count in self.workers]
         return bool(counts) and counts[0] == FEWEST and max(counts) > FEWEST
 
     def misplaced(self) -> list[str]:
-        """Processes on nodes that are not for them: anything on the head, decoding on train nodes, or the reverse."""
+        """Return processes on the wrong nodes: any on the head, decoding on train nodes, or the reverse."""
         wrong = []
         for moment in self.moments:
             for kind, names in moment.processes.items():
@@ -100,7 +100,7 @@ class Timeline:
 
 
 def _look(address: str, started: float) -> Moment:
-    """The nodes that Ray takes to be alive, and what runs on each type of them."""
+    """Return the nodes that Ray counts as alive, and the processes on each type."""
     import ray
 
     nodes: dict[str, list[str]] = {}
@@ -122,7 +122,7 @@ def _look(address: str, started: float) -> Moment:
 
 
 def run(cluster: Mapping[str, Any], folder: Path, *, steps: int, kill: bool = True) -> Timeline:
-    """Ingest a film and train on it, from no worker node to no worker node, and return what was seen.
+    """Ingest a film and train on it, starting and ending without worker nodes; return the timeline.
 
     Args:
         cluster: the content of cluster.yaml.
@@ -205,7 +205,7 @@ def _events(run: Path) -> list[dict[str, Any]]:
 
 
 def _note_workers(timeline: Timeline, events: Sequence[dict[str, Any]], started: float) -> None:
-    """Note on how many workers the training has begun anew since the last look."""
+    """Record restarts of the training since the last look, with their number of workers."""
     for event in [event for event in events if event["event"] == "start"][len(timeline.workers) :]:
         seconds = round(event["time"] - (time.time() - time.monotonic()) - started, 1)
         count = int(event["world_size"])
@@ -214,7 +214,7 @@ def _note_workers(timeline: Timeline, events: Sequence[dict[str, Any]], started:
 
 
 def _kill_decode_node(address: str) -> str:
-    """SIGKILL to one raylet and all that runs under it, as when a machine is gone; the end of its id."""
+    """Kill one raylet and its children with SIGKILL, as a lost machine would; return the end of its id."""
     for process, kind in processes_of(address):
         with suppress(psutil().Error):
             if kind == "decode" and process.name() == "raylet":

@@ -1,4 +1,4 @@
-"""Which fault strikes at which step: a pure function of the seed."""
+"""Schedule of faults by step: a pure function of the seed."""
 
 from __future__ import annotations
 

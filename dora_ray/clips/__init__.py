@@ -1,1 +1,1 @@
-"""Which clips a slot is made of, and how they are read."""
+"""Plan of the clips that each slot is made of, and the reading of them."""

@@ -1,4 +1,4 @@
-"""From a slot's place in the plan to the rows of the frame store that it is read from, as soon as they are there.
+"""Look-up of the frame-store rows that a slot is read from, as soon as they are stored.
 
 A plan over stored videos is ready at once. Over videos that are still being ingested, a slot is ready when all that its
 windows' clips could need was tried; then a clip that would need an unreadable frame, or run across a cut, moves to the
@@ -80,13 +80,13 @@ class Contents(Protocol):
         """Where its videos' frames are, in the plan's order."""
 
     def key(self, step: int, slot: int) -> SlotKey | None:
-        """Return what a slot is read from; None while it is not all there."""
+        """Return a slot's key; None while part of the slot is not stored."""
 
 
 def slot_keys(
     contents: Contents, slots: Iterable[tuple[int, int]], has_ended: Callable[[], bool]
 ) -> Iterator[SlotKey | None]:
-    """Give what slots are read from, in order; None, again and again, while the next one is not all there.
+    """Yield the keys of slots in order; yield None for as long as the next slot is not fully stored.
 
     Args:
         contents: of the plan.

@@ -261,7 +261,7 @@ class Plan:
         return self.clip_at(number, int(window.rows[place]))
 
     def clip_at(self, number: int, row: int) -> Clip:
-        """Clip number n, begun at a row of `starts`."""
+        """Return clip number n, starting at a row of `starts`."""
         video, *frames = self.starts[row].tolist()
         return Clip(number, video, tuple(frames))
 

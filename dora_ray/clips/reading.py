@@ -1,4 +1,4 @@
-"""What a process of decode tasks is made ready with, before it is given one.
+"""Preparation of a decode process before its first task.
 
 Ray ends a dataset's tasks by an interrupt in their processes, which serve the next dataset. An interrupt amid an import
 would spoil such a process for good: a compiled module that was half imported cannot be imported again.

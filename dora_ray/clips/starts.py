@@ -1,4 +1,4 @@
-"""Where clips of a video may start, and why there may be no such place.
+"""Frames of a video at which a clip may start, and the reasons why there may be none.
 
 T frames a clip, F frames of a video, E_v places in it.
 """

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def local_copy(uri: str, identity: str, folder: str) -> str:
-    """Where this node may read the dataset: its copy below `folder`, made by the first process that asks.
+    """Return this node's copy of a dataset below `folder`; the first process that asks makes it.
 
     A copy is never changed: `identity` names the dataset's files, so what is ingested anew, or added to, gets another.
     Copies are not removed. Where none can be made (a full disk), the dataset itself, with a warning.

@@ -84,7 +84,7 @@ def count_frames(uri: str) -> tuple[int, int]:
 
 
 def fetch(uri: str, identity: str, cache: str | None) -> None:
-    """Make this node's copy of a dataset, if it is to have one and has none: as long as that takes."""
+    """Make this node's copy of a dataset if it needs one and has none; wait until it is complete."""
     if cache:
         with suppress(OSError, ValueError):  # reading says what is wrong
             _local_copy(uri, identity, cache)
@@ -136,7 +136,7 @@ def missing_row(pts: int, *, segment: int, width: int, height: int) -> dict[str,
 
 
 def write_rows(uri: str, rows: Sequence[dict[str, object]]) -> list[str]:
-    """Write rows as data files that no reader sees before `commit`; returns their descriptions."""
+    """Write rows as data files, invisible to readers before `commit`; return their descriptions."""
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
     with _written(uri):
         return [json.dumps(fragment.to_json()) for fragment in write_fragments(table, uri, mode="append")]
@@ -197,12 +197,12 @@ def columns(dataset: lance.LanceDataset, names: list[str]) -> pa.Table:
 
 
 def failure(uri: str, error: Exception, reason: str) -> VideoError:
-    """Lance's error as ours: what the place refuses, where that is it, else the reason given."""
+    """Turn an error of Lance into a VideoError: a refusal by the storage is named, else the reason given."""
     return VideoError(f"{uri}: {refusal(uri, error) or reason}")
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what Lance says, without the place in its source."""
+    """Return the first sentence of a Lance error, without the position in its source."""
     return " ".join(str(error).partition(", /")[0].split())[:200]
 
 

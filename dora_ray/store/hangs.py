@@ -32,12 +32,12 @@ RESTART_SECONDS = 60.0
 
 
 class Watch(Protocol):
-    """Receives the progress of work, item by item, and holds the items that it is not to try again."""
+    """Follows work item by item, and knows the items that must not be tried again."""
 
     given_up: Container[int]
 
     def begin(self, item: int) -> None:
-        """Item `item` is begun, the one before it is done."""
+        """Note that work on `item` begins; the item before it is done."""
 
 
 class Unwatched:
@@ -56,7 +56,7 @@ UNWATCHED = Unwatched()
 
 
 class Ended(NamedTuple):
-    """End of an attempt: the item it was at, and whether that had taken as long as it may."""
+    """End of an attempt: the item in progress, and whether it had run out of time."""
 
     item: int
     hung: bool
@@ -119,7 +119,7 @@ class TaskWatch(Unwatched):
 
 
 def given_up(ended: Sequence[Ended]) -> Container[int]:
-    """Return the items that are not tried again after attempts at a task that ended so, from the second one on.
+    """Return the items not to try again, by how the earlier attempts at a task ended.
 
     The first attempt, which noted nothing, is taken to have ended as the second did.
     """

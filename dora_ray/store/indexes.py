@@ -11,7 +11,7 @@ INDEX_NAME = "index.npz"
 
 
 def load_index(path: str, *, store: str) -> VideoIndex:
-    """The index of a video file, from the store when the file is the one that was indexed, else made and stored.
+    """Return a video file's index: from the store if the file is unchanged, else made and stored.
 
     Raises:
         VideoError: the file cannot be read.
@@ -25,7 +25,7 @@ def load_index(path: str, *, store: str) -> VideoIndex:
 
 
 def known_index(path: str, *, store: str) -> VideoIndex | None:
-    """The index of a video file that a store has; None where it has none, or the file is another one now."""
+    """Return a video file's stored index; None if there is none or the file has changed."""
     path = files.absolute(path)
     for name in files.list_names(store):
         known = stored_index(store, name) if name[:-8] == VideoIndex.name_of(path) + "-" else None

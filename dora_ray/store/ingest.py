@@ -197,7 +197,7 @@ def _commit_results(
     commit_seconds: float,
     progress: Progress | None,
 ) -> dict[str, str]:
-    """Commit what the tasks wrote as it comes, and what has come when something fails.
+    """Commit the tasks' results as they arrive; after a failure, commit those that have arrived.
 
     Returns:
         Why the work on a video failed, by its dataset; nothing of those that went well.
@@ -242,7 +242,7 @@ def _commit_results(
 
 
 def _commit_hung(hung: dict[str, list[str]]) -> dict[str, str]:
-    """Record as unreadable what hung in videos that can be read elsewhere; the others are errors, and not recorded.
+    """Record hung frames as unreadable in videos that can otherwise be read; return the other videos' errors.
 
     A whole video that hangs is a server that does not answer more often than a damaged file.
     """

@@ -43,7 +43,7 @@ def _lost_end(video: StoredVideo) -> str:
 
 
 def stored_frames(store: str, video_id: str) -> list[str]:
-    """Say what a store holds of a video, a sentence for each setting."""
+    """Describe a video's stored frames, one sentence for each setting."""
     found = []
     for name in files.list_names(files.join(store, video_id)):
         if name.endswith(".lance"):

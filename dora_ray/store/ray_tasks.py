@@ -45,7 +45,7 @@ def run_tasks(
     max_tasks: int | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield what `task` returns for each item, a flat dict of plain values, as soon as it is there.
+    """Yield the result of `task` for each item, a flat dict of plain values, as soon as it arrives.
 
     Args:
         items: what each task is given.
@@ -104,13 +104,13 @@ def _consume(
 
 
 def _end_if_given_up(job: str) -> None:
-    """End a job whose caller has left: one that waits for nodes which never come would wait on."""
+    """End a job whose caller is gone; otherwise it could wait for nodes for ever."""
     if job in _GIVEN_UP:
         raise ClusterError("the job was given up")
 
 
 def _options(node_label: str | None, variables: Mapping[str, str]) -> dict[str, Any]:
-    """What Ray is told of each task."""
+    """Return the options of each Ray task."""
     pinned = {"label_selector": {"role": node_label}} if node_label else {}
     return {**pinned, **({"runtime_env": {"env_vars": dict(variables)}} if variables else {})}
 

@@ -30,7 +30,7 @@ DECODE_BYTES = 8 * 2**30
 
 
 def blanked(paths: Iterable[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that a decoding task gets, all empty; none where it needs credentials for its own reads.
+    """Return the environment variables to blank in a decoding task; none if the task needs credentials to read.
 
     Ray's own variables stay, its token among them: a worker without it could not speak to its cluster.
 
@@ -46,7 +46,7 @@ def blanked(paths: Iterable[str], environment: Mapping[str, str]) -> dict[str, s
 
 @contextmanager
 def memory_limit(more_bytes: int = DECODE_BYTES) -> Iterator[None]:
-    """Let this process take no more than so many bytes beside those that it has; afterwards it may again.
+    """Limit the memory that this process may add, in bytes, for the duration of the block.
 
     What asks for more gets an error, and not the whole node's memory. Linux alone counts a process's address space.
     """

@@ -1,4 +1,4 @@
-"""Statistics of a video from the frame store, without decoding it again: a few bytes were kept of every frame.
+"""Statistics of a video from the few bytes that the frame store keeps of every frame; nothing is decoded.
 
 F stored frames of a video.
 """
