@@ -11,7 +11,7 @@
         store/          one frame store for all trials, unless data.store names another
         status.json     how far it is; heartbeat.json: that it lives
         results.csv     a line a trial; results.parquet, report.md
-        report.html     and pages/NAME.html for each trial
+        report.html     and trials/NAME/report.html for each trial
         tune/           Ray Tune's own folder: ResultGrid, ExperimentAnalysis, TensorBoard
 
 Ray Tune starts the trials, as many at a time as the cluster has room for, and stops the worse ones if asked to. What is
