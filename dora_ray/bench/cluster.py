@@ -73,13 +73,16 @@ def memory_by_role() -> dict[str, list[float]]:
         with suppress(psutil.NoSuchProcess):
             words, memory = process.cmdline(), process.memory_info()
             role = "driver" if process.pid == os.getpid() else role_of(words)
-            found[role].append((memory.rss - memory.shared) / 2**20)
+            if role is not None:
+                found[role].append((memory.rss - memory.shared) / 2**20)
     return dict(found)
 
 
-def role_of(words: list[str]) -> str:
-    """Name a process of a cluster by its command line: an actor's class, `task`, or the program."""
+def role_of(words: list[str]) -> str | None:
+    """Name a process by its command line: an actor's class, `task`, or the program; None: it starts or ends."""
     title = " ".join(words).strip()
+    if not title or "default_worker.py" in title:
+        return None
     if title.startswith("ray::"):
         name = title.removeprefix("ray::").split(".")[0].strip()
         return "task" if name.startswith(TASKS) else name

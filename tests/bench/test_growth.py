@@ -26,11 +26,13 @@ def test_a_slope_is_of_what_comes_after_the_start() -> None:
         (["ray::SplitCoordinator.get", "", ""], "SplitCoordinator"),
         (["ray::_StatsActor    "], "_StatsActor"),
         (["ray::IDLE"], "task"),
+        (["/env/bin/python", "/env/ray/_private/workers/default_worker.py", "--node-ip-address=10.0.0.1"], None),
+        ([], None),
         (["ray::MapBatches(RowReader)"], "task"),
         (["ray::ReadSlotRows"], "task"),
         (["/env/ray/core/src/ray/raylet/raylet", "--raylet_socket_name=a"], "raylet"),
         (["/env/bin/python", "-u", "/env/ray/dashboard/dashboard.py"], "dashboard.py"),
     ],
 )
-def test_processes_are_named(words: list[str], role: str) -> None:
+def test_processes_are_named(words: list[str], role: str | None) -> None:
     assert role_of(words) == role
