@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -150,6 +151,7 @@ def ingest_work(
     num_videos: int,
     commit_seconds: float,
     max_tasks: int | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, str]:
     """Decode segments into the store, in that order; see `ingest`.
 
@@ -163,6 +165,7 @@ def ingest_work(
         num_videos: videos of the whole ingest, for its progress.
         commit_seconds: readers see new frames so often.
         max_tasks: tasks at a time, where others need CPUs beside them; None: any number.
+        stop: set by another thread that wants no more of it.
 
     Returns:
         Why the work on a video failed, by its dataset; nothing of those that went well.
@@ -185,6 +188,7 @@ def ingest_work(
             patience_seconds=patience,
             max_tasks=max_tasks,
             variables=blanked([store, *(part.path for part in work)], os.environ),
+            stop=stop,
         )
         return _commit_results(work, results, num_videos=num_videos, commit_seconds=commit_seconds, progress=progress)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ Task = Callable[[str], dict[str, Any]]
 
 # Names of jobs whose callers have left: Ray Data copies what its callbacks hold, so an event would not reach them.
 _GIVEN_UP: set[str] = set()
+LOOK_SECONDS = 0.5
+# How long a job that is given up has to end its tasks; the caller may shut Ray down next.
+END_SECONDS = 20.0
 
 
 @contextmanager
@@ -44,6 +48,7 @@ def run_tasks(
     patience_seconds: float,
     max_tasks: int | None = None,
     variables: Mapping[str, str] | None = None,
+    stop: threading.Event | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the result of `task` for each item, a flat dict of plain values, as soon as it arrives.
 
@@ -54,6 +59,7 @@ def run_tasks(
         patience_seconds: longest time in which no task ends.
         max_tasks: tasks at a time; None: any number.
         variables: of the environment that the tasks' processes start with, in place of the cluster's own.
+        stop: set by another thread that wants no more results.
 
     Raises:
         ClusterError: no task has ended for that long.
@@ -67,7 +73,7 @@ def run_tasks(
     try:
         for done in range(len(items)):
             try:
-                result = results.get(timeout=patience_seconds)
+                result = _next(results, patience_seconds, stop or threading.Event())
             except queue.Empty:
                 place = f" on nodes with the label role={node_label}" if node_label else ""
                 raise ClusterError(
@@ -75,6 +81,8 @@ def run_tasks(
                     f" {patience_seconds:.0f} s; what was done is kept: look for free CPUs{place} (ray status), and"
                     " start again"
                 ) from None
+            if result is None:
+                return
             if isinstance(result, BaseException):
                 raise result
             yield result
@@ -82,6 +90,23 @@ def run_tasks(
     finally:
         if thread.is_alive():
             _GIVEN_UP.add(job)
+            thread.join(END_SECONDS)
+
+
+def _next(results: queue.Queue[Any], patience_seconds: float, stop: threading.Event) -> Any:
+    """The next result; None when no more are wanted.
+
+    Raises:
+        queue.Empty: none has come for that long.
+    """
+    give_up = time.monotonic() + patience_seconds
+    while not stop.is_set():
+        try:
+            return results.get(timeout=LOOK_SECONDS)
+        except queue.Empty:
+            if time.monotonic() > give_up:
+                raise
+    return None
 
 
 def _consume(

@@ -41,8 +41,8 @@ AnyVideo = TypeVar("AnyVideo", bound=Video)
 COMMIT_SECONDS = 0.0
 # Of the CPUs that no training worker has, kept for reading clips while segments are decoded.
 READING_SHARE = 0.25
-# How long a run that has ended waits for its ingest to notice.
-STOP_SECONDS = 10.0
+# How long a run that has ended waits for its ingest to end, too: Ray may go next.
+STOP_SECONDS = 60.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,10 +171,6 @@ def ingest_videos(config: Config, store: str, on_ingest: Progress | None = None)
     return whole_videos(stored, max_bad_fraction=data.max_bad_fraction, skip_unreadable=data.skip_unreadable)
 
 
-class _Stopped(Exception):  # noqa: N818  it is no error
-    """The run has ended before its ingest."""
-
-
 class Ingest:
     """The ingest of a run that trains meanwhile, in a thread of its own.
 
@@ -209,27 +205,22 @@ class Ingest:
                 decoder=data.decoder,
                 form=frame_format(self._config.data),
                 node_label=self._config.cluster.decode_label,
-                progress=self._progress,
+                progress=self._on_ingest,
                 num_videos=len({part.uri for part in self._work}),
                 commit_seconds=COMMIT_SECONDS,
                 max_tasks=tasks_beside(self._config),
+                stop=self._stop,
             )
+            if self._stop.is_set():
+                return
             # A video that is left out after all would change the plan of a run that has begun.
             refuse_unreadable(list(failed.values()), len({part.uri for part in self._work}), skip_unreadable=False)
-        except _Stopped:
-            return
         except DoRAError as error:
             self._failure = error
         except Exception as error:  # noqa: BLE001  the run that waits for segments must hear of it
             self._failure = VideoError(f"the ingest ended with {type(error).__name__}: {error}")
         self._ended.set()
         self._on_end(self._failure)
-
-    def _progress(self, state: Any) -> None:
-        if self._stop.is_set():
-            raise _Stopped
-        if self._on_ingest is not None:
-            self._on_ingest(state)
 
     def has_ended(self) -> bool:
         """Return whether all is stored; raise what the ingest failed with."""
