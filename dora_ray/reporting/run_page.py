@@ -17,7 +17,7 @@ from dora_ray.config_source import flatten
 from dora_ray.errors import ConfigError
 from dora_ray.evaluation.kept import read_evaluations
 from dora_ray.reporting.charts import Bar, intervals
-from dora_ray.reporting.curves import PANELS, draw_panel, series
+from dora_ray.reporting.curves import PANELS, Panel, draw_panel, series
 from dora_ray.reporting.render import duration, figure, moment, read_pictures, render
 from dora_ray.training.records.journal import read_events, read_metrics
 from dora_ray.training.records.status import missing_frames, summarize
@@ -38,7 +38,7 @@ def run_page(folder: str) -> str:
     lines, status = read_metrics(folder), _status(folder)
     config = _read_config(folder)
     events = read_events(folder)
-    panels = [(panel, draw_panel(panel, lines)) for panel in PANELS if _worth_drawing(panel.title, lines)]
+    panels = [(panel, draw_panel(panel, lines)) for panel in PANELS if _worth_drawing(panel, lines)]
     return render(
         "run.html.j2",
         name=PurePosixPath(folder).name,
@@ -70,9 +70,11 @@ def _status(folder: str) -> dict[str, Any]:
         return {}
 
 
-def _worth_drawing(title: str, lines: Sequence[Line]) -> bool:
-    """A world size that never changed is a tile, not a chart."""
-    return title != "Workers" or len({line.get("world_size") for line in lines}) > 1
+def _worth_drawing(panel: Panel, lines: Sequence[Line]) -> bool:
+    """A world size that never changed, and what was measured once, at the end, are tiles, not charts."""
+    if panel.title == "Workers":
+        return len({line.get("world_size") for line in lines}) > 1
+    return len(lines) < 2 or any(len(series(lines, name)[1]) > 1 for name, _ in panel.measures)
 
 
 def _read_config(folder: str) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def _health(lines: Sequence[Line], events: Sequence[Line], config: dict[str, Any
     if not lines:
         return [("", "Nothing measured yet", "The first line of metrics is missing.")]
     final = final_metrics(lines)
-    found = [_collapse(final, events, config), _overlap(final), _waiting(lines)]
+    found = [_collapse(final, events, config), _overlap(final, config), _waiting(lines)]
     return [entry for entry in found if entry is not None]
 
 
@@ -112,9 +114,9 @@ def _collapse(final: dict[str, float], events: Sequence[Line], config: dict[str,
     return "good", "No collapse", f"The teacher's outputs differ between images (diversity {diversity:.2f} nats).{more}"
 
 
-def _overlap(final: dict[str, float]) -> Health | None:
+def _overlap(final: dict[str, float], config: dict[str, Any]) -> Health | None:
     overlap = final.get("object_overlap")
-    if overlap is None:
+    if overlap is None or flatten(config).get("tracking.num_objects") == 1:
         return None
     said = f"Two objects of a clip share {100 * overlap:.0f} % of their patches (IoU)."
     if overlap > MUCH_OVERLAP:

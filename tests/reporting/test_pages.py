@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from statistics import fmean
 
 import pytest
+import yaml
 from PIL import Image
 
 from dora_ray.errors import ConfigError
@@ -85,6 +86,22 @@ def test_a_runs_page_says_what_its_videos_lack(tmp_path):
 
 def _first_line(run):
     return (run / "metrics.jsonl").read_text().splitlines()[99]
+
+
+def test_one_object_is_not_compared_with_another_and_one_measurement_is_no_curve(tmp_path):
+    run = write_run(tmp_path / "run", steps=20)
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [{name: value for name, value in line.items() if name != "knn"} for line in lines]
+    lines[-1]["knn"] = 0.31
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = read_page(report(run)).texts
+    assert "31.0 %" in texts, "it is a tile"
+    assert "kNN accuracy" not in texts
+    assert "Objects are distinct" in texts
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["tracking"] = {**config.get("tracking", {}), "num_objects": 1}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "Objects are distinct" not in read_page(report(run)).texts
 
 
 def test_a_sick_run_says_so_first(tmp_path):
