@@ -56,15 +56,15 @@ class ObjectPictures:
             step: steps done.
 
         Returns:
-            None where no clip could be read so far.
+            None where no clip could be read so far, or the teacher's numbers are not finite: the next step names them.
         """
         if self._clip is None:
             self._clip = next((b.clips[i].copy() for b in batches for i in np.flatnonzero(b.valid)), None)
         return None if self._clip is None else _draw(teacher, self._clip, self._config, step)
 
 
-def _draw(teacher: VisionTransformer, clip: NDArray[np.uint8], config: Config, step: int) -> Image:
-    """Draw the objects of a clip (T, H, W, 3): the first K heads discover them."""
+def _draw(teacher: VisionTransformer, clip: NDArray[np.uint8], config: Config, step: int) -> Image | None:
+    """Draw the objects of a clip (T, H, W, 3): the first K heads discover them. None where a map is not finite."""
     from dora_ray.evaluation.pictures import figure, track, tracking_arguments
     from dora_ray.evaluation.shots import Shot
 
@@ -78,6 +78,8 @@ def _draw(teacher: VisionTransformer, clip: NDArray[np.uint8], config: Config, s
             device=str(next(teacher.parameters()).device),
             **tracking_arguments(tracking.model_dump()),
         )
+    if not all(np.isfinite(part).all() for part in (tracks.attention, tracks.maps, tracks.masks)):
+        return None
     shot = Shot(clip, np.arange(num_frames) * config.clip.stride_seconds, np.zeros(num_frames, np.bool_))
     heading = [
         f"Step {step} of {config.optim.steps}: objects found in a clip's first frame and tracked",

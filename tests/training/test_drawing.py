@@ -69,6 +69,15 @@ def test_an_attempt_draws_one_clip_again_and_again() -> None:
     assert first.tobytes() == again.tobytes() != other.tobytes()
 
 
+def test_a_teacher_that_diverged_is_not_drawn() -> None:
+    config = load_config("tiny", *SMALL)
+    teacher = initial_state(config, CPU).teacher.backbone
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.fill_(torch.nan)
+    assert ObjectPictures(config).draw(teacher, [batch(config, 0)], 1) is None
+
+
 def pictures_of(run: Path) -> dict[int, tuple[int, int]]:
     """Sizes of TensorBoard's pictures of a run by step."""
     sizes = {}
