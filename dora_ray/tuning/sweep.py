@@ -69,7 +69,7 @@ from dora_ray.tuning.results import (
     write_spec,
 )
 from dora_ray.tuning.space import SweepSpec, Trial, base_config, expand, load_sweep, make_trial
-from dora_ray.tuning.tuner import OnProgress, run_trials
+from dora_ray.tuning.tuner import OnProgress, run_through_lost_memory, run_trials
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +153,12 @@ def _run(
         logger.info("%d of %d trials to run", progress.trials - len(progress.ended), progress.trials)
         if len(progress.ended) < progress.trials:
             known = functools.partial(known_trials, folder, spec, base, trials)
-            run_trials(
-                folder, spec, base, trials, progress, lambda: _write_pages(folder, known()), on_progress=on_progress
+            run = functools.partial(
+                run_trials,
+                *(folder, spec, base, trials, progress, lambda: _write_pages(folder, known())),
+                on_progress=on_progress,
             )
+            run_through_lost_memory(run, base.cluster.max_failures)
         _measure_baseline(folder, known_trials(folder, spec, base, trials))
         finished = _finish(folder, spec, trials)
         missing = sum(row.status == "missing" for row in finished.results) or progress.trials - len(finished.results)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dora_ray import files
@@ -16,6 +17,8 @@ from dora_ray.tuning.capacity import Capacity, largest
 from dora_ray.tuning.driver import trainable
 from dora_ray.tuning.progress import SweepProgress, read_points
 from dora_ray.tuning.space import SweepSpec, Trial
+
+logger = logging.getLogger(__name__)
 
 # ASHA compares trials first after this share of their steps; earlier, warm-up is all there is to see.
 GRACE_SHARE = 0.25
@@ -96,6 +99,33 @@ def run_trials(
         tuner.fit()
     finally:
         capacity.close()
+
+
+def run_through_lost_memory(run: Callable[[], None], most: int) -> None:
+    """Call `run`, and again where Ray has ended a trial's process for its node's memory, at most so often.
+
+    Ray Tune tries a trial again whose process has died, but takes that error for one of its own and ends the sweep.
+    """
+    from ray.exceptions import OutOfMemoryError
+
+    for left in range(most, -1, -1):
+        try:
+            run()
+        except Exception as error:
+            if not left or not any(isinstance(cause, OutOfMemoryError) for cause in _causes(error)):
+                raise
+            logger.warning(
+                "a trial's process was ended, since its node had no memory left; the trials that are missing are run "
+                "again. max_concurrent_trials in the sweep's file runs fewer at a time"
+            )
+        else:
+            return
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _param_space(spec: SweepSpec, trials: Sequence[Trial]) -> dict[str, Any]:
