@@ -168,7 +168,9 @@ def test_who_left_before_a_deadline_stays_until_it_is_over(tmp_path: Path, monke
     monkeypatch.setattr(worlds, "LEAVE_SECONDS", 0.1)
     journal = Journal(str(tmp_path), step=0, num_steps=9, world_size=1, entered=time.time())
     job = worlds.Job(dora_ray.load_config("tiny", *SMALL), PLAN, str(tmp_path))
-    loop = Loop(job, RayWorld.__new__(RayWorld), state=SimpleNamespace(step=0), journal=journal, stream=iter(()))
+    world = RayWorld.__new__(RayWorld)
+    world.rank, world.size = 0, 1
+    loop = Loop(job, world, state=SimpleNamespace(step=0), journal=journal, stream=iter(()))
     deadline = time.time() + 1.0  # within the margin
     monkeypatch.setattr(here, "deadline", deadline)
     assert loop._request() is Request.LEAVE
