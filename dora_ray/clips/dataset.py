@@ -53,6 +53,7 @@ EXECUTION_ROWS = 8_000
 # Ray keeps a result of up to 100 KiB in the memory of the actor that deals the rows out, and leaves it there for good
 # once a rank has borrowed it: 800 MB an execution. Larger ones are in the object store, and given back.
 LEAST_ROW_BYTES = 128 * 1024
+READ_AGAIN = {"num_cpus": 0, "scheduling_strategy": "SPREAD", "runtime_env": reading.ENVIRONMENT}  # how its task runs
 # Of the object store, for slots that are ready or under way.
 READY_SHARE = 0.3
 # Tasks at a time where no CPU is free for them.
@@ -228,9 +229,7 @@ class RowReader:
             keys = unpack(packed, contents.plan)
             with TaskWatch(self._seconds) as watch:
                 batches = read_slots(contents, keys, watch)
-            elsewhere = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", runtime_env=reading.ENVIRONMENT)(
-                _read_elsewhere
-            )
+            elsewhere = ray.remote(**READ_AGAIN)(_read_elsewhere)
             again = {
                 i: elsewhere.remote(self._contents, keys[i], self._seconds)
                 for i, batch in enumerate(batches)

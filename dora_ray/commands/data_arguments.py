@@ -80,6 +80,13 @@ def _add_fetch(parts: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--list", action="store_true", help="name the videos, without the network")
 
 
+def _add_format(parser: argparse.ArgumentParser, *, seconds: int) -> None:
+    """Add the options of a film that is made: its length, which has a default, its size and its rate."""
+    parser.add_argument("--seconds", type=float, default=float(seconds), metavar="N", help=f"length ({seconds})")
+    parser.add_argument("--size", type=_size, default=(640, 360), metavar="WxH", help="pixels (640x360)")
+    parser.add_argument("--fps", type=float, default=30.0, metavar="N", help="frames a second (30)")
+
+
 def _add_synth(parts: Commands[argparse.ArgumentParser]) -> None:
     synth = parts.add_parser(
         "synth", help="make a video or labeled images to try things on", description="Make data to try things on."
@@ -92,9 +99,7 @@ def _add_synth(parts: Commands[argparse.ArgumentParser]) -> None:
         handler="data.run_synth_video",
     )
     video.add_argument("out", metavar="FILE.mp4")
-    video.add_argument("--seconds", type=float, default=10.0, metavar="N", help="length (10)")
-    video.add_argument("--size", type=_size, default=(640, 360), metavar="WxH", help="pixels (640x360)")
-    video.add_argument("--fps", type=float, default=30.0, metavar="N", help="frames a second (30)")
+    _add_format(video, seconds=10)
     video.add_argument("--cuts", type=float, nargs="*", default=[], metavar="SECONDS", help="when another scene starts")
     video.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same pictures (0)")
     tour = command(
@@ -104,9 +109,7 @@ def _add_synth(parts: Commands[argparse.ArgumentParser]) -> None:
         handler="data.run_synth_tour",
     )
     tour.add_argument("out", metavar="DIR")
-    tour.add_argument("--seconds", type=float, default=60.0, metavar="N", help="length (60)")
-    tour.add_argument("--size", type=_size, default=(640, 360), metavar="WxH", help="pixels (640x360)")
-    tour.add_argument("--fps", type=float, default=30.0, metavar="N", help="frames a second (30)")
+    _add_format(tour, seconds=60)
     tour.add_argument("--objects", type=int, default=4, metavar="N", help="objects at a time (4)")
     tour.add_argument("--labels", type=float, default=2.0, metavar="N", help="labeled frames a second (2)")
     tour.add_argument(
