@@ -1,1 +1,1 @@
-"""Plan of the clips that each slot is made of, and the reading of them."""
+"""Plan the clips of every slot, and read them from the frame store."""

@@ -1,10 +1,10 @@
-"""Look-up of the frame-store rows that a slot is read from, as soon as they are stored.
+"""Find the frame-store rows of each slot as soon as they are stored.
 
-A plan over stored videos is ready at once. Over videos that are still being ingested, a slot is ready when all that its
-windows' clips could need was tried; then a clip that would need an unreadable frame, or run across a cut, moves to the
-next start of its window that does not, in the window's own order. That is a function of what is stored in the end, not
-of what happened to be there: cuts are looked for within the frames that the clips of a segment are made of, and those
-are complete by then.
+A plan over fully stored videos is ready at once. While videos are still being ingested, a slot is ready once the
+ingest has attempted every frame that the clips of its windows could need. A clip that would need an unreadable
+frame, or would span a cut, then moves to the next valid start of its window, in the window's order. The choice
+depends only on what the store finally holds, never on when it arrived: cuts are searched for only within the
+frames of a segment's clips, and those frames are complete by then.
 
 S slots a step, M clips a slot, T frames a clip, R starts of a window, F frames of a video.
 """
@@ -25,9 +25,9 @@ from dora_ray.store.cuts import find_cuts
 from dora_ray.store.datasets import Dataset
 from dora_ray.store.frames import ComingVideo, Stored, StoredVideo, look_up
 
-# How often the store is asked for what has come. A look reads half a kilobyte of each frame that is there.
+# Polling interval of the store. One poll reads about half a kilobyte per stored frame.
 LOOK_SECONDS = 1.0
-# After the end of the ingest, what it stored last is seen in this time.
+# Grace period after the ingest has ended, in which its last rows become visible.
 LAST_LOOK_SECONDS = 10.0
 
 
@@ -51,13 +51,13 @@ class SlotKey:
 
 
 def pack(keys: Sequence[SlotKey]) -> bytes:
-    """Return keys as the bytes of int64 numbers, for a column of a table."""
+    """Serialize keys as little-endian int64, for a table column."""
     parts = [np.concatenate([[k.step, k.slot], k.starts, k.versions, k.rows.ravel()]).astype("<i8") for k in keys]
     return np.stack(parts).tobytes()
 
 
 def unpack(content: bytes, plan: Plan) -> list[SlotKey]:
-    """Undo `pack`."""
+    """Deserialize the keys that `pack` wrote."""
     clips, frames = plan.clips_per_slot, plan.num_frames
     numbers = np.frombuffer(content, "<i8").astype(np.int64).reshape(-1, 2 + clips * (2 + frames))
     ends = np.cumsum([2, clips, clips])
@@ -69,7 +69,7 @@ def unpack(content: bytes, plan: Plan) -> list[SlotKey]:
 
 
 class Contents(Protocol):
-    """Readable part of a plan, and where it is."""
+    """Slots of a plan that can be read, and where their frames are."""
 
     @property
     def plan(self) -> Plan:
@@ -77,10 +77,10 @@ class Contents(Protocol):
 
     @property
     def videos(self) -> Sequence[Dataset]:
-        """Where its videos' frames are, in the plan's order."""
+        """Frame stores of the videos, in the plan's order."""
 
     def key(self, step: int, slot: int) -> SlotKey | None:
-        """Return a slot's key; None while part of the slot is not stored."""
+        """Return the slot's key; None while part of the slot is not stored."""
 
 
 def slot_keys(
@@ -89,9 +89,9 @@ def slot_keys(
     """Yield the keys of slots in order; yield None for as long as the next slot is not fully stored.
 
     Args:
-        contents: of the plan.
-        slots: steps and slots.
-        has_ended: whether the ingest has; raises what it failed with. Called before each None.
+        contents: readable slots of the plan.
+        slots: (step, slot) pairs.
+        has_ended: returns whether the ingest has ended; raises its error. Called before each None.
 
     Raises:
         VideoError: the ingest has ended, and what a slot needs is not there.
@@ -100,19 +100,19 @@ def slot_keys(
         ended_at = None
         while (key := contents.key(step, slot)) is None:
             if has_ended():
-                # What it stored last may not have been looked at.
+                # The last rows may not be visible yet.
                 ended_at = ended_at or time.monotonic()
                 if time.monotonic() - ended_at > LAST_LOOK_SECONDS:
                     raise VideoError(
-                        f"step {step}: the ingest has ended, and frames that the next clips need are not in the store: "
-                        "were its files removed? Go on with --resume, which ingests them again"
+                        f"step {step}: the ingest has ended, and the store lacks frames of the next clips. "
+                        "If its files were removed, continue with --resume to ingest them again"
                     )
             yield None
         yield key
 
 
 class StoredContents:
-    """The contents of a plan over stored videos, whose starts are all readable."""
+    """Slots of a plan over fully stored videos, all of whose starts are readable."""
 
     def __init__(self, plan: Plan, videos: Sequence[StoredVideo]) -> None:
         self.plan, self.videos = plan, videos
@@ -133,14 +133,14 @@ def _row(plan: Plan, number: int) -> int:
 
 
 class GrowingContents:
-    """The contents of a plan over videos that are being ingested."""
+    """Slots of a plan over videos that are still being ingested."""
 
     def __init__(self, plan: Plan, videos: Sequence[ComingVideo]) -> None:
         self.plan, self.videos = plan, videos
         self._stored: dict[int, Stored] = {}
         self._looked_at: dict[int, float] = {}
         self._valid: dict[int, NDArray[np.bool_]] = {}
-        # Of the windows at hand, what each place of their order moves to.
+        # For each cached window: the row of `Plan.starts` read at each of its places.
         self._moves: dict[int, NDArray[np.int64]] = {}
 
     def key(self, step: int, slot: int) -> SlotKey | None:
@@ -162,7 +162,7 @@ class GrowingContents:
         return SlotKey(step, slot, starts, versions, rows)
 
     def _moves_of(self, window: Window) -> NDArray[np.int64] | None:
-        """(R,) rows of `Plan.starts` that the window's places are read from; None while something lacks."""
+        """Return the (R,) rows of `Plan.starts` to read at the window's places; None until the window is stored."""
         if window.first not in self._moves:
             if not all(self._is_there(int(unit)) for unit in window.units):
                 return None
@@ -190,7 +190,7 @@ class GrowingContents:
         return self._stored[video]
 
     def _valid_rows(self, unit: int) -> NDArray[np.bool_]:
-        """(r,) which of a unit's starts can be read, with no cut in them if those are to be avoided."""
+        """Return the (r,) mask of a unit's starts that are readable and, if cuts are avoided, span no cut."""
         if unit not in self._valid:
             video, first, last = self.plan.unit_frames(unit)
             stored = self._stored[video]
@@ -204,18 +204,26 @@ class GrowingContents:
 
 
 def shots(readable: NDArray[np.bool_], signatures: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Number the shots of neighboring frames: (n,) from (n,) whether each can be read, and (n, bytes) signatures."""
+    """Return the (n,) shot number of each of n neighboring frames.
+
+    Args:
+        readable: (n,) True where the frame can be read.
+        signatures: (n, bytes) signature of each frame.
+    """
     begins = np.zeros(len(readable), bool)
     begins[readable] = find_cuts(signatures[readable])
     return np.cumsum(begins)
 
 
 def next_valid(order: NDArray[np.int64], valid: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(R,) for each place of an order the value there, or the next valid one after it, around the end; -1: none is.
+    """Return for each place the value there if valid, else the next valid one, wrapping around; -1 if none is valid.
 
     Args:
         order: (R,) distinct values.
-        valid: those that count.
+        valid: the valid values.
+
+    Returns:
+        (R,) int64.
     """
     places = np.flatnonzero(np.isin(order, valid))
     if not len(places):

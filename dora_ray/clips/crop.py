@@ -1,6 +1,6 @@
-"""The first crop of a clip: where it lies, and the cut itself.
+"""First crop of a clip: draw the box, then cut and resize.
 
-torch is imported where pixels are resized and not before: planning a run and `--help` need none of it.
+torch is imported only where pixels are resized, so planning a run and `--help` do not load it.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _NUM_ATTEMPTS = 10
 def random_boxes(
     rng: np.random.Generator, *, count: int, height: int, width: int, scale: Range, ratio: Range
 ) -> np.ndarray:
-    """Draws crop boxes by the usual random-resized-crop law.
+    """Draw random-resized-crop boxes.
 
-    The area is uniform in ``scale`` times the image's, the aspect (width / height) log-uniform in ``ratio``; of ten
-    attempts the first that fits is kept, else the largest centered box whose aspect is allowed. How many numbers are
-    taken from ``rng`` depends on ``count`` alone.
+    The area is uniform in ``scale`` times the image's area, the aspect (width / height) log-uniform in ``ratio``.
+    The first of ten attempts that fits is kept; otherwise the largest centered box with an allowed aspect. The
+    amount of randomness taken from ``rng`` depends on ``count`` alone.
 
     Args:
         rng: the only source of randomness.
-        count: how many boxes, 0 allowed.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+        count: number of boxes, may be 0.
+        height: image height in pixels.
+        width: image width in pixels.
         scale: lowest and highest share of the image's area.
         ratio: lowest and highest width / height.
 
     Returns:
-        (count, 4) float64, whole numbers: top, left, height, width; every box lies inside the image.
+        (count, 4) float64 whole numbers: top, left, height, width. Every box lies inside the image.
     """
     areas = height * width * rng.uniform(scale[0], scale[1], (_NUM_ATTEMPTS, count))
     aspects = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (_NUM_ATTEMPTS, count)))
@@ -56,7 +56,7 @@ def random_boxes(
 
 
 def crop_clip(frames: Sequence[np.ndarray], box: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
-    """Cuts the same box out of all frames of a clip and resizes it, bilinear and antialiased, on the CPU.
+    """Cut one box out of every frame of a clip and resize it on the CPU (bilinear, antialiased).
 
     Args:
         frames: T arrays (H, W, 3) uint8 of one size.
@@ -67,12 +67,12 @@ def crop_clip(frames: Sequence[np.ndarray], box: Sequence[float] | np.ndarray, s
         (T, S, S, 3) uint8, contiguous.
 
     Raises:
-        ValueError: if the frames differ in size or the box leaves them.
+        ValueError: the frames differ in size, or the box leaves them.
     """
     top, left, height, width = (int(number) for number in box)
     shapes = {frame.shape for frame in frames}
     if len(shapes) != 1:
-        raise ValueError(f"the frames of a clip must have one size, got {sorted(shapes)}")
+        raise ValueError(f"all frames of a clip must have the same size, got {sorted(shapes)}")
     full_height, full_width, _ = shapes.pop()
     if min(top, left) < 0 or min(height, width) < 1 or top + height > full_height or left + width > full_width:
         raise ValueError(f"the box {(top, left, height, width)} is not inside a frame of {full_height} x {full_width}")
@@ -83,7 +83,7 @@ def crop_clip(frames: Sequence[np.ndarray], box: Sequence[float] | np.ndarray, s
 
 
 def resize_uint8(frames: Tensor, size: int, interpolation: Interpolation = "bilinear") -> Tensor:
-    """(T, h, w, 3) uint8 -> (T, 3, S, S) uint8; the kernel is fastest on interleaved channels, as frames come."""
+    """Resize (T, h, w, 3) uint8 to (T, 3, S, S) uint8; the kernel is fastest on channels-last input."""
     from torch.nn.functional import interpolate
 
     channels_first = frames.permute(0, 3, 1, 2)
@@ -91,7 +91,7 @@ def resize_uint8(frames: Tensor, size: int, interpolation: Interpolation = "bili
 
 
 def _largest_box(*, height: int, width: int, ratio: Range) -> tuple[int, int]:
-    """Height and width of the largest box in an image whose width / height is in ``ratio``."""
+    """Return height and width of the largest box in the image with an aspect in ``ratio``."""
     if width / height < ratio[0]:
         return min(height, max(1, round(width / ratio[0]))), width
     if width / height > ratio[1]:

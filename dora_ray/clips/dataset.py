@@ -1,13 +1,12 @@
-"""The clip stream of a Ray Train group: one Ray Data dataset that reads slots on any node, in the plan's order.
+"""Clip stream of a Ray Train worker group: one Ray Data dataset that reads slots on any node, in the plan's order.
 
-    SlotRows (a source, one task) -> map_batches(RowReader) on decode nodes -> streaming_split(W) -> a shard a rank
+    SlotRows (one read task) -> map_batches(RowReader) on decode nodes -> streaming_split(W) -> one shard per rank
 
-A row is what one task reads and one rank gets at a time: `slots_per_task` slots that are W slots apart, since ranks
-take slots in turns. It is a block of its own, and blocks are given out in turns, too: block j goes to rank j mod W.
-Ray promises no such order, so every rank checks its keys. The source begins at the step that rank 0 says, which is all
-there is to resuming; it yields a row when its slots are in the store, and stays at most AHEAD_SLOTS ahead of what
-training has taken. After EXECUTION_ROWS the group makes itself new shards: the actor that deals the blocks out keeps
-some kilobytes of native memory for each.
+A row is the unit of reading and of delivery: `slots_per_task` slots, W slots apart because ranks take slots round
+robin. Each row is its own block, and blocks are dealt round robin, too: block j goes to rank j mod W. Ray does not
+guarantee this order, so every rank checks its keys. The source starts at the step that rank 0 publishes; resuming
+needs no other state. It yields a row once its slots are stored, and stays at most AHEAD_SLOTS ahead of training.
+After EXECUTION_ROWS rows the group creates new shards: Ray's split coordinator keeps kilobytes of memory per block.
 """
 
 from __future__ import annotations
@@ -42,37 +41,38 @@ logger = logging.getLogger(__name__)
 
 NAME = "clips"
 NAMESPACE = "dora-ray-stream"
-# Rows that may be given to Ray Data before training has taken them: enough that hundreds of CPUs are asked for.
+# Slots submitted to Ray Data ahead of training: enough demand for hundreds of CPUs.
 AHEAD_SLOTS = 512
-# How often the source looks again: for what training has taken, and for what the ingest has stored.
+# Polling interval of the source: for training progress, and for newly stored rows.
 LOOK_SECONDS = 0.1
-# A source that waits says so every LOOK_SECONDS; on a busy machine it may be late.
+# A waiting source reports it every LOOK_SECONDS; the margin allows for a busy machine.
 STILL_WAITING_SECONDS = 60.0
-# Rows of an execution. Its end costs a second without clips, its length 10 KB of memory a row.
+# Rows of one execution. Ending one costs a second without clips; each row costs 10 KB of memory until then.
 EXECUTION_ROWS = 8_000
-# Ray keeps a result of up to 100 KiB in the memory of the actor that deals the rows out, and leaves it there for good
-# once a rank has borrowed it: 800 MB an execution. Larger ones are in the object store, and given back.
+# Ray returns results of up to 100 KiB inline, in the memory of the split coordinator, and never frees them once a
+# rank has borrowed them: 800 MB an execution. Larger results go to the object store and are freed.
 LEAST_ROW_BYTES = 128 * 1024
-READ_AGAIN = {"num_cpus": 0, "scheduling_strategy": "SPREAD", "runtime_env": reading.ENVIRONMENT}  # how its task runs
-# Of the object store, for slots that are ready or under way.
+# Options of a retry.
+READ_AGAIN = {"num_cpus": 0, "scheduling_strategy": "SPREAD", "runtime_env": reading.ENVIRONMENT}
+# Share of the object store for slots that are ready or in flight.
 READY_SHARE = 0.3
-# Tasks at a time where no CPU is free for them.
+# Concurrent tasks when no CPU is free for them.
 CROWDED_TASKS = 2
 
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """Settings of a clip stream; none of them changes what it holds.
+    """Settings of a clip stream. None of them changes its content.
 
     Attributes:
-        run: name under which rank 0 says where the stream begins, unique in the cluster.
-        num_steps: step at which it ends.
+        run: name under which rank 0 publishes where the stream begins; unique in the cluster.
+        num_steps: step at which the stream ends.
         slots_per_task: slots of a row.
-        prefetch: rows fetched ahead in each training worker.
+        prefetch: rows prefetched by each training worker.
         decode_cpus: CPUs that Ray reserves for a task.
         decode_label: value of the node label `role` that tasks are pinned to; None: any node.
-        decode_seconds: the longest that a clip may take before its process is ended.
-        execution_rows: rows after which the group makes itself new shards.
+        decode_seconds: time limit of a clip, after which its process is killed.
+        execution_rows: rows after which the group creates new shards.
     """
 
     run: str
@@ -87,36 +87,36 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class Begin:
-    """Where a stream begins, as rank 0 says it."""
+    """First step of a stream and the number of ranks, as published by rank 0."""
 
     step: int
     world_size: int
 
 
 def say_begin(run: str, begin: Begin) -> None:
-    """Have the next iteration over a run's dataset begin there."""
+    """Publish where the next execution of the run's dataset begins."""
     say_taken(run, 0)
-    _say(run, "begin", [begin.step, begin.world_size])
+    _publish(run, "begin", [begin.step, begin.world_size])
 
 
 def say_taken(run: str, slots: int) -> None:
-    """Let the source go on: training has taken so many slots since the stream's beginning."""
-    _say(run, "taken", slots)
+    """Publish the number of slots trained since the stream began, so that the source may continue."""
+    _publish(run, "taken", slots)
 
 
 def say_ingest_ended(run: str, error: DoRAError | None) -> None:
-    """Tell the source that nothing more will be stored, and what the ingest failed with."""
-    _say(run, "ingest", None if error is None else [type(error).__name__, str(error)])
+    """Publish that the ingest has ended, with its error if it failed."""
+    _publish(run, "ingest", None if error is None else [type(error).__name__, str(error)])
 
 
 def forget_ingest(run: str) -> None:
-    """Make ready for another ingest beside a run of that name."""
+    """Clear the end of an earlier ingest under this run's name."""
     ray_internals.delete_value(f"ingest {run}", namespace=NAMESPACE)
 
 
 def has_ended(run: str) -> bool:
-    """Note that the source waits; return whether the ingest has ended, or raise what it failed with."""
-    _say(run, "waiting", time.time())
+    """Publish that the source is waiting; return whether the ingest has ended, or raise its error."""
+    _publish(run, "waiting", time.time())
     known = ray_internals.get_value(f"ingest {run}", namespace=NAMESPACE)
     failure = json.loads(known) if known is not None else None
     if failure is not None:
@@ -125,40 +125,40 @@ def has_ended(run: str) -> bool:
 
 
 def is_waiting(run: str) -> bool:
-    """Return whether the source waits for the ingest, so that a rank without clips is none that hangs."""
+    """Return whether the source is waiting for the ingest, so that an idle rank is not taken for a hung one."""
     known = ray_internals.get_value(f"waiting {run}", namespace=NAMESPACE)
     return known is not None and time.time() - float(json.loads(known)) < STILL_WAITING_SECONDS
 
 
-def _say(run: str, what: str, value: Any) -> None:
+def _publish(run: str, what: str, value: Any) -> None:
     ray_internals.put_value(f"{what} {run}", json.dumps(value), namespace=NAMESPACE)
 
 
-def _heard(run: str, what: str) -> Any:
+def _read_value(run: str, what: str) -> Any:
     known = ray_internals.get_value(f"{what} {run}", namespace=NAMESPACE)
     assert known is not None
     return json.loads(known)
 
 
 class SlotRows(Datasource):
-    """The keys of all rows from where rank 0 says on, from one task that ends with the training."""
+    """Source of row keys, starting at the step that rank 0 published: one read task that lives as long as training."""
 
     def __init__(self, contents: tuple[Any], settings: StreamSettings) -> None:
-        """Keep what the task needs.
+        """Keep the task's inputs.
 
         Args:
             contents: reference to the plan's contents, in a tuple.
-            settings: of the stream.
+            settings: stream settings.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._contents, self._settings = contents, settings
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Return nothing: it is not known."""
+        """Return None: the size is unknown."""
         return None
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        """Return the one task."""
+        """Return the single read task."""
         contents, settings = self._contents, self._settings
 
         def read() -> Iterator[Any]:
@@ -171,12 +171,12 @@ class SlotRows(Datasource):
 
 
 def _rows(contents: Contents, settings: StreamSettings) -> Iterator[list[SlotKey]]:
-    """The keys of each row, when they are there and training is near enough.
+    """Yield the keys of each row once they are stored and training is close enough.
 
-    A row waits for all slots of the steps that any rank's row beside it is of: so all ranks wait for the same step in
-    their streams, and none in a sum for one that waits.
+    A row waits for every slot of the steps touched by the rows of all ranks at that position. All ranks therefore
+    wait at the same step of their streams, rather than one in its stream and the others in an all-reduce.
     """
-    plan, begin = contents.plan, Begin(*_heard(settings.run, "begin"))
+    plan, begin = contents.plan, Begin(*_read_value(settings.run, "begin"))
     total = (execution_end(begin.step, plan.slots, settings) - begin.step) * plan.slots
     slots = (divmod(begin.step * plan.slots + i, plan.slots) for i in range(total))
     keys = slot_keys(contents, slots, functools.partial(has_ended, settings.run))
@@ -186,7 +186,7 @@ def _rows(contents: Contents, settings: StreamSettings) -> Iterator[list[SlotKey
     for row in row_slots(begin, settings, plan.slots):
         while row[-1] >= taken + max(AHEAD_SLOTS, 2 * span):
             time.sleep(LOOK_SECONDS)
-            taken = int(_heard(settings.run, "taken"))
+            taken = int(_read_value(settings.run, "taken"))
         through = -(-((row[0] // span + 1) * span) // plan.slots) * plan.slots
         while found < min(through, total):
             key = next(keys)
@@ -199,14 +199,14 @@ def _rows(contents: Contents, settings: StreamSettings) -> Iterator[list[SlotKey
 
 
 def execution_end(begin: int, slots: int, settings: StreamSettings) -> int:
-    """Return the step at which an execution that begins at a step ends."""
+    """Return the step at which an execution that begins at step `begin` ends."""
     return min(settings.num_steps, begin + max(1, settings.execution_rows * settings.slots_per_task // slots))
 
 
 def row_slots(begin: Begin, settings: StreamSettings, slots: int) -> Iterator[range]:
-    """The slots of each row, counted from the stream's beginning; row j is rank j mod W's.
+    """Yield the slots of each row, counted from the start of the stream; row j belongs to rank j mod W.
 
-    With W ranks and q slots a row, ranks take slots in turns, and row i W + r holds the i-th q of rank r's.
+    With W ranks and q slots a row, row i W + r holds the i-th group of q slots of rank r.
     """
     total = (execution_end(begin.step, slots, settings) - begin.step) * slots
     span = settings.slots_per_task * begin.world_size
@@ -217,13 +217,13 @@ def row_slots(begin: Begin, settings: StreamSettings, slots: int) -> Iterator[ra
 
 
 class RowReader:
-    """The task: read the slots of a row."""
+    """Map function that reads the slots of a row."""
 
     def __init__(self, contents: Any, seconds: float) -> None:
         self._contents, self._seconds = contents, seconds
 
     def __call__(self, rows: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Give a row of batches for each row of keys."""
+        """Yield a row of slot batches for each row of keys."""
         contents = unpacked(*self._contents)
         for packed in rows["keys"]:
             keys = unpack(packed, contents.plan)
@@ -239,20 +239,20 @@ class RowReader:
 
 
 def _read_elsewhere(contents: Any, key: SlotKey, seconds: float) -> SlotBatch:
-    """A slot with unreadable clips is read once more, elsewhere, before its clips are given up."""
+    """Retry a slot with unreadable clips in another process, before those clips are given up."""
     with TaskWatch(seconds) as watch:
         return read_slots(unpacked(*contents), [key], watch)[0]
 
 
 @functools.lru_cache(maxsize=2)
 def unpacked(reference: Any) -> Contents:
-    """Return the contents behind a reference, unpacked once in a process."""
+    """Return the contents behind a reference, deserialized once per process."""
     found: Contents = ray.get(reference)
     return found
 
 
 def _to_row(batches: list[SlotBatch]) -> dict[str, Any]:
-    """One row, of arrays with a slot in each line."""
+    """Return one row of arrays whose second axis is the slots."""
     numbers = [[batch.step, batch.slot, batch.digest] for batch in batches]
     clips = np.stack([batch.clips for batch in batches])[None]
     return {
@@ -264,17 +264,17 @@ def _to_row(batches: list[SlotBatch]) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, NDArray[Any]]) -> list[SlotBatch]:
-    """Return the batches of a row that a task gave."""
+    """Return the slot batches of a row made by `_to_row`."""
     parts = zip(row["numbers"][0].tolist(), row["clips"][0], row["valid"][0], strict=True)
     return [SlotBatch(step, slot, clips, valid, digest, final=True) for (step, slot, digest), clips, valid in parts]
 
 
 def make_clips(contents: Any, settings: StreamSettings) -> Dataset:
-    """Make the dataset: Ray Train calls it in its controller for each worker group, once their CPUs are reserved.
+    """Build the dataset. Ray Train's controller calls this for each worker group, once its CPUs are reserved.
 
     Args:
-        contents: reference to the plan's contents, in a tuple, so that tasks get the reference itself.
-        settings: of the stream.
+        contents: reference to the plan's contents, in a tuple, so that tasks receive the reference itself.
+        settings: stream settings.
     """
     room = settings.decode_label is not None or has_room(settings.decode_cpus)
     pinned: dict[str, Any] = {"label_selector": {"role": settings.decode_label}} if settings.decode_label else {}
@@ -290,41 +290,41 @@ def make_clips(contents: Any, settings: StreamSettings) -> Dataset:
         **pinned,
     )
     context = dataset.context
-    context.target_max_block_size = 1  # a block for each row
+    context.target_max_block_size = 1  # one block per row
     context.enable_progress_bars = context.print_on_execution_start = False
     ray_internals.pace_execution(context)
     memory = READY_SHARE * ray.cluster_resources().get("object_store_memory", 0.0)
-    # gpu=0: no GPU node is asked for to decode.
+    # gpu=0: decoding never requests a GPU node.
     limits = ExecutionResources(object_store_memory=memory, gpu=0)
     context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=limits)
     return dataset
 
 
 class RankShards(ray.train.DataConfig):  # type: ignore[misc]
-    """Deals the rows out in turns; Ray Train's own would cut off the last ones, so that all ranks have equally many."""
+    """Deal rows round robin. Ray Train's default drops the last rows so that all ranks get equally many."""
 
     def configure(
         self, datasets: dict[str, Dataset], world_size: int, *_: Any, **__: Any
     ) -> list[dict[str, DataIterator]]:
-        """See DataConfig."""
+        """See `ray.train.DataConfig`."""
         return [{NAME: shard} for shard in deal(datasets[NAME], world_size)]
 
 
 def deal(dataset: Dataset, world_size: int) -> list[DataIterator]:
-    """Return the shard of each rank of a dataset that `make_clips` made."""
+    """Return each rank's shard of a dataset made by `make_clips`."""
     shards: list[DataIterator] = dataset.streaming_split(world_size, equal=False)
     return shards
 
 
 def nodes(label: str | None) -> list[dict[str, Any]]:
-    """Return the living nodes, those with that value of the label `role` if one is given."""
+    """Return the living nodes; with a label, only those whose label `role` has that value."""
     return [node for node in ray.nodes() if node["Alive"] and label in (None, node["Labels"].get("role"))]
 
 
 def free_cpus() -> dict[str, float]:
-    """Return CPUs of each node beside those that placement groups, the training workers', hold there.
+    """Return each node's CPUs that no placement group (such as the training workers') reserves.
 
-    Counted from the reservations, since what is free at this moment says nothing about what will be.
+    Computed from reservations, because the CPUs free at this moment do not predict those free later.
     """
     from ray.util import placement_group_table
 
@@ -337,14 +337,14 @@ def free_cpus() -> dict[str, float]:
 
 
 def has_room(cpus: float) -> bool:
-    """Return whether a node has so many CPUs that are not reserved.
+    """Return whether some node has this many unreserved CPUs.
 
-    Where the training workers have taken every CPU, a task that asks for one would wait for ever: it runs beside them.
+    If the training workers reserve every CPU, a task that asks for one would never start; it runs beside them.
     """
     if max(free_cpus().values(), default=0.0) >= cpus:
         return True
     logger.warning(
-        "every CPU of the cluster is reserved, so clips are read beside the training workers: lower "
-        "cluster.cpus_per_worker, or add nodes that decode"
+        "the training workers reserve every CPU, so clip reading shares their CPUs; lower "
+        "cluster.cpus_per_worker, or add decode nodes"
     )
     return False

@@ -1,10 +1,10 @@
-"""The clip stream without Ray: slots read by threads of this process, in the plan's order.
+"""Clip stream without Ray: threads of this process read slots in the plan's order.
 
-Threads and not torch's DataLoader: reading and decoding release the interpreter's lock, so threads read as many clips
-(152-164 a second with 2 threads, 134-137 with 2 spawned workers), the first slot comes after 0.1 s in place of 2, and
-a user's script needs no `__main__` guard. The threads are daemons: one that hangs is left behind, another takes over
-its slot at once, and the clip it was at is given up. A library that hangs and holds the interpreter's lock stops the
-process all the same; only Ray's tasks survive that.
+Threads rather than torch's DataLoader: decoding releases the GIL, so threads are no slower (152-164 clips a second
+with 2 threads, 134-137 with 2 spawned workers), the first slot arrives after 0.1 s rather than 2, and a user's
+script needs no `__main__` guard. The threads are daemons: a hung one is abandoned, another takes over its slot at
+once, and the clip that hung is given up. A library that hangs while holding the GIL still stops the process; only
+Ray tasks survive that.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from dora_ray.config_rules import DECODE_ATTEMPTS
 from dora_ray.store.hangs import EVERYTHING
 
 LOOK_SECONDS = 0.5
-# How long closing waits for threads to end what they are at, a clip; one that hangs takes longer.
+# Time that closing waits for threads to finish their current clip; a hung one is abandoned.
 CLOSE_SECONDS = 5.0
 
 
 def local_slots(
     contents: Contents, keys: Iterator[SlotKey | None], *, prefetch: int, num_threads: int, decode_seconds: float
 ) -> Generator[SlotBatch, None, None]:
-    """Read the slots of `keys`, in order.
+    """Read slots in the order of `keys`.
 
     Args:
-        contents: of the plan.
-        keys: what each slot is read from, see `contents.slot_keys`.
+        contents: readable slots of the plan.
+        keys: rows of each slot, see `contents.slot_keys`.
         prefetch: slots read ahead, on top of one for each thread.
-        num_threads: threads that read.
-        decode_seconds: the longest that a clip may take before it is given up.
+        num_threads: number of reader threads.
+        decode_seconds: time limit of a clip, after which it is given up.
     """
     readers = _Readers(contents, num_threads)
     pending: deque[_Slot] = deque()
@@ -62,7 +62,7 @@ def local_slots(
 
 
 class _Readers:
-    """Daemon threads that read slots, first come, first served."""
+    """Daemon threads that read slots in first-in, first-out order."""
 
     def __init__(self, contents: Contents, count: int) -> None:
         self._contents = contents
@@ -75,23 +75,23 @@ class _Readers:
             self._add(None)
 
     def begin(self, key: SlotKey) -> _Slot:
-        """Have a slot read by the next free thread."""
+        """Queue a slot for the next free thread."""
         slot = _Slot(key)
         self._waiting.put(_Attempt(slot, frozenset(), self._closed.is_set))
         return slot
 
     def close(self) -> None:
-        """End the threads. Python exits by SIGABRT while one is in a decoder, so they are waited for."""
+        """Stop the threads and wait for them: Python aborts at exit if one is still inside a decoder."""
         self._closed.set()
         for _ in self._threads:
             self._waiting.put(None)
         until = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
-            if thread is not threading.current_thread():  # whose garbage collection may be what closes
+            if thread is not threading.current_thread():  # garbage collection may call close from a reader
                 thread.join(max(0.0, until - time.monotonic()))
 
     def replace_hung(self, seconds: float) -> None:
-        """Leave threads behind that are at a clip for too long: a new one each takes over their slot."""
+        """Abandon threads that exceed the time limit of a clip; a new thread takes over the slot of each."""
         with self._lock:
             for attempt in [attempt for attempt in self._running if attempt.seconds_at_clip() > seconds]:
                 attempt.left_behind = True
@@ -111,14 +111,14 @@ class _Readers:
             attempt = None
 
     def _read(self, attempt: _Attempt) -> bool:
-        """Read a slot, once more if a clip could not be read; return whether its thread was not left behind."""
+        """Read a slot, retrying once if a clip was unreadable; return False if the thread was abandoned meanwhile."""
         with self._lock:
             self._running.add(attempt)
         try:
             batch: SlotBatch | BaseException = read_slots(self._contents, [attempt.slot.key], attempt)[0]
             if isinstance(batch, SlotBatch) and not batch.final:
                 batch = read_slots(self._contents, [attempt.slot.key], attempt)[0]
-        except BaseException as error:  # noqa: BLE001  it is raised again by the thread that waits for the slot
+        except BaseException as error:  # noqa: BLE001  re-raised in the consumer, by _Slot.result
             batch = error
         with self._lock:
             if attempt.left_behind:
@@ -137,12 +137,12 @@ class _Slot:
         self._outcome: SlotBatch | BaseException | None = None
 
     def settle(self, outcome: SlotBatch | BaseException) -> None:
-        """Say what came of it."""
+        """Set the outcome and wake the consumer."""
         self._outcome = outcome
         self.done.set()
 
     def result(self) -> SlotBatch:
-        """Return the slot once it is done; raise what its reading raised."""
+        """Return the slot's batch, or raise the error of its reading. Call once `done` is set."""
         if isinstance(self._outcome, BaseException):
             raise self._outcome
         assert self._outcome is not None
@@ -150,18 +150,18 @@ class _Slot:
 
 
 class _LeftBehindError(Exception):
-    """Nobody wants the work any more."""
+    """This thread was abandoned, or the readers were closed."""
 
 
 class _Attempt:
-    """One attempt at a slot; its own `hangs.Watch`."""
+    """One attempt to read a slot; implements `hangs.Watch`."""
 
     def __init__(self, slot: _Slot, hung: frozenset[int], closed: Callable[[], bool]) -> None:
         self.slot = slot
         self.given_up: Container[int] = EVERYTHING if len(hung) >= DECODE_ATTEMPTS else hung
         self.left_behind = False
         self._hung, self._closed = hung, closed
-        # In one piece, since another thread reads it.
+        # A single tuple, so that another thread reads it atomically.
         self._begun: tuple[int, float] | None = None
 
     def begin(self, item: int) -> None:
@@ -171,10 +171,10 @@ class _Attempt:
         self._begun = (item, time.monotonic())
 
     def seconds_at_clip(self) -> float:
-        """Return how long the clip at hand has taken."""
+        """Return the seconds spent on the current clip."""
         return time.monotonic() - self._begun[1] if self._begun is not None else 0.0
 
     def without_clip(self) -> _Attempt:
-        """Return the attempt that leaves out the clip at hand."""
+        """Return a new attempt that skips the current clip."""
         assert self._begun is not None
         return _Attempt(self.slot, self._hung | {self._begun[0]}, self._closed)

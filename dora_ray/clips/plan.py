@@ -1,10 +1,10 @@
-"""The plan: which clips and random numbers every slot of every step is made of. Pure, the same on every machine.
+"""Plan of the clips and random numbers of every slot of every step. Pure, and identical on every machine.
 
-Clip number n = (step * S + slot) * M + i, with S slots a step and M clips a slot. Its epoch is n // E and its place in
-that epoch's order n % E, where E is the number of places at which a clip may start, over all videos: so videos weigh by
-length. An epoch's order is a permutation of all starts, or one within windows: the videos' segments are permuted, so
-many at a time make a window, and the starts are permuted within each, so that a run can begin when the first window is
-stored.
+Clip number n = (step * S + slot) * M + i, with S slots a step and M clips a slot. Its epoch is n // E and its
+position in that epoch's order is n % E, where E is the number of possible clip starts over all videos, so a
+video's weight is its length. An epoch's order is a permutation of all starts, or is shuffled by windows: the
+segments are permuted, each `window_segments` of them form a window, and starts are permuted within it. Training
+can then begin when the first window is stored.
 
 S slots a step, M clips a slot, T frames a clip, E starts an epoch, F frames of a video, K segments of a video.
 """
@@ -47,53 +47,53 @@ class Purpose(IntEnum):
 
 
 def seed_sequence(seed: int, step: int, slot: int, purpose: Purpose) -> np.random.SeedSequence:
-    """The root of all random numbers of one purpose in one slot."""
+    """Return the root seed of one purpose in one slot."""
     return np.random.SeedSequence((seed, step, slot, int(purpose)))
 
 
 def slot_generator(seed: int, step: int, slot: int, purpose: Purpose) -> np.random.Generator:
-    """A fresh generator of one purpose in one slot."""
+    """Return a fresh NumPy generator for one purpose in one slot."""
     return np.random.Generator(np.random.PCG64(seed_sequence(seed, step, slot, purpose)))
 
 
 def slot_seed(seed: int, step: int, slot: int, purpose: Purpose) -> int:
-    """A 63-bit seed for a device's own generator."""
+    """Return a 63-bit seed for a device's generator."""
     return int(seed_sequence(seed, step, slot, purpose).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @lru_cache(maxsize=64)
 def epoch_order(seed: int, epoch: int, count: int, purpose: Purpose) -> NDArray[np.int64]:
-    """(count,) the permutation of one epoch: of its clips, or of its segments."""
+    """Return the (count,) permutation of an epoch's starts or segments."""
     return slot_generator(seed, epoch, 0, purpose).permutation(count)
 
 
 def slots_of_rank(rank: int, world_size: int, num_slots: int, *, step: int, begin: int) -> list[int]:
-    """The slots of a step that one rank computes, in a stream that began at step `begin`.
+    """Return the slots of a step that one rank computes, in a stream that began at step `begin`.
 
-    Ranks take slots in turns from `begin` on, so world_size need not divide num_slots and none gets ahead.
+    Ranks take slots round robin from `begin` on, so world_size need not divide num_slots and no rank gets ahead.
     """
     first = (step - begin) * num_slots
     return [slot for slot in range(num_slots) if (first + slot) % world_size == rank]
 
 
 class Video(Protocol):
-    """A video as a plan and its readers see it; see `dora_ray.store.frames`."""
+    """Video as seen by a plan and its readers; see `dora_ray.store.frames`."""
 
     @property
     def video_id(self) -> str:
-        """Its name by content."""
+        """Identifier derived from the content."""
 
     @property
     def path(self) -> str:
-        """Its file."""
+        """Path or URI of the file."""
 
     @property
     def digest(self) -> str:
-        """Hash of its content."""
+        """Hash of the content."""
 
     @property
     def times(self) -> NDArray[np.float64]:
-        """(F,) seconds of its kept frames, ascending."""
+        """(F,) presentation times of the kept frames in seconds, ascending."""
 
     @property
     def cuts(self) -> NDArray[np.bool_]:
@@ -109,12 +109,12 @@ class Video(Protocol):
 
     @property
     def edges(self) -> NDArray[np.int64]:
-        """(K + 1,) first frame of every segment, and F."""
+        """(K + 1,) first frame of every segment, followed by F."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """T frames of one video: kept frames `frames` of `plan.videos[video]`; `number` is the clip number n."""
+    """T frames of one video: the kept frames `frames` of `plan.videos[video]`. `number` is the clip number n."""
 
     number: int
     video: int
@@ -123,12 +123,12 @@ class Clip:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """A part of an epoch within which starts are shuffled.
+    """Part of an epoch within which starts are shuffled.
 
     Attributes:
-        first: number n of its first clip.
-        units: (U,) numbers of the `Plan.units` that it is made of.
-        rows: (R,) rows of `Plan.starts`, in the order in which they are drawn.
+        first: number n of the window's first clip.
+        units: (U,) rows of `Plan.units` that form the window.
+        rows: (R,) rows of `Plan.starts`, in drawing order.
     """
 
     first: int
@@ -138,20 +138,20 @@ class Window:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that the content of a slot depends on.
+    """Everything that determines the content of a slot.
 
     Attributes:
         videos: the videos.
         num_frames: T.
         stride_seconds: time between a clip's frames.
-        avoid_cuts: whether clips that a shot cut runs through are left out.
+        avoid_cuts: leave out clips that span a shot cut.
         seed: seed of the run.
         slots: S.
         clips_per_slot: M.
-        clip_size: side of the first crop, pixels.
-        clip_scale: range of its area, share of the frame.
-        aspect_ratio: range of its width / height.
-        settings: the flat configuration that shapes a slot, for the digest.
+        clip_size: side of the first crop in pixels.
+        clip_scale: range of the first crop's area, as a share of the frame.
+        aspect_ratio: range of the first crop's width / height.
+        settings: flat configuration values that shape a slot, for the digest.
         window_segments: segments of a window; 0: all starts of an epoch are shuffled together.
     """
 
@@ -170,7 +170,7 @@ class Plan:
 
     @cached_property
     def starts(self) -> NDArray[np.int32]:
-        """(E, 1 + T): the video and the kept frames of every clip that may be drawn."""
+        """(E, 1 + T) video and kept frames of every clip that may be drawn."""
         tables = [
             clip_table(video.times, video.cuts, self.num_frames, self.stride_seconds, avoid_cuts=self.avoid_cuts)
             for video in self.videos
@@ -181,14 +181,14 @@ class Plan:
 
     @property
     def clips_per_epoch(self) -> int:
-        """E."""
+        """Number of clips in an epoch, E."""
         return len(self.starts)
 
     def check(self) -> None:
-        """Warn of videos that give no clip, because a shot cut or a missing frame is in the way of each.
+        """Warn of videos that yield no clip, since every candidate spans a shot cut or a missing frame.
 
         Raises:
-            VideoError: no clip can be drawn.
+            VideoError: no video yields a clip.
         """
         giving = set(self.starts[:, 0].tolist())
         reasons = {
@@ -201,13 +201,13 @@ class Plan:
     def _in_the_way(self) -> str:
         cut = "a shot cut (clip.avoid_cuts=true) or " if self.avoid_cuts else ""
         return (
-            f"every stretch of {(self.num_frames - 1) * self.stride_seconds:g} s, a clip's length, has {cut}a missing"
-            " frame in it; lower clip.num_frames or clip.stride_seconds"
+            f"every span of {(self.num_frames - 1) * self.stride_seconds:g} s (the length of a clip) contains {cut}"
+            "a missing frame; lower clip.num_frames or clip.stride_seconds"
         )
 
     @cached_property
     def units(self) -> NDArray[np.int64]:
-        """(U, 3): video, first row and end row in `starts` of what a window is made of: segments, or whole videos."""
+        """(U, 3) video, first row and end row in `starts` of a window's building blocks: segments, or whole videos."""
         found = []
         for number, video in enumerate(self.videos):
             first, last = np.searchsorted(self.starts[:, 0], [number, number + 1]).tolist()
@@ -217,13 +217,13 @@ class Plan:
         return np.array(found, np.int64).reshape(-1, 3)
 
     def unit_frames(self, unit: int) -> tuple[int, int, int]:
-        """The video of a unit, and the first and last of the frames that its clips are made of."""
+        """Return a unit's video, and the first and last frame that its clips use."""
         video, low, high = self.units[unit].tolist()
         frames = self.starts[low:high, 1:]
         return video, int(frames.min()), int(frames.max())
 
     def windows(self, epoch: int) -> list[Window]:
-        """The windows of an epoch, in the order in which they are drawn."""
+        """Return the windows of an epoch, in drawing order."""
         if epoch not in self._windows:
             for known in sorted(self._windows)[:-1]:
                 self._windows.pop(known, None)
@@ -250,13 +250,13 @@ class Plan:
         return drawn
 
     def place(self, number: int) -> tuple[Window, int]:
-        """The window of clip number n, and its place in it."""
+        """Return the window of clip number n, and the clip's position in it."""
         windows = self.windows(number // self.clips_per_epoch)
         window = windows[bisect_right(windows, number, key=lambda window: window.first) - 1]
         return window, number - window.first
 
     def clip(self, number: int) -> Clip:
-        """Clip number n of the run as it is drawn: what the store lacks may move it, see `contents`."""
+        """Return clip number n as drawn. Unreadable frames may move it, see `contents`."""
         window, place = self.place(number)
         return self.clip_at(number, int(window.rows[place]))
 
@@ -266,16 +266,16 @@ class Plan:
         return Clip(number, video, tuple(frames))
 
     def slot_clips(self, step: int, slot: int) -> list[Clip]:
-        """The M clips of a slot, as they are drawn."""
+        """Return the M clips of a slot, as drawn."""
         return [self.clip(number) for number in self.slot_numbers(step, slot)]
 
     def slot_numbers(self, step: int, slot: int) -> range:
-        """Numbers of the M clips of a slot."""
+        """Return the clip numbers of a slot."""
         first = (step * self.slots + slot) * self.clips_per_slot
         return range(first, first + self.clips_per_slot)
 
     def slot_boxes(self, step: int, slot: int, clips: Sequence[Clip]) -> list[NDArray[np.float64]]:
-        """(4,) [top, left, height, width] of the first crop of each clip of a slot, pixels of its stored frames."""
+        """Return the (4,) first crop of each clip of a slot: top, left, height, width in stored pixels."""
         rng = slot_generator(self.seed, step, slot, Purpose.CLIP_CROP)
         videos = [self.videos[clip.video] for clip in clips]
         return [
@@ -287,13 +287,13 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """The plan, key by key: compared when a run is resumed."""
+        """Content of the plan by key, compared when a run is resumed."""
         videos = [[video.video_id, _video_digest(video)] for video in self.videos]
         return {"seed": self.seed, "videos": videos, **{key: self.settings[key] for key in sorted(self.settings)}}
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the fingerprint."""
+        """Hash of `fingerprint`."""
         return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 

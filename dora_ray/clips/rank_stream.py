@@ -1,4 +1,4 @@
-"""One rank's end of the clip stream: its slots of each step, out of its shard of the group's dataset."""
+"""Consumer side of the clip stream: one rank's slots of each step, from its shard of the group's dataset."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from dora_ray.ray_internals import blocked_seconds
 if TYPE_CHECKING:
     from ray.data import DataIterator
 
-# How often a rank without clips looks whether the source waits.
+# Polling interval at which a rank without clips checks whether the source is waiting.
 WAIT_SECONDS = 5.0
 
 
 class RankStream:
-    """One rank's slots of each step.
+    """Slots of one rank, step by step.
 
-    Reading begins with `start`, at the step that rank 0 expects to go on from, while this rank still loads its state;
-    `steps` begins anew where that was another step.
+    `start` begins reading at the step from which rank 0 expects to resume, while this rank is still loading its
+    state. `steps` restarts the stream if the run resumes from another step.
     """
 
     def __init__(
@@ -48,28 +48,28 @@ class RankStream:
         is_alive: Callable[[], None] = lambda: None,
         new_shard: Callable[[], DataIterator] | None = None,
     ) -> None:
-        """Keep this rank's part.
+        """Store the shard and the callbacks.
 
         Args:
-            shard: this rank's.
+            shard: shard of this rank.
             plan: the plan.
-            settings: of the stream.
-            rank: this rank.
-            size: ranks W.
-            is_alive: called now and then while the source waits for the ingest.
-            new_shard: gives this rank a shard of the next execution, on all ranks together; None: the old one serves.
+            settings: stream settings.
+            rank: rank of this worker.
+            size: number of ranks W.
+            is_alive: called periodically while the source waits for the ingest.
+            new_shard: collective call that returns this rank's shard of the next execution; None: reuse the shard.
         """
         self._plan, self._settings, self._rank, self._size = plan, settings, rank, size
         self._is_alive, self._new_shard = is_alive, new_shard
         self._shard = shard
-        # Seconds in shards that are used up, by stage.
+        # Blocked seconds of the shards used up so far, by stage.
         self._blocked = dict.fromkeys(blocked_seconds(shard), 0.0)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="clips")
         self._rows: Iterator[Any] = iter(())
         self._next: Future[Any] = Future()
 
     def start(self, step: int) -> None:
-        """Begin to read; `step` counts on rank 0."""
+        """Start reading. Only rank 0's `step` takes effect."""
         if self._rank == 0:
             say_begin(self._settings.run, Begin(step, self._size))
         self._rows = iter(
@@ -81,7 +81,7 @@ class RankStream:
         self._next = self._thread.submit(next, self._rows, None)
 
     def _row(self) -> Any:
-        """The row that was asked for; None at the end."""
+        """Return the requested row; None at the end."""
         while True:
             try:
                 return self._next.result(WAIT_SECONDS)
@@ -94,10 +94,10 @@ class RankStream:
                 raise cause_of(error) from error
 
     def steps(self, begin: int) -> Iterator[list[SlotBatch]]:
-        """Give this rank's slots of each step from `begin` on.
+        """Yield this rank's slots of each step from `begin` on.
 
         Raises:
-            DoRAError: what the source or a task ended with; other ranks need not meet it at the same step.
+            DoRAError: the source or a task failed; other ranks may see the error at another step.
         """
         while begin < self._settings.num_steps:
             yield from self._execution(begin)
@@ -108,7 +108,7 @@ class RankStream:
                 self.start(begin)
 
     def blocked(self) -> dict[str, float]:
-        """Return the seconds so far in which this rank waited for rows, by Ray Data's stage."""
+        """Return the seconds that this rank has waited for rows so far, by Ray Data stage."""
         now = blocked_seconds(self._shard)
         return {stage: seconds + now[stage] for stage, seconds in self._blocked.items()}
 
@@ -119,32 +119,33 @@ class RankStream:
             found = list(islice(batches, len(mine)))
             keys = [(batch.step, batch.slot) for batch in found]
             if keys != [(step, slot) for slot in mine]:
-                raise ClusterError(f"step {step}: rank {self._rank} was given the slots {keys} in place of {mine}")
+                raise ClusterError(f"step {step}: rank {self._rank} received the slots {keys}, expected {mine}")
             taken = (step + 1 - begin) * self._plan.slots
             if self._rank == 0 and taken - said >= AHEAD_SLOTS // 8:
                 said = taken
                 say_taken(self._settings.run, taken)
             yield found
-        self._rows = iter(())  # which ends Ray's iteration: its last row was taken, its end not asked for
+        self._rows = iter(())  # ends Ray's iteration, whose last row was taken but whose end was not requested
 
     def _batches(self, begin: int) -> Iterator[SlotBatch]:
         row = self._row()
         if row is None or int(row["numbers"][0, 0, 0]) != begin:
-            # Rank 0 has not gone on from the checkpoint that it had expected: on all ranks alike.
+            # The run did not resume from the expected checkpoint. All ranks see this alike.
             self.start(begin)
             row = self._row()
         while row is not None:
             yield from from_row(row)
-            # Not before it is wanted: Ray fetches rows ahead by itself, and counts from here on as this rank's wait.
+            # Ask only when a row is wanted: Ray prefetches by itself, and counts the time from here as this rank's
+            # wait.
             self._ask()
             row = self._row()
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return the error of ours that one of Ray's was made of, or the error itself."""
+    """Return our error behind one of Ray's, or the error itself."""
     seen: BaseException | None = error
     while seen is not None:
-        # Ray makes a class of its own below ours, which says the whole traceback, and adds lines of advice.
+        # Ray wraps it in a subclass of ours whose message holds the whole traceback and advice.
         if isinstance(seen, DoRAError) and type(seen).__module__ == errors.__name__:
             return type(seen)(str(seen).partition("\n")[0])
         seen = getattr(seen, "cause", None) or seen.__cause__

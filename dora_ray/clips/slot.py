@@ -1,4 +1,4 @@
-"""A slot's batch: its clips read from the frame store, decoded and cropped."""
+"""Batch of one slot: its clips, read from the frame store, decoded and cropped."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class SlotBatch:
-    """The M clips of one slot.
+    """M clips of one slot.
 
     Attributes:
         step: step of the run.
         slot: slot of the step.
         clips: (M, T, H, W, 3) uint8; zeros where not valid.
-        valid: (M,) whether the clip could be decoded.
+        valid: (M,) True where the clip could be decoded.
         digest: hash of the clips' numbers, videos, frames and pixels, for the ledger; a signed 64-bit integer.
-        final: False where another process may still be able to read what this one could not.
+        final: False if another process should retry the clips that this one could not read.
     """
 
     step: int
@@ -42,9 +42,10 @@ class SlotBatch:
 
 
 def read_slots(contents: Contents, keys: Sequence[SlotKey], watch: Watch) -> list[SlotBatch]:
-    """Read several slots, as `read_slot` does; the watch knows clip i of the k-th by k M + i.
+    """Read several slots with `read_slot`; clip i of the k-th slot is item k M + i of the watch.
 
-    Copies of datasets are made first: that takes long, is no clip's fault, and must not be ended and begun anew.
+    Datasets are copied first and unwatched: a copy takes long, is no clip's fault, and must not be killed and
+    restarted.
     """
     plan = contents.plan
     for number in {int(plan.starts[start, 0]) for key in keys for start in key.starts if start >= 0}:
@@ -57,17 +58,17 @@ def read_slots(contents: Contents, keys: Sequence[SlotKey], watch: Watch) -> lis
 
 
 def read_slot(contents: Contents, key: SlotKey, *, watch: Watch = UNWATCHED, first_item: int = 0) -> SlotBatch:
-    """Read, decode and crop the clips of one slot. A clip that cannot be read is marked, never dropped.
+    """Read, decode and crop the clips of one slot. An unreadable clip is marked invalid, never dropped.
 
     Args:
-        contents: of the plan.
-        key: what the slot is read from.
-        watch: told each clip before it is read.
-        first_item: what the watch knows the slot's first clip by.
+        contents: readable slots of the plan.
+        key: rows of the slot.
+        watch: notified before each clip is read.
+        first_item: the watch's item number of the slot's first clip.
     """
     plan = contents.plan
     numbers = plan.slot_numbers(key.step, key.slot)
-    # Where its window has nothing to read, a clip keeps its place for what is said of it.
+    # If nothing in its window is readable, the clip as drawn is named in the warning.
     clips = [
         plan.clip(number) if start < 0 else plan.clip_at(number, start)
         for number, start in zip(numbers, key.starts.tolist(), strict=True)
@@ -77,7 +78,7 @@ def read_slot(contents: Contents, key: SlotKey, *, watch: Watch = UNWATCHED, fir
     pixels, valid, final = np.zeros(shape, np.uint8), np.zeros(len(clips), np.bool_), True
     for i, (clip, box) in enumerate(zip(clips, boxes, strict=True)):
         if key.starts[i] < 0:
-            _warn(plan, clip, "no clip of its part of the video can be read without a cut in it")
+            _warn(plan, clip, "no clip of its window is readable and free of cuts")
             continue
         if first_item + i in watch.given_up:
             _warn(plan, clip, "reading it hangs or ends its process")
@@ -101,9 +102,9 @@ def _warn(plan: Plan, clip: Clip, reason: str) -> None:
 
 
 def _digest(clips: list[Clip], pixels: NDArray[np.uint8]) -> int:
-    """Hash what was decoded: numbers, videos, frames and pixels."""
+    """Hash the decoded content: numbers, videos, frames and pixels."""
     names = np.array([[clip.number, clip.video, *clip.frames] for clip in clips], np.int64)
-    # Of the hashes in the standard library the fastest on processors that have instructions for it.
+    # The fastest hash of the standard library on processors with SHA instructions.
     state = hashlib.sha256(names.tobytes())
     state.update(pixels.data)
     return int.from_bytes(state.digest()[:8], "little", signed=True)

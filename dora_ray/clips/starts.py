@@ -1,6 +1,6 @@
-"""Frames of a video at which a clip may start, and the reasons why there may be none.
+"""Frames at which a clip of a video may start, and the reasons why there may be none.
 
-T frames a clip, F frames of a video, E_v places in it.
+T frames a clip, F frames of a video, E_v starts of it.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_without_clips(reasons: Mapping[str, str], *, num_videos: int) -> None:
-    """Warn of videos that give no clip.
+    """Warn of videos that yield no clip.
 
     Args:
-        reasons: why, of each such video, by its path.
-        num_videos: all of them, with those that give clips.
+        reasons: reason by path, of each such video.
+        num_videos: number of all videos, including those that yield clips.
 
     Raises:
-        VideoError: none gives any.
+        VideoError: no video yields a clip.
     """
     if len(reasons) == num_videos:
         path, reason = next(iter(reasons.items()))
-        more = f"; the {num_videos - 1} other videos give none either" if num_videos > 1 else ""
+        more = f"; the {num_videos - 1} other videos yield none either" if num_videos > 1 else ""
         raise VideoError(f"no clip fits: {path}: {reason}{more}")
     for path, reason in reasons.items():
-        logger.warning("%s gives no clip: %s", path, reason)
+        logger.warning("%s yields no clip: %s", path, reason)
 
 
 def no_clip(times: NDArray[np.float64], num_frames: int, stride_seconds: float) -> str:
-    """Say why a video without cuts gives no clip, and what helps; empty where it gives one.
+    """Return why a video without cuts yields no clip, and the remedy; empty if it yields one.
 
     Args:
         times: (F,) seconds of its kept frames, ascending.
@@ -50,8 +50,8 @@ def no_clip(times: NDArray[np.float64], num_frames: int, stride_seconds: float) 
         most = int(length / step) + 1
         fewer = f", and clip.num_frames at most {most}" if most < num_frames else ""
         return (
-            f"a frame is shown each {step:.4g} s, and clip.stride_seconds={stride_seconds:g} would find the same one"
-            f" twice: it must be at least {step:.4g}{fewer}"
+            f"frames are {step:.4g} s apart, so clip.stride_seconds={stride_seconds:g} would pick the same frame"
+            f" twice; it must be at least {step:.4g}{fewer}"
         )
     if length < needed:
         return (
@@ -59,7 +59,7 @@ def no_clip(times: NDArray[np.float64], num_frames: int, stride_seconds: float) 
             f"{stride_seconds:g} apart, needs {needed:g} s; lower one of the two"
         )
     return (
-        f"its frames are at such times that none is near {stride_seconds:g} s after another: it is full of holes; lower"
+        f"no frames are about {stride_seconds:g} s apart in a row, because many are missing; lower"
         " clip.num_frames, or change clip.stride_seconds"
     )
 
@@ -67,19 +67,19 @@ def no_clip(times: NDArray[np.float64], num_frames: int, stride_seconds: float) 
 def clip_table(
     times: NDArray[np.float64], cuts: NDArray[np.bool_], num_frames: int, stride_seconds: float, *, avoid_cuts: bool
 ) -> NDArray[np.int64]:
-    """(E_v, T): the stored frames of every clip of one video.
+    """Return the (E_v, T) stored frames of every clip of one video.
 
-    A clip may start at every stored frame. Its frame i is the stored frame nearest to start + i * stride; a start is
-    left out when one of them is further away than three quarters of the usual spacing (a hole, or the video's end),
-    when two of them are the same (a video with fewer frames than the stride asks for), or when a shot starts between
-    its first and last frame.
+    A clip may start at every stored frame. Its frame i is the stored frame nearest to start + i * stride. A start
+    is left out if one of these is off by more than three quarters of the median spacing (a hole, or the end of the
+    video), if two of them coincide (fewer frames than the stride asks for), or if a shot starts between its first
+    and last frame.
 
     Args:
         times: (F,) seconds of the stored frames, ascending.
         cuts: (F,) True where a frame starts a new shot.
         num_frames: T.
         stride_seconds: time between frames.
-        avoid_cuts: leave out clips that a cut runs through.
+        avoid_cuts: leave out clips that span a cut.
     """
     if len(times) < num_frames:
         return np.empty((0, num_frames), np.int64)

@@ -1,4 +1,4 @@
-"""Plans and stores that the tests of clips share."""
+"""Plans and stores shared by the tests of clips."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tests.conftest import BIKES, SMALL
 
 
 def stored_inputs(store: Path, *overrides: str, videos: str = BIKES) -> Inputs:
-    """The plan of a small training over videos that are ingested first."""
+    """Return the plan of a small training run, ingesting its videos first."""
     return make_inputs(load_config("tiny", *SMALL, f"data.videos=[{videos}]", *overrides), str(store), None)
 
 
 def key_of(contents: Contents, step: int, slot: int) -> SlotKey:
-    """The key of a slot that is there."""
+    """Return the key of a stored slot."""
     key = contents.key(step, slot)
     assert key is not None
     return key
 
 
 def without_row(inputs: Inputs, step: int, slot: int) -> Inputs:
-    """The inputs with a row that does not exist in the first clip of a slot: it is unreadable, anywhere."""
+    """Return the contents with a missing row in the first clip of a slot, so that no process can read it."""
 
     class Broken:
         plan, videos = inputs.plan, inputs.contents.videos
@@ -43,5 +43,5 @@ def without_row(inputs: Inputs, step: int, slot: int) -> Inputs:
 
 
 def starts_of(plan: Plan, numbers: range) -> np.ndarray:
-    """(n,) the rows of `plan.starts` that clips are drawn at."""
+    """Return the (n,) rows of `plan.starts` at which clips are drawn."""
     return np.array([plan.place(n)[0].rows[plan.place(n)[1]] for n in numbers])

@@ -1,4 +1,4 @@
-"""What of a plan can be read: a growing store answers as the finished one does, and clips move off cuts and holes."""
+"""Readable slots: a growing store gives the same keys as the finished one, and clips move off cuts and holes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def plan_of(video: ComingVideo, window_segments: int = 2, **changes) -> Plan:
 
 
 class Store:
-    """What `look_up` finds: frames are stored by `add`; pictures change at `cuts`."""
+    """Fake of `look_up`: `add` stores frames; pictures change at `cuts`."""
 
     def __init__(self, video: ComingVideo, cuts: tuple[int, ...] = (), missing: tuple[int, ...] = ()) -> None:
         self.video, self.missing = video, missing

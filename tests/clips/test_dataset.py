@@ -1,4 +1,4 @@
-"""The clip stream as a Ray Data dataset: the plan's order for every world, its faults, and what it waits for."""
+"""Clip stream as a Ray Data dataset: the plan's order for every world size, failures, and waiting for the ingest."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def inputs(store: Path, ray_cluster) -> Inputs:
 
 
 def streams(inputs: Inputs, size: int, **changes: Any) -> list[RankStream]:
-    """The streams of a group's ranks, which share one dataset."""
+    """Return the streams of a group's ranks, which share one dataset."""
     import ray
 
     settings = replace(SETTINGS, run=uuid.uuid4().hex, **changes)
@@ -62,7 +62,7 @@ def streams(inputs: Inputs, size: int, **changes: Any) -> list[RankStream]:
 
 
 def take(ranks: list[RankStream], begin: int, expected: int | None = None) -> list[list[list[SlotBatch]]]:
-    """What each rank is given, step by step; they wait for each other at every step, as in a sum."""
+    """Return the slots that each rank receives, step by step; ranks synchronize at every step, as in an all-reduce."""
     barrier = threading.Barrier(len(ranks))
 
     def run(stream: RankStream) -> list[list[SlotBatch]]:
@@ -127,7 +127,7 @@ def test_a_stream_begins_anew_where_the_checkpoint_was_another(inputs: Inputs) -
 
 @pytest.mark.ray
 def test_executions_follow_each_other(inputs: Inputs) -> None:
-    """The same shard serves again where no new one is made."""
+    """Reuse the same shard when no new one is created."""
     (found,) = take(streams(inputs, 1, execution_rows=8), 0)
     keys = [(batch.step, batch.slot) for step in found for batch in step]
     assert keys == [(step, slot) for step in range(6) for slot in range(4)]
@@ -142,7 +142,7 @@ def test_unreadable_clip_is_marked_and_keeps_its_place(inputs: Inputs) -> None:
 
 
 class Waiting:
-    """Contents that are never all there."""
+    """Contents that are never fully stored."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.plan, self.videos = inputs.plan, inputs.contents.videos
@@ -183,7 +183,7 @@ def test_a_rank_that_waits_for_the_ingest_is_alive(inputs: Inputs, monkeypatch: 
 
 
 def faulty(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
-    """Have tasks read through `act`, which is pickled along."""
+    """Run tasks through `act`, which is pickled with them."""
     reader = dataset.RowReader.__call__
 
     def call(self: dataset.RowReader, rows: Any) -> Iterator[dict[str, Any]]:
@@ -201,7 +201,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_task_whose_process_is_killed_costs_no_clip(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by Ray, when a node's memory is full: the clip at hand can be read."""
+    """Kill the process as Ray's memory monitor would; the current clip itself is readable."""
 
     def die(plain, video, version, rows):
         if attempt_number() < 2:
@@ -209,7 +209,7 @@ def test_a_task_whose_process_is_killed_costs_no_clip(inputs: Inputs, monkeypatc
         return plain(video, version, rows)
 
     faulty(monkeypatch, die)
-    # A task that begins again only after its limit counts as one that hung: processes start slowly on a busy machine.
+    # A task that restarts only after its time limit counts as hung: processes start slowly on a busy machine.
     (found,) = take(streams(inputs, 1, num_steps=1, decode_seconds=1200.0), 0)
     assert [batch.slot for step in found for batch in step] == [0, 1, 2, 3]
     assert all(batch.valid.all() for step in found for batch in step)
@@ -235,7 +235,7 @@ def test_a_clip_that_hangs_with_the_interpreters_lock_is_given_up(inputs: Inputs
     assert valid[0, 1] == [True, False]
 
 
-# A cluster of several nodes in a process of its own: the other tests' cluster lives in this one.
+# Runs a cluster of several nodes in its own process, because this process belongs to the other tests' cluster.
 LOST_NODE = """
 import sys
 from pathlib import Path
@@ -294,10 +294,10 @@ def test_a_lost_decode_node_costs_its_rows_once_more(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_consumer_that_stops_holds_little_of_the_store(inputs: Inputs) -> None:
-    """Rows that are ready wait within READY_SHARE, however many the source could give."""
+    """Ready rows are held back at READY_SHARE, however many the source could yield."""
     import ray
 
-    # Two tasks at a time: for more, this cluster would start new processes again and again.
+    # Two tasks at a time; with more, this cluster would keep starting new processes.
     (stream,) = streams(inputs, 1, num_steps=400, decode_cpus=2.0)
     stream.start(0)
     steps = stream.steps(0)

@@ -1,4 +1,4 @@
-"""The clip stream without Ray: the plan's order through threads, clips that cannot be read, reads that hang."""
+"""Clip stream without Ray: the plan's order with threads, unreadable clips, hanging reads."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_threads_keep_the_order(inputs: Inputs) -> None:
 
 
 def test_keys_that_are_not_there_yet_are_waited_for(inputs: Inputs) -> None:
-    """What was read before them is handed out meanwhile."""
+    """Slots read before the hung ones are delivered meanwhile."""
     told = threading.Event()
 
     def keys() -> Iterator[SlotKey | None]:
@@ -85,7 +85,7 @@ def test_unreadable_clip_is_marked_and_keeps_its_place(inputs: Inputs) -> None:
 
 @pytest.mark.parametrize("hangs", [[(0, 0)], [(0, 0), (0, 1)]])
 def test_threads_that_hang_are_left_behind(inputs: Inputs, monkeypatch: pytest.MonkeyPatch, hangs) -> None:
-    """One thread: with two hung slots the second one hangs before the first one is begun again."""
+    """One thread: the second hung slot hangs before the first one is retried."""
     released = threading.Event()
     bad = [key_of(inputs.contents, *key).rows[0] for key in hangs]
     plain = slots.read_rows
@@ -98,7 +98,7 @@ def test_threads_that_hang_are_left_behind(inputs: Inputs, monkeypatch: pytest.M
     monkeypatch.setattr(slots, "read_rows", hanging)
     keys = [(0, 0), (0, 1), (0, 2)]
     try:
-        # A good clip has five seconds, on a machine that may stand still for two.
+        # A good clip gets five seconds, on a machine that may stall for two.
         batches = list(
             local_slots(inputs.contents, keys_of(inputs, keys), prefetch=2, num_threads=1, decode_seconds=5.0)
         )
@@ -109,7 +109,7 @@ def test_threads_that_hang_are_left_behind(inputs: Inputs, monkeypatch: pytest.M
 
 
 def test_copying_a_dataset_takes_no_time_of_its_clips(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy for data.cache may take as long as it takes: no clip has begun."""
+    """A copy for data.cache has no time limit, since no clip has begun."""
     begun: list[int] = []
     real = slots.fetch
     monkeypatch.setattr(slots, "fetch", lambda *place: (begun.append(len(begun)), real(*place)))

@@ -1,4 +1,4 @@
-"""The plan: every clip once an epoch, the same for every number of workers, nothing across a cut or a hole."""
+"""Plan: every clip once per epoch, the same for every number of workers, none across a cut or a hole."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make_plan(*videos: StoredVideo, seed: int = 0, slots: int = 4, clips_per_slo
 
 
 def slow_clip_table(times, cuts, num_frames, stride, *, avoid_cuts):
-    """The definition, clip by clip and frame by frame."""
+    """Compute `clip_table` from its definition, clip by clip and frame by frame."""
     tolerance = 0.75 * np.median(np.diff(times))
     table = []
     for start in range(len(times)):
@@ -121,7 +121,7 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
 
 @given(world_size=st.integers(1, 9), num_slots=st.integers(1, 9), begin=st.integers(0, 5), steps=st.integers(1, 9))
 def test_ranks_share_the_slots_in_turns(world_size, num_slots, begin, steps) -> None:
-    """No rank gets ahead of another, though the world's size need not divide the number of slots."""
+    """No rank gets ahead of another, even where the world size does not divide the number of slots."""
     totals = [0] * world_size
     for step in range(begin, begin + steps):
         shares = [slots_of_rank(rank, world_size, num_slots, step=step, begin=begin) for rank in range(world_size)]
@@ -134,7 +134,7 @@ def test_ranks_share_the_slots_in_turns(world_size, num_slots, begin, steps) -> 
     lengths=st.lists(st.integers(4, 40), min_size=1, max_size=4), window=st.integers(0, 5), segment=st.integers(3, 15)
 )
 def test_windows_are_the_epoch_in_parts(lengths, window, segment) -> None:
-    """Every start once an epoch, its window made of whole segments, and found again by number."""
+    """Each window holds whole segments, each start occurs once per epoch, and `place` finds it by number."""
     videos = [replace_edges(stored(length, name=str(i)), segment) for i, length in enumerate(lengths)]
     plan = replace(make_plan(*videos), window_segments=window)
     for epoch in range(2):
@@ -151,7 +151,7 @@ def test_windows_are_the_epoch_in_parts(lengths, window, segment) -> None:
 
 
 class Cut:
-    """A video whose ingest cuts it into segments."""
+    """Video that its ingest cuts into segments."""
 
     def __init__(self, video: StoredVideo, edges: np.ndarray) -> None:
         self._video, self.edges = video, edges
@@ -189,7 +189,7 @@ def test_random_numbers_differ_by_every_part_of_their_key() -> None:
 
 
 def test_random_numbers_are_these_forever() -> None:
-    # NumPy promises that SeedSequence and PCG64 never change; these were printed by NumPy 2.4.6 when the plan was first
+    # NumPy guarantees that SeedSequence and PCG64 never change; NumPy 2.4.6 printed these when the plan was first
     # written.
     assert slot_seed(0, 1, 2, Purpose.NETWORK) == 4244340947422063925
     assert slot_generator(0, 1, 2, Purpose.CLIP_CROP).integers(0, 1000, 4).tolist() == [409, 560, 463, 865]
@@ -213,7 +213,7 @@ def test_digest_names_every_input() -> None:
 def test_too_short_says_what_to_do() -> None:
     with pytest.raises(VideoError, match=r"no clip fits: a\.mp4: lasts 0\.33 s.* needs 0\.5 s; lower one"):
         make_plan(stored(3)).check()
-    with pytest.raises(VideoError, match=r"every stretch of 0\.5 s, a clip's length, has a shot cut"):
+    with pytest.raises(VideoError, match=r"every span of 0\.5 s \(the length of a clip\) contains a shot cut"):
         make_plan(stored(4, cuts=(1, 2, 3))).check()
 
 
@@ -227,7 +227,7 @@ def test_no_clip_shows_a_frame_twice() -> None:
 @pytest.mark.parametrize(
     ("times", "num_frames", "stride", "says"),
     [
-        (np.arange(60.0), 2, 0.5, r"a frame is shown each 1 s, .* it must be at least 1$"),
+        (np.arange(60.0), 2, 0.5, r"frames are 1 s apart, .* it must be at least 1$"),
         (np.arange(6) * 30.0, 8, 1.0, r"must be at least 30, and clip\.num_frames at most 6"),
         (
             np.arange(20) / 6,
@@ -235,7 +235,7 @@ def test_no_clip_shows_a_frame_twice() -> None:
             1.0,
             r"lasts 3\.17 s, and a clip of clip\.num_frames=8 .* needs 7 s; lower one of the two",
         ),
-        (np.array([0, 0.1, 0.2, 9.0, 9.1, 9.2]), 2, 1.0, "full of holes"),
+        (np.array([0, 0.1, 0.2, 9.0, 9.1, 9.2]), 2, 1.0, "many are missing"),
         (np.zeros(1), 2, 1.0, r"lasts 0\.00 s"),
     ],
 )
@@ -251,6 +251,6 @@ def test_the_advised_stride_gives_clips():
 
 def test_a_video_without_a_clip_is_named_among_others_and_refused_alone(caplog):
     refuse_without_clips({"/a.mp4": "why"}, num_videos=2)
-    assert "/a.mp4 gives no clip: why" in caplog.text
-    with pytest.raises(VideoError, match=r"no clip fits: /a\.mp4: why; the 1 other videos give none either"):
+    assert "/a.mp4 yields no clip: why" in caplog.text
+    with pytest.raises(VideoError, match=r"no clip fits: /a\.mp4: why; the 1 other videos yield none either"):
         refuse_without_clips({"/a.mp4": "why", "/b.mp4": "why"}, num_videos=2)

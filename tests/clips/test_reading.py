@@ -1,4 +1,4 @@
-"""Processes of decode tasks: what they have imported before they are given a task, which may be interrupted."""
+"""Decode processes: modules imported before the first task, which may be interrupted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dora_ray.clips import reading
 
 @pytest.mark.ray
 def test_a_task_finds_everything_imported(ray_cluster: Any) -> None:
-    """Also before Ray unpacks what the task is: an interrupt could come from then on."""
+    """Imports also precede the task's unpickling, because an interrupt may arrive from then on."""
     ray = ray_cluster
 
     def loaded() -> list[str]:
@@ -27,7 +27,8 @@ def test_a_task_finds_everything_imported(ray_cluster: Any) -> None:
 
 
 def test_an_interrupted_import_spoils_a_process() -> None:
-    """The reason for it, seen with torch: should this fail one day, tasks may import for themselves."""
+    """Show the reason, with torch: an interrupted import breaks the process. If this fails, tasks may import by
+    themselves."""
     program = """
 import _thread, sys, threading
 
