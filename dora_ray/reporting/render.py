@@ -67,10 +67,10 @@ def _templates() -> jinja2.Environment:
 
 @functools.cache
 def describe_machine() -> dict[str, str]:
-    """Return what wrote the page: machine, system and versions."""
+    """Return what wrote the page: machine, system and versions; pages are shown around, so not the kernel's release."""
     versions = {name: _version(name) for name in PACKAGES}
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()} {platform.release()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
         "python": platform.python_version(),
         "dora-ray": _version("dora-ray"),
         **{name: version for name, version in versions.items() if version},
