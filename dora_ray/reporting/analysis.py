@@ -15,7 +15,7 @@ from typing import Any
 from dora_ray.tuning.axes import SEED_KEY, keys_of_axis, value_at
 from dora_ray.tuning.results import Row, group_points
 from dora_ray.tuning.space import SweepSpec
-from dora_ray.tuning.statistics import Comparison, Estimate, Level, Observation, compare, effects, share_half
+from dora_ray.tuning.statistics import ROUNDING, Comparison, Estimate, Level, Observation, compare, effects, share_half
 
 # PED-ANOVA needs that many trials to say anything.
 MIN_IMPORTANCE_TRIALS = 20
@@ -229,13 +229,16 @@ def caution(spec: SweepSpec) -> str:
 
 
 def importances(found: Analysis) -> tuple[dict[str, float], str]:
-    """Return each factor's share of what moves the metric, and how it was found.
+    """Return each factor's share of what moves the metric, and how it was found; no shares where nothing is told apart.
 
     PED-ANOVA asks what tells the best trials from all; with few trials the range of a factor's effects says as much.
+    Both split noise among the factors as readily as effects.
     """
     rows = found.done
-    if len(found.factors) < 2:
+    if len(found.factors) < 2 or not found.comparison.behind:
         return {}, ""
+    if reason := _nothing_told_apart(found):
+        return {}, reason
     if len(rows) >= MIN_IMPORTANCE_TRIALS and importlib.util.find_spec("optuna"):
         return _ped_anova(found, rows), f"PED-ANOVA (Optuna) over {len(rows)} trials: what tells the best from all."
     spans = {
@@ -245,6 +248,23 @@ def importances(found: Analysis) -> tuple[dict[str, float], str]:
     total = sum(spans.values())
     shares = {key: span / total for key, span in spans.items()} if total else {}
     return shares, "Shares of the ranges of the effects above; their errors are there."
+
+
+def _nothing_told_apart(found: Analysis) -> str:
+    """Say why shares of importance would be those of noise; empty where the best and the worst point are told apart."""
+    comparison = found.comparison
+    rounding = ROUNDING * max(abs(estimate.value) for estimate in comparison.points.values())
+    changes = [level.effect for levels in found.effects.values() for level in levels]
+    moves = any(abs(change.value) - change.half > rounding for change in changes)
+    # Without repetitions points have no intervals, and the effects' are what there is.
+    if next(reversed(comparison.points)) not in comparison.tied or (moves and not comparison.repeated):
+        return ""
+    if moves:
+        return (
+            "The best and the worst point are not told apart at this scale, so no importance is shown; an effect whose "
+            "interval leaves out 0 stands above."
+        )
+    return "No factor is told apart at this scale, so no importance is shown: nor are the best and the worst point."
 
 
 def _ped_anova(found: Analysis, rows: Sequence[Row]) -> dict[str, float]:

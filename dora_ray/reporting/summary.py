@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dora_ray import files
-from dora_ray.reporting.analysis import Analysis, analyze, caution, costs, other_verdicts, verdict
+from dora_ray.reporting.analysis import Analysis, analyze, caution, costs, importances, other_verdicts, verdict
 from dora_ray.reporting.render import describe_machine, duration
 from dora_ray.tuning.baseline import read_baseline
 from dora_ray.tuning.results import read_csv, read_spec
@@ -24,6 +24,8 @@ def summarize(folder: str) -> str:
     for key, levels in found.effects.items():
         told = "; ".join(f"{level.value}: {found.show_change(level.effect, sign=True)}" for level in levels)
         parts.append(f"Effect of `{key}` on {spec.metric}: {told}")
+    if importance := _importance(found):
+        parts.append(importance)
     parts += [f"By {metric}: {text}" for metric, text in other_verdicts(rows, spec, baseline)]
     failed = [row for row in rows if row.status == "failed"]
     if failed:
@@ -31,6 +33,15 @@ def summarize(folder: str) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in describe_machine().items())
     parts.append(f"{len(rows)} trials of `{spec.base}`, seeds {', '.join(map(str, spec.seeds))}. {machine}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _importance(found: Analysis) -> str:
+    """How much of what moves the metric each factor has, the most first."""
+    shares, how = importances(found)
+    told = ", ".join(
+        f"`{key}` {100 * share:.0f} %" for key, share in sorted(shares.items(), key=lambda entry: -entry[1])
+    )
+    return f"Importance: {told}. {how}" if told else how
 
 
 def _points(found: Analysis) -> list[str]:

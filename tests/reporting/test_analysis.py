@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -51,7 +52,7 @@ def test_less_is_better_where_the_sweep_says_so(tmp_path):
     assert "not a better encoder" in caution(found.spec)
 
 
-def _crossed(seeds):
+def _crossed(seeds, per_object=0.05, noise=0.0):
     spec = load_sweep(
         {
             "space": {"tracking.num_objects": [1, 2, 3, 4], "tracking.num_iterations": [0, 30]},
@@ -60,10 +61,12 @@ def _crossed(seeds):
             "mode": "max",
         }
     )
-    rows = [
-        Row(trial.name, trial.values, "done", {"knn": 0.2 + 0.05 * trial.values["tracking.num_objects"]})
+    rng = random.Random(0)
+    figures = {
+        trial.name: 0.2 + per_object * trial.values["tracking.num_objects"] + noise * rng.gauss(0, 1)
         for trial in expand(spec)
-    ]
+    }
+    rows = [Row(trial.name, trial.values, "done", {"knn": figures[trial.name]}) for trial in expand(spec)]
     return analyze(rows, spec)
 
 
@@ -74,6 +77,30 @@ def test_what_moves_the_metric_is_important(seeds):
     shares, how = importances(_crossed(seeds))
     assert shares["tracking.num_objects"] > 0.9
     assert ("PED-ANOVA" in how) == (seeds == 3)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+@pytest.mark.parametrize("seeds", [2, 6])
+def test_noise_is_not_shared_out_among_the_factors(seeds, noise):
+    shares, how = importances(_crossed(seeds, per_object=0.0, noise=noise))
+    assert shares == {}
+    assert "No factor is told apart" in how
+
+
+def test_an_effect_over_points_that_are_not_told_apart_is_not_denied():
+    found = _crossed(4, per_object=0.006, noise=0.01)
+    assert list(found.comparison.points)[-1] in found.comparison.tied, "or the case shows nothing"
+    shares, how = importances(found)
+    assert shares == {}
+    assert "an effect whose interval leaves out 0" in how
+
+
+def test_one_seed_a_point_has_the_effects_errors():
+    shares, _ = importances(_crossed(1, noise=0.01))
+    assert shares["tracking.num_objects"] > 0.9
+    shares, how = importances(_crossed(1, per_object=0.0, noise=0.02))
+    assert shares == {}
+    assert "No factor is told apart" in how
 
 
 def test_other_measures_answer_too(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import random
 import re
 from html.parser import HTMLParser
 from statistics import fmean
@@ -14,8 +16,9 @@ from PIL import Image
 from dora_ray.errors import ConfigError
 from dora_ray.reporting.curves import MAX_POINTS, PANELS, draw_panel, running_mean, thin
 from dora_ray.reporting.pages import report
+from dora_ray.reporting.render import describe_machine
 from dora_ray.tuning.results import read_csv
-from tests.tuning.folders import write_run, write_sweep
+from tests.tuning.folders import write_crossed, write_run, write_sweep
 
 
 class Page(HTMLParser):
@@ -173,6 +176,25 @@ def test_a_sweeps_page_answers_first_and_names_failures(tmp_path):
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     assert "not separable" in markdown
     assert "<the disk> is full" in markdown
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_sweeps_page_and_text_share_out_effects_and_not_noise(tmp_path, moves):
+    rng = random.Random(0)
+    space = {"tracking.num_objects": [1, 3], "tracking.num_iterations": [0, 30]}
+    figures = {"knn": lambda trial: 0.1 * moves * trial.values["tracking.num_objects"] + 0.01 * rng.gauss(0, 1)}
+    write_crossed(tmp_path / "sweep", space, figures)
+    page = " ".join(read_page(report(tmp_path / "sweep")).texts)
+    markdown = (tmp_path / "sweep" / "report.md").read_text(encoding="utf-8")
+    said = "No factor is told apart at this scale"
+    assert (said in page, said in markdown) == (not moves, not moves)
+    assert bool(re.search(r"tracking\.num_objects \d+ %", page)) == moves
+    assert bool(re.search(r"Importance: `tracking\.num_objects` \d+ %", markdown)) == moves
+
+
+def test_the_environment_does_not_name_the_kernels_release():
+    assert platform.system() in describe_machine()["machine"]
+    assert platform.release() not in " ".join(describe_machine().values())
 
 
 def test_each_trial_that_ended_has_a_page_of_its_own(tmp_path):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from dora_ray.config import load_config
 from dora_ray.tuning.results import Row, write_csv, write_spec
-from dora_ray.tuning.space import expand, load_sweep
+from dora_ray.tuning.space import Trial, expand, load_sweep
 
 
 def write_run(folder: Path, *, steps: int = 300, knn_every: int = 100) -> Path:
@@ -77,6 +79,28 @@ def write_sweep(folder: Path, values: list[list[float | None]], *, metric: str =
     rows = [_row(trial, metric, figure) for trial, figure in zip(expand(spec), figures, strict=True)]
     write_csv(str(folder / "results.csv"), rows)
     return folder
+
+
+def write_crossed(
+    folder: Path, space: Mapping[str, Sequence[Any]], figures: Mapping[str, Callable[[Trial], float]], *, seeds: int = 3
+) -> list[Row]:
+    """A finished sweep over all combinations of several factors; its metric is the first of the figures."""
+    folder.mkdir(parents=True)
+    spec = load_sweep(
+        {
+            "space": {key: {"grid": list(values)} for key, values in space.items()},
+            "seeds": list(range(seeds)),
+            "metric": next(iter(figures)),
+            "mode": "max",
+        }
+    )
+    write_spec(str(folder / "sweep.yaml"), spec)
+    rows = [
+        Row(trial.name, trial.values, "done", {name: of(trial) for name, of in figures.items()}, f"trials/{trial.name}")
+        for trial in expand(spec)
+    ]
+    write_csv(str(folder / "results.csv"), rows)
+    return rows
 
 
 def _row(trial, metric: str, figure: float | None) -> Row:
