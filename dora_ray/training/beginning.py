@@ -1,7 +1,7 @@
-"""Given weights that a training begins with (`model.init`), in place of drawn ones.
+"""Initial weights from another model (`model.init`) instead of random ones.
 
-Student and teacher both begin as the given teacher, with its projection head where the source has one that fits; the
-optimizer, the center and the schedules begin anew. Once a run has a checkpoint, the source is not looked at any more.
+Student and teacher both start from the source's teacher, with its projection head if it has one that fits. The
+optimizer, the center and the schedules start afresh. Once a run has a checkpoint, the source is never read again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class GivenWeights:
 
     Attributes:
         backbone: the encoder's tensors.
-        head: the projection head's; empty where it begins anew.
-        words: one sentence that says what was taken and what was not.
+        head: the projection head's tensors; empty if the head starts from random weights.
+        words: one sentence for the user: what was loaded and what was not.
     """
 
     backbone: dict[str, Tensor]
@@ -37,20 +37,20 @@ class GivenWeights:
 
 
 def with_resolved_init(config: Config, run: str, *, resume: bool, overwrite: bool) -> tuple[Config, str | None]:
-    """Check `model.init` before anything is started, and name the very checkpoint that it means.
+    """Check `model.init` before anything starts, and resolve it to one checkpoint.
 
     Args:
         config: the run's.
         run: the run's folder.
-        resume: the run goes on from what is there.
-        overwrite: what is there is removed.
+        resume: continue the run in the folder.
+        overwrite: replace the run in the folder.
 
     Returns:
-        The configuration, and a sentence about the weights; None where they are not needed.
+        The configuration, and a sentence about the weights; None if they are not needed.
 
     Raises:
-        CheckpointError: they cannot be loaded, or are of another architecture.
-        ConfigError: they would be removed.
+        CheckpointError: the weights cannot be loaded, or have another architecture.
+        ConfigError: overwriting the run would delete the weights.
     """
     if config.model.init is None or (resume and newest_meta(files.join(run, CHECKPOINTS)) is not None):
         return config, None
@@ -64,7 +64,7 @@ def with_resolved_init(config: Config, run: str, *, resume: bool, overwrite: boo
 
 
 def begin_with_given(state: TrainState, config: Config) -> str | None:
-    """Put the weights of `model.init` into a newly made state; the sentence about them, None where none are given.
+    """Load the weights of `model.init` into a new state; return a sentence about them, None if `model.init` is unset.
 
     Raises:
         CheckpointError: as `with_resolved_init`.
@@ -80,9 +80,9 @@ def begin_with_given(state: TrainState, config: Config) -> str | None:
 
 
 def read_given(config: Config, network: Network) -> GivenWeights:
-    """Read the weights of `model.init`, as they fit a network.
+    """Read the weights of `model.init` and fit them to a network.
 
-    A position embedding of another grid of patches is resampled as timm does it: bicubic, antialiased.
+    A position embedding for another patch grid is resampled as timm does it: bicubic, antialiased.
 
     Raises:
         CheckpointError: as `with_resolved_init`.
@@ -91,25 +91,25 @@ def read_given(config: Config, network: Network) -> GivenWeights:
     assert source is not None
     vit = load_backbone(source)
     theirs, ours = sizes(vit), sizes(network.backbone)
-    other = [f"{name} {theirs[name]} (here {ours[name]})" for name in ours if theirs[name] != ours[name]]
+    other = [f"{name} {theirs[name]} (configured: {ours[name]})" for name in ours if theirs[name] != ours[name]]
     if other:
         raise CheckpointError(
-            f"model.init={source} is another encoder than the configuration's: {', '.join(other)}. Set model.name and "
-            "its sizes to those of the weights, or give other weights."
+            f"model.init={source} does not match the configured encoder: {', '.join(other)}. Set model.name and its "
+            "sizes to those of the weights, or choose other weights."
         )
     backbone, wanted = vit.state_dict(), network.backbone.state_dict()
-    words = f"Training begins with the weights of {source}"
+    words = f"Training starts from the weights of {source}"
     old, new = vit.patch_embed.grid_size, network.backbone.patch_embed.grid_size
     if old != new:
         backbone["pos_embed"] = _resampled(backbone["pos_embed"], old, new)
-        words += f"; the position embedding of {old[0]} x {old[1]} patches is resampled to {new[0]} x {new[1]}"
+        words += f"; position embedding resampled from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"
     if wrong := differences(wanted, backbone):
-        raise CheckpointError(f"model.init={source} does not fit the configuration's encoder: {wrong}.")
+        raise CheckpointError(f"model.init={source} does not fit the configured encoder: {wrong}.")
     head = load_head(source)
     if not head:
-        return GivenWeights(backbone, {}, f"{words}; the head begins anew, as there is none.")
+        return GivenWeights(backbone, {}, f"{words}; the head is initialized randomly: the source has none.")
     if wrong := differences(network.head.state_dict(), head):
-        return GivenWeights(backbone, {}, f"{words}; the head begins anew, as theirs does not fit: {wrong}.")
+        return GivenWeights(backbone, {}, f"{words}; the head is initialized randomly: theirs does not fit: {wrong}.")
     return GivenWeights(backbone, head, f"{words}, head included.")
 
 

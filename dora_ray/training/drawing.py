@@ -1,4 +1,4 @@
-"""Pictures of what a run's teacher takes for objects, a few times a run: they read the training state, and no more.
+"""Pictures of the objects that a run's teacher discovers, drawn a few times a run. Drawing only reads the state.
 
 Shapes: M clips a slot, T frames, H x W pixels, K objects.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def picture_steps(config: Config) -> frozenset[int]:
-    """Return the steps after which a picture is due: evenly spaced from the first to the last, or the last alone."""
+    """Return the steps after which to draw a picture: evenly spaced from first to last, or the last alone."""
     num_pictures, num_steps = min(config.run.pictures, config.optim.steps), config.optim.steps
     if num_pictures == 1:
         return frozenset({num_steps})
@@ -30,9 +30,9 @@ def picture_steps(config: Config) -> frozenset[int]:
 
 
 class ObjectPictures:
-    """Draws one clip again and again, so that an attempt's pictures can be compared.
+    """Draws the same clip each time, so that an attempt's pictures can be compared.
 
-    Nothing random is drawn and nothing of the training is written to: weights are the same bits with and without.
+    It draws no random numbers and changes no training state: the weights are bit-identical with and without it.
 
     Args:
         config: the run's.
@@ -44,19 +44,19 @@ class ObjectPictures:
         self._clip: NDArray[np.uint8] | None = None
 
     def is_due(self, step: int) -> bool:
-        """Tell whether a picture is to be drawn after that step."""
+        """Return whether to draw a picture after this step."""
         return step in self._due
 
     def draw(self, teacher: VisionTransformer, batches: Sequence[SlotBatch], step: int) -> Image | None:
         """Draw the objects of the attempt's clip.
 
         Args:
-            teacher: the encoder as it is now.
-            batches: slots at hand; the attempt's first picture takes its clip from them.
+            teacher: the current teacher encoder.
+            batches: this step's slots; the attempt's first picture takes its clip from them.
             step: steps done.
 
         Returns:
-            None where no clip could be read so far, or the teacher's numbers are not finite: the next step names them.
+            The picture; None if no clip could be read yet, or if a map is not finite (the next step reports that).
         """
         if self._clip is None:
             self._clip = next((b.clips[i].copy() for b in batches for i in np.flatnonzero(b.valid)), None)
@@ -64,7 +64,7 @@ class ObjectPictures:
 
 
 def _draw(teacher: VisionTransformer, clip: NDArray[np.uint8], config: Config, step: int) -> Image | None:
-    """Draw the objects of a clip (T, H, W, 3): the first K heads discover them. None where a map is not finite."""
+    """Draw the objects of a clip (T, H, W, 3), discovered by the first K heads; None if a map is not finite."""
     from dora_ray.evaluation.pictures import figure, track, tracking_arguments
     from dora_ray.evaluation.shots import Shot
 
@@ -90,5 +90,5 @@ def _draw(teacher: VisionTransformer, clip: NDArray[np.uint8], config: Config, s
 
 
 def _uncompiled(config: Config) -> AbstractContextManager[object]:
-    """Keep torch.compile from making kernels for a picture, which would take longer than the picture."""
+    """Run eagerly: compiling kernels for one picture would take longer than drawing it."""
     return torch.compiler.set_stance("force_eager") if config.optim.compile else nullcontext()

@@ -1,4 +1,4 @@
-"""Random numbers of a slot: its views, its heads, the noise of random masks.
+"""Random draws of a slot: views, attention heads, noise for random masks.
 
 Shapes: M clips a slot, T frames, G global and L local views, K objects, N patches.
 """
@@ -18,22 +18,22 @@ from dora_ray.views.augment import ViewParameters, draw_views
 
 
 def object_weight(config: Config, step: int) -> float:
-    """Return the weight of the objects' term of the loss: over `tracking.every_steps` steps its mean is 1."""
+    """Return the weight of the object term of the loss; its mean over `tracking.every_steps` steps is 1."""
     every = config.tracking.every_steps
     return float(every) if step % every == 0 else 0.0
 
 
 @dataclass(frozen=True)
 class SlotDraws:
-    """Everything random of a slot besides its clips, drawn on the CPU before the forward.
+    """All random draws of a slot except its clips, made on the CPU before the forward.
 
     Attributes:
-        global_views: for G views.
-        local_views: for L views.
-        heads: (M, K) int64, distinct attention heads of each clip.
+        global_views: parameters of the G global views.
+        local_views: parameters of the L local views.
+        heads: (M, K) int64, distinct attention heads for each clip.
         noise: (M, K, T, N) in [0, 1), for random masks; None otherwise.
-        network_seed: for what layers draw themselves (drop path).
-        object_weight: see `object_weight`; not random, but a function of the step too.
+        network_seed: seed for the layers that draw random numbers (drop path).
+        object_weight: see `object_weight`; not random, but also a function of the step.
     """
 
     global_views: ViewParameters
@@ -45,7 +45,7 @@ class SlotDraws:
 
 
 def draw_slot(config: Config, step: int, slot: int) -> SlotDraws:
-    """The draws of one slot: a pure function of (seed, step, slot)."""
+    """Return the draws of one slot, a pure function of (seed, step, slot)."""
     crops, tracking, num_clips = config.crops, config.tracking, config.optim.clips_per_slot
 
     def generator(purpose: Purpose) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""From a configuration to a finished run: check everything, ingest what is missing, start the workers, watch them."""
+"""Launch a run: check everything, ingest missing segments, start the workers and follow them to the end."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Run:
     """A finished run.
 
     Attributes:
-        path: its folder.
-        metrics: its last line of metrics.
-        checkpoint: its last checkpoint.
+        path: the run's folder.
+        metrics: last line of metrics.
+        checkpoint: folder of the last checkpoint.
     """
 
     path: str
@@ -75,17 +75,18 @@ def train(
     """Train an encoder.
 
     Args:
-        config: a Config, or what `load_config` takes. Not given with `resume`: the configuration of the run in `out`.
-        out: folder or URI of the run, reachable from every node; not given: runs/<time>.
-        resume: go on from the newest checkpoint in `out`.
-        overwrite: remove the run that is in `out`.
-        progress: show a bar in a terminal or a notebook, and log a line now and then anywhere else.
+        config: a Config, or any source that `load_config` accepts. With `resume` it may be left out: the run in `out`
+            keeps its configuration.
+        out: folder or URI of the run, reachable from every node. Default: runs/<time>.
+        resume: continue from the newest checkpoint in `out`.
+        overwrite: delete the run in `out` first.
+        progress: show a bar in a terminal or a notebook; elsewhere log a line now and then.
         on_metrics: called in this process with every new line of metrics.
         on_ingest: called in this process while videos are ingested.
 
     Raises:
-        ConfigError, VideoError, CheckpointError, ClusterError: before anything is written or any GPU is asked for.
-        DivergenceError: a number was not finite.
+        ConfigError, VideoError, CheckpointError, ClusterError: raised before anything is written or a GPU is requested.
+        DivergenceError: a value was not finite.
     """
     run = files.absolute(out if out is not None else _default_run())
     config = prepare(load_config(config) if config is not None else saved_config(run, resume=resume))
@@ -118,7 +119,7 @@ def train(
 
 
 def _both(one: Callable[[T], None], other: Callable[[T], None] | None) -> Callable[[T], None]:
-    """Return a function that calls two."""
+    """Return a function that calls both."""
 
     def call(value: T) -> None:
         one(value)
@@ -130,7 +131,7 @@ def _both(one: Callable[[T], None], other: Callable[[T], None] | None) -> Callab
 
 @contextmanager
 def _telling_where_it_stopped(run: str, config: Config) -> Iterator[None]:
-    """Give Ctrl-C the words that it needs: step, checkpoint, and how to go on."""
+    """Give KeyboardInterrupt a message: the step, the checkpoint, and the command that continues the run."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -146,19 +147,19 @@ def _telling_where_it_stopped(run: str, config: Config) -> Iterator[None]:
 
 
 def _default_run() -> str:
-    """A folder named by the time: here, or in a Ray job, whose own folder is removed later, below the home folder."""
+    """Return a folder named after the current time, below the home folder in a Ray job (Ray deletes the job's own)."""
     name = f"runs/{datetime.now():%Y-%m-%d-%H%M%S}"
     return f"~/dora-ray/{name}" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else name
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that could start.
+    """A run that has passed all checks.
 
     Attributes:
         run, store: absolute folders or URIs.
-        given: what its weights begin with, in words; None for random ones.
-        indexes: of its videos.
+        given: sentence about the initial weights; None if they are random.
+        indexes: the indexes of its videos.
     """
 
     run: str
@@ -170,7 +171,7 @@ class Checked:
 def check(
     config: Config, *, out: str | os.PathLike[str] | None = None, resume: bool = False, overwrite: bool = False
 ) -> Checked:
-    """Make the checks of `train`: folder, images and videos; without Ray, and without writing anything."""
+    """Run the checks of `train` (folder, images, videos) without starting Ray or writing anything."""
     run = files.absolute(out if out is not None else _default_run())
     config = prepare(config)
     _check_folder(run, config, resume=resume, overwrite=overwrite)
@@ -180,10 +181,10 @@ def check(
 
 
 def saved_config(run: str, *, resume: bool = True) -> Config:
-    """The configuration of the run in a folder, for a resume that names none.
+    """Return the saved configuration of a run, for a resume without a configuration.
 
     Raises:
-        ConfigError: no resume was asked for, or there is no run.
+        ConfigError: `resume` is false, or the folder holds no run.
     """
     if not resume:
         raise ConfigError("no configuration was given: name a recipe (paper, released, tiny) or a YAML file")
@@ -194,7 +195,7 @@ def saved_config(run: str, *, resume: bool = True) -> Config:
 
 
 def _prepare_folder(job: Job, config: Config, inputs: Inputs, *, overwrite: bool) -> None:
-    """Make the run's folder, with the configuration as it was asked for, and not said to have failed."""
+    """Create the run's folder: save the configuration as given and reset the status, which may say "failed"."""
     try:
         if overwrite:
             files.remove(job.run)
@@ -209,7 +210,7 @@ def _prepare_folder(job: Job, config: Config, inputs: Inputs, *, overwrite: bool
 
 def _check_folder(run: str, config: Config, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
-        raise ConfigError("resume and overwrite exclude each other: go on with the run, or begin it again")
+        raise ConfigError("resume and overwrite exclude each other: continue the run, or start it again")
     if overwrite and store_of(config, run).startswith(run.rstrip("/") + "/"):
         raise ConfigError(
             f"data.store={config.data.store} is inside {run}, which --overwrite would remove: move the store"
@@ -217,7 +218,7 @@ def _check_folder(run: str, config: Config, *, resume: bool, overwrite: bool) ->
     names = files.list_names(run)
     if not names:
         if resume:
-            logger.warning("%s holds no run yet: nothing to resume, it begins at step 0", run)
+            logger.warning("%s holds no run yet, so there is nothing to resume: training starts at step 0", run)
         if files.exists(run) and not files.is_remote(run) and not os.path.isdir(run):
             raise ConfigError(f"{run} is a file: give a folder")
         return
@@ -236,7 +237,7 @@ def _check_folder(run: str, config: Config, *, resume: bool, overwrite: bool) ->
 
 
 def _how_far(run: str) -> str:
-    """Say in brackets how many of its steps a run has done, as far as its status tells."""
+    """Return the run's progress in brackets, empty if its status does not tell."""
     try:
         status = read_status(run)
     except (ValueError, TypeError):  # damaged, by a full disk
@@ -245,7 +246,7 @@ def _how_far(run: str) -> str:
 
 
 def _check_resume(run: str, config: Config, plan: Plan) -> None:
-    """CheckpointError when the newest checkpoint is of another architecture or plan, before anything is started."""
+    """Raise CheckpointError, before anything starts, if the newest checkpoint has another architecture or plan."""
     newest = newest_meta(files.join(run, CHECKPOINTS))
     if newest is not None:
         require_architecture(newest[0], config.model_dump(mode="json"))
@@ -253,10 +254,10 @@ def _check_resume(run: str, config: Config, plan: Plan) -> None:
 
 
 def _execute(job: Job, inputs: Inputs, store: str, on_ingest: OnIngest | None) -> None:
-    """Run the workers to the end, and beside them what is left of the ingest.
+    """Run the workers to the end, and the rest of the ingest in the background.
 
     Raises:
-        DoRAError: what the run stopped for.
+        DoRAError: the error that stopped the run.
     """
     config = job.config
     try:

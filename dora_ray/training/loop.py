@@ -1,4 +1,4 @@
-"""The steps of one attempt on one rank: what is asked for between them, what is noted, and when it is saved."""
+"""Training loop of one attempt on one rank: steps, requests between steps, records and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ from dora_ray.training.records.waits import Waits
 from dora_ray.training.step import TrainState, apply_step, sum_slots
 from dora_ray.training.worlds import Job, LostPeerError, RayWorld, World, watch_for_stalls
 
-# Writing one checkpoint may take so many times the time between two before it is said that none follows.
+# Warn when writing one checkpoint takes longer than this many checkpoint intervals: no other starts meanwhile.
 OVERDUE_INTERVALS = 5
-# A preempted node is left so long before its deadline, and twice the time of the last step and checkpoint.
+# Leave a preempted node this long before its deadline, plus twice the time of the last step and checkpoint.
 LEAVE_MARGIN_SECONDS = 3.0
-# Ray Train's controller takes one report from a worker at each of its health checks, every two seconds, and has it wait
-# until then.
+# Ray Train's controller accepts one report per worker and health check (every two seconds); report() blocks until then.
 REPORT_SECONDS = 5.0
 
 
@@ -74,7 +73,7 @@ class Loop:
             )
 
     def run(self) -> None:
-        """All steps that are left, and a last checkpoint."""
+        """Run the remaining steps and write the final checkpoint."""
         steps, begun_at = self.job.config.optim.steps, self.state.step
         while self.state.step < steps:
             if isinstance(self.world, RayWorld):
@@ -89,7 +88,8 @@ class Loop:
             reason = here.take(request)
             self._save(reason)
             if request is Request.LEAVE:
-                # No rank ends before rank 0 has saved: the first end has Ray end the others. A resize can wait.
+                # No rank may exit before rank 0 has saved: Ray ends the group at the first exit. If saving failed, a
+                # resize can wait.
                 lost = self._writer is not None and self._writer.failed()
                 if self.world.agree("stay" if lost and reason == "resize" else None) is not None:
                     continue
@@ -106,7 +106,7 @@ class Loop:
         here.left()
 
     def _step(self) -> Request:
-        """One step; what is requested after it: each rank adds its own requests to the reduction."""
+        """Run one step and return the request to act on: each rank adds its own to the reduction."""
         config, state = self.job.config, self.state
         started = time.monotonic()
         batches = next(self.stream)
@@ -138,7 +138,7 @@ class Loop:
         return request
 
     def _records(self, batches: Sequence[SlotBatch]) -> Tensor:
-        """This rank's integers: its slots' hashes, its unreadable clips, its requests, and rank 0's for a report."""
+        """Pack this rank's integers: slot hashes, unreadable clips, its request, and rank 0's report flag."""
         optim = self.job.config.optim
         first_request = optim.slots * (1 + optim.clips_per_slot)
         records = np.zeros(first_request + len(Request) + 1, np.int64)
@@ -151,7 +151,7 @@ class Loop:
         return torch.from_numpy(records)
 
     def _is_report_due(self) -> bool:
-        """Return whether this is rank 0, whose clock decides for all, and Ray Train is to hear of the coming step."""
+        """Return whether to report the coming step to Ray Train; True on rank 0 only, which decides for all ranks."""
         waited = time.monotonic() - self._reported_at
         return self.journal is not None and waited >= REPORT_SECONDS and self._is_logged(self.state.step + 1)
 
@@ -171,22 +171,22 @@ class Loop:
         return max(request, Request.INTERVAL)
 
     def _is_writing(self, *, overdue: bool) -> bool:
-        """Return whether the last checkpoint is still being written; say once, in the events, when that is overdue."""
+        """Return whether the last checkpoint is still being written; warn once in the events if that is overdue."""
         assert self._writer is not None
         assert self.journal is not None
         writing = self._writer.busy()
         if writing and overdue and not self._told_overdue:
             seconds = time.monotonic() - self._saved_at
-            message = f"the checkpoint begun {seconds:.0f} s ago is still being written: no other is made until then"
+            message = f"the checkpoint started {seconds:.0f} s ago is still being written; no other starts until it is"
             self.journal.event("warning", step=self.state.step, message=f"{self.job.checkpoints}: {message}")
         self._told_overdue = writing and overdue
         return writing
 
     def _count_bad(self, bad: list[int]) -> None:
-        """Remember unreadable clips.
+        """Record unreadable clips.
 
         Raises:
-            VideoError: on all ranks alike, when they are too many.
+            VideoError: there are too many; raised on all ranks alike.
         """
         config, state = self.job.config, self.state
         clips_a_step = config.optim.slots * config.optim.clips_per_slot
@@ -197,13 +197,13 @@ class Loop:
             video = self.job.plan.videos[clip.video]
             raise VideoError(
                 f"step {state.step}: {len(state.bad_clips)} clips could not be read, more than data.max_bad_fraction="
-                f"{config.data.max_bad_fraction:g} allows; the last is of {video.path} at "
+                f"{config.data.max_bad_fraction:g} allows; the last one is from {video.path} at "
                 f"{video.times[clip.frames[0]]:.2f} s. Check "
                 "that the frame store is complete and reachable from every node, or ingest the video again."
             )
 
     def _is_logged(self, step: int) -> bool:
-        """Return whether metrics are due when so many steps are done: the same on all ranks."""
+        """Return whether to log metrics after this step; the same on all ranks."""
         config = self.job.config
         return step == config.optim.steps or is_due(config, step) or _divides(config.run.log_every_steps, step)
 
@@ -228,14 +228,14 @@ class Loop:
         return {"step": step, **values}
 
     def _measure(self, journal: Journal) -> dict[str, float]:
-        """Measure the teacher; the other ranks wait in their report."""
+        """Measure the teacher; the other ranks wait in `report`."""
         values, problems = measure_teacher(self.state.teacher.backbone, self.job.config, device=str(self.world.device))
         for problem in problems:
             journal.event("warning", step=self.state.step, message=problem)
         return values
 
     def _draw(self, journal: Journal, batches: Sequence[SlotBatch]) -> None:
-        """Draw the teacher's objects; the other ranks wait in their next sum. A picture must not end a training."""
+        """Draw the teacher's objects; the other ranks wait in the next all-reduce. A failure must not end the run."""
         state = self.state
         journal.histogram(state.step, "center", state.center.cpu().numpy())
         try:
@@ -248,21 +248,21 @@ class Loop:
             journal.picture(state.step, "objects", picture)
 
     def _save(self, reason: str) -> None:
-        """Begin to write a checkpoint; rank 0 alone has anything to do."""
+        """Start writing a checkpoint; only rank 0 writes."""
         self._saved_at, self._saved_step = time.monotonic(), self.state.step
         if self._writer is not None:
             snapshot = take_snapshot(self.state, self.job.config, self.job.plan, self.world.size)
             self._writer.start(snapshot, reason=reason, copy_seconds=time.monotonic() - self._saved_at)
 
     def _save_for_the_lost(self) -> None:
-        """Save the steps since the last checkpoint, which every rank had done: nobody has to do them again.
+        """Save the steps since the last checkpoint, which all ranks completed, so that they need not be repeated.
 
-        Rank 0 does it. Where it is the one that is gone, or waits in vain (NCCL does), they are done again.
+        Rank 0 saves. If rank 0 itself is lost, or hangs in the all-reduce (as with NCCL), the steps are repeated.
         """
         here.noticed()
         if self._writer is not None and self.state.step > self._saved_step:
             self._save("lost worker")
-            self._writer.failed()  # which waits for it
+            self._writer.failed()  # waits for the write
 
 
 def _divides(every: int, step: int) -> bool:
@@ -270,7 +270,7 @@ def _divides(every: int, step: int) -> bool:
 
 
 def _split_records(records: Tensor, config: Config) -> tuple[list[int], list[int], Request, bool, Tensor]:
-    """Slot hashes, places of unreadable clips, the ranks' largest request, rank 0's for a report, the ranks' waits."""
+    """Return slot hashes, positions of unreadable clips, the largest request, the report flag and the ranks' waits."""
     sizes = [config.optim.slots, config.optim.slots * config.optim.clips_per_slot, len(Request), 1]
     hashes, bad, asked, report, waits = records.split([*sizes, records.numel() - sum(sizes)])
     request = Request(int(asked.nonzero().max()))

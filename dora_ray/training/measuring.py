@@ -1,4 +1,4 @@
-"""Measures of a run's teacher beside the training: kNN, its own objects, scenes known again."""
+"""Evaluate a run's teacher during training: kNN, object discovery and tracking, label propagation, view matching."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 NOT_OF_THE_TASK = {"random_init", "seed", "random_encoders"}
-# Of each sequence, from its start: enough to lose an object, and few enough for a measure beside a training.
+# Frames from the start of each sequence: enough to lose an object, and few enough to evaluate during training.
 PROPAGATED_FRAMES = 6
 Values = dict[str, float]
 
 
 def is_due(config: Config, step: int) -> bool:
-    """Tell whether the run measures its teacher after that step."""
+    """Return whether the run evaluates its teacher after this step."""
     evaluation = config.evaluation
     if not (evaluation.images or evaluation.tour or evaluation.video):
         return False
@@ -36,11 +36,11 @@ def is_due(config: Config, step: int) -> bool:
 
 
 def prepare(config: Config) -> Config:
-    """Give the configuration with the data of its measures as absolute paths, which every worker understands.
+    """Return the configuration with absolute paths to its evaluation data, valid on every worker.
 
     Raises:
-        ConfigError: The data is not there, or of another layout.
-        VideoError: There is no such video.
+        ConfigError: the data is missing, or has another layout.
+        VideoError: the video is missing.
     """
     evaluation = config.evaluation
     paths: dict[str, str] = {}
@@ -56,13 +56,14 @@ def prepare(config: Config) -> Config:
 
 
 def measure_teacher(backbone: VisionTransformer, config: Config, *, device: str) -> tuple[Values, list[str]]:
-    """Measure the teacher's encoder as it is now.
+    """Evaluate the teacher's encoder in its current state.
 
-    Data that cannot be read, or that is too much for the memory, must not end one rank of a training: it is told.
+    Unreadable data, or a lack of memory, must not end one rank of a training: the problem is returned, not raised.
 
     Returns:
-        knn; object_iou and tracking_iou with their chances; j_and_f of label propagation; view_matching, its two halves
-        and rankme: those whose data the configuration names. And a sentence for each that could not be measured.
+        Values: knn; object_iou and tracking_iou with chance levels; j_and_f of label propagation; view_matching, its
+        two halves and rankme; each only if the configuration names its data. Problems: a sentence for each task that
+        could not be evaluated.
     """
     evaluation = config.evaluation
     tasks: tuple[tuple[str, str | None, Callable[..., Values]], ...] = (
@@ -118,5 +119,5 @@ def _arguments(options: Options) -> dict[str, Any]:
 
 
 def _numbers(results: dict[str, Any]) -> Values:
-    """Give the measures alone, without counts and samples."""
+    """Keep the measures; drop counts and samples."""
     return {name: value for name, value in results.items() if isinstance(value, float) and name != "chance"}

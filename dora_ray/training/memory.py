@@ -1,4 +1,4 @@
-"""Memory of a training worker: how much a step will need, and how to keep what was had."""
+"""Memory of a training worker: estimate a step's peak, and keep freed memory in the process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dora_ray.method.losses import CHUNK_OUTPUTS
 from dora_ray.weights import network_arguments
 
 MB = 2**20
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def estimate_memory_mb(config: Config, *, half: bool) -> dict[str, float]:
-    """Megabytes that a worker's tensors take at the height of a step, by what they are for.
+    """Estimate the megabytes of a worker's tensors at the peak of a step, by purpose.
 
-    Counted from the shapes of what autograd keeps, so without the allocator's waste, libraries and CUDA's own context.
+    Counts the shapes that autograd keeps. Allocator overhead, libraries and the CUDA context are not included.
 
     Args:
         config: the run's.
@@ -30,9 +30,9 @@ def estimate_memory_mb(config: Config, *, half: bool) -> dict[str, float]:
 
     Returns:
         weights: student and teacher. optimizer: AdamW's two moments. snapshot: the copy of both that a checkpoint is
-        written from. sums: a slot's gradients, their sum over slots,
-        and the sum as floats. activations: what the student keeps for the backward, and the gradients on their way.
-        views: clips and rendered views. loss: the last layer, a chunk of its outputs, the teacher's outputs. total.
+        written from. sums: a slot's gradients, their sum over slots, and that sum in float32. activations: tensors
+        that the student keeps for the backward, and gradients in flight. views: clips and rendered views. loss: the
+        last layer, a chunk of its outputs, the teacher's outputs. total.
     """
     with torch.device("meta"):
         network = build_network(**network_arguments(config.model_dump(mode="json")))
@@ -47,7 +47,7 @@ def estimate_memory_mb(config: Config, *, half: bool) -> dict[str, float]:
         "sums": (4 + 4 + (8 if config.optim.reduction == "exact" else 4)) * count,
         "activations": _activation_bytes(config, half=half),
         "views": clips * frames * 3 * (4 * pixels + config.crops.clip_size**2),
-        # The layer's direction of unit length, its rows and their gradients; outputs and their softmax.
+        # The last layer's normalized direction, its rows, and the gradients of both; outputs and their softmax.
         "loss": 4 * (4 * outputs * width + 2 * min(CHUNK_OUTPUTS, outputs * _num_views(config)))
         + 3 * 4 * clips * frames * config.num_globals * outputs,
     }
@@ -55,17 +55,17 @@ def estimate_memory_mb(config: Config, *, half: bool) -> dict[str, float]:
 
 
 def _num_views(config: Config) -> int:
-    """Images that the student sees in a slot."""
+    """Number of images that the student sees in a slot."""
     return config.optim.clips_per_slot * config.clip.num_frames * (_num_large(config) + config.crops.num_locals)
 
 
 def _num_large(config: Config) -> int:
-    """Large views of a frame that the student sees."""
+    """Number of global-size views of a frame that the student sees."""
     return config.num_globals if config.tracking.kind == "none" else config.tracking.num_objects
 
 
 def tokens_of_slot(config: Config) -> tuple[int, int]:
-    """Tokens of all sequences of a slot, of the teacher and, with masked views, of the student."""
+    """Return a slot's number of tokens, for the teacher and for the student (masked views counted in full)."""
     crops, frames = config.crops, config.optim.clips_per_slot * config.clip.num_frames
     of_large, of_small = (1 + (size // config.model.patch_size) ** 2 for size in (crops.global_size, crops.local_size))
     return frames * config.num_globals * of_large, frames * (
@@ -74,25 +74,25 @@ def tokens_of_slot(config: Config) -> tuple[int, int]:
 
 
 def _activation_bytes(config: Config, *, half: bool) -> int:
-    """Memory that the backward needs for every token.
+    """Return the bytes of activations kept for the backward.
 
-    A block keeps, in multiples of the width D: its input and the sum after the attention (the residual stream, in
-    float32), both normalized, queries, keys, values, what attention mixed, and four widths before GELU.
+    Per token a block keeps, in multiples of the width D: its input and the sum after attention (the residual stream,
+    float32), both of them normalized, queries, keys, values, the attention output, and four widths before GELU.
     """
     model, (_, tokens) = config.model, tokens_of_slot(config)
     size = 2 if half else 4
     block = model.width * (2 * 4 + (2 + 3 + 1 + 4) * size)
     recomputes = config.optim.activation_checkpointing
     kept = 4 * model.width if recomputes else block
-    # In the backward of one block: the MLP's inner values and gradient, the tokens' gradient, perhaps all of it again.
+    # Backward of one block: the MLP's inner values and gradient, the tokens' gradient, the recomputed block (if any).
     passing = model.width * (4 + 8 * size) + (block if recomputes else 0)
     patches = 3 * model.patch_size**2 * size
-    # Of the last block only CLS goes on.
+    # The last block passes on CLS alone, so it is not counted.
     return tokens * ((model.depth - 1) * kept + passing + patches)
 
 
 def peak_mb() -> float:
-    """Most memory that this process has had; Linux's getrusage would count that of its parent before the exec."""
+    """Return this process's peak memory in MiB. Linux's getrusage would include its parent's before the exec."""
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
@@ -100,13 +100,13 @@ def peak_mb() -> float:
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc keep what is freed for the next allocation, on Linux with glibc.
+    """Make malloc keep freed memory for the next allocation (Linux with glibc).
 
-    By default it gives large blocks back at once, and the kernel hands out zeroed pages anew, several times for every
-    activation of a step on the CPU. The process then stays as large as it ever was.
+    By default malloc returns large blocks to the kernel at once and gets zeroed pages back, several times for every
+    activation of a step on the CPU. With this setting the process never shrinks.
 
     Returns:
-        Whether the allocator could be told so.
+        True if the allocator accepted the setting.
     """
     if not sys.platform.startswith("linux"):
         return False

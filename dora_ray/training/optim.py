@@ -1,4 +1,4 @@
-"""The optimizer's pieces: parameter groups, clipping per parameter, the moving average."""
+"""Optimizer: schedules, parameter groups, per-parameter gradient clipping, the teacher's moving average."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dora_ray.method.schedules import cosine
 
 @dataclass(frozen=True)
 class Rates:
-    """The scheduled values of one step."""
+    """Scheduled values of one step."""
 
     lr: float
     weight_decay: float
@@ -22,7 +22,7 @@ class Rates:
 
 
 def rates(step: int, config: OptimConfig) -> Rates:
-    """Learning rate, weight decay and teacher momentum: functions of the step alone."""
+    """Return learning rate, weight decay and teacher momentum; they depend on the step alone."""
     return Rates(
         lr=cosine(
             step,
@@ -39,7 +39,7 @@ def rates(step: int, config: OptimConfig) -> Rates:
 
 
 def make_optimizer(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; tensors of two or more dimensions decay, biases and norms do not (released)."""
+    """Return AdamW with weight decay on tensors of two or more dimensions, none on biases and norms (released)."""
     parameters = list(network.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -49,14 +49,14 @@ def make_optimizer(network: nn.Module, lr: float, weight_decay: float) -> torch.
 
 
 def set_rates(optimizer: torch.optim.Optimizer, values: Rates) -> None:
-    """Put a step's values into the optimizer."""
+    """Set the optimizer's learning rate and weight decay for a step."""
     decayed, plain = optimizer.param_groups
     decayed["lr"] = plain["lr"] = values.lr
     decayed["weight_decay"] = values.weight_decay
 
 
 def clip_each(gradients: Sequence[Tensor], max_norm: float) -> None:
-    """Scale each gradient down to `max_norm`, each by its own norm (released: per parameter, not global)."""
+    """Clip each gradient to `max_norm` by its own norm (released: per parameter, not global)."""
     norms = torch.stack(torch._foreach_norm(list(gradients)))
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(list(gradients), list(factors.unbind()))
@@ -64,5 +64,5 @@ def clip_each(gradients: Sequence[Tensor], max_norm: float) -> None:
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Equation 7: teacher = momentum * teacher + (1 - momentum) * student."""
+    """Update the teacher (equation 7): teacher = momentum * teacher + (1 - momentum) * student."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)

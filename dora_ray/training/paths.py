@@ -1,4 +1,4 @@
-"""Paths in a configuration as every process understands them, whatever folder it works in."""
+"""Absolute paths in a configuration, valid in any process and working directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATH_KEYS = (
 
 
 def absolute_paths(value: Any) -> Any:
-    """Return a path, or a list of paths, from here; URIs and names of packages and models stay as they are."""
+    """Make a path, or each path of a list, absolute; URIs and names of packages and models stay unchanged."""
     if isinstance(value, list | tuple):
         return [absolute_paths(path) for path in value]
     if not isinstance(value, str) or value.startswith((PACKAGE, TIMM)):
@@ -25,7 +25,7 @@ def absolute_paths(value: Any) -> Any:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Return the configuration with the paths of `PATH_KEYS` from here."""
+    """Return the configuration with the paths of `PATH_KEYS` made absolute."""
     values = config.model_dump(mode="json")
     for key in PATH_KEYS:
         section, _, name = key.partition(".")

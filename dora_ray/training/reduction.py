@@ -1,14 +1,13 @@
-"""Sums over slots and ranks that do not depend on their order.
+"""Sums over slots and ranks that do not depend on the order of additions.
 
 The masks of DoRA are hard thresholds: a difference in the last bit of a gradient sum can flip a patch and grow. `exact`
 therefore adds in fixed point. A quantity x (a gradient, the teacher's output sum, the measures) whose largest element
 was below 2^e in the last step is added as round(x * 2^(46 - e)) in int64. Integer addition is associative, so the sum
-is the same for every number of ranks and every assignment of slots to them. 46 bits keep far more than float32's 24,
-and leave 17 for growth and for the number of slots; where they do not suffice, all ranks see it in the same reduction,
-raise e and repeat the step. `float32` adds
-floats: cheaper to send.
+is the same for every number of ranks and every assignment of slots to ranks. 46 bits keep far more than float32's 24
+and leave 17 for growth and for the number of slots. If a sum overflows, all ranks see it in the same reduction, raise e
+and repeat the step. `float32` adds floats, which are cheaper to send.
 
-Everything of a step travels in one flat all-reduce: integer records first, then the quantities.
+Each step needs one flat all-reduce: integer records first, then the quantities.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ FRACTION_BITS = 46
 HEADROOM_BITS = 62
 FIRST_EXPONENT = 0
 RETRY_BITS = 16
-# Below it a scale would leave the range of float32; what is smaller loses bits that it does not have there either.
+# A smaller exponent would take the scale out of float32's range. Smaller values lose only bits they lack there too.
 LEAST_EXPONENT = -80
 
 AllReduce = Callable[[Tensor], None]
@@ -34,15 +33,15 @@ Reduction = Literal["exact", "float32"]
 
 
 class SlotSums:
-    """Sums of a step.
+    """Accumulator for the sums of one step.
 
     Args:
         sizes: number of elements of each quantity.
-        num_records: integers that travel with them; a rank sets its own, and the sum over ranks comes back.
-        num_slots: S, for the headroom.
+        num_records: number of integers sent along; each rank sets its own and gets the sum over ranks.
+        num_slots: S, which sets the headroom.
         reduction: exact or float32.
         exponents: (Q,) int32 on the CPU, from the last step; see `next_exponents`.
-        device: where the quantities are.
+        device: device of the quantities.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class SlotSums:
         body = self._flat[header:] if self._exact else torch.zeros(size, device=device)
         self._body = list(body.split(self.sizes))
         self._whole_body = body
-        # A GPU wants few large operations, a CPU wants each quantity to stay in its cache.
+        # A GPU prefers few large operations; on a CPU each quantity should stay in cache.
         self._together = device.type == "cuda"
         self._scales = [2.0 ** (FRACTION_BITS - int(exponent)) for exponent in exponents]
         limit = torch.tensor([2.0**HEADROOM_BITS / num_slots / scale for scale in self._scales], dtype=torch.float64)
@@ -82,7 +81,7 @@ class SlotSums:
                 total.add_(quantity.reshape(-1))
             return
         self._records[count : 2 * count] += largest >= self._limits
-        # Exact in float32: the scale is a power of two, and from 2^24 on float32 holds whole numbers alone.
+        # Exact in float32: the scale is a power of two, and above 2^24 all float32 values are integers.
         if self._together:
             scaled = torch._foreach_mul(quantities, self._scales)
             torch._foreach_round_(scaled)
@@ -96,20 +95,20 @@ class SlotSums:
         self._records[2 * len(self.sizes) :] = upload(values, self._records.device)
 
     def all_reduce(self, all_reduce: AllReduce | None) -> SumResult:
-        """Add over the ranks (None: this is the only one) and convert back to float32."""
+        """Add over the ranks (None: a single rank) and convert back to float32."""
         if all_reduce is not None and self._exact:
             all_reduce(self._flat)
         elif all_reduce is not None:
             all_reduce(self._records)
             all_reduce(self._whole_body)
-        # Before the host waits for the records: a GPU has something to do meanwhile.
+        # Queue the conversion before the host waits for the records, so that a GPU stays busy.
         quantities = self._body
         if self._exact and self._together:
             quantities = list(self._whole_body.float().split(self.sizes))
             torch._foreach_div_(quantities, self._scales)
         elif self._exact:
             quantities = [total.float().div_(scale) for total, scale in zip(self._body, self._scales, strict=True)]
-        # The host waits here, once a step: what it needs later comes along, its bits as integers.
+        # The only host-device sync of a step: `largest` comes along with the records, its bits viewed as integers.
         largest, count = largest_of(quantities).double(), len(self.sizes)
         records, bits = torch.cat([self._records, largest.view(torch.int64)]).cpu().split([len(self._records), count])
         return SumResult(
@@ -127,8 +126,8 @@ class SumResult:
     Attributes:
         quantities: flat float32 sums over all slots.
         largest: (Q,) the largest absolute value of each, on the CPU.
-        not_finite: (Q,) number of slots in which a quantity was not finite.
-        overflowed: (Q,) number of slots in which a quantity had outgrown its scale.
+        not_finite: (Q,) number of slots with a value that is not finite.
+        overflowed: (Q,) number of slots with a value too large for its scale.
         records: (num_records,) int64 sums over ranks.
     """
 
@@ -143,17 +142,15 @@ class SumResult:
 
 
 def largest_of(quantities: Sequence[Tensor]) -> Tensor:
-    """(Q,) the largest absolute value of each, 0 where there is none; not a number where one is not."""
+    """Return the largest absolute value of each quantity, (Q,); 0 if it is empty, NaN if it contains NaN."""
     return torch.stack(torch._foreach_norm([q if q.numel() else q.new_zeros(1) for q in quantities], math.inf))
 
 
 def next_exponents(largest: Tensor, exponents: Tensor, *, first: bool) -> Tensor:
-    """Return the (Q,) exponents for the next step, from the largest values of this step's sums, all on the CPU.
+    """Return the (Q,) exponents of the next step from the largest values of this step's sums, all on the CPU.
 
-    They are a function of the history alone, equal on all ranks.
-
-    They follow growth at once and shrink by one a step, so that one small gradient does not narrow the range; a
-    quantity that is zero keeps its own.
+    They depend on the history alone, so they are equal on all ranks. An exponent grows at once but shrinks by at most
+    one a step, so that one small gradient does not narrow the range. A quantity that is zero keeps its exponent.
     """
     seen = torch.frexp(largest).exponent.to(torch.int32)
     if not first:
@@ -162,5 +159,5 @@ def next_exponents(largest: Tensor, exponents: Tensor, *, first: bool) -> Tensor
 
 
 def raised_exponents(exponents: Tensor, overflowed: Tensor) -> Tensor:
-    """The exponents with which a step is repeated after some quantities outgrew their scale."""
+    """Return the exponents for repeating a step in which some quantities outgrew their scale."""
     return torch.where(overflowed > 0, exponents + RETRY_BITS, exponents)

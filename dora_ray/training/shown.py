@@ -1,4 +1,4 @@
-"""Progress that the launching process shows of a training: the ingest, the start of the workers, the steps."""
+"""Progress display of a training in the launching process: ingest, start of the workers, steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dora_ray.training.records.waits import EXPOSED
 
 
 def show_ingest(stages: Stages, state: IngestProgress) -> None:
-    """Show how far an ingest is."""
+    """Show the progress of an ingest."""
     rate = state.done_frames / state.seconds if state.seconds else None
     stages.at("ingest", "segments").update(
         step=state.done_segments, total=state.segments, frames_per_second=rate, missing=state.missing or None
@@ -21,11 +21,11 @@ def show_ingest(stages: Stages, state: IngestProgress) -> None:
 
 
 class TrainingProgress:
-    """Progress of one training; its methods may be called from several threads.
+    """Progress display of one training; thread-safe.
 
     Args:
         config: the run's.
-        enabled: False: show nothing.
+        enabled: show progress; False shows nothing.
     """
 
     def __init__(self, config: Config, *, enabled: bool) -> None:
@@ -42,11 +42,11 @@ class TrainingProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._lock:
-            self._enabled = False  # an ingest beside the training may still have a word
+            self._enabled = False  # a background ingest may still report
             self._stages.__exit__(kind, error, trace)
 
     def ingest(self, state: IngestProgress) -> None:
-        """Show an ingest: alone, or beside the training once that has begun."""
+        """Show the progress of an ingest: alone, or next to the steps once training has begun."""
         with self._lock:
             if self._enabled and not self._training:
                 show_ingest(self._stages, state)
@@ -55,7 +55,7 @@ class TrainingProgress:
                 self._show_steps()
 
     def starting(self) -> None:
-        """Say that the workers are being started."""
+        """Show that the workers are being started."""
         workers = self._config.cluster.num_workers
         most = workers if isinstance(workers, int) else workers[1]
         few = "" if isinstance(workers, int) else f"{workers[0]} to "
@@ -64,10 +64,10 @@ class TrainingProgress:
             self._say(f"starting {few}{most} worker{'s' if most > 1 else ''}" if most else "starting in this process")
 
     def event(self, event: dict[str, Any]) -> None:
-        """Take note of a line of events.jsonl: with the start of the workers begins the wait for their first clips."""
+        """Handle a line of events.jsonl: once the workers have started, they wait for their first clips."""
         with self._lock:
             if event["event"] == "start":
-                self._say("reading the first clips" if event["step"] == 0 else f"going on from step {event['step']}")
+                self._say("reading the first clips" if event["step"] == 0 else f"continuing from step {event['step']}")
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Show a line of metrics."""

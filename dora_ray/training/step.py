@@ -1,6 +1,6 @@
-"""One optimizer step: every slot forward and backward by itself, one exact sum, one update.
+"""One optimizer step: forward and backward for each slot, one exact sum over slots and ranks, one update.
 
-Nothing here knows of Ray: a worker hands in its slots' clips and a function that adds tensors over the ranks.
+This module does not use Ray: a worker passes in the clips of its slots and a function that adds tensors over ranks.
 Shapes: M clips a slot, T frames, G global and L local views, K objects, N patches, O outputs.
 """
 
@@ -40,16 +40,16 @@ SlotForward = Callable[..., SlotOutput]
 
 @dataclass
 class TrainState:
-    """All that a step reads and changes, and all that a checkpoint holds.
+    """Training state: everything that a step updates and a checkpoint stores.
 
     Attributes:
-        student: the network that is trained.
-        teacher: its moving average.
+        student: the trained network.
+        teacher: moving average of the student.
         center: (O,) moving average of the teacher's output.
         optimizer: AdamW of the student.
         exponents: (Q,) int32, scale of each summed quantity; see `reduction`.
-        step: steps done; also the whole position in the data.
-        bad_clips: numbers of the clips that could not be read and weighed nothing.
+        step: steps done; it alone is the position in the data.
+        bad_clips: numbers of the clips that could not be read and added no loss.
     """
 
     student: Network
@@ -62,7 +62,7 @@ class TrainState:
 
 
 def initial_state(config: Config, device: torch.device) -> TrainState:
-    """Student and teacher start equal, from the seed alone."""
+    """Return the state at step 0: equal student and teacher, initialized from the seed alone."""
     torch.manual_seed(slot_seed(config.run.seed, 0, 0, Purpose.INITIAL_WEIGHTS))
     dumped = config.model_dump(mode="json")
     student = build_network(**network_arguments(dumped), **initial_values(dumped))
@@ -86,7 +86,7 @@ def initial_state(config: Config, device: torch.device) -> TrainState:
 
 
 def measure_names(config: Config, step: int) -> list[str]:
-    """The measures that every slot of a step gives, in a fixed order."""
+    """Return the names of the measures that each slot of a step computes, in a fixed order."""
     names = ["loss", "teacher_entropy", "teacher_kl_uniform", "teacher_diversity"]
     names += ["local_agreement"] if config.crops.num_locals else []
     if config.tracking.kind == "none":
@@ -107,15 +107,15 @@ def slot_output(
     config: Config,
     forward: SlotForward = slot_forward,
 ) -> SlotOutput:
-    """Views and forward of the readable clips of one slot.
+    """Render the views of a slot's readable clips and run the forward.
 
     Args:
         state: the networks and the center.
         clips: (M, T, H, W, 3) uint8.
-        valid: (M,).
-        draws: the slot's random numbers.
+        valid: (M,) mask of the readable clips.
+        draws: the slot's random draws.
         config: the run's.
-        forward: `slot_forward`, or what is compared with it.
+        forward: `slot_forward`, or an alternative to compare with it.
     """
     device = state.center.device
     rows = torch.from_numpy(np.flatnonzero(valid))
@@ -146,7 +146,7 @@ def slot_output(
 
 
 def method_settings(config: Config) -> MethodSettings:
-    """The method's settings of a run."""
+    """Return the method's settings for a run."""
     tracking, loss = config.tracking, config.loss
     return MethodSettings(
         kind=tracking.kind,
@@ -166,10 +166,10 @@ def method_settings(config: Config) -> MethodSettings:
 def slot_quantities(
     state: TrainState, batch: SlotBatch, config: Config, forward: SlotForward = slot_forward
 ) -> list[Tensor]:
-    """One slot's part of the step: a gradient for each parameter, the teacher's output sum, the measures.
+    """Compute one slot's quantities: a gradient for each parameter, the teacher's output sum, the measures.
 
-    An unreadable clip has weight 0 and the slot keeps its nominal size: the means over readable clips are weighed by
-    their share.
+    An unreadable clip has weight 0 and the slot still divides by its full size: the means over readable clips are
+    multiplied by the share of readable clips.
     """
     parameters = list(state.student.parameters())
     names = measure_names(config, batch.step)
@@ -187,13 +187,13 @@ def slot_quantities(
 
 @dataclass(frozen=True)
 class StepSums:
-    """Sum over all slots of all ranks, the same on every rank.
+    """Sums over all slots of all ranks, the same on every rank.
 
     Attributes:
         quantities: flat float32 sums: a gradient for each parameter, the teacher's output, the measures.
         largest: (Q,) the largest absolute value of each quantity, on the CPU.
-        num_clips: clips that could be read, at most slots x clips a slot.
-        records: the callers' integers, (R,) int64.
+        num_clips: number of readable clips, at most slots x clips per slot.
+        records: sums of the callers' integers, (R,) int64.
     """
 
     quantities: list[Tensor]
@@ -210,18 +210,18 @@ def sum_slots(
     all_reduce: AllReduce | None,
     forward: SlotForward = slot_forward,
 ) -> StepSums:
-    """Forward and backward of this rank's slots, and the sum over all slots of all ranks.
+    """Run forward and backward for this rank's slots, and sum over all slots of all ranks.
 
     Args:
-        state: not changed but for its exponents, when a quantity outgrew its scale.
+        state: only its exponents change, if a quantity outgrew its scale.
         batches: this rank's slots.
-        records: integers that travel with the sums.
+        records: integers to sum along with the quantities.
         config: the run's.
-        all_reduce: adds a tensor over the ranks, in place; None: this is the only one.
-        forward: `slot_forward`, or what is compared with it.
+        all_reduce: adds a tensor over the ranks, in place; None for a single rank.
+        forward: `slot_forward`, or an alternative to compare with it.
 
     Raises:
-        DivergenceError: on every rank alike, naming what is not finite and the step.
+        DivergenceError: a quantity is not finite; raised on every rank alike, with its name and the step.
     """
     num_clips = torch.tensor([sum(int(batch.valid.sum()) for batch in batches)])
     while True:
@@ -265,10 +265,10 @@ def _require_finite(state: TrainState, result: SumResult) -> None:
 
 @torch.no_grad()
 def apply_step(state: TrainState, sums: StepSums, config: Config) -> tuple[dict[str, Tensor], Rates]:
-    """Update student, center and teacher from the sums of one step, and count it.
+    """Update student, center and teacher from the sums of one step, and count the step.
 
     Returns:
-        The measures' means over the clips that were read, for which nobody has waited yet, and the rates used.
+        The measures' means over the readable clips (still on the device, not synchronized), and the rates used.
     """
     names = measure_names(config, state.step)
     with part("reduction"):
@@ -281,13 +281,13 @@ def apply_step(state: TrainState, sums: StepSums, config: Config) -> tuple[dict[
         _update_center(state, teacher_sum, sums.num_clips, config)
         update_teacher(state.teacher, state.student, values.teacher_momentum)
     state.step += 1
-    # A slot weighs its measures by the share of its clips that were read.
+    # Each slot's measures were multiplied by the share of its readable clips.
     means = measures * (config.optim.clips_per_slot / max(1, sums.num_clips))
     return dict(zip(names, means.unbind(), strict=True)), values
 
 
 def _update_student(state: TrainState, gradients: list[Tensor], values: Rates, config: Config) -> None:
-    """One update of AdamW from summed gradients, which are changed."""
+    """Apply one AdamW update from the summed gradients, which are modified in place."""
     optim, parameters = config.optim, list(state.student.parameters())
     torch._foreach_div_(gradients, optim.slots)
     gradients = [g.view_as(p) for g, p in zip(gradients, parameters, strict=True)]
@@ -303,9 +303,9 @@ def _update_student(state: TrainState, gradients: list[Tensor], values: Rates, c
 
 
 def _update_center(state: TrainState, teacher_sum: Tensor, num_clips: int, config: Config) -> None:
-    """Equation 7: once a step, after all slots, over the views of the clips that were read.
+    """Update the center (equation 7) once a step, from the global views of the readable clips.
 
-    Over the nominal size, clips that are missing would pull the center towards 0. Without any clip it stays.
+    Dividing by the full size would let missing clips pull the center towards 0. Without any clip it stays unchanged.
     """
     if num_clips:
         mean = teacher_sum / (num_clips * config.clip.num_frames * config.num_globals)

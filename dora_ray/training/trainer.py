@@ -1,4 +1,4 @@
-"""The Ray side of a run: connecting, checking resources, the elastic trainer."""
+"""Ray side of a run: connect, check resources, run the elastic trainer."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from dora_ray.training.worlds import Job, stream_settings
 
 logger = logging.getLogger(__name__)
 
-# Measured on Ray 2.60: how soon a failure, a notice or a lost node is acted upon, for processes that are started with
-# this environment. A user's own settings win.
+# Ray settings for a quick reaction to failures, preemption notices and lost nodes; values measured on Ray 2.60. They
+# apply to processes started with this environment. Variables that the user has set take precedence.
 FAST_RECOVERY = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "4",
 }
-# An elastic group is only started on nodes that are there, so a placement that takes longer will not come at all. It
-# leaves a drained node by itself (elastic.StayingNodes): once Ray Train has seen the drain, it waits for the deadline.
+# An elastic group starts only on nodes that are present, so a placement that takes longer will never succeed. The group
+# leaves a drained node by itself (elastic.StayingNodes) before Ray Train sees the drain and waits for its deadline.
 FAST_ELASTIC_RECOVERY = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "5"}
-# A collective that hangs fails so much later than the stall watch ends the workers, which shows where all of them are.
+# Time out a hanging collective this much later than the stall watch, which dumps the stacks of all workers first.
 COLLECTIVE_MARGIN_SECONDS = 30
 OBJECT_STORE_BYTES = 2**30
 
 
 @contextmanager
 def connect(config: Config) -> Iterator[None]:
-    """A connection to Ray for as long as the context is open; none in local mode.
+    """Connect to Ray while the context is open; do nothing in local mode.
 
-    The cluster is the one this process is already connected to, else the one that RAY_ADDRESS names (`ray job submit`
-    sets it), else one that is started here and ends with the context. The latter is given enough logical CPUs for the
-    workers and one decode task, so that a machine with few cores is slow but never waits for itself.
+    Use the cluster that this process is already connected to; else the one in RAY_ADDRESS (`ray job submit` sets it);
+    else start one that ends with the context. That one gets enough logical CPUs for the workers and one decode task, so
+    that a machine with few cores is slow but does not deadlock.
     """
     import ray
 
@@ -75,7 +75,7 @@ def _start_here(config: Config) -> None:
     import ray
 
     prepare_ray(starts=True)
-    # Beside an ingest that goes on while the workers train, one of its tasks too.
+    # With window shuffle the ingest continues during training: reserve a CPU for one of its tasks.
     ingest_cpus = 1.0 if config.clip.shuffle == "window" else 0.0
     workers_cpus = config.max_workers * config.cluster.cpus_per_worker
     needed = math.ceil(workers_cpus + config.cluster.decode_cpus + ingest_cpus)
@@ -94,9 +94,9 @@ def _start_here(config: Config) -> None:
 
 
 def on_devices(config: Config) -> Config:
-    """Return the configuration with cluster.use_gpu decided by what is there; name GPUs that will idle.
+    """Return the configuration with cluster.use_gpu resolved from the available GPUs; warn of GPUs that will idle.
 
-    Call it while Ray is connected; in local mode this machine counts.
+    Call it while Ray is connected; in local mode it looks at this machine only.
     """
     if config.cluster.num_workers == 0:
         gpus, fewest, most = float(torch.cuda.device_count()), 1, 1
@@ -114,31 +114,31 @@ def on_devices(config: Config) -> Config:
 
 
 def idle_gpus(gpus: float, *, use_gpu: bool, fewest: int, most: int, asked: bool | None) -> str | None:
-    """Return a sentence about GPUs that no worker will use; None without any.
+    """Return a warning about GPUs that no worker will use; None if there are none.
 
     Args:
-        gpus: that are there, or can be.
-        use_gpu: workers take one each.
-        fewest: workers.
-        most: workers.
-        asked: cluster.use_gpu as the configuration has it.
+        gpus: number of GPUs in the cluster or within the autoscaler's reach.
+        use_gpu: each worker takes one GPU.
+        fewest: smallest number of workers.
+        most: largest number of workers.
+        asked: cluster.use_gpu as configured.
     """
     used = most if use_gpu else 0
     if gpus <= used:
         return None
     idle = f"{gpus - used:g} of {gpus:g} GPUs will idle: "
     if used:
-        return f"{idle}there is one for each of {most} workers; raise cluster.num_workers (at most optim.slots)"
+        return f"{idle}each of the {most} workers has one; raise cluster.num_workers (at most optim.slots)"
     if asked is False:
         return f"{idle}cluster.use_gpu=false; leave it out to use them"
     return f"{idle}{fewest} workers need one each; lower cluster.num_workers to {gpus:g} to use them"
 
 
 def check_resources(config: Config) -> None:
-    """Check that the cluster has, or can grow to, what the fewest workers need.
+    """Check that the cluster has, or can grow to, the resources of the smallest worker group.
 
     Raises:
-        ClusterError: it has not, and says what is missing.
+        ClusterError: resources are missing; the message lists them.
     """
     import ray
 
@@ -146,7 +146,7 @@ def check_resources(config: Config) -> None:
     if workers == 0:
         if config.cluster.use_gpu and not torch.cuda.is_available():
             raise ClusterError(
-                "cluster.use_gpu=true, and torch finds no GPU on this machine: set cluster.use_gpu=false"
+                "cluster.use_gpu=true, but torch finds no GPU on this machine: set cluster.use_gpu=false"
             )
         return
     fewest = workers if isinstance(workers, int) else workers[0]
@@ -159,22 +159,23 @@ def check_resources(config: Config) -> None:
         found = ", ".join(f"{present.get(name, 0):g} {name}s" for name in missing)
         needed = ", ".join(f"{count:g} {name}s" for name, count in missing.items())
         raise ClusterError(
-            f"the cluster has {found}; {fewest} workers and their decoding need {needed}. Lower cluster.num_workers or "
+            f"the cluster has {found}; {fewest} workers and decoding need {needed}. Lower cluster.num_workers or "
             "cluster.cpus_per_worker, set cluster.use_gpu=false, or add nodes."
         )
-    most = most_resources()  # empty where no autoscaler has told it
+    most = most_resources()  # empty unless an autoscaler has reported it
     if missing and most and (short := beyond_reach(config, most)):
         raise ClusterError(short)
 
 
 def beyond_reach(config: Config, most: Mapping[str, float]) -> str | None:
-    """Return why an autoscaler would start no node for a training; None where it would.
+    """Return the reason why an autoscaler would start no node for a training; None if it would.
 
-    An elastic trainer asks for its most workers, and Ray starts nothing towards a demand that it cannot meet in full.
+    An elastic trainer requests its largest number of workers, and Ray starts no node for a demand that it cannot meet
+    in full.
 
     Args:
-        config: of the training.
-        most: resources with all nodes that the node types allow.
+        config: the run's.
+        most: resources of all nodes that the node types allow.
     """
     name, each = ("GPU", 1.0) if config.cluster.use_gpu else ("CPU", config.cluster.cpus_per_worker)
     can = int(most.get(name, 0.0) / each)
@@ -182,19 +183,19 @@ def beyond_reach(config: Config, most: Mapping[str, float]) -> str | None:
         return None
     return (
         f"cluster.num_workers asks for up to {config.max_workers} workers of {each:g} {name}s, and the cluster's node "
-        f"types allow {can}: its autoscaler would start no node at all. Lower it, or raise max_workers of the nodes"
+        f"types allow {can}: the autoscaler would start no node. Lower it, or raise max_workers of the node types"
     )
 
 
 def run_on_ray(job: Job, contents: Contents) -> None:
-    """Train with Ray Train until the last step, through failures and resizes.
+    """Train with Ray Train to the last step, through failures and resizes.
 
     Args:
         job: the run.
-        contents: of its plan.
+        contents: contents of its plan.
 
     Raises:
-        DoRAError: what all ranks decided to stop for; or more failures than cluster.max_failures.
+        DoRAError: an error on which all ranks stopped, or more failures than cluster.max_failures.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -205,7 +206,7 @@ def run_on_ray(job: Job, contents: Contents) -> None:
     from dora_ray.training.elastic.spares import ENVIRONMENT
 
     cluster, workers, settings = job.config.cluster, job.config.cluster.num_workers, stream_settings(job)
-    # Inside a tuple, so that tasks get the reference itself and every process unpacks the plan once.
+    # In a tuple, so that Ray passes the reference itself to tasks and each process deserializes the plan once.
     reference = (ray.put(contents),)
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
     elastic = Elastic(
@@ -237,14 +238,14 @@ def run_on_ray(job: Job, contents: Contents) -> None:
     with _terminated_like_interrupted():
         try:
             failed = trainer.fit().return_value
-        except SystemExit as error:  # what Ray Train makes of Ctrl-C, after the workers have saved
+        except SystemExit as error:  # Ray Train raises it on Ctrl-C, after the workers have saved
             raise KeyboardInterrupt from error
         except TrainingFailedError as error:
             failures = list(getattr(error, "worker_failures", {}).values())
-            why = f"after {cluster.max_failures} restarts (cluster.max_failures)" if failures else "in its controller"
+            why = f"after {cluster.max_failures} restarts (cluster.max_failures)" if failures else "in the controller"
             raise DoRAError(
                 f"training stopped {why}; the last failure: {describe(most_telling(failures or [error]))}. "
-                f"The last checkpoint is kept: fix the cause and go on with --resume --out {job.run}"
+                f"The last checkpoint is kept: fix the cause and continue with --resume --out {job.run}"
             ) from error
     if failed is not None:
         raise failed
@@ -252,7 +253,7 @@ def run_on_ray(job: Job, contents: Contents) -> None:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, which `ray job stop` sends, has the workers save as Ctrl-C does."""
+    """Treat SIGTERM, which `ray job stop` sends, like Ctrl-C: the workers save first."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""The program of a training worker, in this process or as one rank of a Ray Train group: its beginning and end."""
+"""Program of a training worker, in this process or as one rank of a Ray Train group: set up, train, report errors."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from dora_ray.training.worlds import Job, OneRankError, RayWorld, World, watch_f
 
 logger = logging.getLogger(__name__)
 
-# What torch and CUDA say of memory that there is not, in errors of no class of their own.
+# Parts of torch's and CUDA's messages for out-of-memory errors without a class of their own.
 OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory")
 
 
 def ray_worker(arguments: dict[str, Any]) -> DoRAError | None:
-    """Entry point of a Ray Train worker: what all ranks raise alike ends the run, anything else restarts it.
+    """Run one rank of a Ray Train group. An error that all ranks share ends the run; any other restarts the group.
 
-    Errors of ours are decided by all ranks together, so every rank returns the error, which is how the launcher gets
-    it; Ray would repeat the run after an exception, which cannot help. One rank alone can run out of its device's
-    memory: it says so in status.json, and the ranks that Ray starts after its exception find it there and return.
+    All ranks agree on a DoRAError, so each returns it instead of raising: Ray would restart the run after an exception,
+    which cannot help. An error on one rank alone, such as out of memory, is recorded in status.json and raised; the
+    restarted ranks find it there and return it.
     """
     job: Job = arguments["job"]
     if (failed := recorded_failure(job.run)) is not None:
         return failed
-    # From here on, each step begins it anew: what loads a checkpoint may hang, too.
+    # Loading a checkpoint may hang, too. Later each step restarts this timer.
     watch_for_stalls(job.config)
     world = RayWorld(job, arguments["contents"])
     try:
@@ -66,7 +66,7 @@ def ray_worker(arguments: dict[str, Any]) -> DoRAError | None:
 
 
 def record_failure(run: str, error: DoRAError) -> None:
-    """Say in status.json how the run ended; a disk that takes no more must not hide it."""
+    """Record in status.json how the run ended. A full disk must not hide the error itself."""
     try:
         write_status(run, state="failed", error=type(error).__name__, message=str(error))
     except (OSError, DoRAError) as problem:
@@ -74,7 +74,7 @@ def record_failure(run: str, error: DoRAError) -> None:
 
 
 def recorded_failure(run: str) -> DoRAError | None:
-    """The error that ended the run, as status.json has it; None where it has not failed."""
+    """Return the error that ended the run, from status.json; None if it has not failed."""
     status = read_status(run)
     return getattr(errors, status["error"])(status["message"]) if status.get("state") == "failed" else None
 
@@ -87,7 +87,7 @@ def train_loop(job: Job, world: World) -> None:
     prepare_torch(world.device, config.optim, deterministic=config.run.deterministic)
     world.share(_problem_here(job, world.device))
     newest = newest_meta(job.checkpoints) if world.rank == 0 else None
-    # Read ahead while the networks are made and loaded.
+    # Prefetch while the networks are built and loaded.
     world.start_stream(newest[1].step if newest is not None else 0)
     state = initial_state(config, world.device)
     refused = _restore(job, world, state)
@@ -106,7 +106,7 @@ def train_loop(job: Job, world: World) -> None:
         if given is not None:
             journal.event("init", step=0, message=given)
         for problem in refused:
-            journal.event("warning", step=state.step, message=f"{problem} Training goes on from step {state.step}.")
+            journal.event("warning", step=state.step, message=f"{problem} Training continues from step {state.step}.")
     try:
         with _named_limits(config):
             Loop(job, world, state, journal, world.stream(state.step)).run()
@@ -116,10 +116,10 @@ def train_loop(job: Job, world: World) -> None:
 
 
 def _problem_here(job: Job, device: torch.device) -> ClusterError | None:
-    """Return what keeps a worker from beginning on this machine, and need not on others; None where nothing does."""
+    """Return an error if this machine cannot run a worker, though others may; None if it can."""
     if not files.exists(files.join(job.run, CONFIG)):
         return ClusterError(
-            f"{socket.gethostname()} does not see {job.run}: --out must be a folder that all nodes share, or a URI "
+            f"{socket.gethostname()} cannot access {job.run}: --out must be a folder that all nodes share, or a URI "
             "such as s3://bucket/runs/walk"
         )
     if job.config.optim.teacher_precision == "fp8":
@@ -131,31 +131,31 @@ def _problem_here(job: Job, device: torch.device) -> ClusterError | None:
 
 
 def _begin(world: World, state: TrainState, config: Config) -> str | None:
-    """Put the weights of `model.init` into the state, on every rank; say what was taken, None where none are given.
+    """Load the weights of `model.init` on every rank; return a sentence about them, None if `model.init` is unset.
 
     Raises:
-        ClusterError: a rank cannot read them, on all ranks alike.
+        ClusterError: a rank cannot read them; raised on all ranks alike.
     """
     given, problem = None, None
     try:
         given = begin_with_given(state, config)
     except (CheckpointError, ConfigError) as error:
         problem = ClusterError(
-            f"{socket.gethostname()} cannot begin with model.init ({error}): all nodes must see it, or it must be a URI"
+            f"{socket.gethostname()} cannot load model.init ({error}): give a path that all nodes share, or a URI"
         )
     world.share(problem)
     return given
 
 
 def _restore(job: Job, world: World, state: TrainState) -> list[str]:
-    """Put the newest good checkpoint into the state, on all ranks the one that rank 0 finds good.
+    """Load the newest good checkpoint, as found by rank 0, into the state on all ranks.
 
     Returns:
-        A sentence for each newer checkpoint that was refused; on rank 0.
+        A sentence for each newer checkpoint that was refused; empty except on rank 0.
 
     Raises:
-        CheckpointError: rank 0's, on all ranks alike.
-        ClusterError: a rank does not see what rank 0 sees, on all ranks alike.
+        CheckpointError: rank 0 cannot load one; raised on all ranks alike.
+        ClusterError: a rank cannot read the checkpoint that rank 0 chose; raised on all ranks alike.
     """
     folder, refused = None, list[str]()
     problem: DoRAError | None = None
@@ -181,24 +181,24 @@ def _restore(job: Job, world: World, state: TrainState) -> list[str]:
 
 @contextmanager
 def _named_limits(config: Config) -> Iterator[None]:
-    """Name the setting to change where this process runs out of memory, or torch has no deterministic kernel.
+    """Name the setting to change when this process runs out of memory, or torch lacks a deterministic kernel.
 
     Raises:
-        OneRankError: in place of such an error.
+        OneRankError: replaces such an error.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if NOT_DETERMINISTIC in str(error):
-            told = ClusterError(f"{error}: set run.deterministic=false, at the price of equal runs")
+            told = ClusterError(f"{error}: set run.deterministic=false; two runs may then differ")
             raise OneRankError(told) from error
         if not _is_out_of_memory(error):
             raise
         said = next(iter(str(error).splitlines()), type(error).__name__)
         told = ClusterError(
             f"a worker ran out of memory ({said}): lower optim.clips_per_slot="
-            f"{config.optim.clips_per_slot}, the clips of one forward. Fewer clips a slot and more slots "
-            "(optim.slots) are the same batch. Or lower clip.num_frames, crops.num_locals or head.num_outputs."
+            f"{config.optim.clips_per_slot}, the clips of one forward. Fewer clips per slot and more slots "
+            "(optim.slots) keep the batch size. Or lower clip.num_frames, crops.num_locals or head.num_outputs."
         )
         raise OneRankError(told) from error
 

@@ -1,4 +1,4 @@
-"""A run's job, and the ranks that compute it: this process alone, or a Ray Train worker group."""
+"""A run's job, and the ranks that train it: this process alone, or a Ray Train worker group."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class Job:
 
 
 class LostPeerError(RuntimeError):
-    """Another rank is gone, so this step's sum will not come; the training state is that after the step before."""
+    """Another rank was lost during the all-reduce. The training state is still that of the previous step."""
 
 
 class OneRankError(DoRAError):
-    """An error that one rank has met and the others do not know of.
+    """An error on one rank that the other ranks do not share.
 
     Attributes:
-        told: the error that the run ends with.
+        told: the error to end the run with.
     """
 
     def __init__(self, told: DoRAError) -> None:
@@ -67,15 +67,15 @@ class OneRankError(DoRAError):
 
 
 def watch_for_stalls(config: Config) -> None:
-    """End this process, with all its stacks on stderr, unless it is told in time that it goes on.
+    """Exit this process, with all stacks on stderr, unless called again within cluster.stall_seconds.
 
-    The watching thread is not Python's: it works when a library holds the interpreter's lock for ever.
+    The watchdog is a C thread, so it works even if a library never releases the GIL.
     """
     faulthandler.dump_traceback_later(config.cluster.stall_seconds, exit=True)
 
 
 def stream_settings(job: Job) -> StreamSettings:
-    """Return how the clip stream of a run is to run."""
+    """Return the settings of a run's clip stream."""
     from dora_ray.clips.dataset import StreamSettings
 
     data, cluster = job.config.data, job.config.cluster
@@ -91,7 +91,7 @@ def stream_settings(job: Job) -> StreamSettings:
 
 
 class World(Protocol):
-    """The ranks of one attempt, as one of them sees it."""
+    """The ranks of one attempt, seen from one of them."""
 
     rank: int
     size: int
@@ -99,46 +99,46 @@ class World(Protocol):
     all_reduce: AllReduce | None
 
     def agree(self, choice: str | None) -> str | None:
-        """Rank 0's choice, on every rank."""
+        """Return rank 0's choice on every rank."""
 
     def share(self, problem: DoRAError | None) -> None:
-        """Raise the first problem that any rank has, on every rank: none waits for one that gave up."""
+        """Raise the first problem of any rank on every rank, so that none waits for a rank that has stopped."""
 
     def start_stream(self, step: int) -> None:
-        """Begin to read clips where rank 0 expects to go on."""
+        """Start prefetching clips from `step`, where rank 0 expects to continue."""
 
     def stream(self, step: int) -> Iterator[list[SlotBatch]]:
-        """This rank's slots of each step, from `step` on."""
+        """Yield this rank's slots of each step, from `step` on."""
 
     def blocked(self) -> dict[str, float]:
-        """Seconds so far in which Ray Data kept this rank waiting, by stage; empty without Ray."""
+        """Return the seconds so far that this rank waited for Ray Data, by stage; empty without Ray."""
 
     def report(self, metrics: dict[str, float]) -> None:
-        """Tell Ray Train, on all ranks after the same step, rank 0's line of metrics."""
+        """Report a line of metrics to Ray Train; called on all ranks after the same step, rank 0's line counts."""
 
     def leave(self) -> None:
-        """Everything is saved: end, or wait for the end. Returns when it does not come."""
+        """Exit, or wait to be stopped, once everything is saved. Return if nobody stops this process."""
 
 
 class LocalWorld:
-    """One worker, in this very process."""
+    """A single worker in this process."""
 
     rank, size = 0, 1
     all_reduce: AllReduce | None = None
 
     def __init__(self, job: Job, contents: Contents, has_ended: Callable[[], bool]) -> None:
-        """Keep what the stream needs.
+        """Store the inputs of the clip stream.
 
         Args:
             job: the run.
-            contents: of its plan.
-            has_ended: whether its ingest has; raises what that failed with.
+            contents: contents of its plan.
+            has_ended: returns whether the ingest has ended; raises its error.
         """
         self.device = torch.device("cuda" if job.config.cluster.use_gpu else "cpu")
         self._job, self._contents, self._has_ended = job, contents, has_ended
 
     def agree(self, choice: str | None) -> str | None:
-        """Rank 0's choice, on every rank."""
+        """Return rank 0's choice on every rank."""
         return choice
 
     def share(self, problem: DoRAError | None) -> None:
@@ -147,10 +147,10 @@ class LocalWorld:
             raise problem
 
     def start_stream(self, step: int) -> None:
-        """Do nothing: threads start at once."""
+        """Do nothing: reader threads start immediately."""
 
     def stream(self, step: int) -> Iterator[list[SlotBatch]]:
-        """This rank's slots of each step, from `step` on."""
+        """Yield this rank's slots of each step, from `step` on."""
         config, slots = self._job.config, self._job.plan.slots
         wanted = ((step, slot) for step in range(step, config.optim.steps) for slot in range(slots))
         batches = local_slots(
@@ -167,14 +167,14 @@ class LocalWorld:
             batches.close()
 
     def blocked(self) -> dict[str, float]:
-        """Return nothing: threads have no stages."""
+        """Return nothing: the local reader has no stages."""
         return {}
 
     def report(self, metrics: dict[str, float]) -> None:
-        """Tell nobody: there is no Ray Train."""
+        """Do nothing: there is no Ray Train to report to."""
 
     def leave(self) -> None:
-        """End as the signal that was caught would have ended the process."""
+        """Exit as the caught signal would have ended the process."""
         if here.signal == signal.SIGINT:
             raise KeyboardInterrupt
         if here.signal is not None:
@@ -185,11 +185,11 @@ class RayWorld:
     """One rank of a Ray Train worker group."""
 
     def __init__(self, job: Job, contents: Any) -> None:
-        """Find this rank's place.
+        """Set up the rank from Ray Train's context.
 
         Args:
             job: the run.
-            contents: reference to its plan's contents, see `dataset.make_clips`.
+            contents: reference to the contents of its plan, see `dataset.make_clips`.
         """
         import ray.train
         from ray.train.torch import get_device
@@ -215,7 +215,7 @@ class RayWorld:
         )
 
     def agree(self, choice: str | None) -> str | None:
-        """Rank 0's choice, on every rank."""
+        """Return rank 0's choice on every rank."""
         if self.size == 1:
             return choice
         choices = [choice]
@@ -223,7 +223,7 @@ class RayWorld:
         return choices[0]
 
     def share(self, problem: DoRAError | None) -> None:
-        """Raise the first problem that any rank has, on every rank."""
+        """Raise the first problem of any rank on every rank."""
         problems: list[DoRAError | None] = [problem] * self.size
         if self.size > 1:
             torch.distributed.all_gather_object(problems, problem)
@@ -232,7 +232,7 @@ class RayWorld:
                 raise found
 
     def _new_shard(self) -> DataIterator:
-        """This rank's shard of a dataset that rank 0 makes, as Ray Train's controller made the first one."""
+        """Return this rank's shard of a new dataset; rank 0 makes it as Ray Train's controller made the first."""
         import ray
 
         from dora_ray.clips.dataset import deal, make_clips
@@ -247,14 +247,14 @@ class RayWorld:
         return mine
 
     def start_stream(self, step: int) -> None:
-        """Begin to read clips where rank 0 expects to go on."""
+        """Start prefetching clips from `step`, where rank 0 expects to continue."""
         self._stream.start(step)
 
     def stream(self, step: int) -> Iterator[list[SlotBatch]]:
-        """This rank's slots of each step, from `step` on.
+        """Yield this rank's slots of each step, from `step` on.
 
         Raises:
-            OneRankError: the stream ended with an error, which the other ranks may meet at another step.
+            OneRankError: the stream failed; the other ranks may see the error at another step.
         """
         try:
             yield from self._stream.steps(step)
@@ -262,26 +262,26 @@ class RayWorld:
             raise OneRankError(error) from error
 
     def blocked(self) -> dict[str, float]:
-        """Seconds so far in which Ray Data kept this rank waiting, by stage."""
+        """Return the seconds so far that this rank waited for Ray Data, by stage."""
         return self._stream.blocked()
 
     def report(self, metrics: dict[str, float]) -> None:
-        """Tell Ray Train, its dashboard and Ray Tune.
+        """Report metrics to Ray Train, its dashboard and Ray Tune.
 
-        Checkpoints stay ours: Ray's manager refuses to start where one that it knows was pruned or set aside, and ours
-        are also committed while its controller is busy with the resize that they are made for.
+        Checkpoints are not reported. Ray's manager refuses to start if one that it knows was pruned or set aside, and
+        it cannot commit one while its controller is busy with the resize that the checkpoint is for.
         """
         import ray.train
 
         ray.train.report(metrics)
 
     def leave(self) -> None:
-        """Wait to be ended by Ray Train; a process that was told to end does so."""
+        """Wait to be stopped by Ray Train; exit at once after a signal."""
         here.left()
         if here.signal is not None:
             os._exit(128 + here.signal)
-        faulthandler.cancel_dump_traceback_later()  # it was to end a step that hangs
-        # Ray Train ends the workers of a preempted node at its deadline, not before.
+        faulthandler.cancel_dump_traceback_later()  # only meant for a step that hangs
+        # Ray Train stops the workers of a preempted node at its deadline, not before.
         time.sleep(LEAVE_SECONDS + max(0.0, (here.deadline or 0.0) - time.time()))
         here.deadline = None
         here.stay()

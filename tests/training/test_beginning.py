@@ -40,7 +40,7 @@ def test_student_and_teacher_begin_as_the_given_teacher(source: Path) -> None:
     config = config_of(f"model.init={source}")
     state = initial_state(config, CPU)
     words = begin_with_given(state, config)
-    assert words == f"Training begins with the weights of {source}, head included."
+    assert words == f"Training starts from the weights of {source}, head included."
     given = load_backbone(source).state_dict()
     for network in (state.student, state.teacher):
         assert all(torch.equal(value, given[name]) for name, value in network.backbone.state_dict().items())
@@ -55,7 +55,8 @@ def test_a_head_of_another_size_begins_anew_and_is_named(source: Path) -> None:
     state, drawn = initial_state(config, CPU), initial_state(config, CPU)
     words = begin_with_given(state, config)
     assert words is not None
-    assert "the head begins anew, as theirs does not fit: 2 of another shape (last_layer.direction (32, 16)" in words
+    assert "the head is initialized randomly: theirs does not fit: 2 of another shape" in words
+    assert "(last_layer.direction (32, 16)" in words
     assert torch.equal(state.student.head.last_layer.direction, drawn.student.head.last_layer.direction)
 
 
@@ -65,7 +66,7 @@ def test_an_export_has_no_head_and_another_grid_is_resampled(source: Path, tmp_p
     state = initial_state(config, CPU)
     words = begin_with_given(state, config)
     assert words is not None
-    assert "of 4 x 4 patches is resampled to 6 x 6; the head begins anew, as there is none." in words
+    assert "resampled from 4 x 4 to 6 x 6 patches; the head is initialized randomly: the source has none." in words
     expected = resample_abs_pos_embed(load_backbone(out).pos_embed, new_size=[6, 6])
     assert torch.equal(state.student.backbone.pos_embed, expected)
 
@@ -113,8 +114,8 @@ def test_a_model_of_timms_is_begun_with(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.width=96", r"width 48 \(here 96\)"),
-        ("model.depth=3", r"depth 2 \(here 3\)"),
+        ("model.width=96", r"width 48 \(configured: 96\)"),
+        ("model.depth=3", r"depth 2 \(configured: 3\)"),
         ("model.patch_size=16", "16"),
     ],
 )
@@ -134,7 +135,7 @@ def test_a_run_begins_with_another_and_resumes_without_it(small: tuple[str, ...]
     """The plan is the same with and without given weights; the run's folder says what it began with."""
     other, out = source.parent.parent, tmp_path / "run"
     config = load_config("tiny", *small, f"model.init={other}", "optim.steps=2", "optim.lr=1e-9")
-    assert f"Training begins with the weights of {source}" in str(check(config, out=out).given)
+    assert f"Training starts from the weights of {source}" in str(check(config, out=out).given)
     result = train(config, out=out)
     given, trained = load_backbone(source), load_backbone(result.checkpoint)
     torch.testing.assert_close(trained.pos_embed, given.pos_embed, rtol=0, atol=1e-5)

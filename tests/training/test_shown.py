@@ -37,7 +37,7 @@ def test_each_stage_says_what_one_waits_for(caplog: pytest.LogCaptureFixture) ->
         "train: starting 2 workers",
         "train: reading the first clips",
         "train: 40/400 steps (10%), loss 5.0000, data wait 20%",
-        "train: going on from step 30",
+        "train: continuing from step 30",
     ]
 
 

@@ -1,1 +1,1 @@
-"""Parts that let a run survive kills, drains and resizes: requests, the controller's callback, spares."""
+"""Survival of kills, drains and resizes: requests to workers, the controller's callback, spare processes."""

@@ -1,11 +1,13 @@
-"""Additions to Ray Train's controller, so that no resize, drain or abort loses a step and restarts are quick.
+"""Extensions of Ray Train's controller: no resize, drain or abort loses a step, and restarts are quick.
 
-Ray Train ends a worker group before it starts the next one, and tells nobody beforehand. The scaling policy below holds
-a resize back until the workers have saved, see `departure`, and counts no drained node, so that a group moves off it
-when the notice comes. The callback below, in the controller's process too, asks the workers to save before an abort; on
-the notice of a preemption it asks them to save at once, and again before the deadline; after a failure it waits until
-rank 0, if it lives, has saved and the lost node is known to be lost, and has the reservations counted again, which Ray
-does every 20 seconds only. `ray_internals` names what of Ray this leans on.
+Ray Train stops a worker group before it starts the next one, without warning the workers. The scaling policy below
+delays a resize until the workers have saved (see `departure`). It does not count drained nodes, so that a group moves
+off them as soon as the notice arrives.
+
+The callback below also runs in the controller's process. Before an abort it asks the workers to save. On a preemption
+notice it asks them to save at once, and again before the deadline. After a failure it waits until rank 0, if alive, has
+saved and the cluster knows that the node is lost; then it refreshes the resource reservations, which Ray itself does
+only every 20 seconds. `ray_internals` lists the Ray internals used here.
 """
 
 from __future__ import annotations
@@ -45,33 +47,33 @@ from dora_ray.training.elastic.spares import environment, start_spares
 
 logger = logging.getLogger(__name__)
 
-# Spares are started when the start of the workers, and the first time that of their decode tasks, is over; a resize
-# onto a new node waits, training on, for its spare: for as long as the first workers took to start, and no longer than
+# Spares start once the workers are running and, the first time, their decode tasks too. A resize onto a new node waits,
+# while training continues, until its spare is ready: as long as the first workers took to start, and at most
 # SPARE_READY_SECONDS.
 SPARES_AFTER_SECONDS, SPARES_AFTER_RESTART_SECONDS = 15.0, 5.0
 SPARE_READY_SECONDS = 15.0
-# What Ray makes beside the workers of each group, on the controller's node: actors that clean the placement up,
-# synchronize reports, watch for preemptions, hand out the shards, and deal out the rows.
+# Actors that Ray starts with each worker group on the controller's node: placement cleanup, report synchronization,
+# preemption watcher, shard server, row splitter.
 GROUP_ACTORS = 5
 LOST_NODE_SECONDS = 15.0
-# After another rank's end rank 0's next sum fails, at once where the connection was closed; then it saves.
+# After a peer is lost, rank 0's next all-reduce fails, at once if the connection was closed. Then rank 0 saves.
 NOTICE_PEER_SECONDS, SAVE_SECONDS = 2.0, 60.0
-# What a worker that is asked for a word answers in.
+# Timeout of a short call to a worker.
 ANSWER_SECONDS = 5.0
 LOOK_SECONDS = 0.1
 
 
 class StayingNodes(ElasticScalingPolicy):
-    """As many workers as fit on the nodes that stay, and off those that are drained as soon as that is known.
+    """Scaling policy: as many workers as fit on nodes that are not drained; leave a drained node at once.
 
-    Ray Train's own policy counts drained nodes too, and lost ones for a while, on which Ray places nothing: the start
-    of a group times out. And on the notice it waits for the deadline, while nobody trains: that is left to it where too
-    few workers would stay.
+    Ray Train's own policy also counts drained nodes, and lost ones for a while. Ray places nothing on either, so
+    starting a group times out. On a preemption notice, Ray Train waits for the deadline without training; this policy
+    leaves it to do so only if too few workers would remain.
 
     Args:
         scaling_config: the trainer's.
-        departure: of the run's workers, who leave before they are resized.
-        patience: seconds that they are given to end their step, an evaluation perhaps, and to save.
+        departure: departure of the run's workers, who save and leave before a resize.
+        patience: seconds that workers get to finish their step (perhaps an evaluation) and save.
     """
 
     def __init__(self, scaling_config: ScalingConfig, departure: Departure, patience: float) -> None:
@@ -81,14 +83,14 @@ class StayingNodes(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
-        """Every health check: a resize is decided when the workers have left for it."""
+        """Decide at every health check; a resize only once the workers have left."""
         departure = self._departure
         if not departure.under_way:
             wanted = self._wanted(worker_group_state, worker_group_status)
             if isinstance(wanted, NoopDecision):
                 return wanted
             departure.begin(worker_group_state.workers, "resize", patience=self._patience)
-        # The nodes may be others by now. Workers that nobody ends go on after a while.
+        # The nodes may have changed by now. Workers that are not stopped continue after a while.
         reserved = self._get_reserved_resources() if departure.over() else None
         if reserved is None:
             return NoopDecision()
@@ -99,7 +101,7 @@ class StayingNodes(ElasticScalingPolicy):
     def _wanted(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
-        """Ray Train's own decision where no worker's node is drained."""
+        """Return Ray Train's own decision unless a worker's node is drained."""
         if not {worker.metadata.node_id for worker in worker_group_state.workers} & draining_nodes().keys():
             return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         count = self._count_possible_workers(self._get_reserved_resources() or {})
@@ -107,7 +109,7 @@ class StayingNodes(ElasticScalingPolicy):
         return self._get_resize_decision(count) if enough else NoopDecision()
 
     def _count_possible_workers(self, reserved_resources: ReservedResources) -> int:
-        # What is reserved is counted every 20 seconds only: a node may be gone since.
+        # Reservations are refreshed only every 20 seconds, so a node may be gone by now.
         staying = _alive() - draining_nodes().keys()
         count: int = super()._count_possible_workers(
             {node: resources for node, resources in reserved_resources.items() if node in staying}
@@ -116,7 +118,7 @@ class StayingNodes(ElasticScalingPolicy):
 
 
 class ElasticTrainer(TorchTrainer):  # type: ignore[misc]  # untyped, see pyproject.toml
-    """A TorchTrainer that scales by `StayingNodes` where its number of workers is a range."""
+    """TorchTrainer that scales by `StayingNodes` if its number of workers is a range."""
 
     def _initialize_and_run_controller(self, *, scaling_policy: Any, callbacks: list[Any], **rest: Any) -> Any:
         if isinstance(scaling_policy, ElasticScalingPolicy):
@@ -130,9 +132,9 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
 
     Args:
         run: the run's folder; failures and restarts are added to its events.
-        fast: do what shortens restarts; else only what saves steps.
-        patience: seconds that workers are given to end their step, an evaluation perhaps, and to save.
-        spares: if fast, keep a spare process for each worker, see `spares`: worth its memory where workers come and go.
+        fast: also shorten restarts; otherwise only prevent lost steps.
+        patience: seconds that workers get to finish their step (perhaps an evaluation) and save.
+        spares: if fast, keep a spare process per worker (see `spares`): worth its memory if workers come and go.
     """
 
     def __init__(self, run: str, *, fast: bool, spares: bool, patience: float) -> None:
@@ -147,36 +149,36 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         self._spares_at = math.inf
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        """A placement is about to be asked for."""
+        """Record the time at which the placement is requested."""
         self._asked_at, self._own_environment = time.monotonic(), environment()
         note(self._run, "group", world_size=worker_group_context.num_workers)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """The workers' processes run, the training does not yet. An actor's call runs in its main thread."""
+        """Install signal handlers before training starts: an actor's call still runs in its main thread."""
         for worker in worker_group.get_workers():
             worker.execute_async(catch_signals, SIGTERM)
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
-        """From now on there is something to lose."""
+        """Track the new group, and schedule its spares."""
         self._group, self._noticed, self._told = worker_group, None, set()
-        self.departure.cancel()  # of a group that failed meanwhile
+        self.departure.cancel()  # if the previous group failed while leaving
         if self._spares:
             wait = SPARES_AFTER_RESTART_SECONDS
-            if not self._environment:  # the first start of all
+            if not self._environment:  # first start of the run
                 wait = SPARES_AFTER_SECONDS
                 self._start_seconds = min(SPARE_READY_SECONDS, time.monotonic() - self._asked_at)
-                with suppress(RayError):  # a worker that is dead already is found out by the next health check
+                with suppress(RayError):  # the next health check reports a worker that is already dead
                     asked = worker_group.get_workers()[0].execute_async(environment)
                     self._environment = ray.get(asked, timeout=ANSWER_SECONDS)
             self._spares_at = time.monotonic() + wait if self._environment else math.inf
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        """The group is gone."""
+        """Forget the group."""
         self._group = None
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Every health check: failures to tell, a preemption to announce, new nodes to count."""
-        # One worker's end makes errors in others, which are one failure together.
+        """Record failures, announce preemptions and look for new nodes at every health check."""
+        # A lost worker causes errors in others; together they are one failure.
         failed = {rank: error for rank, error in worker_group_status.errors.items() if rank not in self._told}
         if failed:
             self._told.update(failed)
@@ -184,16 +186,16 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         if self._group is not None:
             self._announce_drains(self._group.get_workers())
         if self.departure.under_way:
-            # Told of a drain, Ray Train would wait for its deadline instead of asking its scaling policy.
+            # If it saw the drain, Ray Train would wait for its deadline instead of asking the scaling policy.
             hide_preemption(worker_group_status)
         if self._fast:
             self._look_after_nodes()
 
     def _announce_drains(self, workers: Sequence[Any]) -> None:
-        """Tell all workers when a node of one of them goes away.
+        """Notify all workers when one of their nodes is being drained.
 
-        Ray Train's own watcher is an actor that is started anew with every group: it tells seconds later, and in the
-        first ones after a restart nothing.
+        Ray Train's own watcher is an actor that restarts with every group: it reports seconds later, and nothing at all
+        in the first seconds after a restart.
         """
         draining = draining_nodes()
         leaving = {rank: worker.metadata.node_id for rank, worker in enumerate(workers)}
@@ -202,15 +204,15 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         if first is None or first == self._noticed:
             return
         self._noticed = first
-        self.departure.not_before = -math.inf  # there is no time for spares
-        # Without any deadline Ray Train restarts after a time of its own.
+        self.departure.not_before = -math.inf  # no time to wait for spares
+        # Without a deadline, Ray Train restarts after its own default.
         deadline = first if math.isfinite(first) else time.time() + DEFAULT_PREEMPTION_DEADLINE_S
         note(self._run, "notice", ranks=sorted(ends), deadline=deadline)
         for worker in workers:
             worker.execute_async(ask, Request.NOTICE, "preemption", deadline)
 
     def _look_after_nodes(self) -> None:
-        """Spares for the workers of this group, and for those that a new node will have."""
+        """Start spares for the workers of this group, and for those that a new node will get."""
         now, alive = time.monotonic(), {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         new = set(alive) - self._nodes if self._nodes else set()
         self._nodes = frozenset(alive)
@@ -229,7 +231,7 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
             _count_again(wait=False)
 
     def before_controller_abort(self) -> None:
-        """Ctrl-C in the process that launched the run, where somebody waits: the workers are given less time."""
+        """Let the workers save on Ctrl-C in the launching process; they get less time, because the user is waiting."""
         if self._group is None:
             return
         self.departure.begin(self._group.get_workers(), "abort", patience=LEAVE_SECONDS)
@@ -239,7 +241,7 @@ class Elastic(ControllerCallback, WorkerGroupCallback):
         self._group = None
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        """Wait for rank 0 to save, and for the nodes that are lost to be gone: a group placed on one fails again."""
+        """Wait until rank 0 has saved and Ray has removed lost nodes: a group placed on a lost node fails again."""
         group, self._group = self._group, None
         if group is not None:
             asked = group.get_workers()[0].execute_async(wait_for_end, NOTICE_PEER_SECONDS, SAVE_SECONDS)
@@ -260,7 +262,7 @@ def most_telling(errors: Iterable[BaseException]) -> BaseException:
 
 
 def describe(error: BaseException) -> str:
-    """The last line of an error, which in Ray's holds the worker's own; with the remedy where memory ran out."""
+    """Return the last line of an error (in Ray's errors it holds the worker's own), with a remedy if out of memory."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     text = lines[-1].strip() if lines else type(error).__name__
     cause = getattr(error, "health_check_failure", error)
@@ -274,7 +276,7 @@ def _alive() -> set[str]:
 
 
 def _unreachable(nodes: Sequence[dict[str, Any]]) -> set[str]:
-    """Nodes whose raylet does not answer: dead, though Ray's health check has not found out yet."""
+    """Return the nodes whose raylet does not answer: dead, before Ray's health check has noticed."""
     found = set()
     for node in nodes:
         try:
@@ -285,8 +287,8 @@ def _unreachable(nodes: Sequence[dict[str, Any]]) -> set[str]:
 
 
 def _count_again(*, wait: bool) -> None:
-    """Have the cluster's resources counted and reserved now rather than at the coordinator's next tick."""
+    """Refresh the cluster's resource reservations now rather than at the coordinator's next tick."""
     try:
         count_resources_again(wait=wait)
     except (RayError, ValueError) as error:
-        logger.warning("the cluster's resources are counted at the next tick: %s", error)
+        logger.warning("resource reservations are refreshed only at the coordinator's next tick: %s", error)

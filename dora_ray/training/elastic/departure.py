@@ -1,7 +1,7 @@
-"""Departure of a worker group: its workers are asked to save and leave, and Ray Train's controller does not wait.
+"""Departure of a worker group: its workers are asked to save and leave, without blocking Ray Train's controller.
 
-A worker answers within milliseconds how far it is, so that health checks and Ctrl-C go on while it ends its step, an
-evaluation perhaps, and saves.
+A worker reports its progress within milliseconds, so health checks and Ctrl-C keep working while it finishes its step
+(perhaps an evaluation) and saves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dora_ray.training.records.journal import add_event
 
 logger = logging.getLogger(__name__)
 
-# Time that the answers of one round are waited for; one that comes later is taken in the next round.
+# Timeout for the answers of one round; a later answer is taken in the next round.
 ANSWER_SECONDS = 0.2
 
 
@@ -30,20 +30,20 @@ class Worker(Protocol):
     """A worker of Ray Train."""
 
     def execute_async(self, call: Callable[..., Any], /, *arguments: Any) -> Any:
-        """Call a function in the worker's process, beside its training; returns the result's reference."""
+        """Call a function in the worker's process while it trains; return a reference to the result."""
 
 
 class Departure:
-    """The departure of a run's worker group, by turns under way and not.
+    """Departure of a run's worker group; reusable.
 
-    Ray Train's scaling policy and its callbacks are pickled apart, and both need to know of it. In one process all
-    copies are one object, see `departure_of`.
+    Ray Train pickles its scaling policy and its callbacks separately, and both need the departure. All copies in one
+    process are one object, see `departure_of`.
 
     Args:
-        run: the run's folder, which is told how it went.
+        run: the run's folder; the outcome is added to its events.
 
     Attributes:
-        not_before: time.monotonic() until which workers train on before they are asked to leave for a resize.
+        not_before: time.monotonic() before which workers are not asked to leave for a resize.
     """
 
     def __init__(self, run: str) -> None:
@@ -61,23 +61,23 @@ class Departure:
 
     @property
     def under_way(self) -> bool:
-        """Return whether workers were asked, or will be, and their group has not ended since."""
+        """Return whether a departure has begun and its group has not ended yet."""
         return self._reason is not None
 
     def begin(self, workers: Sequence[Worker], reason: str, *, patience: float) -> None:
-        """Have workers save and leave.
+        """Begin to have workers save and leave.
 
         Args:
-            workers: in the order of their ranks.
-            reason: told to the workers.
-            patience: seconds that they are given once they are asked.
+            workers: the workers, by rank.
+            reason: reason passed to the workers.
+            patience: seconds that the workers get once they are asked.
         """
         self._reason, self._begun, self._saved = reason, time.monotonic(), True
         self._patience, self._deadline = patience, None
         self._training, self._answers = dict(enumerate(workers)), {}
 
     def over(self) -> bool:
-        """Ask how far the workers are; whether none trains any more, or the patience is over."""
+        """Poll the workers; return True when none is training any more or the patience has run out."""
         now = time.monotonic()
         if self._reason == "resize" and now < self.not_before:
             return False
@@ -104,28 +104,28 @@ class Departure:
             self._saved &= left
 
     def end(self) -> None:
-        """The group is ended now: add to the run's events how the departure went."""
+        """End the departure, just before the group is stopped, and add the outcome to the run's events."""
         seconds, saved = round(time.monotonic() - self._begun, 2), self._saved and not self._training
         note(self._run, "leave", reason=self._reason, saved=saved, seconds=seconds)
         self.cancel()
 
     def cancel(self) -> None:
-        """The group that was to leave is gone."""
+        """Cancel the departure: its group is gone."""
         self._reason, self._training, self._answers = None, {}, {}
 
 
 @functools.cache
 def departure_of(run: str) -> Departure:
-    """The departure of a run in this process."""
+    """Return the departure of a run in this process."""
     return Departure(run)
 
 
 def note(run: str, event: str, **fields: Any) -> None:
-    """Add an event to a run; where that fails it is logged.
+    """Add an event to a run; log a warning if that fails.
 
-    Ray Train ends the run where a callback of its controller raises, and a line of a log is not worth that.
+    Ray Train ends the run if a controller callback raises, and a missing event is not worth that.
     """
     try:
         add_event(run, event, **fields)
     except (OSError, DoRAError) as error:
-        logger.warning("not noted: %s %s (%s)", event, fields, error)
+        logger.warning("event not recorded: %s %s (%s)", event, fields, error)

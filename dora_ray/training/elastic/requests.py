@@ -1,8 +1,8 @@
-"""Requests to a training between two steps, to save now or to save and leave, and the answers.
+"""Requests to a training worker between two steps: save now, or save and leave.
 
-A request is made in any one process of the worker group: by Ray Train's controller before a resize and on the notice of
-a preemption (see `elastic`), or by a signal. The step's own reduction carries it to all ranks, so all act on it after
-the same step. A rank that leaves waits to be ended; when nobody does, it goes on.
+A request is made in any process of the worker group: by Ray Train's controller before a resize or on a preemption
+notice (see `elastic`), or by a signal. The step's all-reduce carries it to all ranks, so all act on it after the same
+step. A rank that leaves waits to be stopped; if nobody stops it, it continues.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 
-# After so long a worker that has not left, whose checkpoint could not be written perhaps, is asked again.
+# Ask a worker again if it has not left after this long, for example because its checkpoint could not be written.
 ASK_AGAIN_SECONDS = 30.0
-# How long a worker that has saved waits to be ended, counted from the deadline if there is one, before it goes on.
+# Time that a worker waits to be stopped after saving, or after the deadline if there is one, before it continues.
 LEAVE_SECONDS = 60.0
 
 
 class Request(IntEnum):
-    """Why a checkpoint is made now. The larger one counts when several are made at once."""
+    """Request for a checkpoint, by urgency; of several at once the largest counts."""
 
     NONE = 0
     INTERVAL = 1
@@ -31,15 +31,15 @@ class Request(IntEnum):
 
 
 class Requests:
-    """The requests to this process; safe to use from any thread and from a signal handler.
+    """Requests to this process; safe to use from any thread and from signal handlers.
 
     Attributes:
-        deadline: seconds since the epoch at which a preempted node is taken away; None: none is.
-        signal: the signal that was caught.
+        deadline: seconds since the epoch at which a preempted node goes away; None without a preemption.
+        signal: the signal that was caught; None without one.
     """
 
     def __init__(self) -> None:
-        # One entry a kind, each set or taken in one operation: a signal may come between any two.
+        # One entry per kind, each set or taken in one atomic operation: a signal may arrive at any point.
         self._reasons: dict[Request, str] = {}
         self._left, self._noticed, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._asked: tuple[str, float] | None = None
@@ -47,36 +47,36 @@ class Requests:
         self.signal: int | None = None
 
     def make(self, request: Request, reason: str) -> None:
-        """Ask."""
+        """Add a request."""
         self._reasons[request] = reason
 
     def pending(self) -> Request:
-        """The largest request that was not taken yet."""
+        """Return the largest request that has not been taken yet."""
         return max(tuple(self._reasons), default=Request.NONE)
 
     def take(self, request: Request) -> str:
-        """Accept all requests up to this one, which all ranks agreed upon.
+        """Take all requests up to this one, on which all ranks agreed.
 
         Returns:
-            Its reason; its name when it was made in another process.
+            The request's reason; its name if it was made in another process.
         """
         taken = {kind: self._reasons.pop(kind) for kind in Request if kind <= request and kind in self._reasons}
         return taken.get(request) or request.name.lower()
 
     def left(self) -> None:
-        """Say that this process has nothing left to lose."""
+        """Signal that everything in this process is saved."""
         self._left.set()
 
     def stay(self) -> None:
-        """Say that this process goes on, and has something to lose again."""
+        """Signal that this process continues training, so it has unsaved steps again."""
         self._left.clear()
         self._asked = None
 
     def leave(self, reason: str) -> bool | None:
-        """Ask to leave, at once or again after a while; call it until it is over.
+        """Request to leave, and repeat the request after a while; poll until the result is not None.
 
         Returns:
-            Whether this process has left; False when its training ended instead; None before either.
+            True once this process has left; False if its training ended instead; None before either.
         """
         if self._left.is_set() or self._ended.is_set():
             return self._left.is_set()
@@ -87,16 +87,19 @@ class Requests:
         return None
 
     def noticed(self) -> None:
-        """Say that this process has missed another one, and saves what both had."""
+        """Signal that a peer was lost and that this process is saving the steps since the last checkpoint."""
         self._noticed.set()
 
     def ended(self) -> None:
-        """Say that the training in this process is over, with an error perhaps."""
+        """Signal that training in this process has ended, perhaps with an error."""
         self._noticed.set()
         self._ended.set()
 
     def wait_for_end(self, *, notice_seconds: float, seconds: float) -> bool:
-        """Wait until the training here is over, if it soon notices that it cannot go on; whether it is."""
+        """Wait for training in this process to end; return whether it has.
+
+        Give up early if the process has left, or does not notice the lost peer within `notice_seconds`.
+        """
         return not self._left.is_set() and self._noticed.wait(notice_seconds) and self._ended.wait(seconds)
 
 
@@ -104,23 +107,23 @@ here = Requests()
 
 
 def ask(request: Request, reason: str, deadline: float | None) -> None:
-    """Make a request to this process: what the controller calls in a worker."""
+    """Add a request to this process; called by the controller in a worker."""
     here.make(request, reason)
     here.deadline = deadline
 
 
 def ask_to_leave(reason: str) -> bool | None:
-    """See `Requests.leave`: what the controller calls in a worker."""
+    """Call `Requests.leave` for this process; called by the controller in a worker."""
     return here.leave(reason)
 
 
 def wait_for_end(notice_seconds: float, seconds: float) -> bool:
-    """See `Requests.wait_for_end`: what the controller calls in a worker."""
+    """Call `Requests.wait_for_end` for this process; called by the controller in a worker."""
     return here.wait_for_end(notice_seconds=notice_seconds, seconds=seconds)
 
 
 def catch_signals(*signals: signal.Signals) -> None:
-    """Turn signals into a request to leave; a second one ends the process at once. Call it in the main thread."""
+    """Turn signals into a request to leave; a second signal kills the process. Call it in the main thread."""
     for number in signals:
         signal.signal(number, _handle)
 
@@ -133,7 +136,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def caught_signals(*signals: signal.Signals) -> Iterator[None]:
-    """`catch_signals` for as long as the context is open; nothing where this is not the main thread."""
+    """Apply `catch_signals` while the context is open; do nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

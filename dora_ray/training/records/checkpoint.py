@@ -1,7 +1,7 @@
-"""Snapshots of a training's state, and what is read back from them; `dora_ray.checkpoints` has the folders' layout.
+"""Checkpoints of the training state: snapshot, write, load. `dora_ray.checkpoints` defines the folder layout.
 
-A snapshot copies the state in the step, on its own device; a background thread brings it to the CPU and writes it. The
-run itself owns the folder, not Ray's checkpoint manager: a checkpoint must also be committed while Ray's controller is
+A snapshot copies the state between steps, on its own device; a background thread moves it to the CPU and writes it.
+The run owns the folder, not Ray's checkpoint manager: a checkpoint must be committed even while Ray's controller is
 busy with the resize that it is made for.
 """
 
@@ -46,7 +46,7 @@ from dora_ray.weights import require_architecture
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A training state apart from the one that trains on; `copied`: on a GPU, the moment from which on it is whole."""
+    """Copy of a training state. `copied`: on a GPU, the event after which the copy is complete."""
 
     name: str
     model: dict[str, Tensor]
@@ -56,7 +56,7 @@ class Snapshot:
 
 
 def take_snapshot(state: TrainState, config: Config, plan: Plan, world_size: int) -> Snapshot:
-    """Copy the state on its own device, which takes no longer than reading it: the step after it changes the state."""
+    """Copy the state on its own device, at memory bandwidth: the next step modifies the original."""
     networks = {"student": state.student, "teacher": state.teacher}
     model = {
         f"{which}.{name}": _copy(tensor) for which, net in networks.items() for name, tensor in net.state_dict().items()
@@ -80,7 +80,7 @@ def take_snapshot(state: TrainState, config: Config, plan: Plan, world_size: int
 
 
 def _versions(*packages: str) -> Iterator[tuple[str, str]]:
-    """Give the versions of installed packages: a step needs no Ray, and a copied folder of this one has no version."""
+    """Yield the versions of installed packages: Ray is not needed for a step, a copied source folder has no version."""
     for package in packages:
         with suppress(PackageNotFoundError):
             yield package, version(package)
@@ -95,7 +95,7 @@ def _now_on(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _on_host(snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors on the CPU, brought there beside the training: behind its kernels each would wait for a step."""
+    """Copy the tensors to the CPU on a stream of its own: on the training's, each would wait for a step's kernels."""
     if snapshot.copied is None:
         return snapshot.model, snapshot.state
     device = next(iter(snapshot.model.values())).device
@@ -103,7 +103,7 @@ def _on_host(snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, Any]]:
     stream.wait_event(snapshot.copied)
     with torch.cuda.stream(stream):
         on_host = _to_host(snapshot.model), _to_host(snapshot.state)
-    # The copies on the device are not needed while the files are written.
+    # Free the copies on the device before the files are written.
     snapshot.model.clear()
     snapshot.state.clear()
     return on_host
@@ -130,10 +130,10 @@ def _each(value: Any, change: Any) -> Any:
 
 
 def write_snapshot(snapshot: Snapshot, checkpoints: str) -> str:
-    """Write a snapshot below the folder `checkpoints`."""
+    """Write a snapshot into the folder `checkpoints`; return the checkpoint's folder."""
     model, state = _on_host(snapshot)
     buffer = io.BytesIO()
-    # The digests in meta.json say more, and what the writer computes it takes from the training.
+    # The digests in meta.json check more than CRC32 would, and its CPU time would be taken from training.
     with serialization.config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         torch.save(state, buffer)
     contents = {MODEL: safetensors.torch.save(model), STATE: buffer.getvalue()}
@@ -141,17 +141,17 @@ def write_snapshot(snapshot: Snapshot, checkpoints: str) -> str:
 
 
 class CheckpointWriter:
-    """Writes snapshots in a thread of its own, one after the other, and keeps the newest few.
+    """Writes snapshots in a background thread, one after the other, and keeps the newest few.
 
-    A snapshot that cannot be written costs nothing that was written before it: training goes on, and `finish` says so.
+    A failed write leaves the older checkpoints intact and training continues; `finish` raises it.
 
     Args:
         checkpoints: folder of the checkpoints.
-        keep: complete checkpoints kept.
-        journal: told of every checkpoint; its lines that the weights have seen are made durable before it.
+        keep: number of complete checkpoints to keep.
+        journal: records every checkpoint; its earlier lines are flushed before the checkpoint is written.
 
     Attributes:
-        seconds: what writing the last checkpoint took.
+        seconds: time that writing the last checkpoint took.
     """
 
     def __init__(self, checkpoints: str, *, keep: int, journal: Journal) -> None:
@@ -163,7 +163,7 @@ class CheckpointWriter:
         self.seconds = 0.0
 
     def start(self, snapshot: Snapshot, *, reason: str, copy_seconds: float) -> None:
-        """Write a snapshot after the one before it."""
+        """Write a snapshot in the background, once the previous one is written."""
         self._pending.result()
         self._pending = self._pool.submit(self._write, snapshot, reason, copy_seconds)
 
@@ -175,8 +175,8 @@ class CheckpointWriter:
             write_snapshot(snapshot, self._checkpoints)
         except (OSError, DoRAError, MemoryError) as error:
             self._failure = f"{folder} could not be written: {str(error) or type(error).__name__}"
-            self._journal.event("warning", step=step, message=f"{self._failure}. The checkpoints before it are kept.")
-            with suppress(OSError, DoRAError):  # half of it takes room that is lacking, perhaps
+            self._journal.event("warning", step=step, message=f"{self._failure}. Earlier checkpoints are kept.")
+            with suppress(OSError, DoRAError):  # a partial checkpoint takes space that may be lacking
                 files.remove(folder)
             return
         self._failure, self.seconds = "", time.monotonic() - started
@@ -193,31 +193,31 @@ class CheckpointWriter:
         return not self._pending.done()
 
     def failed(self) -> bool:
-        """Return whether the last snapshot could not be written, once it is no longer being written."""
+        """Wait for the last write; return whether it failed."""
         self._pending.result()
         return bool(self._failure)
 
     def finish(self) -> None:
-        """Wait for what is being written.
+        """Wait for the last write.
 
         Raises:
             CheckpointError: the last snapshot could not be written.
         """
         if self.failed():
             raise CheckpointError(
-                f"{self._failure}. The checkpoints before it are kept: make room, or give write access, and go on "
+                f"{self._failure}. Earlier checkpoints are kept: free disk space or grant write access, and continue "
                 "with --resume."
             )
 
 
 def load_newest(checkpoints: str, state: TrainState, config: Config, plan: Plan) -> tuple[str | None, list[str]]:
-    """Put the newest undamaged checkpoint into a newly made state.
+    """Load the newest undamaged checkpoint into a new state.
 
     Returns:
-        Its folder, None where there is no complete one; and a sentence for each newer one that was refused.
+        The checkpoint's folder, None if there is no complete one; and a sentence for each newer one that was refused.
 
     Raises:
-        CheckpointError: all are damaged; or the newest undamaged one is of another architecture, plan or format.
+        CheckpointError: all are damaged, or the newest undamaged one has another architecture, plan or format.
     """
     refused, damaged = list[str](), False
     for name in reversed(step_names(checkpoints)):
@@ -233,16 +233,16 @@ def load_newest(checkpoints: str, state: TrainState, config: Config, plan: Plan)
         else:
             return folder, refused
     if damaged:
-        raise CheckpointError(f"{' '.join(refused)} No good checkpoint is left: begin again with --overwrite.")
+        raise CheckpointError(f"{' '.join(refused)} No good checkpoint is left: start again with --overwrite.")
     return None, refused
 
 
 def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> None:
-    """Put a checkpoint into a newly made state.
+    """Load a checkpoint into a new state.
 
     Raises:
-        CheckpointError: it is incomplete, damaged, of another architecture, or of another plan; the message names what
-            differs.
+        CheckpointError: it is incomplete or damaged, or has another architecture or plan; the message names the
+            difference.
     """
     meta = read_meta(folder)
     require_architecture(folder, config.model_dump(mode="json"))
@@ -251,7 +251,7 @@ def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> No
     try:
         networks = safetensors.torch.load(model)
         tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
+    except Exception as error:  # torch.load raises any error of its unpickler or zip reader
         raise DamagedError(f"{folder} is damaged ({type(error).__name__}: {error}).") from error
     for which, network in (("student.", state.student), ("teacher.", state.teacher)):
         named = {name.removeprefix(which): value for name, value in networks.items() if name.startswith(which)}
@@ -264,10 +264,10 @@ def load_state(folder: str, state: TrainState, config: Config, plan: Plan) -> No
 
 
 def require_plan(folder: str, meta: Meta, plan: Plan) -> None:
-    """Refuse to go on with other clips than the checkpoint was trained with.
+    """Refuse to continue with other clips than the checkpoint was trained on.
 
     Raises:
-        CheckpointError: naming every part of the plan that changed.
+        CheckpointError: the plan differs; the message names every part that changed.
     """
     if meta.plan_digest == plan.digest:
         return
@@ -275,6 +275,6 @@ def require_plan(folder: str, meta: Meta, plan: Plan) -> None:
     changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     details = "; ".join(f"{key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} now" for key in changed)
     raise CheckpointError(
-        f"{folder} was trained on another plan, so its history could not be continued. Changed: {details}. "
-        "Give the settings and videos of the checkpoint, or start a new run in another --out folder."
+        f"{folder} was trained on another plan, so training cannot continue from it. Changed: {details}. "
+        "Use the checkpoint's settings and videos, or start a new run with another --out."
     )

@@ -1,4 +1,4 @@
-"""Warnings of a training that learns nothing, from its measures: one diagnosis at a time, with its remedy."""
+"""Detect a training that learns nothing from its measures: one diagnosis at a time, with its remedy."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Shares of the largest value that an entropy or a diversity can have.
+# Fractions of the largest possible entropy and diversity.
 FLAT_ENTROPY_SHARE = 0.99
 NO_DIVERSITY_SHARE = 0.01
 FULL_OVERLAP = 0.95
-# DINO's authors found temperatures above it unstable.
+# Highest stable temperature according to DINO's authors.
 WARMEST_TEACHER = 0.07
-# Overlap must last for this share of the run, or for as long as the warm-up if that is longer.
+# Full overlap must last for this share of the run, or as long as the warm-up if that is longer.
 LASTING_SHARE = 0.1
 
 
 @dataclass
 class CollapseWatch:
-    """Looks at each line of metrics after the warm-up, and says each thing once for as long as it holds.
+    """Checks each line of metrics after the warm-up; warns once per diagnosis for as long as it holds.
 
     Attributes:
-        num_outputs: O.
-        num_images: teacher views a slot, which bound the diversity.
+        num_outputs: O, head outputs.
+        num_images: teacher views per slot, which bound the diversity.
         num_objects: K.
         num_steps: steps of the run.
-        warmup_steps: steps before which the measures say nothing.
+        warmup_steps: warm-up steps, during which the measures are not meaningful.
         teacher_temperature: as configured.
         lr: the highest learning rate.
     """
@@ -41,7 +41,7 @@ class CollapseWatch:
     _overlap_since: int | None = None
 
     def look(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """A sentence that is to be said now; None while training looks alive, or when it was said before."""
+        """Return a new warning; None while training looks healthy or if the warning was given before."""
         if step <= self.warmup_steps:
             return None
         kind, sentence = self._diagnose(step, metrics)
@@ -49,13 +49,13 @@ class CollapseWatch:
         return sentence if kind != said else None
 
     def _diagnose(self, step: int, metrics: Mapping[str, float]) -> tuple[str | None, str | None]:
-        """The first that holds: a flat output is one for all images, and a collapsed teacher finds no objects."""
+        """Return the first diagnosis that holds, as (kind, sentence). Collapse comes first, as it hides the others."""
         entropy_share = metrics["teacher_entropy"] / math.log(self.num_outputs)
         least_diversity = NO_DIVERSITY_SHARE * math.log(min(self.num_images, self.num_outputs))
         if entropy_share > FLAT_ENTROPY_SHARE or metrics["teacher_diversity"] < least_diversity:
             return "collapse", (
                 "The teacher gives every image the same output, whose entropy is "
-                f"{entropy_share:.0%} of that of a flat one. {self._remedy(entropy_share)} and begin again."
+                f"{entropy_share:.0%} of that of a flat one. {self._remedy(entropy_share)} and start again."
             )
         if "object_overlap" not in metrics:  # no step since the last line had objects
             return ("overlap" if self._said == "overlap" else None), None
@@ -68,13 +68,13 @@ class CollapseWatch:
         return None, None
 
     def _remedy(self, entropy_share: float) -> str:
-        """Only a warm teacher flattens by itself. Steps that are too large do both, and no temperature helps then."""
+        """Return the setting to change: a high temperature can only flatten; too large steps cause either collapse."""
         if entropy_share > FLAT_ENTROPY_SHARE and self.teacher_temperature > WARMEST_TEACHER:
             return f"Lower loss.teacher_temperature (now {self.teacher_temperature:g}) to {WARMEST_TEACHER:g} or less"
         return f"Lower optim.lr (now {self.lr:g})"
 
     def _overlap_lasts(self, step: int, overlap: float) -> bool:
-        """Tell if the objects have been the same patches in every line for long."""
+        """Return whether the objects have covered the same patches in every line for long."""
         if overlap <= FULL_OVERLAP:
             self._overlap_since = None
             return False

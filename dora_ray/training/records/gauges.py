@@ -1,6 +1,6 @@
-"""Ray metrics of a run, which Prometheus collects and clusters/grafana-dashboard.json shows.
+"""Ray metrics of a run, collected by Prometheus and shown by clusters/grafana-dashboard.json.
 
-Rank 0 sets them with each line of metrics.jsonl; they cost nothing where Ray is not connected.
+Rank 0 sets them with each line of metrics.jsonl. Without a connection to Ray they do nothing.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any
 
 from dora_ray.training.records.waits import EXPOSED
 
-# Names of gauges, without Ray's own prefix `ray_`, what each is, and the line's fields that it is computed from.
+# Gauge names, without Ray's prefix `ray_`, and their descriptions.
 GAUGES = {
     "dora_step": "Optimizer steps done.",
     "dora_loss": "Loss, mean since the last line.",
-    "dora_clips_per_second": "Clips that all workers train on in a second.",
-    "dora_data_wait_share": "Share of a step in which the slowest worker waits for clips.",
+    "dora_clips_per_second": "Training throughput of all workers, in clips per second.",
+    "dora_data_wait_share": "Share of a step that the slowest worker waits for clips.",
     "dora_bad_clips": "Clips that could not be decoded, since step 0.",
     "dora_workers": "Training workers.",
 }
 
 
 def gauge_values(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the gauges' values of a line of metrics; what it lacks is left out."""
+    """Return the gauge values of a line of metrics; missing fields are left out."""
     fields = {"dora_step": "step", "dora_loss": "loss", "dora_clips_per_second": "clips_per_second"}
     fields |= {"dora_bad_clips": "bad_clips", "dora_workers": "world_size"}
     values = {gauge: float(line[field]) for gauge, field in fields.items() if field in line}
@@ -33,10 +33,10 @@ def gauge_values(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 class RunGauges:
-    """The gauges of one run; does nothing outside of Ray.
+    """Gauges of one run; does nothing without Ray.
 
     Args:
-        run: the run's folder or URI, whose last part tells runs apart in the dashboard.
+        run: the run's folder or URI; its last part labels the run in the dashboard.
     """
 
     def __init__(self, run: str) -> None:
@@ -50,7 +50,7 @@ class RunGauges:
             }
 
     def set(self, line: Mapping[str, Any]) -> None:
-        """Show a line of metrics."""
+        """Set the gauges from a line of metrics."""
         if self._gauges:
             for name, value in gauge_values(line).items():
                 self._gauges[name].set(value, tags=self._tags)

@@ -1,4 +1,4 @@
-"""A sign of life of the process that launched a run or a sweep: what was killed cannot say so itself."""
+"""Heartbeat of the process that launched a run or a sweep, so that a killed one can be detected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT = "heartbeat.json"
 BEAT_SECONDS, REMOTE_BEAT_SECONDS = 10.0, 30.0
-# A busy machine or a slow disk delays beats; a process on this machine is looked at directly.
+# Generous, because a busy machine or a slow disk delays beats. A process on this machine is checked directly.
 MISSED_BEATS = 12
 
 
@@ -27,7 +27,7 @@ class Heartbeat:
     """Writes heartbeat.json every few seconds while the context is open.
 
     Args:
-        folder: of the run or sweep; it may be a URI.
+        folder: folder or URI of the run or sweep.
     """
 
     def __init__(self, folder: str) -> None:
@@ -56,11 +56,11 @@ class Heartbeat:
         try:
             files.write_text(self._path, json.dumps({"time": time.time(), "every": self._seconds, **process}) + "\n")
         except (OSError, DoRAError) as error:
-            logger.debug("%s cannot be written just now: %s", self._path, error)
+            logger.debug("%s could not be written: %s", self._path, error)
 
 
 def is_dead(folder: str) -> bool | None:
-    """Return whether the process that launched what is in a folder is gone; None where it left no sign of life."""
+    """Return whether the process that launched the run or sweep is gone; None without a valid heartbeat file."""
     path = files.join(folder, HEARTBEAT)
     if not files.exists(path):
         return None
@@ -74,7 +74,7 @@ def is_dead(folder: str) -> bool | None:
 
 
 def _lives(pid: int, started: Any) -> bool:
-    """Return whether the process runs, and is not another one that was given the same number."""
+    """Return whether the process is running, and is not another one that reuses its pid."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -85,7 +85,7 @@ def _lives(pid: int, started: Any) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """Clock ticks from the machine's start to the process's; None where the system does not say, or it is a zombie."""
+    """Return the process's start time in clock ticks since boot; None for a zombie or without /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:

@@ -1,8 +1,8 @@
 """Files of a run beside its checkpoints: metrics.jsonl, ledger.jsonl, events.jsonl, status.json, tensorboard/.
 
-Rank 0 writes; Ray Train's controller adds failures to the events. Every line carries its attempt (1, 2, ...: each start
-of the worker group is one). An attempt that begins at step s takes back the steps from s on of the attempts before it;
-`read_history` and `read_metrics` apply that.
+Rank 0 writes; Ray Train's controller adds failures to the events. Every line carries its attempt, which counts the
+starts of the worker group from 1. An attempt that begins at step s supersedes the earlier attempts' steps from s on;
+`read_history` and `read_metrics` drop those.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ METRICS, EVENTS, STATUS, LEDGER, TENSORBOARD = (
     "ledger.jsonl",
     "tensorboard",
 )
-# What others than rank 0 note of a run in an object store, where a file has one writer.
+# Events from processes other than rank 0 in an object store, where a file has a single writer.
 OTHER_EVENTS = "events-controller.jsonl"
-# An event of a launch: a video of the run is not whole.
+# Event added at launch: frames of a video are missing.
 MISSING_FRAMES = "missing_frames"
 PICTURES = "pictures"
 LEDGER_END_BYTES = 1 << 16
 
 
 def read_lines(path: str) -> list[dict[str, Any]]:
-    """The JSON lines of a file; none when it is missing. A last line that a kill cut short is left out."""
+    """Return the JSON lines of a file; empty if it is missing. A last line that a kill cut short is skipped."""
     if not files.exists(path):
         return []
     lines = []
@@ -62,30 +62,30 @@ def read_lines(path: str) -> list[dict[str, Any]]:
 
 
 def read_events(run: str) -> list[dict[str, Any]]:
-    """All events of a run, by time."""
+    """Return all events of a run, sorted by time."""
     lines = read_lines(files.join(run, EVENTS)) + read_lines(files.join(run, OTHER_EVENTS))
     return sorted(lines, key=lambda line: float(line["time"]))
 
 
 def add_event(run: str, event: str, **fields: Any) -> None:
-    """Note an event from another process than that of rank 0: Ray Train's controller, the launcher."""
+    """Add an event from a process other than rank 0, such as Ray Train's controller or the launcher."""
     lines = files.LineFile(files.join(run, OTHER_EVENTS if files.is_remote(run) else EVENTS))
     lines.append(json.dumps({"time": time.time(), "event": event, **fields}))
     lines.flush()
 
 
 def read_history(run: str) -> dict[int, list[int]]:
-    """For each step that the weights have seen, the hashes of its slots' content: what was decoded, in slot order."""
+    """Return the slot hashes (of the decoded content, in slot order) of each step in the history of the weights."""
     return {step: line["slots"] for step, line in _survivors(read_lines(files.join(run, LEDGER))).items()}
 
 
 def read_metrics(run: str) -> list[dict[str, Any]]:
-    """The metrics lines that survived, by step."""
+    """Return the metrics lines that no later attempt superseded, by step."""
     return list(_survivors(read_lines(files.join(run, METRICS))).values())
 
 
 def _survivors(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The lines of each step that no later attempt has taken back."""
+    """Return each step's line, without those that a later attempt superseded."""
     kept: dict[int, dict[str, Any]] = {}
     for line in lines:
         if "begin" in line:
@@ -96,16 +96,16 @@ def _survivors(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 
 class Journal:
-    """The writer of one attempt.
+    """Writer of a run's records during one attempt.
 
     Args:
         run: the run's folder.
-        step: step that the attempt begins at.
+        step: first step of the attempt.
         num_steps: steps of the whole run.
         world_size: workers of the attempt.
         entered: seconds since the epoch at which the worker's training function was called.
-        last_checkpoint: name of the checkpoint that the attempt begins from.
-        loggers: services that get the same (`records.loggers`).
+        last_checkpoint: name of the checkpoint that the attempt starts from.
+        loggers: logging services that get the same records (`records.loggers`).
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Journal:
         self._recovery = _Recovery.of(events[starts[-1] :], entered) if starts else None
         if self._recovery is not None:
             self._recovery.steps_lost = max(0, _steps_done(run) - step)
-        # The ledger counts steps from 0; a line of metrics carries the number of steps done.
+        # The ledger numbers steps from 0; a metrics line carries the number of steps done.
         self._ledger.append(json.dumps({"attempt": self.attempt, "begin": step}))
         self._metrics.append(json.dumps({"attempt": self.attempt, "begin": step + 1}))
         self.event("start", step=step, world_size=world_size, host=socket.gethostname(), pid=os.getpid())
@@ -147,7 +147,7 @@ class Journal:
         self.status("running", step)
 
     def stepped(self, step: int, waited: float) -> None:
-        """The attempt did a step: if it is the first one after an interruption, say what that cost."""
+        """Record a finished step; the first one after an interruption adds an event with the recovery's cost."""
         if self._recovery is None:
             return
         recovery, self._recovery = self._recovery, None
@@ -156,9 +156,9 @@ class Journal:
         self._board.add(step, {"recovery_seconds": values["seconds"], "steps_lost": values["steps_lost"]})
 
     def event(self, event: str, **fields: Any) -> None:
-        """One line of events.jsonl, visible at once."""
+        """Add a line to events.jsonl and flush it."""
         self._events.append(json.dumps({"time": time.time(), "event": event, "attempt": self.attempt, **fields}))
-        with suppress(OSError, DoRAError):  # it is kept, and made visible with the next one
+        with suppress(OSError, DoRAError):  # the line stays buffered and is written with the next one
             self._events.flush()
         self._loggers.event(event, {"attempt": self.attempt, **fields})
         if event == "end":
@@ -168,11 +168,11 @@ class Journal:
         self.event("warning", step=step, message=message)
 
     def ledger(self, step: int, slots: list[int]) -> None:
-        """Note what every slot of a step was made of."""
+        """Add a step's slot hashes to the ledger."""
         self._ledger.append(json.dumps({"attempt": self.attempt, "step": step, "slots": slots}))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same to TensorBoard and Ray, and a fresh status.json."""
+        """Add a line to metrics.jsonl, TensorBoard, Ray and the loggers, and rewrite status.json."""
         line = {"step": step, "time": time.time(), "attempt": self.attempt, "world_size": self._world_size, **values}
         self._metrics.append(json.dumps(line))
         self._gauges.set(line)
@@ -181,7 +181,7 @@ class Journal:
         self.status("running", step, clips_per_second=values.get("clips_per_second"))
 
     def picture(self, step: int, name: str, picture: Image) -> None:
-        """Keep a picture in the run's folder, where its report finds it, and hand it to TensorBoard and the loggers."""
+        """Save a picture in the run's folder, for the report, and send it to TensorBoard and the loggers."""
         path = f"{PICTURES}/{checkpoint_name(step)}/{name}.png"
         try:
             files.write_bytes(files.join(self.run, path), png(picture))
@@ -193,11 +193,11 @@ class Journal:
         self._loggers.picture(step, name, picture)
 
     def histogram(self, step: int, name: str, values: NDArray[np.float32]) -> None:
-        """Hand the distribution of many values to TensorBoard."""
+        """Send a histogram of values to TensorBoard."""
         self._board.histogram(step, name, values)
 
     def status(self, state: str, step: int, **fields: Any) -> None:
-        """Write status.json; where that is not possible just now, training goes on."""
+        """Write status.json; log a warning if that fails, so that training continues."""
         facts = {
             "state": state,
             "step": step,
@@ -210,17 +210,17 @@ class Journal:
         try:
             write_status(self.run, **facts, **fields)
         except (OSError, DoRAError) as error:
-            logger.warning("%s cannot be written just now: %s", files.join(self.run, STATUS), error)
+            logger.warning("%s could not be written: %s", files.join(self.run, STATUS), error)
 
     def checkpoint(self, name: str, step: int, *, reason: str, seconds: float, copy_seconds: float) -> None:
-        """A checkpoint is complete.
+        """Record a complete checkpoint.
 
         Args:
-            name: its folder's name.
+            name: name of its folder.
             step: steps done.
-            reason: what it was made for.
-            seconds: what writing took beside the training.
-            copy_seconds: what copying the state took out of the training.
+            reason: reason for the checkpoint.
+            seconds: time to write it, in the background.
+            copy_seconds: time to copy the state, during which training paused.
         """
         self._last_checkpoint = name
         times = {"seconds": round(seconds, 4), "copy_seconds": round(copy_seconds, 4)}
@@ -228,31 +228,31 @@ class Journal:
         self.flush()
 
     def flush(self) -> None:
-        """Make all lines visible."""
+        """Flush all lines."""
         for lines in (self._metrics, self._ledger, self._events):
             lines.flush()
         self._board.copy()
 
     def close(self) -> None:
-        """Flush, and close TensorBoard's file. What cannot be written must not hide why a run ends."""
+        """Flush and close all files. A failed write must not hide the error that ends the run."""
         try:
             self.flush()
         except (OSError, DoRAError) as error:
-            logger.warning("the last lines of %s cannot be written: %s", self.run, error)
+            logger.warning("the last lines of %s could not be written: %s", self.run, error)
         self._board.close()
         self._loggers.close()
 
 
 @dataclass
 class _Recovery:
-    """From an interruption to the first step after it. All times are seconds since the epoch.
+    """Timeline from an interruption to the first step after it, in seconds since the epoch.
 
     Attributes:
-        noticed: when Ray Train's controller saw the failure, or had the workers leave.
-        grouped: when it asked for the places of the new workers.
-        entered: when the new worker's training function was called.
-        ready: when its state was loaded.
-        steps_lost: steps that have to be done again.
+        noticed: Ray Train's controller saw the failure, or had the workers leave.
+        grouped: the controller requested the placement of the new workers.
+        entered: the new worker's training function was called.
+        ready: its state was loaded.
+        steps_lost: number of steps to repeat.
     """
 
     noticed: float
@@ -263,13 +263,13 @@ class _Recovery:
 
     @classmethod
     def of(cls, events: list[dict[str, Any]], entered: float) -> _Recovery | None:
-        """From the events since the last start of the workers; None when nothing interrupted them.
+        """Read the recovery from the events since the workers' last start; None if nothing interrupted them.
 
-        What came before the last launch interrupted nothing: the run had ended.
+        Events before the last launch do not count: that run had ended.
         """
         launches = [index for index, line in enumerate(events) if line["event"] == "launch"]
         events = events[launches[-1] :] if launches else events
-        # A drain ends without a failure: the controller then only waits for the node to go.
+        # A drain causes no failure: the controller only waits for the node to go away.
         noticed = [line["time"] for line in events if line["event"] in ("failure", "leave", "hold")]
         grouped = [line["time"] for line in events if line["event"] == "group"]
         if not noticed or not grouped:
@@ -277,7 +277,7 @@ class _Recovery:
         return cls(noticed[0], grouped[-1], entered, time.time())
 
     def ended(self, waited: float) -> dict[str, Any]:
-        """Return the interruption's cost, in whole and by part; `waited` is the first step's wait for clips."""
+        """Return the cost of the interruption, total and by part; `waited` is the first step's wait for clips."""
         now = time.time()
         parts = {
             "reservation": self.grouped - self.noticed,
@@ -291,12 +291,12 @@ class _Recovery:
 
 
 def _steps_done(run: str) -> int:
-    """Count the steps that the attempts so far report: a ledger in an object store is as old as its checkpoint."""
+    """Return the steps done by earlier attempts. The ledger alone may lag: in an object store it is flushed rarely."""
     return max(_last_step(files.join(run, LEDGER)) + 1, int(read_status(run).get("step", 0)))
 
 
 def _last_step(ledger: str) -> int:
-    """The last step that the ledger holds; -1 when it holds none. A ledger is long: only its end is read."""
+    """Return the last step in the ledger, -1 if there is none. Reads only the end: a ledger can be long."""
     lines = files.read_end(ledger, LEDGER_END_BYTES).splitlines()
     for text in reversed(lines):
         try:
@@ -312,7 +312,7 @@ def write_status(run: str, **fields: Any) -> None:
 
 
 def read_status(run: str) -> dict[str, Any]:
-    """Return what status.json says; empty when there is none."""
+    """Return the contents of status.json; empty if there is none."""
     path = files.join(run, STATUS)
     return dict(json.loads(files.read_text(path))) if files.exists(path) else {}
 
@@ -328,9 +328,9 @@ class MetricsWindow:
         self._values: dict[str, list[SupportsFloat]] = {}
 
     def add(self, measures: Mapping[str, SupportsFloat], seconds: float) -> None:
-        """Count one step: its measures, and the seconds it took.
+        """Add a step's measures and its duration in seconds.
 
-        The measures are read when their means are asked for: a GPU may not have come so far yet.
+        The measures are converted only in `means`, as a GPU may not have computed them yet.
         """
         self._count += 1
         self._seconds += seconds
@@ -338,8 +338,8 @@ class MetricsWindow:
             self._values.setdefault(name, []).append(value)
 
     def means(self, clips_a_step: int) -> dict[str, float]:
-        """The means since the last call, with the rates, and begin again."""
-        # A measure of objects is not there in every step.
+        """Return the means and rates since the last call, and reset."""
+        # Object measures are missing in some steps.
         values = {name: sum(map(float, found)) / len(found) for name, found in self._values.items()}
         values["step_seconds"] = self._seconds / self._count
         values["clips_per_second"] = clips_a_step * self._count / self._seconds

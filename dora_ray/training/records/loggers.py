@@ -1,7 +1,7 @@
-"""Services that a run's metrics go to beside its own files (run.loggers): Weights & Biases, MLflow, trackio.
+"""Logging services that receive a run's metrics (run.loggers): Weights & Biases, MLflow, trackio.
 
-Rank 0 writes. A run keeps its name there over restarts and resumes: loggers.json in its folder has it. A service that
-fails is warned of once and gets nothing more until the next start of the workers; metrics.jsonl has everything.
+Rank 0 writes. A run keeps its identity over restarts and resumes, in loggers.json in its folder. If a service fails,
+one warning is logged and the service gets nothing more until the workers' next start; metrics.jsonl is complete.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 IDENTITY = "loggers.json"
 PROJECT = "dora_ray"
-# Events of a run that are worth a mark beside its curves.
+# Events to mark beside the curves.
 MARKED = ("start", "resize", "recovered", "warning", "end")
-# Most values that MLflow takes at once.
+# Maximum number of parameters in one MLflow batch.
 MLFLOW_BATCH = 100
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A run as services know it.
+    """Identity of a run at the services.
 
     Attributes:
         id: stays the same over resumes; new after --overwrite.
-        name: the last part of its folder.
-        group: the sweep that the run is a trial of.
+        name: last part of the run's folder.
+        group: the sweep, if the run is one of its trials.
         folder: the run's folder or URI.
-        config: as resolved, dotted keys.
+        config: resolved configuration with dotted keys.
     """
 
     id: str
@@ -55,20 +55,20 @@ class Service(Protocol):
     """An open run at a service."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the values after a step."""
+        """Log the values of a step."""
 
     def event(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
-        """Mark an event."""
+        """Log an event."""
 
     def picture(self, step: int, name: str, picture: Image) -> None:
-        """Take a picture."""
+        """Log a picture."""
 
     def close(self, *, done: bool) -> None:
-        """Send what is left; `done`: the run has reached its last step."""
+        """Send pending data and close; `done`: the run has reached its last step."""
 
 
 class WandbRun:
-    """A run at Weights & Biases; WANDB_MODE, WANDB_PROJECT and WANDB_ENTITY work as ever."""
+    """A run at Weights & Biases; respects WANDB_MODE, WANDB_PROJECT and WANDB_ENTITY."""
 
     def __init__(self, run: Identity) -> None:
         self._run: Any = importlib.import_module("wandb").init(
@@ -81,7 +81,7 @@ class WandbRun:
             resume="allow",
             allow_val_change=True,
         )
-        # W&B's own step only grows, and a restart begins at an earlier one.
+        # W&B's own step can only grow, but a restart goes back to an earlier step.
         self._run.define_metric("*", step_metric="step")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -89,7 +89,7 @@ class WandbRun:
         self._run.log({**values, "step": step})
 
     def event(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
-        """Log a mark; the last words of each kind are in the summary."""
+        """Log a mark; the fields of the last event of each kind go to the summary."""
         self._run.log({f"events/{name}": 1, "step": step})
         self._run.summary[f"last_{name}"] = json.dumps(dict(fields))
 
@@ -98,12 +98,12 @@ class WandbRun:
         self._run.log({name: importlib.import_module("wandb").Image(picture), "step": step})
 
     def close(self, *, done: bool) -> None:
-        """Finish; a run that is not done can be resumed."""
+        """Finish the run; exit code 1 if it is not done, so it can be resumed."""
         self._run.finish(exit_code=0 if done else 1)
 
 
 class TrackioRun:
-    """A run at trackio, which knows a run by its name."""
+    """A run at trackio, which identifies runs by name."""
 
     def __init__(self, run: Identity) -> None:
         name = f"{run.name}-{run.id}"
@@ -115,7 +115,7 @@ class TrackioRun:
         self._run.log(dict(values), step=step)
 
     def event(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
-        """Log a mark, with the numbers of the event."""
+        """Log a mark with the event's numeric fields."""
         numbers = {key: value for key, value in fields.items() if isinstance(value, int | float)}
         self._run.log(
             {f"events/{name}": 1, **{f"events/{name}/{key}": value for key, value in numbers.items()}}, step=step
@@ -126,12 +126,12 @@ class TrackioRun:
         self._run.log({name: importlib.import_module("trackio").Image(picture)}, step=step)
 
     def close(self, *, done: bool) -> None:
-        """Finish."""
+        """Finish the run."""
         self._run.finish()
 
 
 class MlflowRun:
-    """A run at MLflow, at MLFLOW_TRACKING_URI; the experiment is the sweep, or dora_ray."""
+    """A run at MLflow (MLFLOW_TRACKING_URI); the experiment is the sweep's name, or dora_ray."""
 
     def __init__(self, run: Identity) -> None:
         self._mlflow: Any = importlib.import_module("mlflow")
@@ -160,16 +160,16 @@ class MlflowRun:
         self._client.log_batch(self._id, [self._metric(key, float(value), now, step) for key, value in values.items()])
 
     def event(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
-        """Log a mark; the last words of each kind are a tag."""
+        """Log a mark; the fields of the last event of each kind become a tag."""
         self.metrics(step, {f"events/{name}": 1.0})
         self._client.set_tag(self._id, f"last_{name}", json.dumps(dict(fields)))
 
     def picture(self, step: int, name: str, picture: Image) -> None:
-        """Log the picture among those of its name."""
+        """Log the picture under its name."""
         self._client.log_image(self._id, picture, key=name, step=step)
 
     def close(self, *, done: bool) -> None:
-        """Finish; KILLED can be resumed."""
+        """Finish the run; KILLED if it is not done, so it can be resumed."""
         self._client.set_terminated(self._id, "FINISHED" if done else "KILLED")
 
 
@@ -177,7 +177,7 @@ SERVICES: dict[str, Callable[[Identity], Service]] = {"wandb": WandbRun, "mlflow
 
 
 def require_packages(names: Sequence[str]) -> None:
-    """Raise ConfigError where the package of a logger is not installed."""
+    """Raise ConfigError if a logger's package is not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -187,7 +187,7 @@ def require_packages(names: Sequence[str]) -> None:
 
 
 def identify(run: str) -> Identity:
-    """Return a run's identity, which is written down when it is first asked for."""
+    """Return a run's identity; the first call writes its id into the run's folder."""
     place = files.join(run, IDENTITY)
     if not files.exists(place):
         files.write_text(place, json.dumps({"id": uuid.uuid4().hex[:12]}) + "\n")
@@ -201,12 +201,12 @@ def identify(run: str) -> Identity:
 
 
 class Loggers:
-    """All services of a run.
+    """All logging services of a run.
 
     Args:
         run: the run's folder.
-        names: of the services.
-        warn: told the step, and why a service gets nothing more.
+        names: names of the services.
+        warn: called with the step and a message when a service fails.
     """
 
     def __init__(self, run: str, names: Sequence[str], warn: Callable[[int, str], None]) -> None:
@@ -224,15 +224,15 @@ class Loggers:
             act(*arguments)
         except Exception as error:  # noqa: BLE001  a service that is down must not end a training
             self._open.pop(name, None)
-            self._warn(step, f"{name} gets nothing more until the next start of the workers: {error}")
+            self._warn(step, f"{name} failed and gets nothing more until the workers' next start: {error}")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand on the values after a step."""
+        """Send the values of a step to all services."""
         for name, service in list(self._open.items()):
             self._guarded(name, step, service.metrics, step, values)
 
     def event(self, event: str, fields: Mapping[str, Any]) -> None:
-        """Hand on an event, if it is one to be marked."""
+        """Send an event to all services if it is one of `MARKED`."""
         self._done = self._done or event == "end"
         if event not in MARKED:
             return
@@ -241,11 +241,11 @@ class Loggers:
             self._guarded(name, step, service.event, step, event, fields)
 
     def picture(self, step: int, name: str, picture: Image) -> None:
-        """Hand on a picture."""
+        """Send a picture to all services."""
         for service_name, service in list(self._open.items()):
             self._guarded(service_name, step, service.picture, step, name, picture)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Close all services."""
         for name, service in list(self._open.items()):
             self._guarded(name, 0, functools.partial(service.close, done=self._done))

@@ -1,4 +1,4 @@
-"""Status of a run from its files alone: it may be alive or dead, here or in an object store."""
+"""Status of a run, read from its files alone, whether it is alive or dead, local or in an object store."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from dora_ray.errors import ConfigError
 from dora_ray.training.records.heartbeat import is_dead
 from dora_ray.training.records.journal import CONFIG, MISSING_FRAMES, STATUS, read_events, read_metrics, read_status
 
-# A run writes at every logged step, and when workers end and start; after this long without a word, or after as many
-# times the time between its last lines, it has most likely been killed.
+# A run writes at every logged step and when workers stop or start. It was most likely killed if it has been silent for
+# this long, and for this many times the interval between its last lines.
 SILENT_SECONDS, SILENT_LINES = 300.0, 10.0
-# States that only a process that lives can leave.
+# States that only a live process can leave.
 UNFINISHED = ("starting", "running", "waiting")
 FROM_METRICS = ("step", "world_size", "clips_per_second", "loss")
 
 
 def summarize(run: str) -> dict[str, Any]:
-    """Describe a run, in the order in which one asks; what is unknown is left out.
+    """Summarize a run, most important facts first; unknown ones are left out.
 
     Returns:
-        run, state (starting, running, done, failed, or what else status.json says; in place of running "dead" when the
-        process that launched it is gone, "silent" when nothing has been heard for long), step, steps, world_size,
-        clips_per_second, loss, attempt, last_checkpoint, last_checkpoint_step, last_checkpoint_seconds (its age),
-        failures, resizes, restarts, recovery_seconds (of each restart), steps_lost, missing_frames (of videos that
-        are not whole), written_seconds (since the last word), error, message.
+        run, state (from status.json: starting, running, done, failed, ...; "dead" in place of an unfinished state if
+        the launching process is gone, "silent" in place of "running" if nothing was written for long), step, steps,
+        world_size, clips_per_second, loss, attempt, last_checkpoint, last_checkpoint_step, last_checkpoint_seconds (its
+        age), failures, resizes, restarts, recovery_seconds (of each restart), steps_lost, missing_frames (of incomplete
+        videos), written_seconds (since the last write), error, message.
 
     Raises:
-        ConfigError: the folder is no run's, or its status.json is damaged.
+        ConfigError: the folder holds no run, or its status.json is damaged.
     """
     path = files.absolute(run)
     status = _read_status(path)
@@ -61,8 +61,8 @@ def _read_status(path: str) -> dict[str, Any]:
     names = files.list_names(path)
     if STATUS not in names and CONFIG not in names:
         raise ConfigError(
-            f"{path} has neither {STATUS} nor {CONFIG}: it is not a run's folder. Give what --out named, or a folder "
-            "below runs/"
+            f"{path} has neither {STATUS} nor {CONFIG}, so it is not a run's folder. Give the run's --out folder, or a "
+            "folder below runs/"
         )
     try:
         return read_status(path)
@@ -73,13 +73,13 @@ def _read_status(path: str) -> dict[str, Any]:
 
 
 def _patience(metrics: Sequence[dict[str, Any]]) -> float:
-    """Seconds without a word that are nothing unusual for this run."""
+    """Return the longest silence, in seconds, that is normal for this run."""
     between = [metrics[-1]["time"] - metrics[-2]["time"]] if len(metrics) > 1 else []
     return max([SILENT_SECONDS, *(SILENT_LINES * float(seconds) for seconds in between)])
 
 
 def _checkpoint(events: Sequence[dict[str, Any]], name: str | None, now: float) -> dict[str, Any]:
-    """The last checkpoint; that an attempt began from it is enough when its own line is lost."""
+    """Return the last checkpoint, from its event or, if that line is lost, from the status."""
     written = [line for line in events if line["event"] == "checkpoint"]
     if not written:
         return {"last_checkpoint": name}
@@ -92,7 +92,7 @@ def _checkpoint(events: Sequence[dict[str, Any]], name: str | None, now: float) 
 
 
 def missing_frames(events: Sequence[dict[str, Any]]) -> list[str]:
-    """Say what is missing of the run's videos, a sentence each."""
+    """Return a sentence for each of the run's videos with missing frames."""
     found = {line["video"]: line["missing"] for line in events if line["event"] == MISSING_FRAMES}
     return [f"{video}: {missing}" for video, missing in found.items()]
 

@@ -1,4 +1,4 @@
-"""Follows a run's files from the process that launched it."""
+"""Follow a run's files from the launching process."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ REMOTE_POLL_SECONDS = 5.0
 
 
 class RunTail:
-    """Hands on what the workers write while the context is open: wherever they are, they share the run's folder.
+    """Forwards new lines of the run's files while the context is open; all workers write to the shared folder.
 
-    New lines of metrics go to `on_metrics`, events to `on_event`; warnings, failures and resizes to this module's
-    logger.
+    Metrics lines go to `on_metrics`, events to `on_event`; warnings, failures and resizes are also logged.
     """
 
     def __init__(self, run: str, on_metrics: OnLine | None, on_event: OnLine | None = None) -> None:
@@ -64,11 +63,11 @@ class RunTail:
             try:
                 lines.forward()
             except (OSError, DoRAError) as error:
-                logger.warning("%s cannot be read just now: %s", lines.path, error)
+                logger.warning("%s could not be read: %s", lines.path, error)
 
 
 class _Lines:
-    """The lines that are added to a file of JSON lines."""
+    """New lines of a JSON Lines file."""
 
     def __init__(self, path: str, on_line: Callable[[dict[str, Any]], None]) -> None:
         self.path = path
@@ -76,7 +75,7 @@ class _Lines:
         self._offset = len(self._read(0))
 
     def _read(self, offset: int) -> bytes:
-        """Return what follows `offset`; an object is read whole."""
+        """Return the bytes from `offset` on; in an object store the whole object is read."""
         if not files.exists(self.path):
             return b""
         if files.is_remote(self.path):
@@ -86,7 +85,7 @@ class _Lines:
             return file.read()
 
     def forward(self) -> None:
-        """Hand on the complete lines that are new."""
+        """Forward the new complete lines."""
         new = self._read(self._offset)
         complete = new[: new.rfind(b"\n") + 1]
         self._offset += len(complete)

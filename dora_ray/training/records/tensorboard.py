@@ -1,7 +1,7 @@
-"""TensorBoard's files of a run.
+"""TensorBoard files of a run.
 
-tensorboardX's own SummaryWriter is not used: the thread in which it writes dies on a full disk, and from its eleventh
-value on training would wait for that thread for ever.
+tensorboardX's own SummaryWriter is not used: its writer thread dies on a full disk, and once its queue of ten values
+is full, training would hang.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 HISTOGRAM_BINS = 64
-# Measures beside a run's settings in the table of hyperparameters; and those that a run has where a setting is given.
+# Measures in the table of hyperparameters: of every run, and of runs that have the given setting.
 COMPARED = ("loss", "object_agreement", "object_overlap", "teacher_diversity")
 MEASURED = {
     "evaluation.images": ("knn",),
@@ -36,13 +36,13 @@ MEASURED = {
 
 
 class Board:
-    """Writes what TensorBoard shows of one attempt, the file being made with the first of it.
+    """Writes the TensorBoard file of one attempt; the first value creates it.
 
-    Where its file cannot be written it says so once and does no more: metrics.jsonl has the same values.
+    If the file cannot be written, it warns once and stops writing: metrics.jsonl has the same values.
 
     Args:
-        folder: where the files are to be; may be a URI.
-        warn: told the step, and why nothing more is written.
+        folder: folder of the files; may be a URI.
+        warn: called with the step and a message when writing fails.
     """
 
     def __init__(self, folder: str, warn: Callable[[int, str], None]) -> None:
@@ -52,13 +52,13 @@ class Board:
         self._failed = False
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Values after a step, visible at once."""
+        """Add the values of a step and flush."""
         from tensorboardX.summary import scalar
 
         self._write(step, [scalar(name, value) for name, value in values.items()])
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Add a text as it is, which TensorBoard would else read as Markdown."""
+        """Add a text verbatim: indented, because TensorBoard would render it as Markdown."""
         from tensorboardX.summary import text as summary
 
         self._write(step, [summary(name, "\n".join(f"    {line}" for line in text.splitlines()))])
@@ -87,7 +87,7 @@ class Board:
         self._write(step, [begin, settings])
 
     def done(self, step: int) -> None:
-        """Say in the table of hyperparameters that the run has reached its last step."""
+        """Mark the run as finished in the table of hyperparameters."""
         if self._writer is not None:
             self._write(step, [_hyperparameters({}, [])[2]])
 
@@ -103,7 +103,7 @@ class Board:
             writer.flush()
         except OSError as error:
             self._failed = True
-            self._warn(step, f"{self._folder} gets nothing more until the next start of the workers: {error}")
+            self._warn(step, f"{self._folder} gets nothing more until the workers' next start: {error}")
 
     def _open(self) -> Any:
         if self._writer is None:
@@ -116,15 +116,15 @@ class Board:
         return self._writer
 
     def copy(self) -> None:
-        """Put the file where the run is, if that is an object store, in which nothing can be appended to."""
+        """Upload the file if the run is in an object store, where files cannot be appended to."""
         if self._writer is not None and files.is_remote(self._folder):
             for path in Path(self._local).iterdir():
                 files.write_bytes(files.join(self._folder, path.name), path.read_bytes())
 
     def close(self) -> None:
-        """Close the file; remove the copy of one that is in an object store."""
+        """Close the file; remove the local copy if the run is in an object store."""
         if self._writer is not None:
-            with suppress(OSError):  # of what `add` has warned
+            with suppress(OSError):  # `add` has already warned
                 self._writer.close()
             if files.is_remote(self._folder):
                 shutil.rmtree(self._local, ignore_errors=True)
@@ -138,7 +138,7 @@ def png(picture: Image) -> bytes:
 
 
 def _hyperparameters(values: Mapping[str, Any], measures: Sequence[str]) -> tuple[Any, Any, Any]:
-    """Return the summaries of an experiment, a session's begin and its end; lists and None become text."""
+    """Return the HParams summaries: experiment, session start, session end; lists and None become text."""
     from tensorboardX.summary import hparams
 
     plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()}

@@ -1,6 +1,6 @@
-"""Seconds that ranks wait for clips: they travel to rank 0 in the sum that a step makes anyway, where a line is due.
+"""Seconds that ranks wait for clips, sent to rank 0 with the step's own all-reduce when a metrics line is due.
 
-W ranks, K stages in which Ray Data counts a wait: none without Ray.
+W ranks, K stages for which Ray Data counts waits (none without Ray).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Waits:
     Attributes:
         rank: this rank.
         size: W.
-        blocked: gives the seconds so far in each of K stages.
+        blocked: returns the seconds waited so far in each of the K stages.
     """
 
     rank: int
@@ -34,12 +34,12 @@ class Waits:
     _stages: list[str] = field(default_factory=list)
 
     def add(self, seconds: float) -> None:
-        """Count a step that waited so long."""
+        """Add one step's wait in seconds."""
         self._num_steps += 1
         self._seconds += seconds
 
     def take(self) -> NDArray[np.int64]:
-        """(W * (1 + K),) microseconds a step, zeros but for this rank's; begin again."""
+        """Return microseconds per step, (W * (1 + K),), zero except for this rank's, and reset."""
         now = self.blocked()
         self._stages = list(now)
         mine = [self._seconds, *(now[stage] - self._before.get(stage, 0.0) for stage in now)]
@@ -49,10 +49,10 @@ class Waits:
         return table.ravel()
 
     def values(self, total: NDArray[np.int64]) -> dict[str, float]:
-        """Return the measures of the rank that waited longest, in seconds a step.
+        """Return the waits of the rank that waited longest, in seconds per step.
 
         Args:
-            total: what the ranks took, added.
+            total: sum over ranks of the results of `take`.
         """
         table = total.reshape(self.size, -1)
         slowest = table[table[:, 0].argmax()] * MICRO

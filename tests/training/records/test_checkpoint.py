@@ -248,7 +248,7 @@ def test_a_folder_that_nodes_do_not_share_is_named_on_all_ranks(tmp_path: Path) 
 
 def test_a_worker_that_does_not_see_the_runs_folder_says_so(tmp_path: Path) -> None:
     """Before anything is trained: else the run would end without a checkpoint, or begin anew after a failure."""
-    with pytest.raises(ClusterError, match=r"does not see .*nowhere: --out must be a folder that all nodes share"):
+    with pytest.raises(ClusterError, match=r"cannot access .*nowhere: --out must be a folder that all nodes share"):
         train_loop(Job(CONFIG, PLAN, str(tmp_path / "nowhere")), local_world(Job(CONFIG, PLAN, str(tmp_path))))
     assert not (tmp_path / "nowhere").exists()
 

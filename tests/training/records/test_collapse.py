@@ -45,7 +45,7 @@ def test_a_collapse_has_one_diagnosis_and_one_remedy(
     assert step == 90
     assert sentence == (
         f"The teacher gives every image the same output, whose entropy is {share} of that of a flat one. "
-        f"{remedy} and begin again."
+        f"{remedy} and start again."
     )
 
 

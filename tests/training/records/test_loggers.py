@@ -110,7 +110,7 @@ def test_a_service_that_fails_is_warned_of_once_and_training_goes_on(run: str, m
     notes.broken = True
     attempt(run, 0, 3, "wandb")
     (warning,) = [event["message"] for event in read_events(run) if event["event"] == "warning"]
-    assert warning == "wandb gets nothing more until the next start of the workers: the service is down"
+    assert warning == "wandb failed and gets nothing more until the workers' next start: the service is down"
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3]
 
 
@@ -118,7 +118,7 @@ def test_a_service_that_cannot_be_opened_is_warned_of(run: str, monkeypatch: pyt
     monkeypatch.setitem(loggers.SERVICES, "trackio", lambda identity: 1 / 0)
     attempt(run, 0, 1, "trackio")
     assert [event["message"] for event in read_events(run) if event["event"] == "warning"] == [
-        "trackio gets nothing more until the next start of the workers: division by zero"
+        "trackio failed and gets nothing more until the workers' next start: division by zero"
     ]
 
 
