@@ -121,7 +121,7 @@ def test_a_model_of_timms_is_begun_with(tmp_path: Path) -> None:
 )
 def test_another_encoder_is_refused_before_anything_starts(source: Path, tmp_path: Path, override, message) -> None:
     config = config_of(f"model.init={source}", override)
-    with pytest.raises(CheckpointError, match=f"another encoder.*{message}"):
+    with pytest.raises(CheckpointError, match=f"does not match the configured encoder.*{message}"):
         with_resolved_init(config, str(tmp_path / "run"), resume=False, overwrite=False)
 
 
