@@ -1,1 +1,1 @@
-"""Frames decoded once: ingest, the frame store, its statistics."""
+"""Frame store: ingest, which decodes each frame once, the stored frames, and their statistics."""

@@ -1,4 +1,4 @@
-"""A node's own copy of a dataset of the frame store, for stores that are far away (object stores, network disks)."""
+"""Node-local copies of frame-store datasets, for remote stores (object storage, network disks)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def local_copy(uri: str, identity: str, folder: str) -> str:
-    """Return this node's copy of a dataset below `folder`; the first process that asks makes it.
+    """Return this node's copy of a dataset in `folder`; the first process that asks creates it.
 
-    A copy is never changed: `identity` names the dataset's files, so what is ingested anew, or added to, gets another.
-    Copies are not removed. Where none can be made (a full disk), the dataset itself, with a warning.
+    A copy never changes: `identity` is derived from the dataset's files, so a dataset that is re-ingested or extended
+    gets another copy. Copies are never removed. If no copy can be made (full disk), warn and return the dataset's own
+    URI.
     """
     place = hashlib.blake2b(uri.encode(), digest_size=6).hexdigest()
     target = Path(folder, f"{Path(uri).parent.name}-{Path(uri).stem}-{place}-{identity}.lance")
@@ -26,14 +27,14 @@ def local_copy(uri: str, identity: str, folder: str) -> str:
         if not target.exists():
             _copy_once(uri, target)
     except (OSError, ConfigError) as error:
-        logger.warning("%s: no copy could be made (%s); frames are read from %s", target, error, uri)
+        logger.warning("%s: no copy could be made (%s); reading frames from %s", target, error, uri)
         return uri
     return str(target)
 
 
 def _copy_once(uri: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The lock ends with its process, whatever happens to it; the file stays.
+    # The kernel releases the lock when its process ends, however it ends; the lock file stays.
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
@@ -43,6 +44,6 @@ def _copy_once(uri: str, target: Path) -> None:
                 files.copy_folder(uri, str(partial))
                 partial.rename(target)
             except BaseException:
-                # On a disk that is full, half a copy would keep it so.
+                # On a full disk, half a copy would keep the disk full.
                 shutil.rmtree(partial, ignore_errors=True)
                 raise

@@ -1,6 +1,6 @@
-"""Shot cuts, and the few bytes kept of every stored frame that they are found from.
+"""Shot cuts, and the signature kept of every stored frame to detect them.
 
-A signature is 64 + 256 + 64 + 64 bytes: a joint color histogram (4 x 4 x 4 bins of y, u, v; each byte 255 times the
+A signature has 64 + 256 + 64 + 64 bytes: a joint color histogram (4 x 4 x 4 bins of y, u, v; each byte is 255 times the
 square root of the bin's share, so that a dot product is the Bhattacharyya coefficient), and area-averaged thumbnails of
 y (16 x 16), u and v (8 x 8).
 
@@ -16,14 +16,14 @@ import numpy as np
 HISTOGRAM = 64
 THUMB = 16
 SIGNATURE_BYTES = HISTOGRAM + THUMB * THUMB + 2 * (THUMB // 2) ** 2
-# Chosen on real and synthetic footage: see tests/store/test_cuts.py for what they must and must not find.
+# Chosen on real and synthetic footage; tests/store/test_cuts.py lists the cuts to find and the motion to ignore.
 NEIGHBORS = 4
 FLOOR = 0.4
 RATIO = 2.5
 
 
 def signature(y: np.ndarray, u: np.ndarray, v: np.ndarray) -> bytes:
-    """SIGNATURE_BYTES bytes of one picture: y (H, W), u and v (H / 2, W / 2), uint8."""
+    """Return the signature (SIGNATURE_BYTES bytes) of a picture: y (H, W), u and v (H / 2, W / 2), uint8."""
     bins = (y[::2, ::2] >> 2 & 0b110000) | (u >> 4 & 0b1100) | (v >> 6)
     share = np.bincount(bins.ravel(), minlength=HISTOGRAM) / bins.size
     histogram = np.rint(255 * np.sqrt(share)).astype(np.uint8)
@@ -32,23 +32,23 @@ def signature(y: np.ndarray, u: np.ndarray, v: np.ndarray) -> bytes:
 
 
 def unpack(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(F, SIGNATURE_BYTES) uint8 -> histograms (F, 64) of unit length and thumbnails (F, 384) in 0..1, float32."""
+    """Return unit histograms (F, 64) and thumbnails (F, 384) in 0..1, float32, from (F, SIGNATURE_BYTES) uint8."""
     histograms = signatures[:, :HISTOGRAM].astype(np.float32)
     histograms /= np.maximum(np.linalg.norm(histograms, axis=1, keepdims=True), 1.0)
     return histograms, signatures[:, HISTOGRAM:].astype(np.float32) / 255
 
 
 def lightness(signatures: np.ndarray) -> np.ndarray:
-    """(F, SIGNATURE_BYTES) -> (F,) mean of the y plane, 0 black to 1 white."""
+    """Return the (F,) mean of the y plane, 0 black to 1 white, from (F, SIGNATURE_BYTES) uint8."""
     means: np.ndarray = signatures[:, HISTOGRAM : HISTOGRAM + THUMB * THUMB].mean(1) / 255
     return means
 
 
 def distances(signatures: np.ndarray) -> np.ndarray:
-    """(F, SIGNATURE_BYTES) -> (F,) how much each frame differs from the one before, 0 same to 1; the first is 0.
+    """Return each frame's (F,) distance to the previous frame, 0 identical to 1; the first is 0.
 
-    The mean of two views that fail in different places: the histogram's Hellinger distance (blind to motion, moved by
-    light) and one minus the thumbnails' correlation (blind to light, moved by motion).
+    The mean of two measures that fail in different cases: the histograms' Hellinger distance (insensitive to motion,
+    sensitive to light) and one minus the thumbnails' correlation (insensitive to light, sensitive to motion).
     """
     result = np.zeros(len(signatures))
     if len(signatures) > 1:
@@ -62,10 +62,10 @@ def distances(signatures: np.ndarray) -> np.ndarray:
 
 
 def find_cuts(signatures: np.ndarray) -> np.ndarray:
-    """(F, SIGNATURE_BYTES) uint8 -> (F,) bool, True where a frame starts a new shot; the first frame never does.
+    """Return (F,) bool from (F, SIGNATURE_BYTES) uint8, True where a frame starts a new shot (never the first frame).
 
-    A frame is a cut where its distance to the frame before is above FLOOR, above RATIO times the median distance of the
-    NEIGHBORS frames on each side (what motion alone does just there), and the largest within one frame of it.
+    A frame is a cut if its distance to the previous frame exceeds FLOOR, exceeds RATIO times the median distance of the
+    NEIGHBORS frames on each side (the local effect of motion alone), and is the largest within one frame of it.
     """
     distance = distances(signatures)
     num_frames = len(distance)
@@ -82,7 +82,7 @@ def find_cuts(signatures: np.ndarray) -> np.ndarray:
 
 
 def _thumb(plane: np.ndarray, size: int) -> np.ndarray:
-    """(H, W) -> (size, size) uint8 area means; rows and columns are repeated where a picture has fewer than `size`."""
+    """Return (size, size) uint8 area means of (H, W); rows and columns repeat where there are fewer than `size`."""
     height, width = plane.shape
     rows, columns = _bins(height, size), _bins(width, size)
     sums = rows @ plane.astype(np.float32) @ columns.T
@@ -92,7 +92,7 @@ def _thumb(plane: np.ndarray, size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def _bins(length: int, size: int) -> np.ndarray:
-    """(size, length) float32: 1 where a pixel belongs to a bin; every bin has at least one."""
+    """Return (size, length) float32: 1 where a pixel belongs to a bin. Every bin has at least one pixel."""
     starts = np.arange(size) * length // size
     stops = np.maximum(np.arange(1, size + 1) * length // size, starts + 1)
     pixel = np.arange(length)

@@ -1,9 +1,9 @@
-"""Lance datasets of frames: rows written and committed, looked up, read by number.
+"""Lance datasets of frames: write, commit, look up, and read rows by number.
 
 A row is a frame:
     segment int32, pts int64 (ticks), jpeg large_binary, width int16, height int16, signature (cuts.SIGNATURE_BYTES)
-A frame that cannot be decoded has its row too, with null in jpeg and signature: what was tried is never tried again.
-Whole segments are appended by atomic commits, and readers pin a version, so a dataset can grow while it is read.
+An undecodable frame has a row, too, with null jpeg and signature, so that it is never attempted again. Whole segments
+are appended by atomic commits, and readers pin a version, so a dataset can grow while it is read.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from dora_ray.store.cache import local_copy
 from dora_ray.video.decoders import DecodedFrame
 from dora_ray.video.index import DECODING_RULES
 
-# Ray forks only to exec its daemons at once, which is safe; lance warns at every fork of a process that imported it.
+# Ray forks only to exec its daemons at once, which is safe; Lance warns at every fork of a process that imported it.
 warnings.filterwarnings("ignore", message="lance is not fork-safe")
 
 OPEN_DATASETS = 64
-# Where a dataset says which rules of decoding it is filled by; without a word, by the first ones.
+# Metadata key of the decoding rules that filled a dataset; absent means the first rules.
 RULES = "dora_ray.decoding_rules"
-# How Lance says that there is none; whatever else keeps it from opening one is a ValueError too.
+# Start of Lance's message for a missing dataset; every other failure to open one is a ValueError, too.
 NO_DATASET = "Dataset at path"
 SCHEMA = pa.schema(
     [
@@ -54,28 +54,28 @@ class Dataset(Protocol):
 
     @property
     def path(self) -> str:
-        """The video file."""
+        """Path or URI of the video file."""
 
     @property
     def uri(self) -> str:
-        """The Lance dataset."""
+        """URI of the Lance dataset."""
 
     @property
     def identity(self) -> str:
-        """Name of its files, where it is pinned."""
+        """Hash of the file names of the pinned version; empty if no version is pinned."""
 
     @property
     def cache(self) -> str | None:
-        """Folder that it is copied into before it is read."""
+        """Folder to which the dataset is copied before it is read; None: read in place."""
 
 
 def has_frames(uri: str) -> bool:
-    """Return whether the dataset holds a frame that could be decoded."""
+    """Return whether the dataset holds at least one decoded frame."""
     return count_frames(uri)[0] > 0
 
 
 def count_frames(uri: str) -> tuple[int, int]:
-    """Frames of a dataset that could be decoded, and those that could not."""
+    """Return the numbers of decoded and of undecodable frames of a dataset."""
     dataset = latest(uri)
     if dataset is None:
         return 0, 0
@@ -84,14 +84,14 @@ def count_frames(uri: str) -> tuple[int, int]:
 
 
 def fetch(uri: str, identity: str, cache: str | None) -> None:
-    """Make this node's copy of a dataset if it needs one and has none; wait until it is complete."""
+    """Create this node's copy of a dataset if one is configured and missing; block until it is complete."""
     if cache:
-        with suppress(OSError, ValueError):  # reading says what is wrong
+        with suppress(OSError, ValueError):  # reading reports the problem
             _local_copy(uri, identity, cache)
 
 
 def read_rows(video: Dataset, version: int, rows: np.ndarray) -> list[np.ndarray]:
-    """Return the pictures of rows of a version of a video's dataset, in that order: (H, W, 3) uint8 RGB each.
+    """Return the pictures of the given rows of one version of a video's dataset, in order: (H, W, 3) uint8 RGB each.
 
     Raises:
         VideoError: the store was changed or removed, or a picture is damaged.
@@ -101,25 +101,25 @@ def read_rows(video: Dataset, version: int, rows: np.ndarray) -> list[np.ndarray
         return [simplejpeg.decode_jpeg(np.frombuffer(buffer, np.uint8), "RGB") for buffer in pictures]
     except ValueError as error:
         raise VideoError(
-            f"{video.uri}: holds a damaged picture ({error}); remove that folder and ingest again"
+            f"{video.uri}: holds a damaged picture ({error}); remove this folder and ingest again"
         ) from error
 
 
 def create_dataset(uri: str) -> None:
-    """Make an empty dataset, unless there is one."""
+    """Create an empty dataset unless one exists."""
     if latest(uri) is None:
         try:
             schema = SCHEMA.with_metadata({RULES: str(DECODING_RULES)})
             lance.write_dataset(schema.empty_table(), uri, mode="create")
         except OSError as error:
-            # Another ingest may have made it between the look and the writing.
+            # A concurrent ingest may have created it between the check and the write.
             if latest(uri) is None:
-                reason = f"cannot be written ({_reason(error)}); check space and rights, or give another data.store"
+                reason = f"cannot be written ({_reason(error)}); check disk space and rights, or set data.store"
                 raise failure(uri, error, reason) from error
 
 
 def frame_row(frame: DecodedFrame, *, segment: int, jpeg_quality: int) -> dict[str, object]:
-    """A row of the dataset."""
+    """Return the dataset row of a decoded frame."""
     return {
         "segment": segment,
         "pts": frame.pts,
@@ -131,19 +131,19 @@ def frame_row(frame: DecodedFrame, *, segment: int, jpeg_quality: int) -> dict[s
 
 
 def missing_row(pts: int, *, segment: int, width: int, height: int) -> dict[str, object]:
-    """A row that says: this frame cannot be decoded."""
+    """Return the dataset row of an undecodable frame."""
     return {"segment": segment, "pts": pts, "jpeg": None, "width": width, "height": height, "signature": None}
 
 
 def write_rows(uri: str, rows: Sequence[dict[str, object]]) -> list[str]:
-    """Write rows as data files, invisible to readers before `commit`; return their descriptions."""
+    """Write rows as data files that readers cannot see before `commit`; return the files' descriptions."""
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
     with _written(uri):
         return [json.dumps(fragment.to_json()) for fragment in write_fragments(table, uri, mode="append")]
 
 
 def discard(uri: str, fragments: Sequence[str]) -> None:
-    """Remove written rows that are never to be committed."""
+    """Remove written rows that will not be committed."""
     for fragment in fragments:
         for file in json.loads(fragment)["files"]:
             with suppress(OSError):
@@ -151,7 +151,7 @@ def discard(uri: str, fragments: Sequence[str]) -> None:
 
 
 def commit(uri: str, fragments: Sequence[str]) -> None:
-    """Make written rows part of the dataset, all in one version."""
+    """Commit written rows to the dataset as one new version."""
     added = [FragmentMetadata.from_json(fragment) for fragment in fragments]
     with _written(uri):
         version = lance.dataset(uri).version
@@ -160,26 +160,26 @@ def commit(uri: str, fragments: Sequence[str]) -> None:
 
 @contextmanager
 def _written(uri: str) -> Iterator[None]:
-    """Lance's errors (a full disk, no rights, no network) as VideoError."""
+    """Convert Lance's write errors (full disk, permissions, network) to VideoError."""
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = f"cannot be written ({_reason(error)}); check space, rights and network, and start again"
+        reason = f"cannot be written ({_reason(error)}); check disk space, permissions and network, and start again"
         raise failure(uri, error, reason) from error
 
 
 def latest(uri: str) -> lance.LanceDataset | None:
-    """Open the newest version of a dataset; None where there is none.
+    """Open the newest version of a dataset; None if there is no dataset.
 
     Raises:
-        VideoError: it cannot be opened.
+        VideoError: the dataset cannot be opened.
     """
     try:
         return lance.dataset(uri)
     except (OSError, ValueError) as error:
         if str(error).startswith(NO_DATASET):
             return None
-        reason = f"the store cannot be read ({_reason(error)}); check its address and rights"
+        reason = f"the store cannot be read ({_reason(error)}); check its address and permissions"
         raise failure(uri, error, reason) from error
 
 
@@ -192,21 +192,21 @@ def columns(dataset: lance.LanceDataset, names: list[str]) -> pa.Table:
     try:
         return dataset.to_table(columns=names)
     except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
-        reason = f"the store is damaged ({_reason(error)}); remove that folder and ingest again"
+        reason = f"the store is damaged ({_reason(error)}); remove this folder and ingest again"
         raise failure(dataset.uri, error, reason) from error
 
 
 def failure(uri: str, error: Exception, reason: str) -> VideoError:
-    """Turn an error of Lance into a VideoError: a refusal by the storage is named, else the reason given."""
+    """Convert a Lance error to a VideoError: name a refusal by the storage, else give `reason`."""
     return VideoError(f"{uri}: {refusal(uri, error) or reason}")
 
 
 def _reason(error: Exception) -> str:
-    """Return the first sentence of a Lance error, without the position in its source."""
+    """Return the first sentence of a Lance error, without its source location."""
     return " ".join(str(error).partition(", /")[0].split())[:200]
 
 
-# Where no copy can be made, a process tries it once.
+# Cached, so that a process attempts a failing copy only once.
 _local_copy = functools.lru_cache(maxsize=OPEN_DATASETS)(local_copy)
 
 
@@ -216,12 +216,12 @@ def _pinned(uri: str, version: int, identity: str, cache: str | None) -> lance.L
 
 
 def take_pictures(video: Dataset, version: int, rows: np.ndarray) -> list[pa.Buffer]:
-    """Read the JPEG files of rows of a version of a dataset, in that order; VideoError as `take_column`."""
+    """Read the JPEG files of the given rows of one version of a dataset, in order. Raises as `take_column`."""
     return [value.as_buffer() for value in take_column(video, version, rows, "jpeg")]
 
 
 def take_column(video: Dataset, version: int, rows: np.ndarray, name: str) -> pa.ChunkedArray:
-    """Read a column of rows of a version of a dataset, in that order.
+    """Read one column of the given rows of one version of a dataset, in order.
 
     Raises:
         VideoError: the dataset was changed or removed.
@@ -232,7 +232,7 @@ def take_column(video: Dataset, version: int, rows: np.ndarray, name: str) -> pa
     except (OSError, ValueError) as error:
         reason = f"cannot be read ({_reason(error)}); ingest {video.path} again"
         raise failure(video.uri, error, reason) from error
-    if len(column) != len(rows):  # Lance leaves out rows that do not exist
+    if len(column) != len(rows):  # Lance skips rows that do not exist
         raise VideoError(
             f"{video.uri}: {len(rows) - len(column)} of {len(rows)} rows are gone; ingest {video.path} again"
         )

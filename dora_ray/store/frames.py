@@ -1,11 +1,11 @@
-"""The frame store: every kept frame of a video, downscaled and JPEG-coded, found by (video, presentation time).
+"""Frame store: every kept frame of a video, downscaled and JPEG-coded, addressed by (video, presentation time).
 
     <store>/<name>-<digest>/index.npz                  the video's index (video.VideoIndex)
-    <store>/<name>-<digest>/f6-s512-q85.lance          one Lance dataset for each video and format (store.datasets)
+    <store>/<name>-<digest>/f6-s512-q85.lance          one Lance dataset per video and format (store.datasets)
 
-The digest is of the video's content, so a changed file gets another folder.
+The digest is a hash of the video's content, so a changed file gets another folder.
 
-F stored frames of a video that can be read, H and W their height and width.
+F readable stored frames of a video, H and W their height and width.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FrameFormat:
-    """Format of the frames that are kept of a video.
+    """Format of a video's kept frames.
 
     Attributes:
-        frames_per_second: kept frames for each second of video.
+        frames_per_second: kept frames per second of video.
         short_side: short side of a kept frame, pixels.
         jpeg_quality: 1 to 100.
     """
@@ -50,25 +50,29 @@ class FrameFormat:
         return f"f{self.frames_per_second:g}-s{self.short_side}-q{self.jpeg_quality}.lance"
 
     def kept(self, index: VideoIndex) -> np.ndarray:
-        """(F,) int64 ticks of the frames of a video that are kept, ascending."""
+        """Return the (F,) int64 ticks of a video's kept frames, ascending."""
         ticks: np.ndarray = index.pts[index.kept_frames(self.frames_per_second)]
         return ticks
 
 
 @dataclass(frozen=True, eq=False)
 class StoredVideo:
-    """One video's readable frames in a store, at one pinned version of its dataset.
+    """Readable stored frames of one video, at one pinned version of its dataset.
 
     Attributes:
-        path: the video file; uri, version: its Lance dataset, and the version that `rows` belong to.
-        identity: of that version's files: a dataset that was removed and made again counts its versions from 1 again.
-        times: (F,) float64 seconds from the video's first frame, ascending: the true times of the frames.
-        rows: (F,) int64 their rows.
-        cuts: (F,) bool, True where a frame starts a new shot (the first frame does not count).
-        width, height: of every stored frame, pixels.
-        missing: kept frames that could not be decoded; they leave holes in `times`.
-        digest: of the video's content.
-        cache: folder on every node that the dataset is copied into before it is read; None: it is read where it is.
+        path: the video file.
+        uri: its Lance dataset.
+        version: version of the dataset that `rows` belong to.
+        identity: hash of that version's file names; the version alone is ambiguous, since a recreated dataset counts
+            from 1 again.
+        times: (F,) float64 true presentation times in seconds from the video's first frame, ascending.
+        rows: (F,) int64 dataset rows of the frames.
+        cuts: (F,) bool, True where a frame starts a new shot (never the first frame).
+        width: width of every stored frame, pixels.
+        height: height of every stored frame, pixels.
+        missing: number of kept frames that could not be decoded; they leave holes in `times`.
+        digest: hash of the video's content.
+        cache: folder on every node to which the dataset is copied before it is read; None: read in place.
     """
 
     video_id: str
@@ -90,20 +94,23 @@ class StoredVideo:
 
     @property
     def edges(self) -> np.ndarray:
-        """(2,) a stored video is read as a whole."""
+        """(2,) first frame and F: a stored video is one segment."""
         return np.array([0, len(self)])
 
 
 @dataclass(frozen=True, eq=False)
 class ComingVideo:
-    """One video's kept frames, known from its index while its dataset is still being filled.
+    """Kept frames of one video, known from its index while its dataset is still being filled.
 
     Attributes:
-        path: the video file; uri: its Lance dataset.
-        pts: (F,) int64 ticks of all kept frames, ascending; times: (F,) float64 their seconds from the first frame.
-        edges: (K + 1,) first frame of every segment of the ingest, and F.
-        width, height: of a kept frame, pixels.
-        digest: of the video's content.
+        path: the video file.
+        uri: its Lance dataset.
+        pts: (F,) int64 ticks of all kept frames, ascending.
+        times: (F,) float64 seconds of all kept frames from the first frame.
+        edges: (K + 1,) first frame of every segment of the ingest, followed by F.
+        width: width of a kept frame, pixels.
+        height: height of a kept frame, pixels.
+        digest: hash of the video's content.
     """
 
     video_id: str
@@ -120,12 +127,12 @@ class ComingVideo:
 
     @property
     def cuts(self) -> np.ndarray:
-        """(F,) all False: where shots begin is found in what is stored."""
+        """(F,) all False: cuts are found later, in the stored frames."""
         return np.zeros(len(self.pts), bool)
 
 
 def coming_video(index: VideoIndex, *, store: str, form: FrameFormat, segment_seconds: float) -> ComingVideo:
-    """Describe a video that is being brought into the store, cut into segments as its ingest cuts it."""
+    """Describe a video that is being ingested, split into the segments of its ingest."""
     pts = form.kept(index)
     starts = [segment.start_pts for segment in index.segments(segment_seconds)]
     edges = np.unique([0, *np.searchsorted(pts, starts[1:]), len(pts)])
@@ -136,11 +143,11 @@ def coming_video(index: VideoIndex, *, store: str, form: FrameFormat, segment_se
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """Contents of a dataset's newest version, for a coming video.
+    """Newest version of the dataset of a video that is being ingested.
 
     Attributes:
-        version: of the dataset; 0 where there is none yet.
-        tried: (F,) True where a frame has a row, with a picture or without.
+        version: version of the dataset; 0 if there is none yet.
+        tried: (F,) True where a frame has a row, with or without a picture.
         rows: (F,) int64 row of each frame's picture; -1 where there is none.
         signatures: (F, cuts.SIGNATURE_BYTES) uint8; zeros where there is no picture.
     """
@@ -152,7 +159,7 @@ class Stored:
 
 
 def look_up(video: ComingVideo) -> Stored:
-    """Read what the store holds of a video by now.
+    """Read what the store currently holds of a video.
 
     Raises:
         VideoError: the store cannot be read.
@@ -168,7 +175,7 @@ def look_up(video: ComingVideo) -> Stored:
     places = np.minimum(np.searchsorted(video.pts, pts), count - 1)
     ours = video.pts[places] == pts
     tried[places[ours]] = True
-    # Of two ingests side by side one may have stored a frame and the other given it up: a picture counts.
+    # If one of two concurrent ingests stored a frame and the other gave it up, the picture wins.
     pictured = np.flatnonzero(ours & table["signature"].is_valid().to_numpy())
     rows[places[pictured]] = pictured
     coded = table["signature"].take(pictured).to_pylist()
@@ -177,27 +184,27 @@ def look_up(video: ComingVideo) -> Stored:
 
 
 def dataset_uri(store: str, video_id: str, form: FrameFormat) -> str:
-    """Address of the dataset of a video's frames in one format."""
+    """Return the URI of the dataset of a video's frames in one format."""
     return files.join(store, video_id, form.name)
 
 
 def open_videos(
     videos: Sequence[str | VideoIndex], *, store: str, form: FrameFormat, cache: str | None = None
 ) -> list[StoredVideo]:
-    """The stored frames of each video, in the order given; `cache` is as in StoredVideo.
+    """Return the stored frames of each video, in the order given; `cache` is as in StoredVideo.
 
     Raises:
-        VideoError: a video is not, or not wholly, in the store at this setting, or none of its frames could be decoded.
+        VideoError: a video is not completely stored in this format, or none of its frames could be decoded.
     """
     indexes = [v if isinstance(v, VideoIndex) else load_index(v, store=store) for v in videos]
     return [replace(_open_video(index, store, form), cache=cache) for index in indexes]
 
 
 def unstored_frames(index: VideoIndex, uri: str, form: FrameFormat) -> np.ndarray:
-    """Ticks of the kept frames that the dataset at `uri` has no row for, ascending.
+    """Return the ticks of the kept frames without a row in the dataset at `uri`, ascending.
 
     Raises:
-        VideoError: the dataset holds frames that older rules of decoding showed wrong.
+        VideoError: the dataset was filled by older decoding rules that are wrong for this file.
     """
     dataset = latest(uri)
     _check_rules(index, dataset)
@@ -206,7 +213,7 @@ def unstored_frames(index: VideoIndex, uri: str, form: FrameFormat) -> np.ndarra
 
 
 def read_signatures(video: StoredVideo) -> np.ndarray:
-    """(F, cuts.SIGNATURE_BYTES) uint8: what is kept of every stored frame for finding cuts and measuring light.
+    """Return the (F, cuts.SIGNATURE_BYTES) uint8 signatures of the stored frames, for shot cuts and lightness.
 
     Raises:
         VideoError: the store was changed or removed.
@@ -227,19 +234,19 @@ def read_jpegs(video: StoredVideo, frames: Sequence[int]) -> list[bytes]:
 
 
 def _check_rules(index: VideoIndex, dataset: lance.LanceDataset | None) -> None:
-    """Frames that were stored by rules that showed this kind of file wrong are not trained on."""
+    """Refuse frames that were stored by decoding rules that are wrong for this kind of file."""
     if dataset is None:
         return
     rules = int((dataset.schema.metadata or {}).get(RULES.encode(), b"1"))
     if rules < index.rules:
         raise VideoError(
-            f"{dataset.uri}: was stored by rules of decoding (number {rules}; now {DECODING_RULES}) that leave out or"
-            f" misplace frames of files such as {index.path}; remove that folder, and run dora-ray data ingest again"
+            f"{dataset.uri}: was stored with decoding rules {rules} (now {DECODING_RULES}), which omit or"
+            f" misplace frames of files such as {index.path}; remove this folder, and run dora-ray data ingest again"
         )
     if rules < DECODING_RULES:
         logger.warning(
-            "%s: was stored by older rules of decoding (number %d; now %d), which read files such as this one alike;"
-            " to be sure of it, remove that folder and run dora-ray data ingest again",
+            "%s: was stored with older decoding rules (%d; now %d), which treat files such as this one the same way;"
+            " to be sure, remove this folder and run dora-ray data ingest again",
             dataset.uri,
             rules,
             DECODING_RULES,
@@ -252,7 +259,7 @@ def _open_video(index: VideoIndex, store: str, form: FrameFormat) -> StoredVideo
     _check_rules(index, dataset)
     wanted = form.kept(index)
     table = columns(dataset, ["pts", "signature"]) if dataset else SCHEMA.empty_table()
-    # Of two ingests side by side one may have stored a frame and the other given it up: the first picture counts.
+    # If one of two concurrent ingests stored a frame and the other gave it up, the first picture wins.
     readable = table["signature"].is_valid().to_numpy()
     order = np.argsort(~readable, kind="stable")
     pts, places = np.unique(table["pts"].to_numpy()[order], return_index=True)
@@ -260,7 +267,7 @@ def _open_video(index: VideoIndex, store: str, form: FrameFormat) -> StoredVideo
     lacking = len(np.setdiff1d(wanted, pts))
     if lacking or dataset is None:
         raise VideoError(
-            f"{index.path}: {lacking} of {len(wanted)} frames are not in the store {store} at {Path(uri).stem};"
+            f"{index.path}: {lacking} of {len(wanted)} frames are missing from the store {store} at {Path(uri).stem};"
             " run: dora-ray data ingest, with the same data.* settings"
         )
     chosen = np.isin(pts, wanted) & readable[rows]

@@ -1,11 +1,11 @@
-"""Reads that hang or end their process: one policy for ingest and clip stream.
+"""Reads that hang or kill their process: one policy for ingest and clip stream.
 
-A hanging C library cannot be interrupted from Python and may hold the interpreter's lock, so in a Ray task the whole
-process is ended by faulthandler's own thread, which needs no lock; Ray then runs the task again in another process. It
-tells a task nothing of how its last attempt ended, so an attempt that is not the first notes what it is at in the
-cluster's key-value store, which needs no process of ours; first attempts pay nothing. An item is given up when it has
-hung twice, or was at hand when the process died several times. When a second item hangs twice, so is the rest: a file
-server that is down for good then stops a run in minutes.
+A hanging C library cannot be interrupted from Python and may hold the GIL. In a Ray task, faulthandler's own thread,
+which needs no lock, therefore ends the whole process, and Ray retries the task in another one. Ray does not tell a task
+how its last attempt ended, so every retry records its current item in the cluster's key-value store, which needs no
+process of ours; first attempts pay nothing. An item is given up after two hangs, or after several deaths of the process
+while the item was in progress. After a second item has hung twice, all remaining items are given up, so a file server
+that is down for good stops a run in minutes.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from dora_ray.config_rules import DECODE_ATTEMPTS
 
 NAMESPACE = "dora-ray-attempts"
 HANGS = 2
-# A process may be ended for a node's memory or with its node, again and again, and no item is to blame.
+# A process may be killed repeatedly for a node's memory, or lost with its node, without any item being at fault.
 DEATHS, MOST_DEATHS = 5, 10
 EVERYTHING = range(2**62)
-# A task that is ended at its limit begins again this soon. One that begins later was lost with its node, perhaps, and
-# waited for another: not known to hang, it counts as died, and nothing of it is recorded as unreadable.
+# A task killed at its time limit is retried within this time. A later retry may have lost its node and waited for
+# another; it is not known to have hung, so it counts as a death, and none of its items is recorded as unreadable.
 RESTART_SECONDS = 60.0
 
 
 class Watch(Protocol):
-    """Follows work item by item, and knows the items that must not be tried again."""
+    """Follows work item by item, and knows the items that must not be retried."""
 
     given_up: Container[int]
 
     def begin(self, item: int) -> None:
-        """Note that work on `item` begins; the item before it is done."""
+        """Record that work on `item` begins, and that the item before it is done."""
 
 
 class Unwatched:
-    """Work that nobody watches."""
+    """Watch that does nothing."""
 
     hung = False
 
@@ -56,31 +56,31 @@ UNWATCHED = Unwatched()
 
 
 class Ended(NamedTuple):
-    """End of an attempt: the item in progress, and whether it had run out of time."""
+    """End of an attempt: the item in progress, and whether it exceeded its time limit."""
 
     item: int
     hung: bool
 
 
 class TaskWatch(Unwatched):
-    """Ends this process when an item of a Ray task takes too long; a context manager around the task's work.
+    """Kills this process when one item of a Ray task takes too long; a context manager around the task's work.
 
-    Leave it before the task yields: a consumer that takes its time is no hang.
+    Exit it before the task yields, because a slow consumer is not a hang.
 
     Attributes:
-        hung: whether an earlier attempt at this task was ended for taking too long.
+        hung: True if an earlier attempt at this task was killed at its time limit.
     """
 
     def __init__(self, seconds: float) -> None:
-        """Look up how earlier attempts of this task ended.
+        """Look up how earlier attempts at this task ended.
 
         Args:
-            seconds: the longest that an item may take.
+            seconds: time limit of an item.
         """
         import ray
 
         self._seconds = seconds
-        # A task keeps its id when it is run again.
+        # A task keeps its id when it is retried.
         self._name = f"task {ray.get_runtime_context().get_task_id()}"
         self._again = ray_internals.attempt_number() > 0
         self._ended = self._look_up() if self._again else []
@@ -93,7 +93,7 @@ class TaskWatch(Unwatched):
         ended = [Ended(*fields) for fields in known]
         if last is not None:
             item, begun = last
-            # The last one ended before this one began.
+            # The previous attempt ended before this one began.
             ended.append(Ended(item, self._seconds <= time.time() - begun < self._seconds + RESTART_SECONDS))
             self._put(ended, None)
         return ended
@@ -119,9 +119,9 @@ class TaskWatch(Unwatched):
 
 
 def given_up(ended: Sequence[Ended]) -> Container[int]:
-    """Return the items not to try again, by how the earlier attempts at a task ended.
+    """Return the items not to be retried, given how earlier attempts at a task ended.
 
-    The first attempt, which noted nothing, is taken to have ended as the second did.
+    The first attempt recorded nothing; it is assumed to have ended like the second.
     """
     attempts = [*ended[:1], *ended]
     hung = Counter(item for item, hangs in attempts if hangs)

@@ -1,4 +1,4 @@
-"""The indexes of videos that a store keeps, each in the folder of its video."""
+"""Video indexes in a store, each in its video's folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INDEX_NAME = "index.npz"
 
 
 def load_index(path: str, *, store: str) -> VideoIndex:
-    """Return a video file's index: from the store if the file is unchanged, else made and stored.
+    """Return a video file's index: from the store if the file is unchanged, otherwise newly built and stored.
 
     Raises:
         VideoError: the file cannot be read.
@@ -35,7 +35,7 @@ def known_index(path: str, *, store: str) -> VideoIndex | None:
 
 
 def stored_index(store: str, video_id: str) -> VideoIndex | None:
-    """The index in a store, None where there is none that can be read."""
+    """Return a video's index from the store; None if there is no readable one."""
     try:
         return VideoIndex.from_bytes(files.read_bytes(files.join(store, video_id, INDEX_NAME)))
     except (FileNotFoundError, ValueError):

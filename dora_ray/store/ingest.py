@@ -1,10 +1,10 @@
-"""Ingest: a Ray Data job that decodes every video once, by key-frame-aligned segments, into the frame store.
+"""Ingest: a Ray Data job that decodes every video once into the frame store, in segments that start at key frames.
 
-A task decodes the frames that one segment still lacks and writes them as data files; the driver commits those files
-to the datasets as results come in, every COMMIT_SECONDS. A killed ingest therefore repeats the segments in flight and
-those few seconds, and one with nothing to do starts no Ray. A task that hangs is ended with its process; where that
-happens twice, the segment's frames count as unreadable, unless none of the video can be read. Tasks decode without the
-secrets of their environment and in limited memory (`shield`).
+A task decodes the frames that one segment still lacks and writes them as data files. The driver commits these files to
+the datasets every COMMIT_SECONDS as results arrive, so a killed ingest repeats only the segments in flight and those
+seconds, and an ingest with nothing to do does not start Ray. A task that hangs is killed with its process; if it hangs
+twice, the segment's frames count as unreadable, unless none of the video can be read. Tasks decode without their
+environment's secrets and with limited memory (`shield`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from dora_ray.video.sources import find_videos
 logger = logging.getLogger(__name__)
 
 COMMIT_SECONDS = 10.0
-# All attempts at a segment and the starts of their processes take less: when nothing ends, nothing runs.
+# More than all attempts at a segment take, process starts included: if no task ends for this long, none is running.
 STALL_LIMITS = 5
 
 
 @dataclass(frozen=True)
 class IngestProgress:
-    """Progress of an ingest; frames are kept frames, `missing` those among the done ones that cannot be decoded."""
+    """Progress of an ingest. `frames` counts kept frames; `missing` counts the undecodable ones among those done."""
 
     videos: int
     segments: int
@@ -216,13 +216,13 @@ def _commit_results(
     _tell(progress, state)
     try:
         for result in results:
-            # A whole video that hangs is a server that does not answer more often than a damaged file.
+            # A video of which every segment hangs is more often an unresponsive server than a damaged file.
             waits = result["hung"] and not (written[result["uri"]] or datasets.has_frames(result["uri"]))
             (hung if waits else written)[result["uri"]] += json.loads(result["fragments"])
             if result["error"]:
                 errors[result["uri"]].append(result["error"])
             if result["hung"]:
-                logger.warning("%s, %d times: its frames count as unreadable", result["hung"], HANGS)
+                logger.warning("%s, %d times: its frames are recorded as unreadable", result["hung"], HANGS)
             now = time.monotonic()
             state = replace(
                 state,
@@ -246,14 +246,14 @@ def _commit_results(
 
 
 def _commit_hung(hung: dict[str, list[str]]) -> dict[str, str]:
-    """Record hung frames as unreadable in videos that can otherwise be read; return the other videos' errors.
+    """Record hung frames as unreadable in videos that are otherwise readable; return the other videos' errors.
 
-    A whole video that hangs is a server that does not answer more often than a damaged file.
+    A video of which every segment hangs is more often an unresponsive server than a damaged file.
     """
     readable = {uri: fragments for uri, fragments in hung.items() if datasets.has_frames(uri)}
     _commit_all(dict(readable))
     return {
-        uri: f"{uri}: decoding hung wherever it was tried, and nothing of it was recorded; check that the file can be"
+        uri: f"{uri}: decoding hung in every attempt, and nothing was recorded; check that the file can be"
         " read on every node, raise data.decode_seconds, or leave the file out"
         for uri in hung
         if uri not in readable

@@ -1,4 +1,4 @@
-"""Frames that a store lacks of a video, and the rules of decoding that filled it: told, and refused above a limit."""
+"""Frames that a store lacks: reported, and refused above a limit."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ logger = logging.getLogger(__name__)
 
 
 def missing_share(video: StoredVideo) -> float:
-    """Share of a video's kept frames that could not be decoded, or that damage may have reached."""
+    """Return the share of a video's kept frames that are undecodable, or that damage may have reached."""
     return video.missing / (video.missing + len(video))
 
 
 def missing_frames(videos: Sequence[StoredVideo]) -> Mapping[str, str]:
-    """{path: how many frames are missing} of the videos that lack some of those that their files hold."""
+    """Return {path: number of missing frames, as text} of the videos with missing frames."""
     return {video.path: _sentence(len(video), video.missing) for video in videos if video.missing}
 
 
 def losses(videos: Sequence[StoredVideo]) -> Mapping[str, str]:
-    """{path: what is missing} of the videos that are not whole: frames, and an end that their files have lost."""
+    """Return {path: description} of the incomplete videos: missing frames, or a file whose end is lost."""
     frames, ends = missing_frames(videos), {video.path: _lost_end(video) for video in videos}
     texts = {video.path: "; ".join(filter(None, (frames.get(video.path), ends[video.path]))) for video in videos}
     return {path: text for path, text in texts.items() if text}
@@ -43,7 +43,7 @@ def _lost_end(video: StoredVideo) -> str:
 
 
 def stored_frames(store: str, video_id: str) -> list[str]:
-    """Describe a video's stored frames, one sentence for each setting."""
+    """Describe a video's stored frames, one sentence per format."""
     found = []
     for name in files.list_names(files.join(store, video_id)):
         if name.endswith(".lance"):
@@ -64,11 +64,11 @@ def _sentence(readable: int, missing: int) -> str:
 def whole_videos(
     videos: Sequence[StoredVideo], *, max_bad_fraction: float, skip_unreadable: bool = False
 ) -> list[StoredVideo]:
-    """Return the videos that are whole enough, and warn of each that is not whole.
+    """Return the videos that are complete enough, and warn of each incomplete one.
 
     Raises:
-        VideoError: more than `max_bad_fraction` of a video's frames are missing; all such videos are named. With
-            `skip_unreadable`, which leaves them out, only where no video is left.
+        VideoError: more than `max_bad_fraction` of a video's frames are missing; the message names all such videos.
+            With `skip_unreadable`, such videos are left out, and the error is raised only if no video remains.
     """
     for path, text in missing_frames(videos).items():
         logger.warning("%s: %s", path, text)

@@ -1,4 +1,4 @@
-"""One function over many items on the cluster, results in the order they finish: a Ray Data job with a task an item."""
+"""Map one function over many items on the cluster: a Ray Data job with one task per item, results as they finish."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from dora_ray.ray_internals import call_each_turn, quiet_data
 
 Task = Callable[[str], dict[str, Any]]
 
-# Names of jobs whose callers have left: Ray Data copies what its callbacks hold, so an event would not reach them.
+# Jobs whose caller has stopped waiting, by name: Ray Data copies the state of its callbacks, so an event would not
+# work.
 _GIVEN_UP: set[str] = set()
 LOOK_SECONDS = 0.5
-# How long a job that is given up has to end its tasks; the caller may shut Ray down next.
+# Time that an abandoned job gets to end its tasks; the caller may shut Ray down next.
 END_SECONDS = 20.0
 
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """The Ray cluster of the caller, or one of this machine that ends with the block."""
+    """Use the caller's Ray cluster, or start a local one that ends with the block."""
     import ray
 
     if ray.is_initialized():
@@ -50,19 +51,19 @@ def run_tasks(
     variables: Mapping[str, str] | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the result of `task` for each item, a flat dict of plain values, as soon as it arrives.
+    """Yield the result of `task` for each item as soon as it arrives; a result is a flat dict of plain values.
 
     Args:
-        items: what each task is given.
-        task: runs in a process of the cluster; run again where a process or a node dies.
+        items: one argument for each task.
+        task: runs in a process of the cluster; retried if a process or a node dies.
         node_label: value of the node label `role` that tasks are pinned to; None: any node.
-        patience_seconds: longest time in which no task ends.
-        max_tasks: tasks at a time; None: any number.
-        variables: of the environment that the tasks' processes start with, in place of the cluster's own.
-        stop: set by another thread that wants no more results.
+        patience_seconds: longest time without any task ending.
+        max_tasks: limit of concurrent tasks; None: no limit.
+        variables: environment variables of the tasks' processes, overriding the cluster's.
+        stop: set by another thread to stop the job.
 
     Raises:
-        ClusterError: no task has ended for that long.
+        ClusterError: no task has ended for `patience_seconds`.
     """
     results: queue.Queue[Any] = queue.Queue()
     job = uuid.uuid4().hex
@@ -77,8 +78,8 @@ def run_tasks(
             except queue.Empty:
                 place = f" on nodes with the label role={node_label}" if node_label else ""
                 raise ClusterError(
-                    f"{len(items) - done} of {len(items)} parts of the work are left and none has finished in"
-                    f" {patience_seconds:.0f} s; what was done is kept: look for free CPUs{place} (ray status), and"
+                    f"{len(items) - done} of {len(items)} parts of the work are left, and none has finished in"
+                    f" {patience_seconds:.0f} s; finished work is kept. Check for free CPUs{place} (ray status), and"
                     " start again"
                 ) from None
             if result is None:
@@ -94,10 +95,10 @@ def run_tasks(
 
 
 def _next(results: queue.Queue[Any], patience_seconds: float, stop: threading.Event) -> Any:
-    """The next result; None when no more are wanted.
+    """Return the next result; None once `stop` is set.
 
     Raises:
-        queue.Empty: none has come for that long.
+        queue.Empty: no result has arrived for `patience_seconds`.
     """
     give_up = time.monotonic() + patience_seconds
     while not stop.is_set():
@@ -122,14 +123,14 @@ def _consume(
         call_each_turn(dataset.context, lambda: _end_if_given_up(job))
         for row in dataset.iter_rows():
             results.put(row)
-    except Exception as error:  # noqa: BLE001  it is raised again by the thread that waits for the results
+    except Exception as error:  # noqa: BLE001  re-raised in run_tasks, by the consumer
         results.put(error)
     finally:
         _GIVEN_UP.discard(job)
 
 
 def _end_if_given_up(job: str) -> None:
-    """End a job whose caller is gone; otherwise it could wait for nodes for ever."""
+    """Abort a job whose caller has stopped waiting; otherwise it could wait for nodes forever."""
     if job in _GIVEN_UP:
         raise ClusterError("the job was given up")
 
@@ -141,10 +142,10 @@ def _options(node_label: str | None, variables: Mapping[str, str]) -> dict[str, 
 
 
 def _dataset(items: Sequence[str], task: Task, options: dict[str, Any], max_tasks: int | None) -> Any:
-    """One block and one task for each item, so that a retry repeats one."""
+    """Build a dataset of one block and one task per item, so that a retry repeats one item."""
     import ray.data
 
-    quiet_data()  # our callers' progress speaks for the job
+    quiet_data()  # the caller reports progress
     dataset = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
         _of_row(task), num_cpus=_task_cpus(), compute=ray.data.TaskPoolStrategy(max_tasks), **options
     )
@@ -154,7 +155,7 @@ def _dataset(items: Sequence[str], task: Task, options: dict[str, Any], max_task
 
 
 def _of_row(task: Task) -> Callable[[dict[str, str]], dict[str, Any]]:
-    """Return the task as one of a row, under its own name: Ray's dashboard names the operator after it."""
+    """Wrap the task for dataset rows, keeping its name: Ray's dashboard names the operator after it."""
 
     def of_row(row: dict[str, str]) -> dict[str, Any]:
         return task(row["item"])
@@ -164,7 +165,7 @@ def _of_row(task: Task) -> Callable[[dict[str, str]], dict[str, Any]]:
 
 
 def _task_cpus() -> float:
-    """A core for each task, and half of one where the cluster has a single core that its caller may sit on."""
+    """Return one CPU per task, or half of one on a single-core cluster, whose only core the caller may occupy."""
     import ray
 
     return 1.0 if ray.cluster_resources().get("CPU", 0.0) >= 2 else 0.5

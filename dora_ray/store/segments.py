@@ -1,6 +1,6 @@
-"""The work of an ingest: segments that a store lacks frames of, and the task that decodes one.
+"""Work of an ingest: the segments whose frames a store lacks, and the task that decodes one.
 
-A task that hangs is ended with its process; where that happens twice, the segment's frames count as unreadable.
+A task that hangs is killed with its process; if it hangs twice, the segment's frames count as unreadable.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ from dora_ray.video.decoders import DecodedFrame, get_decoder, scaled_size
 from dora_ray.video.index import VideoIndex
 from dora_ray.video.sources import check_unchanged
 
-# What a task holds of a segment: a file whose only key frame is its first is one segment, however long.
+# Rows held in memory by a task: a file whose only key frame is its first is one segment, however long.
 ROWS_A_FILE = 256
-# The limit of a task is for this much video; a short segment gets it whole.
+# Length of video that a task's time limit covers; a shorter segment gets the whole limit.
 LIMIT_VIDEO_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """The frames of one segment that are not stored yet.
+    """Frames of one segment that are not stored yet.
 
     Attributes:
-        path, size_bytes: the video file.
-        video_id: its name by content; uri: its dataset.
+        path: the video file.
+        video_id: its identifier, derived from the content.
+        uri: its dataset.
         segment: number of the segment.
         pts: ticks of the frames.
-        seconds: time of the first one from the video's start.
-        limit_seconds: the longest that decoding them may take.
+        size_bytes: size of the video file.
+        seconds: time of the first of these frames from the video's start.
+        limit_seconds: time limit of decoding them.
     """
 
     path: str
@@ -55,14 +57,14 @@ class Work:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Description for messages."""
         return f"{self.path}, {self.seconds:.1f} s from its start"
 
 
 def find_work(
     indexes: Sequence[VideoIndex], *, store: str, form: FrameFormat, segment_seconds: float, decode_seconds: float
 ) -> list[Work]:
-    """Return the segments that the store lacks frames of; see `ingest`."""
+    """Return the segments whose frames the store lacks; see `ingest`."""
     return [
         part
         for index in indexes
@@ -73,14 +75,14 @@ def find_work(
 
 
 def ingest_segment(item: str, *, store: str, decoder: str, form: FrameFormat) -> dict[str, Any]:
-    """The task: decode one segment's frames and write them; returns what the driver needs to commit them."""
+    """Decode one segment's frames in a Ray task and write them; return what the driver needs to commit them."""
     part = Work(**json.loads(item))
     result = {"uri": part.uri, "fragments": "[]", "frames": 0, "missing": 0, "error": "", "hung": ""}
     with TaskWatch(part.limit_seconds) as watch:
         unread = 0 in watch.given_up
         if unread and not watch.hung:
             result["error"] = (
-                f"{part.name}: the process that decodes it dies again and again; look for its reason in Ray's logs"
+                f"{part.name}: its decode process dies repeatedly; look for the cause in Ray's logs"
                 " (memory?), or leave the file out"
             )
             return result
@@ -92,8 +94,8 @@ def ingest_segment(item: str, *, store: str, decoder: str, form: FrameFormat) ->
             result["error"] = str(error)
         except MemoryError:
             result["error"] = (
-                f"{part.name}: decoding asked for more than {DECODE_BYTES / 2**30:.0f} GiB, which no honest film needs;"
-                " leave the file out"
+                f"{part.name}: decoding asked for more than {DECODE_BYTES / 2**30:.0f} GiB, more than any"
+                " ordinary film needs; leave the file out"
             )
         else:
             result |= {"fragments": json.dumps(fragments), "frames": len(part.pts), "missing": missing}
@@ -119,7 +121,7 @@ def _pending(
 
 
 def _write_segment(part: Work, store: str, decoder: str | None, form: FrameFormat) -> tuple[list[str], int]:
-    """Return the written data files and the number of frames that are missing: all of them without a decoder."""
+    """Return the written data files and the number of missing frames; without a decoder, all are missing."""
     index = replace(_worker_index(store, part.video_id), path=part.path)
     frames: Iterable[DecodedFrame] = ()
     if decoder:
@@ -151,6 +153,6 @@ def _worker_index(store: str, video_id: str) -> VideoIndex:
     index = indexes.stored_index(store, video_id)
     if index is None:
         raise VideoError(
-            f"{files.join(store, video_id)}: has no index here; the store must be reachable from every node"
+            f"{files.join(store, video_id)}: has no index on this node; the store must be reachable from every node"
         )
     return index

@@ -1,8 +1,8 @@
-"""Decoding of films that strangers have made: without the secrets of its process's environment, in limited memory.
+"""Decoding of untrusted films: without the secrets of the process's environment, and with limited memory.
 
-A decoder that a film takes over finds no credentials in its environment, and a film that asks for more memory than any
-honest one is refused it before the node runs out. Files of this user and a cloud's metadata service stay within its
-reach: those are for the images and roles of the cluster to close (docs/cluster.md).
+A film that exploits a decoder finds no credentials in its environment, and one that requests more memory than any
+ordinary film is refused before the node runs out. This user's files and the cloud's metadata service remain in reach;
+the cluster's images and roles must protect those (docs/cluster.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from dora_ray import files
 
-# Nodes may hold other secrets than the process that sends the tasks: the usual ones are blanked without being seen.
+# Nodes may hold other secrets than the submitting process: the common names are always blanked.
 USUAL = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN"),
     *("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"),
@@ -25,18 +25,18 @@ USUAL = (
     *("GITHUB_TOKEN", "GH_TOKEN", "GITLAB_TOKEN", "DATABASE_URL", "SSH_AUTH_SOCK"),
 )
 SECRET = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
-# A task may take so much beside what its process has: 16 reference frames of 8K in 16 bits, and as much again.
+# Memory that a task may add to its process: 16 reference frames of 8K at 16 bits, and as much again.
 DECODE_BYTES = 8 * 2**30
 
 
 def blanked(paths: Iterable[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables to blank in a decoding task; none if the task needs credentials to read.
+    """Return the environment variables to blank in a decode task; none if the task needs credentials to read.
 
-    Ray's own variables stay, its token among them: a worker without it could not speak to its cluster.
+    Ray's own variables stay, including its token, without which a worker cannot connect to its cluster.
 
     Args:
         paths: the films and the store.
-        environment: of the process that sends the tasks.
+        environment: environment of the submitting process.
     """
     if any(files.is_remote(path) for path in paths):
         return {}
@@ -46,9 +46,9 @@ def blanked(paths: Iterable[str], environment: Mapping[str, str]) -> dict[str, s
 
 @contextmanager
 def memory_limit(more_bytes: int = DECODE_BYTES) -> Iterator[None]:
-    """Limit the memory that this process may add, in bytes, for the duration of the block.
+    """Limit the memory that this process may add within the block, in bytes.
 
-    What asks for more gets an error, and not the whole node's memory. Linux alone counts a process's address space.
+    Larger allocations fail instead of exhausting the node. Only Linux enforces a limit on the address space.
     """
     if sys.platform != "linux":
         yield
@@ -67,6 +67,6 @@ def memory_limit(more_bytes: int = DECODE_BYTES) -> Iterator[None]:
 
 
 def _address_space() -> int:
-    """Bytes that this process has mapped, Ray's object store among them."""
+    """Return the bytes of address space that this process has mapped, including Ray's object store."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")

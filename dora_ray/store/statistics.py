@@ -1,4 +1,4 @@
-"""Statistics of a video from the few bytes that the frame store keeps of every frame; nothing is decoded.
+"""Statistics of a video from the signatures in its frame store; nothing is decoded.
 
 F stored frames of a video.
 """
@@ -14,14 +14,15 @@ from dora_ray.store.frames import StoredVideo, read_signatures
 
 
 def analyze(video: StoredVideo, *, interval_seconds: float) -> dict[str, Any]:
-    """Lightness over time and shot changes of one video.
+    """Measure lightness over time and shot changes of one video.
 
     Lightness is the mean of the luma plane, 0 black to 1 white (the paper: of HSL over time); shot changes are found by
-    `cuts.find_cuts` (the paper: by PySceneDetect), so the numbers compare between videos, not with the paper's.
+    `cuts.find_cuts` (the paper: by PySceneDetect). The numbers are therefore comparable between videos, but not with
+    the paper's.
 
     Args:
-        video: as the store holds it.
-        interval_seconds: length of the parts that lightness is averaged over.
+        video: the stored video.
+        interval_seconds: length of the intervals over which lightness is averaged.
 
     Returns:
         Plain values: video, seconds, frames, missing, lightness {mean, standard_deviation, change, by_interval} where

@@ -1,4 +1,4 @@
-"""Reading stored frames by their numbers."""
+"""Read stored frames by number."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ FORM = FrameFormat(frames_per_second=10.0, short_side=64, jpeg_quality=90)
 
 
 def read_frames(video: StoredVideo, frames: Sequence[int]) -> list[np.ndarray]:
-    """The pictures of stored frames, in that order."""
+    """Return the pictures of stored frames, in that order."""
     return read_rows(video, video.version, video.rows[np.asarray(frames)])

@@ -1,4 +1,4 @@
-"""Shot cuts, on made scenes and on a real film."""
+"""Shot cuts in synthetic scenes and in a real film."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_most_made_cuts_are_found_and_none_invented():
 
 
 def test_the_cuts_of_the_real_film():
-    """Cuts lie at 1.20, 3.04, 5.48, 7.48 and 9.68 s; a van that fills the picture at 3.3 to 4.2 s is none."""
+    """Cuts lie at 1.20, 3.04, 5.48, 7.48 and 9.68 s; a van that fills the picture at 3.3 to 4.2 s is not a cut."""
     times, is_cut = film("bikes.mp4")
     assert times[is_cut] == pytest.approx([1.32, 3.16, 5.48, 7.48, 9.80], abs=0.005)
 

@@ -1,4 +1,4 @@
-"""The frame store, filled without Ray."""
+"""Frame store, filled without Ray."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def uri_of(index, store):
 
 
 def fill(index, store, *, skip=(), order=(0, 1, 2, 3), lost=()):
-    """Store the kept frames of a video: one commit for each segment, in the order given."""
+    """Store the kept frames of a video: one commit per segment, in the order given."""
     uri = uri_of(index, store)
     datasets.create_dataset(uri)
     kept = FORM.kept(index)
@@ -51,7 +51,7 @@ def fill(index, store, *, skip=(), order=(0, 1, 2, 3), lost=()):
 
 @pytest.fixture
 def film(tmp_path):
-    """The folder of a store and the index of a video of 40 frames, 30 a second, four groups."""
+    """Return a store's folder and the index of a video with 40 frames at 30 a second in four groups of pictures."""
     path = videos.h264(tmp_path)
     store = str(tmp_path / "store")
     return store, load_index(str(path), store=store)
@@ -82,7 +82,7 @@ def test_two_ingests_side_by_side_count_once(film):
 
 
 def test_a_picture_counts_before_a_row_that_gave_it_up(film):
-    """Of two ingests side by side one gave two segments up, and was the first to say so."""
+    """One of two concurrent ingests gave up two segments, and committed first."""
     store, index = film
     fill(index, store, order=(1, 2), lost=set(index.pts.tolist()))
     fill(index, store)
@@ -120,7 +120,7 @@ def test_a_video_without_a_readable_frame_is_an_error(film):
 
 def test_what_is_lacking_is_counted(film):
     store, index = film
-    with pytest.raises(VideoError, match="14 of 14 frames are not in the store"):
+    with pytest.raises(VideoError, match="14 of 14 frames are missing from the store"):
         open_videos([index], store=store, form=FORM)
     kept = index.pts[index.kept_frames(10.0)]
     uri = fill(index, store, skip=set(kept[[2, 3]].tolist()))
@@ -172,7 +172,7 @@ def test_a_touched_file_keeps_its_folder_and_a_changed_one_gets_another(film, tm
     assert len(open_videos([index.path], store=store, form=FORM)) == 1
     make_video(index.path, width=160, height=96, num_frames=50, frames_per_second=30, seed=9)
     assert load_index(index.path, store=store).video_id != index.video_id
-    with pytest.raises(VideoError, match="not in the store"):
+    with pytest.raises(VideoError, match="missing from the store"):
         open_videos([index.path], store=store, form=FORM)
 
 
@@ -240,7 +240,7 @@ def test_without_room_for_a_copy_frames_are_read_where_they_are(film, tmp_path, 
 
 
 def test_half_a_copy_gives_its_room_back(film, tmp_path, caplog):
-    """A disk that takes no more in the middle of a copy: here, no file above a limit of the process."""
+    """Simulate a disk that fills up in the middle of a copy, by limiting the size of the process's files."""
     store, index = film
     uri = fill(index, store)
     cache = tmp_path / "disk"
@@ -266,7 +266,7 @@ def test_a_store_that_was_removed_is_an_error_of_ours(film):
 
 
 def test_a_store_that_is_made_anew_gets_another_copy(film, tmp_path):
-    """Its versions count from 1 again, and its rows lie in another order."""
+    """A recreated dataset counts versions from 1 again, and its rows are in another order."""
     store, index = film
     cache = str(tmp_path / "disk")
     versions = set()

@@ -1,4 +1,4 @@
-"""Reads that hang or end their process: what a task is told of its earlier attempts, and what it gives up."""
+"""Reads that hang or kill their process: the record of earlier attempts, and the items given up."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ HUNG, DIED = True, False
     ],
 )
 def test_an_item_is_given_up_when_it_has_hung_twice(ended, expected) -> None:
-    """An attempt before the first of these noted nothing, and ended as that one did."""
+    """The first attempt recorded nothing, and is assumed to have ended like the second."""
     assert given_up([Ended(*fields) for fields in ended]) == expected
 
 
-# PyDLL, unlike CDLL, keeps the interpreter's lock during the call, as decord does.
+# PyDLL, unlike CDLL, holds the GIL during the call, as decord does.
 HANG = """
 import ctypes, sys
 from dora_ray import ray_internals
@@ -59,7 +59,7 @@ def test_a_hang_that_holds_the_lock_ends_with_its_process() -> None:
 
 @pytest.fixture
 def again(ray_cluster, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Begin another attempt at one task of this process."""
+    """Start another attempt at a task of this process."""
 
     class Context:
         def get_task_id(self) -> str:
@@ -75,7 +75,7 @@ def again(ray_cluster, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def note(watch: TaskWatch, item: int) -> None:
-    """What a task notes before it is ended."""
+    """Record of a task before it is killed."""
     watch._put(watch._ended, (item, time.time()))
 
 
@@ -101,7 +101,7 @@ def test_an_attempt_that_ends_before_its_first_item_is_no_end_of_the_last_ones(a
 
 @pytest.mark.ray
 def test_a_late_restart_is_no_hang(again, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node was lost and another had to be waited for: it may have hung or not."""
+    """A lost node, and the wait for another, hide whether the task hung."""
     monkeypatch.setattr(hangs, "RESTART_SECONDS", 0.0)
     again(0.0)
     note(again(0.0), 0)

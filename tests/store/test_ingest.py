@@ -1,4 +1,4 @@
-"""The ingest job, on a real Ray cluster."""
+"""Ingest job on a real Ray cluster."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def no_ray(monkeypatch):
-    """Call it: from then on, starting a job is a failure."""
+    """Return a function; once it is called, starting a job fails the test."""
     return lambda: monkeypatch.setattr(job, "run_tasks", lambda *_, **__: pytest.fail("a job was started"))
 
 
@@ -112,7 +112,7 @@ def test_damage_costs_the_frames_it_touches_and_is_not_tried_again(ray_cluster, 
 
 @pytest.fixture
 def endless(tmp_path):
-    """A store, its setting, and the one part of a film whose only key frame is its first."""
+    """Return a store, its format, and the only part of a film whose single key frame is its first."""
     path = make_video(
         tmp_path / "v.mp4", width=160, height=96, num_frames=600, frames_per_second=30, seed=1, group_size=600
     )
@@ -125,7 +125,7 @@ def endless(tmp_path):
 
 
 def test_a_segment_without_end_is_written_in_parts(endless):
-    """One key frame makes one segment of any length: what is held is a part's rows, and its commit is still one."""
+    """A single key frame makes one segment of any length: memory holds one batch of rows, and there is one commit."""
     store, form, index, part = endless
     fragments, missing = segments._write_segment(part, store, "pyav", form)
     assert [json.loads(fragment)["physical_rows"] for fragment in fragments] == [256, 256, 88]
@@ -152,7 +152,7 @@ def test_a_segment_that_fails_leaves_no_part_behind(endless, monkeypatch):
 
 
 def test_a_file_that_changed_since_it_was_indexed_is_not_decoded(tmp_path):
-    """Other pictures at the same times and key frames, put in its place while an ingest waits for nodes."""
+    """Return a film with other pictures at the same times and key frames, put in its place during an ingest."""
     make = functools.partial(make_video, tmp_path / "v.mp4", width=160, height=96, num_frames=40, group_size=10)
     path, store = str(make(frames_per_second=30, seed=1)), str(tmp_path / "store")
     index = load_index(path, store=store)
@@ -210,14 +210,14 @@ def test_a_file_that_vanishes_is_reported_and_the_rest_is_kept(ray_cluster, tmp_
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """The tasks run here, one after the other: what is tested has nothing to do with Ray."""
+    """Run the tasks here, one after the other; these tests do not concern Ray."""
     monkeypatch.setattr(job, "ray_cluster", nullcontext)
     monkeypatch.setattr(job, "run_tasks", lambda items, task, **_: map(task, items))
     monkeypatch.setattr(segments, "TaskWatch", lambda seconds: nullcontext(UNWATCHED))
 
 
 def test_what_cannot_be_read_or_decoded_is_left_out_on_demand(in_this_process, tmp_path, caplog):
-    """One video cannot be opened, one vanishes while it waits, one is good."""
+    """One video cannot be opened, one disappears while it waits, one is good."""
     good, gone, empty = videos.h264(tmp_path), videos.vp9(tmp_path), videos.empty(tmp_path)
     load_index(str(gone), store=str(tmp_path / "store"))
 
@@ -245,7 +245,7 @@ def test_several_bad_files_are_all_named_before_a_job_starts(tmp_path, no_ray):
 
 
 def hang_in_the_last_segment(item, **settings):
-    """The real task, in a process whose decoder never returns from segment 3."""
+    """Run the real task in a process whose decoder never returns from segment 3."""
 
     def stuck(*_, **__):
         threading.Event().wait()
@@ -258,7 +258,7 @@ def hang_in_the_last_segment(item, **settings):
 
 @pytest.mark.slow
 def test_a_hang_costs_one_segment_and_is_named(ray_cluster, tmp_path, monkeypatch, caplog):
-    """The task's process is ended, twice; then the segment counts as unreadable, and the rest is there."""
+    """The task's process is killed twice; then the segment counts as unreadable, and the others are stored."""
     monkeypatch.setattr(job, "ingest_segment", hang_in_the_last_segment)
     path = videos.h264(tmp_path)
     (video,), seen = run(tmp_path / "store", path, decode_seconds=8.0)
@@ -276,14 +276,14 @@ def test_a_video_that_hangs_everywhere_is_not_recorded_as_unreadable(ray_cluster
     path = videos.h264(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(job, "ingest_segment", hang_everywhere)
-        with pytest.raises(VideoError, match="decoding hung wherever it was tried, and nothing of it was recorded"):
+        with pytest.raises(VideoError, match="decoding hung in every attempt, and nothing was recorded"):
             run(tmp_path / "store", path, decode_seconds=8.0, segment_seconds=60.0)
     (video,), _ = run(tmp_path / "store", path)
     assert (video.missing, len(video)) == (0, 14)
 
 
 def die_at_once(item, **settings):
-    """A decoder that crashes its process."""
+    """Decoder that crashes its process."""
 
     def crash(*_, **__):
         os._exit(1)
@@ -296,14 +296,12 @@ def die_at_once(item, **settings):
 @pytest.mark.slow
 def test_a_decoder_that_crashes_ends_the_ingest_with_its_file(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "ingest_segment", die_at_once)
-    with pytest.raises(
-        VideoError, match=r"h264.mp4, 0.0 s from its start: the process that decodes it dies again and again"
-    ):
+    with pytest.raises(VideoError, match=r"h264.mp4, 0.0 s from its start: its decode process dies repeatedly"):
         run(tmp_path / "store", videos.h264(tmp_path), segment_seconds=60.0)
 
 
 def test_tasks_stay_on_nodes_with_the_label(ray_cluster, tmp_path):
-    """No node here has it: nothing runs anywhere else, the answer says what to look for, and the job is over."""
+    """No node has the label: nothing runs elsewhere, the error says what to check, and the job ends."""
     message = r"4 of 4 parts of the work are left and none has finished .* with the label role=decode"
     with pytest.raises(ClusterError, match=message):
         run(tmp_path / "store", videos.h264(tmp_path), node_label="decode", decode_seconds=0.5)
@@ -313,7 +311,7 @@ def test_tasks_stay_on_nodes_with_the_label(ray_cluster, tmp_path):
         time.sleep(0.1)
 
 
-# Commits after every segment; argument 4: segments after whose commit the process is killed.
+# Commits after every segment; argument 4 is the number of committed segments after which the process is killed.
 SMALL_CLUSTER = """
 import json, os, signal, sys, ray
 from dora_ray.store import ingest
@@ -335,7 +333,7 @@ NEVER = "-1"
 
 @pytest.mark.slow
 def test_one_cpu_is_enough_and_a_kill_loses_what_was_not_committed(tmp_path):
-    """Three of twenty segments were committed when the process was killed: the next one decodes the others."""
+    """Three of twenty segments were committed before the kill; the next ingest decodes the other seventeen."""
     path = make_video(
         tmp_path / "v.mp4", width=640, height=360, num_frames=600, frames_per_second=30, seed=1, group_size=30
     )
@@ -349,7 +347,7 @@ def test_one_cpu_is_enough_and_a_kill_loses_what_was_not_committed(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_that_ingest_one_video_at_once(tmp_path):
-    """Each with a cluster of its own; both end well, and every frame counts once."""
+    """Each has its own cluster; both succeed, and every frame is stored once."""
     path, store = videos.h264(tmp_path), str(tmp_path / "store")
     arguments = [
         sys.executable,
@@ -387,7 +385,7 @@ sys.stdout.write(json.dumps([len(part.pts), peak_mb() - idle]))
 
 @pytest.mark.slow
 def test_a_4k_segment_takes_less_than_300_mb(tmp_path):
-    """Twenty seconds of frames are kept, of few pictures: the memory is that of the decoder and of 120 JPEG files."""
+    """The film has only 120 frames in 20 s, so memory is that of the decoder and of 120 JPEG files."""
     path = make_video(
         tmp_path / "v.mp4", width=3840, height=2160, num_frames=120, frames_per_second=6, seed=1, group_size=60
     )

@@ -1,4 +1,4 @@
-"""What is missing of a video is said, and refused above a limit; frames stored by older rules of decoding are known."""
+"""Missing frames are reported, and refused above a limit; frames stored by older decoding rules are recognized."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.video import odd_videos, videos
 
 @pytest.fixture
 def films(tmp_path):
-    """A store with a film of 14 kept frames that lacks two, and one that is whole."""
+    """Return a store with a film that lacks two of 14 kept frames, and a complete one."""
     store = str(tmp_path / "store")
     torn, whole = (load_index(str(make(tmp_path)), store=store) for make in (videos.h264, videos.h264_b_frames))
     lost = torn.pts[torn.kept_frames(FORM.frames_per_second)][[3, 7]].tolist()
@@ -67,7 +67,7 @@ def test_an_end_that_a_file_has_lost_is_told_and_not_refused(tmp_path):
 
 
 def by_older_rules(uri: str) -> None:
-    """The dataset as it was made before it said which rules filled it."""
+    """Rebuild the dataset as it was before its metadata named the decoding rules."""
     lance.write_dataset(datasets.SCHEMA.empty_table(), uri, mode="create")
 
 
@@ -78,7 +78,7 @@ def test_frames_that_older_rules_showed_wrong_are_offered_for_another_ingest(tmp
     uri = uri_of(index, store)
     by_older_rules(uri)
     fill(index, store)
-    words = r"rules of decoding \(number 1; now 2\).*remove that folder.*ingest again"
+    words = r"decoding rules \(?1.*now 2\).*remove this folder.*ingest again"
     with pytest.raises(VideoError, match=words):
         open_videos([index], store=store, form=FORM)
     with pytest.raises(VideoError, match=words):
@@ -93,7 +93,7 @@ def test_frames_that_older_rules_showed_right_are_read_with_a_word(tmp_path, cap
     with caplog.at_level(logging.WARNING):
         (video,) = open_videos([index], store=store, form=FORM)
     assert len(video) == 14
-    assert "older rules of decoding (number 1; now 2), which read files such as this one alike" in caplog.text
+    assert "older decoding rules (1; now 2), which treat files such as this one the same way" in caplog.text
 
 
 def test_a_store_made_now_says_nothing(films, caplog):

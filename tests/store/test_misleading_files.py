@@ -1,4 +1,4 @@
-"""Files whose marks, fields, times and seams are not what they seem, ingested as a user does."""
+"""Files with misleading key-frame marks, fields, times and joins, ingested as a user would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job of tasks as people see it in Ray's dashboard."""
+"""Job of tasks as shown in Ray's dashboard."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ print("left")
 
 @pytest.mark.ray
 def test_a_job_that_is_left_ends_before_ray_does() -> None:
-    """Its loop would look for Ray a minute long, and then end the whole process."""
+    """Otherwise the loop of the abandoned job searches for Ray for a minute, and then kills the whole process."""
     environment = {**os.environ, "RAY_worker_niceness": "0"}
     command = [sys.executable, "-c", LEFT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)

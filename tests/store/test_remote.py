@@ -1,4 +1,4 @@
-"""Videos, stores and runs in an object store and on web servers, and what is said when those refuse."""
+"""Videos, stores and runs in object stores and on web servers, and the errors when those refuse."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytest.importorskip("moto")
 
 @pytest.fixture(scope="module")
 def s3():
-    """An S3 server with an empty bucket, films."""
+    """Start an S3 server with an empty bucket, films."""
     with servers.object_store() as address, pytest.MonkeyPatch.context() as patch:
         servers.aws_environment(patch, address)
         s3fs.S3FileSystem().mkdir("films")
@@ -45,7 +45,7 @@ def s3():
 
 @pytest.fixture
 def film(s3, tmp_path):
-    """The URI of a video of 40 frames."""
+    """Return the URI of a video with 40 frames."""
     path = videos.h264(tmp_path)
     files.write_bytes("s3://films/day/h264.mp4", path.read_bytes())
     return "s3://films/day/h264.mp4"
@@ -71,7 +71,7 @@ def test_a_store_in_a_bucket_is_filled_and_read(film, tmp_path):
         rows = [datasets.frame_row(frame, segment=number, jpeg_quality=90) for frame in frames]
         datasets.commit(uri, datasets.write_rows(uri, rows))
 
-    with ThreadPoolExecutor(3) as pool:  # commits at the same time: none is lost
+    with ThreadPoolExecutor(3) as pool:  # concurrent commits: none is lost
         list(pool.map(store_part, range(3)))
     (video,) = open_videos([film], store="s3://films/store", form=FORM)
     assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
@@ -105,7 +105,7 @@ sys.stdout.write(json.dumps([run.checkpoint, again.checkpoint, again.metrics["st
 @pytest.mark.slow
 @pytest.mark.ray
 def test_video_store_and_run_in_a_bucket(film):
-    """Ingest from a bucket into a bucket, train with Ray Train into it, and go on from there."""
+    """Ingest from a bucket into a bucket, train into it with Ray Train, and resume from it."""
     kept = [word for word in SMALL if not word.startswith(("cluster.num_workers", "optim.steps"))]
     more = ["cluster.num_workers=1", "optim.steps=4", "clip.num_frames=2", "clip.stride_seconds=0.5"]
     words = [*kept, *more, f"data.videos=[{film}]", "data.store=s3://films/store"]

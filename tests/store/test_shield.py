@@ -1,4 +1,4 @@
-"""Decoding without secrets and in limited memory, in the processes of a real Ray."""
+"""Decoding without secrets and with limited memory, in real Ray processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_memory_is_limited_inside_and_only_there():
     assert np.empty(4 * GIB, np.uint8).size == 4 * GIB
 
 
-# What an ingest's task finds when it has decoded: the environment that its process was started with, and has now.
+# Prints what an ingest task sees after decoding: the environment at its process's start, and the current one.
 INGEST = """
 import json, os, sys
 from dora_ray.store import ingest

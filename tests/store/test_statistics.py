@@ -1,4 +1,4 @@
-"""Statistics from the store: against the pictures themselves."""
+"""Statistics from the store, compared with the decoded pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.store.reading import FORM
 
 @pytest.fixture
 def film(tmp_path):
-    """Gray for 2 s, then noise of twice the light for 2 s: the file, its store, its decoded frames."""
+    """Return a file, gray for 2 s and then noise twice as bright for 2 s, with its store and decoded frames."""
     rng = np.random.default_rng(0)
     dark = [np.full((96, 160, 3), 50, np.uint8)] * 20
     bright = rng.integers(60, 140, (96, 160, 3), np.uint8)
