@@ -10,9 +10,8 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dora_ray.reporting import charts
-from dora_ray.reporting.analysis import Analysis, analyze
-from dora_ray.reporting.charts import Bar
+from dora_ray.reporting.analysis import analyze
+from dora_ray.reporting.points import draw_points
 from dora_ray.reporting.summary import summarize
 from dora_ray.tuning.baseline import read_baseline
 from dora_ray.tuning.results import read_csv, read_spec
@@ -26,13 +25,15 @@ PANELS = {
 }
 WIDTH, GAP = 420, 24
 STYLE = """
-svg { --ink: #1b2530; --soft: #4f5d6b; --line: #d9e0e7; --paper: #fff; --c0: #1f56a8; --c7: #5a5f66; }
+svg { --ink: #1b2530; --soft: #4f5d6b; --line: #d9e0e7; --paper: #fff; --c0: #1f56a8; --c1: #b44708; --c7: #5a5f66; }
 @media (prefers-color-scheme: dark) {
-  svg { --ink: #e6ebf0; --soft: #a9b6c3; --line: #36414c; --paper: #1b222a; --c0: #8db8f5; --c7: #b4bcc5; }
+  svg { --ink: #e6ebf0; --soft: #a9b6c3; --line: #36414c; --paper: #1b222a; }
+  svg { --c0: #8db8f5; --c1: #f0a36a; --c7: #b4bcc5; }
 }
 .back { fill: var(--paper); } text { font: 12px system-ui, "DejaVu Sans", sans-serif; fill: var(--ink); }
 .title { fill: var(--soft); } .halo { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 .rule { stroke: var(--line); } .reference { stroke: var(--c7); stroke-width: 1.5; stroke-dasharray: 4 3; }
+.tick { stroke: var(--c7); stroke-width: 1.5; } .ring { fill: var(--paper); stroke: var(--c1); stroke-width: 2; }
 .inner { stroke-width: 4; } .outer { stroke-width: 1.2; } .c0 { stroke: var(--c0); } .c7 { stroke: var(--c7); }
 .mark.c0 { fill: var(--c0); stroke: var(--paper); } .mark.c7 { fill: var(--c7); stroke: var(--paper); }
 """
@@ -67,7 +68,9 @@ def _figure(folder: str) -> str:
     spec, rows, baseline = read_spec(folder), read_csv(f"{folder}/results.csv"), read_baseline(folder)
     measured = [metric for metric in PANELS if any(metric in row.metrics for row in rows)]
     drawn = [
-        _panel(analyze(rows, spec.model_copy(update={"metric": metric, "mode": "max"}), baseline))
+        draw_points(
+            analyze(rows, spec.model_copy(update={"metric": metric, "mode": "max"}), baseline), title=PANELS[metric]
+        )
         for metric in measured
     ]
     heights = [float(re.findall(r'viewBox="0 0 \d+ ([\d.]+)"', panel)[0]) for panel in drawn]
@@ -86,20 +89,6 @@ def _figure(folder: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across} {down:g}" width="{across}" height="{down:g}">'
         f'<style>{STYLE}</style><rect class="back" width="100%" height="100%"/>{"".join(placed)}</svg>\n'
     )
-
-
-def _panel(found: Analysis) -> str:
-    """The points of one measure, best first; blue where they cannot be told from the best."""
-    comparison = found.comparison
-    tied = {*comparison.tied, *list(comparison.points)[:1]}
-    bars = [
-        Bar(found.label(point), 100 * mean.value, 100 * mean.half, kind="c0" if point in tied else "c7")
-        for point, mean in comparison.points.items()
-    ]
-    references = [("chance", 100 * found.chance)] if found.chance is not None else []
-    references += [("random encoder", 100 * sum(found.random) / len(found.random))] if found.random else []
-    said = f"{found.spec.metric} of {len(bars)} points with 95 % intervals over seeds"
-    return charts.intervals(bars, title=PANELS[found.spec.metric], label=said, references=references)
 
 
 if __name__ == "__main__":

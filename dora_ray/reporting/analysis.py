@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
-import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+from dora_ray.reporting.references import Reference, find_references, shared_reference
 from dora_ray.tuning.axes import SEED_KEY, keys_of_axis, value_at
 from dora_ray.tuning.results import Row, group_points
 from dora_ray.tuning.space import SweepSpec
-from dora_ray.tuning.statistics import ROUNDING, Comparison, Estimate, Level, Observation, compare, effects, share_half
+from dora_ray.tuning.statistics import Comparison, Estimate, Level, Observation, compare, effects, share_half
 
-# PED-ANOVA needs that many trials to say anything.
-MIN_IMPORTANCE_TRIALS = 20
 SHARES = ("knn", "linear", "iou", "view_matching", "corloc", "top1", "j_and_f")
 
 
@@ -32,8 +28,7 @@ class Analysis:
         comparison: of the points.
         observations: what both follow from.
         effects: factor -> how much each of its values moves the metric.
-        random: figures of random encoders of the same architecture.
-        chance: figure of guessing.
+        references: point -> what its figure stands beside.
         images: test images behind each trial's figure.
     """
 
@@ -42,8 +37,7 @@ class Analysis:
     comparison: Comparison
     observations: Sequence[Observation]
     effects: Mapping[str, list[Level]]
-    random: tuple[float, ...] = ()
-    chance: float | None = None
+    references: Mapping[Hashable, Reference]
     images: int | None = None
     factors: tuple[str, ...] = field(default=())
 
@@ -54,6 +48,11 @@ class Analysis:
         for point, rows in group_points(self.rows, self.spec.metric).items():
             found[point] = rows
         return found
+
+    @cached_property
+    def shared(self) -> Reference:
+        """What the figures of all points stand beside."""
+        return shared_reference(self.references.values())
 
     @property
     def done(self) -> list[Row]:
@@ -128,8 +127,7 @@ def analyze(rows: Sequence[Row], spec: SweepSpec, baseline: Mapping[str, Any] | 
         compare(found, mode=spec.mode),
         found,
         effects(found, {key: _reader(key) for key in factors}),
-        tuple(facts.get("random", ())),
-        facts.get("chance", _measured_chance(rows, spec.metric)),
+        find_references(groups, spec.metric, facts),
         facts.get("images"),
         factors,
     )
@@ -137,12 +135,6 @@ def analyze(rows: Sequence[Row], spec: SweepSpec, baseline: Mapping[str, Any] | 
 
 def _reader(key: str) -> Callable[[Hashable], Any]:
     return lambda point: value_at(dict(_pairs(point)), key)
-
-
-def _measured_chance(rows: Sequence[Row], metric: str) -> float | None:
-    """Guessing, where each trial has measured it on its own images: masks of as many random patches."""
-    found = [row.metrics[f"{metric}_random_masks"] for row in rows if f"{metric}_random_masks" in row.metrics]
-    return fmean(found) if found else None
 
 
 def verdict(found: Analysis) -> str:
@@ -182,16 +174,17 @@ def verdict(found: Analysis) -> str:
 
 
 def _beside(found: Analysis) -> str:
-    """Compare the best point with random encoders and chance."""
-    estimate = next(iter(found.comparison.points.values()))
-    parts = []
-    if found.random:
-        low, high = min(found.random), max(found.random)
+    """Compare the best point with random encoders, with its settings where they matter, and with chance."""
+    point, estimate = next(iter(found.comparison.points.items()))
+    beside, parts = found.references[point], []
+    if beside.random:
+        low, high = min(beside.random), max(beside.random)
         word = _beside_random(estimate, low, high, most=found.spec.mode == "max")
         span = found.show(low) if low == high else f"{found.show(low)} to {found.show(high)}"
-        parts.append(f"it is {word} {len(found.random)} random encoders ({span})")
-    if found.chance is not None:
-        parts.append(f"chance is {found.show(found.chance)}")
+        same = "" if found.shared.random else " with its settings"
+        parts.append(f"it is {word} {len(beside.random)} random encoders{same} ({span})")
+    if beside.chance is not None:
+        parts.append(f"chance is {found.show(beside.chance)}")
     text = "; ".join(parts)
     return f" {text[0].upper()}{text[1:]}." if text else ""
 
@@ -226,76 +219,6 @@ def caution(spec: SweepSpec) -> str:
         "a better value is not a better encoder. To compare encoders, give a labeled folder: evaluation.images=DIR, "
         "metric=knn, mode=max."
     )
-
-
-def importances(found: Analysis) -> tuple[dict[str, float], str]:
-    """Return each factor's share of what moves the metric, and how it was found; no shares where nothing is told apart.
-
-    PED-ANOVA asks what tells the best trials from all; with few trials the range of a factor's effects says as much.
-    Both split noise among the factors as readily as effects.
-    """
-    rows = found.done
-    if len(found.factors) < 2 or not found.comparison.behind:
-        return {}, ""
-    if reason := _nothing_told_apart(found):
-        return {}, reason
-    if len(rows) >= MIN_IMPORTANCE_TRIALS and importlib.util.find_spec("optuna"):
-        return _ped_anova(found, rows), f"PED-ANOVA (Optuna) over {len(rows)} trials: what tells the best from all."
-    spans = {
-        key: max(level.effect.value for level in levels) - min(level.effect.value for level in levels)
-        for key, levels in found.effects.items()
-    }
-    total = sum(spans.values())
-    shares = {key: span / total for key, span in spans.items()} if total else {}
-    return shares, "Shares of the ranges of the effects above; their errors are there."
-
-
-def _nothing_told_apart(found: Analysis) -> str:
-    """Say why shares of importance would be those of noise; empty where the best and the worst point are told apart."""
-    comparison = found.comparison
-    rounding = ROUNDING * max(abs(estimate.value) for estimate in comparison.points.values())
-    changes = [level.effect for levels in found.effects.values() for level in levels]
-    moves = any(abs(change.value) - change.half > rounding for change in changes)
-    # Without repetitions points have no intervals, and the effects' are what there is.
-    if next(reversed(comparison.points)) not in comparison.tied or (moves and not comparison.repeated):
-        return ""
-    if moves:
-        return (
-            "The best and the worst point are not told apart at this scale, so no importance is shown; an effect whose "
-            "interval leaves out 0 stands above."
-        )
-    return "No factor is told apart at this scale, so no importance is shown: nor are the best and the worst point."
-
-
-def _ped_anova(found: Analysis, rows: Sequence[Row]) -> dict[str, float]:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(direction="maximize" if found.spec.mode == "max" else "minimize")
-    names = {key: sorted({json.dumps(value_at(row.values, key)) for row in rows}) for key in found.factors}
-    kinds: dict[str, Any] = {}
-    for key, axis in ((key, found.spec.space[key]) for key in found.factors):
-        ((kind, values),) = axis.items()
-        drawn = kind in ("uniform", "loguniform")
-        if drawn:
-            low, high = values
-            kinds[key] = optuna.distributions.FloatDistribution(low, high, log=kind == "loguniform")
-        else:
-            kinds[key] = optuna.distributions.CategoricalDistribution(names[key])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is experimental there
-        for row in rows:
-            point = {
-                key: row.values[key]
-                if isinstance(kinds[key], optuna.distributions.FloatDistribution)
-                else json.dumps(value_at(row.values, key))
-                for key in kinds
-            }
-            study.add_trial(
-                optuna.trial.create_trial(params=point, distributions=kinds, value=row.metrics[found.spec.metric])
-            )
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
 def costs(found: Analysis) -> dict[Hashable, float]:

@@ -24,6 +24,8 @@ class Bar:
         half: half width of the interval over seeds; may be infinite.
         outer: half width of the interval over test images; 0 where there is none.
         kind: class of its mark.
+        random: figure of random encoders with the same settings, where each line has its own.
+        chance: likewise of guessing.
     """
 
     label: str
@@ -31,6 +33,8 @@ class Bar:
     half: float
     outer: float = 0.0
     kind: str = "c0"
+    random: float | None = None
+    chance: float | None = None
 
 
 def intervals(
@@ -41,38 +45,60 @@ def intervals(
     # Labels that are too long to stand beside the bars stand above them.
     stacked = longest > WIDTH * LABEL_SHARE
     left, row = (4.0, STACKED_ROW) if stacked else (longest, ROW)
-    top, height = 6 + LEGEND_ROW * len(references), row * len(bars)
+    own = _legend_of_own_marks(bars)
+    top = 6 + LEGEND_ROW * (len(references) + bool(own))
     ends = [end for bar in bars for half in (bar.half, bar.outer) for end in (bar.value - half, bar.value + half)]
-    values = [*(end for end in ends if math.isfinite(end)), *(bar.value for bar in bars)]
-    scale = Scale.of([*values, *(value for _, value in references), *([0.0] if zero else [])], left + 6, WIDTH - 10)
-    bottom = top + height
-    parts = [svg.x_axis(scale, bottom, top, title)]
+    marks = [value for bar in bars for value in (bar.value, bar.random, bar.chance) if value is not None]
+    values = [*(end for end in ends if math.isfinite(end)), *marks, *(value for _, value in references)]
+    scale = Scale.of([*values, *([0.0] if zero else [])], left + 6, WIDTH - 10)
+    bottom = top + row * len(bars)
+    parts = [svg.x_axis(scale, bottom, top, title), own]
     if zero:
         parts.append(svg.line(scale.at(0), top, scale.at(0), bottom, "zero"))
     for index, (name, value) in enumerate(references):
-        x = scale.at(value)
+        x, y = scale.at(value), 6 + LEGEND_ROW * (index + bool(own))
         middle = x < (left + WIDTH) / 2
-        parts.append(svg.line(x, 6 + LEGEND_ROW * index, x, bottom, "reference"))
+        parts.append(svg.line(x, y, x, bottom, "reference"))
         shown = f"{name} {number(value)}"
-        parts.append(
-            svg.text(x + (4 if middle else -4), 17 + LEGEND_ROW * index, shown, anchor="start" if middle else "end")
-        )
+        parts.append(svg.text(x + (4 if middle else -4), y + 11, shown, anchor="start" if middle else "end"))
     for index, bar in enumerate(bars):
-        y = top + row * (index + (0.75 if stacked else 0.5))
+        height = top + row * (index + (0.75 if stacked else 0.5))
         if stacked:
-            parts.append(svg.text(left, y - 10, bar.label, kind="halo"))
+            parts.append(svg.text(left, height - 10, bar.label, kind="halo"))
         else:
-            parts.append(svg.text(left, y + 4, bar.label, anchor="end"))
-        if bar.outer:
-            parts.append(
-                svg.line(scale.at(bar.value - bar.outer), y, scale.at(bar.value + bar.outer), y, f"outer {bar.kind}")
-            )
-        if math.isfinite(bar.half):
-            parts.append(
-                svg.line(scale.at(bar.value - bar.half), y, scale.at(bar.value + bar.half), y, f"inner {bar.kind}")
-            )
-        parts.append(svg.dot(scale.at(bar.value), y, f"mark {bar.kind}", f"{bar.label}: {_with(bar)}"))
+            parts.append(svg.text(left, height + 4, bar.label, anchor="end"))
+        parts += _draw_bar(bar, scale, height)
     return svg.drawing(parts, height=bottom + 38, label=label)
+
+
+def _draw_bar(bar: Bar, scale: Scale, y: float) -> list[str]:
+    """The marks of one line: chance and random encoders of its own, intervals, the estimate."""
+    parts = []
+    if bar.chance is not None:
+        said = f"{bar.label}: chance {number(bar.chance)}"
+        parts.append(svg.path([(scale.at(bar.chance), y - 7), (scale.at(bar.chance), y + 7)], "tick", said))
+    if bar.outer:
+        ends = scale.at(bar.value - bar.outer), scale.at(bar.value + bar.outer)
+        parts.append(svg.line(ends[0], y, ends[1], y, f"outer {bar.kind}"))
+    if math.isfinite(bar.half):
+        ends = scale.at(bar.value - bar.half), scale.at(bar.value + bar.half)
+        parts.append(svg.line(ends[0], y, ends[1], y, f"inner {bar.kind}"))
+    if bar.random is not None:
+        said = f"{bar.label}: random encoder {number(bar.random)}"
+        parts.append(svg.dot(scale.at(bar.random), y, "ring", said))
+    parts.append(svg.dot(scale.at(bar.value), y, f"mark {bar.kind}", f"{bar.label}: {_with(bar)}"))
+    return parts
+
+
+def _legend_of_own_marks(bars: Sequence[Bar]) -> str:
+    """What rings and strokes mean, where lines have their own."""
+    parts, x = [], 10.0
+    for name, there in (("random encoder", "random"), ("chance", "chance")):
+        if any(getattr(bar, there) is not None for bar in bars):
+            parts.append(svg.dot(x, 13, "ring") if there == "random" else svg.path([(x, 6), (x, 20)], "tick"))
+            parts.append(svg.text(x + 9, 17, f"{name}, of each"))
+            x += 30 + len(name + ", of each") * svg.FONT_WIDTH
+    return "".join(parts)
 
 
 def _with(bar: Bar) -> str:

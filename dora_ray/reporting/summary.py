@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dora_ray import files
-from dora_ray.reporting.analysis import Analysis, analyze, caution, costs, importances, other_verdicts, verdict
+from dora_ray.reporting.analysis import Analysis, analyze, caution, costs, other_verdicts, verdict
+from dora_ray.reporting.importance import importances
 from dora_ray.reporting.render import describe_machine, duration
 from dora_ray.tuning.baseline import read_baseline
 from dora_ray.tuning.results import read_csv, read_spec

@@ -18,13 +18,14 @@ from dora_ray.reporting.analysis import (
     analyze,
     caution,
     costs,
-    importances,
     is_share,
     other_verdicts,
     verdict,
 )
 from dora_ray.reporting.charts import Bar
 from dora_ray.reporting.curves import legend, overlay, series
+from dora_ray.reporting.importance import importances
+from dora_ray.reporting.points import MAX_POINTS, describe_references, draw_points, percent
 from dora_ray.reporting.render import THUMBNAIL_WIDTH, Picture, duration, figure, render, shrink
 from dora_ray.reporting.svg import COLORS
 from dora_ray.training.records.journal import read_metrics
@@ -35,8 +36,8 @@ from dora_ray.tuning.results import Row, read_csv, read_spec
 from dora_ray.tuning.space import SweepSpec
 from dora_ray.tuning.statistics import interaction, pareto
 
-# Of many points the page draws the best; the table has all of them.
-MAX_POINTS, MAX_PICTURES, MAX_MAPS, MAX_MAP_VALUES = 40, 24, 6, 8
+# Of many points the page shows the best; the table has all of them.
+MAX_PICTURES, MAX_MAPS, MAX_MAP_VALUES = 24, 6, 8
 SHOWN_MEASURES = (
     "loss",
     "knn",
@@ -78,11 +79,11 @@ def sweep_page(folder: str) -> str:
         others=other_verdicts(rows, spec, baseline),
         tiles=_tiles(rows, spec),
         command=_command(folder, found),
-        points=_mark(_draw_points(found)) if points else "",
+        points=_mark(draw_points(found, title=_unit(found))) if points else "",
         shown_points=min(len(points), MAX_POINTS),
         hidden_points=max(0, len(points) - MAX_POINTS),
         images=found.images,
-        references=_references(found),
+        references=describe_references(found),
         effects=[(key, _mark(_draw_effect(found, key))) for key in found.effects],
         importance=sorted(importance.items(), key=lambda entry: -entry[1]),
         importance_note=note,
@@ -130,46 +131,12 @@ def _best_rows(found: Analysis) -> list[Row]:
     return found.groups[next(iter(found.comparison.points))]
 
 
-def _percent(found: Analysis) -> float:
-    return 100.0 if is_share(found.spec.metric) else 1.0
-
-
 def _unit(found: Analysis) -> str:
     return f"{found.spec.metric}, %" if is_share(found.spec.metric) else found.spec.metric
 
 
-def _draw_points(found: Analysis) -> str:
-    scale, comparison = _percent(found), found.comparison
-    tied = {*comparison.tied, *list(comparison.points)[:1]}
-    bars = [
-        Bar(
-            found.label(point),
-            scale * estimate.value,
-            scale * estimate.half,
-            scale * found.outer(estimate.value),
-            "c0" if point in tied else "c7",
-        )
-        for point, estimate in list(comparison.points.items())[:MAX_POINTS]
-    ]
-    references = [("chance", scale * found.chance)] if found.chance is not None else []
-    references += [("random encoder", scale * sum(found.random) / len(found.random))] if found.random else []
-    best = f"the best: {bars[0].label}, {bars[0].value:.4g}"
-    said = f"{found.spec.metric} of {len(bars)} points with 95 % intervals; {best}."
-    return charts.intervals(bars, title=_unit(found), label=said, references=references)
-
-
-def _references(found: Analysis) -> str:
-    parts = []
-    if len(found.comparison.points) > 1 and found.comparison.repeated:
-        parts.append("Blue: the best and what cannot be told from it.")
-    if found.random:
-        shown = ", ".join(found.show(value) for value in found.random)
-        parts.append(f"Random encoders of the same architecture, {len(found.random)} seeds: {shown}.")
-    return " ".join(parts)
-
-
 def _draw_effect(found: Analysis, key: str) -> str:
-    scale = _percent(found)
+    scale = percent(found)
     bars = [
         Bar(figure(level.value), scale * level.effect.value, scale * level.effect.half) for level in found.effects[key]
     ]
@@ -187,7 +154,7 @@ def _maps(found: Analysis) -> list[tuple[str, str]]:
     drawn = []
     for first, second in list(combinations(few, 2))[:MAX_MAPS]:
         cells = interaction(found.observations, found.value_of(first), found.value_of(second))
-        scaled = {pair: _percent(found) * mean for pair, mean in cells.items()}
+        scaled = {pair: percent(found) * mean for pair, mean in cells.items()}
         names = " and ".join(key.rsplit(".", 1)[-1] for key in (first, second))
         drawn.append((names, charts.heat_map(scaled, rows=first, columns=second, metric=found.spec.metric)))
     return drawn
@@ -230,7 +197,7 @@ def _groups(rows: Sequence[Row], key: str) -> tuple[dict[str, int], list[str]]:
 def _draw_cost(found: Analysis) -> str:
     cost = costs(found)
     both: dict[Hashable, tuple[float, float]] = {
-        point: (cost[point], _percent(found) * estimate.value)
+        point: (cost[point], percent(found) * estimate.value)
         for point, estimate in found.comparison.points.items()
         if point in cost
     }
@@ -244,7 +211,7 @@ def _draw_cost(found: Analysis) -> str:
 def _draw_rays(found: Analysis) -> str:
     rows = [
         {key: value_at(row.values, key) for key in found.factors}
-        | {found.spec.metric: _percent(found) * row.metrics[found.spec.metric]}
+        | {found.spec.metric: percent(found) * row.metrics[found.spec.metric]}
         for row in found.done
     ]
     return charts.parallel(rows, found.factors, metric=found.spec.metric, mode=found.spec.mode)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 NOT_OF_THE_TASK = {"random_init", "seed", "random_encoders"}
 # Frames from the start of each sequence: enough to lose an object, and few enough to evaluate during training.
 PROPAGATED_FRAMES = 6
+KNN, OBJECTS, PROPAGATION, VIEWS = "kNN", "objects", "label propagation", "view matching"
+TASKS = (KNN, OBJECTS, PROPAGATION, VIEWS)
 Values = dict[str, float]
 
 
@@ -55,8 +57,10 @@ def prepare(config: Config) -> Config:
     return config.model_copy(update={"evaluation": evaluation.model_copy(update=paths)}) if paths else config
 
 
-def measure_teacher(backbone: VisionTransformer, config: Config, *, device: str) -> tuple[Values, list[str]]:
-    """Evaluate the teacher's encoder in its current state.
+def measure_teacher(
+    backbone: VisionTransformer, config: Config, *, device: str, tasks: Collection[str] = TASKS
+) -> tuple[Values, list[str]]:
+    """Evaluate the teacher's encoder in its current state, by some or all of TASKS.
 
     Unreadable data, or a lack of memory, must not end one rank of a training: the problem is returned, not raised.
 
@@ -66,16 +70,16 @@ def measure_teacher(backbone: VisionTransformer, config: Config, *, device: str)
         could not be evaluated.
     """
     evaluation = config.evaluation
-    tasks: tuple[tuple[str, str | None, Callable[..., Values]], ...] = (
-        ("kNN", evaluation.images, _knn),
-        ("objects", evaluation.tour, _objects),
-        ("label propagation", evaluation.tour, _propagation),
-        ("view matching", evaluation.video, _views),
+    known: tuple[tuple[str, str | None, Callable[..., Values]], ...] = (
+        (KNN, evaluation.images, _knn),
+        (OBJECTS, evaluation.tour, _objects),
+        (PROPAGATION, evaluation.tour, _propagation),
+        (VIEWS, evaluation.video, _views),
     )
     values: Values = {}
     problems: list[str] = []
-    for name, data, measure in tasks:
-        if data is None:
+    for name, data, measure in known:
+        if data is None or name not in tasks:
             continue
         try:
             values |= measure(backbone, config, data, device)

@@ -151,15 +151,15 @@ def _run(
     try:
         ingest_all(configs, on_ingest)
         logger.info("%d of %d trials to run", progress.trials - len(progress.ended), progress.trials)
+        known = functools.partial(known_trials, folder, spec, base, trials)
         if len(progress.ended) < progress.trials:
-            known = functools.partial(known_trials, folder, spec, base, trials)
             run = functools.partial(
                 run_trials,
                 *(folder, spec, base, trials, progress, lambda: _write_pages(folder, known())),
                 on_progress=on_progress,
             )
             run_through_lost_memory(run, base.cluster.max_failures)
-        _measure_baseline(folder, known_trials(folder, spec, base, trials))
+        measure_baseline(folder, [trial for trial in known() if trial_status(folder, trial.name) == "done"])
         finished = _finish(folder, spec, trials)
         missing = sum(row.status == "missing" for row in finished.results) or progress.trials - len(finished.results)
         failed = any(row.status == "failed" for row in finished.results)
@@ -267,13 +267,6 @@ def known_trials(folder: str, spec: SweepSpec, base: Config, trials: Sequence[Tr
     if spec.search == "all":
         return list(trials)
     return [make_trial(base, values) for values in read_points(folder)]
-
-
-def _measure_baseline(folder: str, trials: Sequence[Trial]) -> None:
-    """Random encoders of the architecture of the first trial that is done."""
-    done = next((trial for trial in trials if trial_status(folder, trial.name) == "done"), None)
-    if done is not None:
-        measure_baseline(folder, trial_folder(folder, done.name), done.config)
 
 
 def _write_pages(folder: str, trials: Sequence[Trial]) -> list[Row]:

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from dora_ray.reporting.analysis import analyze, caution, importances, other_verdicts, verdict
+from dora_ray.reporting.analysis import analyze, caution, other_verdicts, verdict
+from dora_ray.reporting.importance import importances
+from dora_ray.reporting.points import describe_references, draw_points
 from dora_ray.tuning.results import Row, read_csv, read_spec
 from dora_ray.tuning.space import expand, load_sweep
 from tests.tuning.folders import write_sweep
@@ -42,6 +44,31 @@ def test_the_verdict_stands_beside_random_encoders_and_says_its_images(tmp_path)
     assert "It is beyond 2 random encoders (14.0 % to 15.0 %); chance is 10.0 %." in sentence
     worse = {"knn": {"random": [0.5], "chance": 0.1}}
     assert "It is worse than 1 random encoders (50.0 %)" in verdict(_analyze(folder, worse))
+
+
+def test_a_figure_that_depends_on_the_setting_stands_beside_random_encoders_of_that_setting(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", [[0.20, 0.21, 0.2], [0.40, 0.41, 0.4]])
+    points = [{"values": {"tracking.num_objects": count}, "random": [0.2 * count, 0.21 * count]} for count in (1, 2)]
+    found = _analyze(folder, {"knn": {"points": points}})
+    assert [beside.random for beside in found.references.values()] == [(0.2, 0.21), (0.4, 0.42)]
+    assert found.shared.random == ()
+    assert "It is not clearly beyond 2 random encoders with its settings (40.0 % to 42.0 %)." in verdict(found)
+    drawn = draw_points(found, title="kNN")
+    assert drawn.count('class="ring"') == 3, "one a point, and the legend's"
+    assert "num_objects 1: random encoder 20.5" in drawn
+    assert 'class="reference"' not in drawn
+    assert "Rings: the mean of 2 random encoders" in describe_references(found)
+
+
+def test_chance_that_each_point_has_of_its_own_is_not_averaged(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", [[0.20, 0.21, 0.2], [0.40, 0.41, 0.4]])
+    rows = [
+        replace(row, metrics=row.metrics | {"knn_random_masks": 0.05 * row.values["tracking.num_objects"]})
+        for row in read_csv(str(folder / "results.csv"))
+    ]
+    found = analyze(rows, read_spec(str(folder)))
+    assert "Chance is 10.0 %." in verdict(found)
+    assert draw_points(found, title="kNN").count('class="tick"') == 3
 
 
 def test_less_is_better_where_the_sweep_says_so(tmp_path):

@@ -1,0 +1,87 @@
+"""Importance of a sweep's factors: each one's share of what moves the metric, where anything does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from dora_ray.reporting.analysis import Analysis
+from dora_ray.tuning.axes import value_at
+from dora_ray.tuning.results import Row
+from dora_ray.tuning.statistics import ROUNDING
+
+# PED-ANOVA needs that many trials to say anything.
+MIN_IMPORTANCE_TRIALS = 20
+
+
+def importances(found: Analysis) -> tuple[dict[str, float], str]:
+    """Return each factor's share of what moves the metric, and how it was found; no shares where nothing is told apart.
+
+    PED-ANOVA asks what tells the best trials from all; with few trials the range of a factor's effects says as much.
+    Both split noise among the factors as readily as effects.
+    """
+    rows = found.done
+    if len(found.factors) < 2 or not found.comparison.behind:
+        return {}, ""
+    if reason := _nothing_told_apart(found):
+        return {}, reason
+    if len(rows) >= MIN_IMPORTANCE_TRIALS and importlib.util.find_spec("optuna"):
+        return _ped_anova(found, rows), f"PED-ANOVA (Optuna) over {len(rows)} trials: what tells the best from all."
+    spans = {
+        key: max(level.effect.value for level in levels) - min(level.effect.value for level in levels)
+        for key, levels in found.effects.items()
+    }
+    total = sum(spans.values())
+    shares = {key: span / total for key, span in spans.items()} if total else {}
+    return shares, "Shares of the ranges of the effects above; their errors are there."
+
+
+def _nothing_told_apart(found: Analysis) -> str:
+    """Say why shares of importance would be those of noise; empty where the best and the worst point are told apart."""
+    comparison = found.comparison
+    rounding = ROUNDING * max(abs(estimate.value) for estimate in comparison.points.values())
+    changes = [level.effect for levels in found.effects.values() for level in levels]
+    moves = any(abs(change.value) - change.half > rounding for change in changes)
+    # Without repetitions points have no intervals, and the effects' are what there is.
+    if next(reversed(comparison.points)) not in comparison.tied or (moves and not comparison.repeated):
+        return ""
+    if moves:
+        return (
+            "The best and the worst point are not told apart at this scale, so no importance is shown; an effect whose "
+            "interval leaves out 0 stands above."
+        )
+    return "No factor is told apart at this scale, so no importance is shown: nor are the best and the worst point."
+
+
+def _ped_anova(found: Analysis, rows: Sequence[Row]) -> dict[str, float]:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="maximize" if found.spec.mode == "max" else "minimize")
+    names = {key: sorted({json.dumps(value_at(row.values, key)) for row in rows}) for key in found.factors}
+    kinds: dict[str, Any] = {}
+    for key, axis in ((key, found.spec.space[key]) for key in found.factors):
+        ((kind, values),) = axis.items()
+        drawn = kind in ("uniform", "loguniform")
+        if drawn:
+            low, high = values
+            kinds[key] = optuna.distributions.FloatDistribution(low, high, log=kind == "loguniform")
+        else:
+            kinds[key] = optuna.distributions.CategoricalDistribution(names[key])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is experimental there
+        for row in rows:
+            point = {
+                key: row.values[key]
+                if isinstance(kinds[key], optuna.distributions.FloatDistribution)
+                else json.dumps(value_at(row.values, key))
+                for key in kinds
+            }
+            study.add_trial(
+                optuna.trial.create_trial(params=point, distributions=kinds, value=row.metrics[found.spec.metric])
+            )
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
