@@ -1,1 +1,1 @@
-"""From a file to timed frames: sources, index, decoders."""
+"""Videos: sources, index, and decoders that turn a file into timed frames."""

@@ -1,7 +1,8 @@
-"""Which compressed pictures no other picture leans on, read from a few bits of their headers, without decoding.
+"""Detect non-reference pictures from a few header bits, without decoding.
 
-Such a picture may stay undecoded without a change to any other, so a decoder spends its time on the rest and on the
-pictures that somebody wants. Wherever a header is unusual the answer is "leant on": that costs time and never a pixel.
+A picture that no other picture references can stay undecoded without changing any other, so the decoder spends its time
+on references and on the frames that are wanted. Wherever a header is unusual, the picture counts as a reference: that
+costs time, but never changes a pixel.
 
 Sources: ITU-T H.264, 7.3.1 and 7.4.1 (nal_ref_idc), Annex B (start codes); ISO/IEC 14496-15, 5.3.3 (avcC); AV1
 Bitstream and Decoding Process, 5.3.1 (OBU header), 5.5.1 (sequence header), 5.9.2 (frame header); AV1-ISOBMFF, 2.3.3.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from dora_ray.video.nal import START_CODE, Bits, Packet, length_bytes, units
 
 SLICES = frozenset((1, 2, 3, 4, 5))
-# Parameter sets and their extensions change how later pictures are read.
+# Parameter sets and their extensions change how later pictures are parsed.
 SEQUENCE_PARAMETERS = 7
 PARAMETER_SETS = frozenset((7, 8, 13, 15))
 OBU_SEQUENCE, OBU_FRAME_HEADER, OBU_FRAME, OBU_REDUNDANT_HEADER = 1, 3, 6, 7
@@ -24,11 +25,11 @@ SELECT = 2
 
 
 def reference_test(codec: str, extradata: bytes | None) -> Callable[[Packet], bool]:
-    """The function that says whether another picture may lean on the one in a packet.
+    """Return a function that tells whether other pictures may reference the one in a packet.
 
     Args:
-        codec: FFmpeg's name; "h264" and "av1" are looked into.
-        extradata: the stream's parameters as the container holds them.
+        codec: FFmpeg's name; only "h264" and "av1" are parsed.
+        extradata: the stream's parameters as stored in the container.
     """
     if codec == "h264":
         size = length_bytes(codec, extradata)
@@ -38,7 +39,7 @@ def reference_test(codec: str, extradata: bytes | None) -> Callable[[Packet], bo
 
 
 def sequence_parameters(packet: Packet, codec: str, extradata: bytes | None) -> frozenset[bytes]:
-    """The sequence parameter sets (sizes, formats) that travel in a packet of H.264; empty for other codecs."""
+    """Return the sequence parameter sets (sizes, formats) in an H.264 packet; empty for other codecs."""
     if codec != "h264":
         return frozenset()
     found = units(bytes(packet), length_bytes(codec, extradata))
@@ -46,9 +47,9 @@ def sequence_parameters(packet: Packet, codec: str, extradata: bytes | None) -> 
 
 
 def av1_begins_anew(packet: Packet) -> bool:
-    """Return whether a packet that FFmpeg takes for a key frame begins with one, and shows it.
+    """Return whether a packet that FFmpeg marks as a key frame begins with a key frame that is shown.
 
-    One that another packet shows later refreshes nothing until then.
+    A key frame that is shown by a later packet refreshes nothing until then.
     """
     try:
         found = [content for kind, content in _units(packet) if kind in (OBU_FRAME, OBU_FRAME_HEADER)]
@@ -59,7 +60,7 @@ def av1_begins_anew(packet: Packet) -> bool:
 
 
 def _h264_is_reference(packet: Packet, size: int) -> bool:
-    """False when every slice says nal_ref_idc = 0 and no parameter set travels along."""
+    """Return False if every slice has nal_ref_idc = 0 and the packet has no parameter set."""
     headers = list(_sized_units(packet, size) if size else _start_code_units(bytes(packet)))
     slices = [header for header in headers if header & 31 in SLICES]
     return (
@@ -70,7 +71,7 @@ def _h264_is_reference(packet: Packet, size: int) -> bool:
 
 
 def _sized_units(packet: Packet, length_bytes: int) -> Iterator[int]:
-    """The first byte of each NAL unit; of one whose length cannot be right, a parameter set's."""
+    """Yield the first byte of each NAL unit; for a unit of impossible length, that of a parameter set."""
     position = 0
     while position < len(packet):
         start = position + length_bytes
@@ -87,7 +88,7 @@ def _start_code_units(packet: bytes) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Fields that the frame header's layout depends on: 0 off, 1 on, SELECT where each frame says."""
+    """Fields that determine the frame header's layout: 0 off, 1 on, SELECT if each frame chooses."""
 
     screen_content_tools: int
     integer_motion: int
@@ -95,12 +96,12 @@ class _Sequence:
 
 
 def _units(packet: Packet) -> Iterator[tuple[int, bytes]]:
-    """Type and first 32 bytes of each OBU; ValueError where one has no size or does not fit."""
+    """Yield type and first 32 bytes of each OBU. Raises ValueError if one has no size or is truncated."""
     position = 0
     while position < len(packet):
         header = packet[position]
         if not header & 2:
-            raise ValueError("an OBU without its size")
+            raise ValueError("an OBU without a size field")
         position += 2 if header & 4 else 1
         size = shift = 0
         more = True
@@ -109,13 +110,13 @@ def _units(packet: Packet) -> Iterator[tuple[int, bytes]]:
             more = bool(packet[position] & 128)
             shift, position = shift + 7, position + 1
         if position + size > len(packet):
-            raise ValueError("an OBU that is cut off")
+            raise ValueError("a truncated OBU")
         yield header >> 3 & 15, bytes(packet[position : position + min(size, 32)])
         position += size
 
 
 def _sequence(extradata: bytes | None) -> _Sequence | None:
-    """The sequence header behind the four bytes of av1C; None where it is missing or uses what is rarely used."""
+    """Return the sequence header after the four bytes of av1C; None if it is missing or uses rare features."""
     try:
         headers = [content for kind, content in _units((extradata or b"")[4:]) if kind == OBU_SEQUENCE]
     except ValueError:
@@ -124,7 +125,7 @@ def _sequence(extradata: bytes | None) -> _Sequence | None:
 
 
 def _read_sequence(bits: Bits) -> _Sequence | None:
-    """5.5.1, up to the order hint; None for still pictures, timing information and frame numbers."""
+    """Parse 5.5.1 up to the order hint; None for still pictures, timing information and frame numbers."""
     bits(4)
     if bits(1) or bits(1):
         return None
@@ -149,7 +150,7 @@ def _read_sequence(bits: Bits) -> _Sequence | None:
 
 
 def _av1_is_reference(packet: Packet, sequence: _Sequence) -> bool:
-    """False when every frame of the packet refreshes no reference slot and no sequence header travels along."""
+    """Return False if no frame of the packet refreshes a reference slot and the packet has no sequence header."""
     try:
         units = list(_units(packet))
     except ValueError:
@@ -160,7 +161,7 @@ def _av1_is_reference(packet: Packet, sequence: _Sequence) -> bool:
 
 
 def _refreshes(bits: Bits, sequence: _Sequence) -> bool:
-    """5.9.2, up to refresh_frame_flags."""
+    """Parse 5.9.2 up to refresh_frame_flags."""
     if bits(1):
         return True
     kind, shown = bits(2), bits(1)

@@ -1,6 +1,6 @@
-"""Looks at a file, after the pass over its packets, that tell whether its times can be believed.
+"""Checks, after the scan of a file's packets, of whether its timestamps can be trusted.
 
-An ordinary file pays for some packets that are read at three places, and for no picture.
+An ordinary file costs a few packets read at three places, and no decoding.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from dora_ray.video.scan import NO_TIME, Scan
 from dora_ray.video.sources import open_container, video_stream
 from dora_ray.video.timeline import REORDER_PACKETS
 
-# Containers in whose files each picture has the time at which it is shown, or none.
+# Containers whose files store a presentation time for each picture, or none at all.
 TIMED_CONTAINERS = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "avi", "flv"))
-# Program streams have a time here and there; the others' depend on where reading began.
+# Program streams have only occasional timestamps; FFmpeg derives the others from where reading began.
 READ_FROM_THE_START = frozenset(("mpeg",))
 SAMPLE_PACKETS, SAMPLE_PICTURES = 300, 100
 SEAM_PLACES, SEAM_PACKETS, SEARCHED_PACKETS = 3, 40, 2000
 
 
 def times_contradict(codec: Codec, packets: Scan) -> bool:
-    """Return whether no decoder's order allows the times of presentation, though those of decoding go forward."""
+    """Return whether no decoding order allows the presentation times, although decoding times ascend."""
     counted = ~packets.column("second") & ~packets.column("hidden")
     pts, dts = packets.column("pts")[counted], packets.column("dts")[counted]
     if len(pts) < 2 or (pts == NO_TIME).any() or (dts == NO_TIME).any() or (np.diff(dts) <= 0).any():
         return False
     if not codec.reorder:
         return bool((np.diff(pts) < 0).any())
-    # But for a delay that all have, a picture is shown before those that are decoded long after it.
+    # Apart from a delay common to all, a picture is shown before those that are decoded long after it.
     pts = pts - (pts - dts).min()
     step = int(np.median(np.diff(dts)))
     latest = np.concatenate([dts, dts[-1] + step * np.arange(1, REORDER_PACKETS + 1)])[REORDER_PACKETS:]
@@ -41,10 +41,10 @@ def times_contradict(codec: Codec, packets: Scan) -> bool:
 
 
 def times_are_of_decoding(path: str, container: InputContainer, stream: VideoStream, packets: Scan) -> bool:
-    """Return whether pictures come out of the decoder in another order than that of their times.
+    """Return whether the decoder outputs pictures in another order than that of their timestamps.
 
-    Asked only of files where that may be: pictures are reordered, and times ascend in the order of the file; or the
-    container is one that does not hold the times of single pictures.
+    Only checked where this can happen: pictures are reordered although timestamps ascend in file order, or the
+    container does not store a timestamp for every picture.
     """
     context = stream.codec_context
     times = packets.column("pts")
@@ -57,7 +57,7 @@ def times_are_of_decoding(path: str, container: InputContainer, stream: VideoStr
 
 
 def _shown_times(path: str) -> list[int]:
-    """Times of the first pictures, in the order in which the decoder gives them."""
+    """Return the timestamps of the first pictures, in the decoder's output order."""
     found: list[int] = []
     with open_container(path) as container:
         stream = video_stream(container, path)
@@ -72,7 +72,7 @@ def _shown_times(path: str) -> list[int]:
 
 
 def times_follow_seeks(path: str, packets: Scan, *, timed: bool) -> bool:
-    """Return whether packets have the same times after a seek as when the file is read from its start."""
+    """Return whether packets have the same timestamps after a seek as when the file is read from its start."""
     stamp = "pts" if timed else "dts"
     times = packets.column(stamp)
     starts = np.flatnonzero((packets.column("starts") > 0) & (times != NO_TIME))[1:]
@@ -87,7 +87,7 @@ def times_follow_seeks(path: str, packets: Scan, *, timed: bool) -> bool:
 def _agrees(
     container: InputContainer, stream: VideoStream, packets: Scan, times: np.ndarray, place: int, stamp: str
 ) -> bool:
-    """Compare what follows a seek to packet `place` with what the pass found there."""
+    """Compare the packets after a seek to packet `place` with those found by the scan."""
     number = None
     try:
         container.seek(int(times[place]), stream=stream, backward=True)

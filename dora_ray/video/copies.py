@@ -1,4 +1,4 @@
-"""A node's own copy of a remote video, for decoders that read local files only."""
+"""Node-local copies of remote videos, for decoders that read local files only."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dora_ray.errors import VideoError
 from dora_ray.remote import refusal
 from dora_ray.video.index import VideoIndex
 
-# Copies that no process has asked for this long are removed when the next one is made.
+# Copies unused for this long are removed when the next one is made.
 UNUSED_SECONDS = 24 * 3600.0
-# Disk that has to stay free beside a copy.
+# Disk space to leave free beside a copy.
 SPARE_BYTES = 1 << 30
 
 
 def local_file(index: VideoIndex) -> str:
-    """The path of the video on this node: its own, or that of a copy which the first process that asks makes.
+    """Return a local path of the video: its own, or that of a copy that the first process to ask creates.
 
-    Copies are in the folder for temporary files (TMPDIR), shared by this user's processes on the node.
+    Copies live in the temporary folder (TMPDIR), shared by this user's processes on the node.
 
     Raises:
         VideoError: the file cannot be copied.
@@ -37,7 +37,7 @@ def local_file(index: VideoIndex) -> str:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     suffix = Path(index.path.partition("?")[0]).suffix
     target = folder / f"{index.video_id}-{index.size_bytes}-{index.mtime_ns}{suffix}"
-    # The lock ends with its process, whatever happens to it.
+    # The kernel releases the lock when its process ends, however it ends.
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
@@ -52,15 +52,15 @@ def _copy(index: VideoIndex, target: Path) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < index.size_bytes + SPARE_BYTES:
         raise VideoError(
-            f"{index.path}: this decoder reads local files, and {target.parent} has room for {free / 1e9:.1f} GB of its"
-            f" {index.size_bytes / 1e9:.1f}; set TMPDIR to a larger disk, or use data.decoder=pyav"
+            f"{index.path}: this decoder reads local files, and {target.parent} has {free / 1e9:.1f} GB free of the"
+            f" {index.size_bytes / 1e9:.1f} GB needed; set TMPDIR to a larger disk, or use data.decoder=pyav"
         )
     partial = target.with_suffix(".partial")
     try:
         filesystem, inner = url_to_fs(index.path)
         filesystem.get_file(inner, str(partial))
         if partial.stat().st_size != index.size_bytes:
-            raise VideoError(f"{index.path}: has another size than when it was indexed; start again")
+            raise VideoError(f"{index.path}: size changed since it was indexed; start again")
         partial.rename(target)
     except VideoError:
         raise

@@ -1,6 +1,6 @@
-"""Material of labeled tours: photographs to walk along, and objects cut out of photographs.
+"""Source material of labeled tours: photographs as scenery, and objects cut out of photographs.
 
-Both come from scikit-image and scikit-learn, or from a folder of the user's own. H, W height and width in pixels.
+Both come from scikit-image and scikit-learn, or from a user's folder. H, W height and width in pixels.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from dora_ray.video.synthetic import package_file
 
 Polygon = Sequence[tuple[float, float]]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-# Longest side of what is kept of a photograph: one of the user's 40 megapixels would fill the memory with detail that
-# no film shows.
+# Longest side kept of a photograph: 40 megapixels would fill the memory with detail that no film shows.
 MOST_PIXELS = 1600
 ALPHA_THRESHOLD = 127
 _ASTRONAUT = ("skimage", "data/astronaut.png")
@@ -60,7 +59,7 @@ OBJECTS: Mapping[str, tuple[tuple[str, str], Polygon]] = {
         (7.8, 0), (8.4, 0), (8.5, 0.5), (8.8, 0.9), (8.85, 4.5), (9, 5.4), (7.1, 5.4), (7.1, 4.6), (7.5, 3.8),
         (7.4, 1.1), (7.7, 0.7))),
 }
-# Parts of photographs (left, top, right, bottom, in tenths) that show none of the objects: an object is then always
+# Parts of photographs (left, top, right, bottom, in tenths) without any of the objects, so that every visible object is
 # labeled.
 SCENES: Sequence[tuple[tuple[str, str], tuple[float, float, float, float]]] = (
     (_CHINA, (6, 0, 10, 10)),
@@ -81,12 +80,12 @@ SCENES: Sequence[tuple[tuple[str, str], tuple[float, float, float, float]]] = (
 
 @dataclass(frozen=True, eq=False)
 class Cutout:
-    """An object to put into pictures.
+    """Object to paste into pictures.
 
     Attributes:
-        name: of its class.
-        picture: RGB, its surroundings included.
-        mask: of the same size, 255 where the object is, else 0.
+        name: name of its class.
+        picture: RGB, including its surroundings.
+        mask: same size, 255 inside the object, else 0.
     """
 
     name: str
@@ -96,11 +95,11 @@ class Cutout:
 
 @dataclass(frozen=True, eq=False)
 class Photographs:
-    """Material of one tour.
+    """Source material of one tour.
 
     Attributes:
-        scenes: RGB pictures to walk along.
-        cutouts: the objects, at least one; several may be of one class.
+        scenes: RGB pictures used as scenery.
+        cutouts: the objects, at least one; several may share a class.
     """
 
     scenes: tuple[Image.Image, ...]
@@ -114,7 +113,7 @@ class Photographs:
 
 @functools.lru_cache(maxsize=1)
 def packaged_photographs() -> Photographs:
-    """Give 12 scenes and 8 objects from the photographs that scikit-image and scikit-learn ship.
+    """Return 12 scenes and 8 objects from photographs shipped with scikit-image and scikit-learn.
 
     Raises:
         ConfigError: one of the two is not installed.
@@ -134,14 +133,14 @@ def packaged_photographs() -> Photographs:
 
 
 def photographs_of(folder: str | Path) -> Photographs:
-    """Give the scenes and objects of a folder, searched below too.
+    """Return the scenes and objects of a folder, searched recursively.
 
-    A picture with transparent parts is an object, of the class that its folder names, or its own name in `folder`
-    itself. All others are scenes. Where no picture is transparent, smooth outlines are cut out of the scenes' middles,
-    each scene being a class.
+    A picture with transparent parts is an object; its class is its folder's name, or its own name directly in `folder`.
+    All others are scenes. If no picture is transparent, smooth outlines are cut out of the scenes' centers, and each
+    scene is a class.
 
     Raises:
-        ConfigError: no folder, no scene in it, or a file that cannot be read.
+        ConfigError: the folder or a scene is missing, or a file cannot be read.
     """
     root = Path(folder)
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
@@ -158,7 +157,7 @@ def photographs_of(folder: str | Path) -> Photographs:
         else:
             cutouts.append(_trimmed(name, picture.convert("RGB"), mask))
     if not scenes:
-        raise ConfigError(f"{root} has objects (pictures with transparent parts) only: add photographs to walk along")
+        raise ConfigError(f"{root} has only objects (pictures with transparent parts): add photographs as scenery")
     if not cutouts:
         cutouts = [_blob(name, scene, number) for number, (name, scene) in enumerate(zip(names, scenes, strict=True))]
     return Photographs(tuple(scenes), tuple(cutouts))
@@ -175,7 +174,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _alpha(picture: Image.Image) -> Image.Image | None:
-    """The object's mask of a picture with transparent parts; None for an opaque one."""
+    """Return the object mask of a picture with transparent parts; None for an opaque one."""
     if picture.mode != "RGBA":
         return None
     mask = picture.getchannel("A").point([255 * (value > ALPHA_THRESHOLD) for value in range(256)])
@@ -183,7 +182,7 @@ def _alpha(picture: Image.Image) -> Image.Image | None:
 
 
 def _pixels(tenths: Sequence[float], size: tuple[int, int]) -> list[float]:
-    """Successive x and y in tenths of a picture, in pixels."""
+    """Convert alternating x and y from tenths of a picture to pixels."""
     return [value * size[number % 2] / 10 for number, value in enumerate(tenths)]
 
 
@@ -193,7 +192,7 @@ def _trimmed(name: str, picture: Image.Image, mask: Image.Image) -> Cutout:
 
 
 def _blob(name: str, scene: Image.Image, number: int) -> Cutout:
-    """The middle of a scene within a smooth outline: a circle with three waves of random strength."""
+    """Cut out the center of a scene with a smooth outline: a circle with three waves of random amplitude."""
     rng = np.random.default_rng([7, number])
     angles = np.linspace(0, 2 * np.pi, 90, endpoint=False)
     waves = sum(rng.uniform(0.05, 0.15) * np.sin(n * angles + rng.uniform(0, 2 * np.pi)) for n in (2, 3, 5))

@@ -1,7 +1,7 @@
-"""Decoders by name, behind one protocol: frames by presentation time, downscaled, as the full-range planes of JPEG.
+"""Decoders by name, behind one protocol: downscaled frames by presentation time, as JPEG's full-range planes.
 
-A decoder that is known to show another frame than the one asked for refuses the file and says why: a missing frame is
-recorded, a wrong one would go unseen.
+A decoder known to return wrong frames of a file refuses it and says why: a missing frame is recorded, but a wrong one
+would go unnoticed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ NAMES = ("pyav", "decord", "torchcodec")
 
 
 def get_decoder(name: str) -> Decoder:
-    """The decoder of that name.
+    """Return the decoder of this name.
 
     Raises:
-        ConfigError: an unknown name, or a library that is not installed here.
+        ConfigError: the name is unknown, or the library is not installed.
     """
     if name == "pyav":
         return PyAVDecoder()
@@ -38,13 +38,13 @@ def get_decoder(name: str) -> Decoder:
 
 
 def _refuse_decord2() -> None:
-    """It installs a module of decord's name, and was seen to show wrong frames with a line on stderr only."""
+    """Refuse decord2: it installs a module named decord, and returned wrong frames with only a line on stderr."""
     try:
         found = importlib.metadata.version("decord2")
     except importlib.metadata.PackageNotFoundError:
         return
     raise ConfigError(
-        f"data.decoder: decord2 {found} is installed in decord's place, and shows wrong frames of some files; pip"
+        f"data.decoder: decord2 {found} is installed in place of decord, and returns wrong frames of some files; pip"
         " uninstall decord2 and pip install --force-reinstall decord, or use data.decoder=pyav"
     )
 

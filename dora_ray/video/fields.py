@@ -1,7 +1,7 @@
-"""Field-coded pictures of H.264: which packet holds the second field of the frame that the packet before began.
+"""Field-coded pictures of H.264: find the packets that hold the second field of the previous packet's frame.
 
-Broadcasts and camcorders code the two fields of an interlaced frame apart, in two packets, of which the second has no
-time of its own, or another one. The decoder makes one frame of them, at the first one's time.
+Broadcasts and camcorders code the two fields of an interlaced frame separately, in two packets; the second has no
+timestamp of its own, or a different one. The decoder outputs one frame, at the first field's time.
 
 Source: ITU-T H.264, 7.3.2.1.1 (sequence parameter set), 7.3.2.2, 7.3.3 (slice header), 3.30 (complementary fields).
 """
@@ -15,15 +15,15 @@ from dora_ray.video.nal import Bits, Packet, length_bytes, parameter_units, payl
 
 SLICE, IDR_SLICE, SEQUENCE_PARAMETERS, PICTURE_PARAMETERS = 1, 5, 7, 8
 SLICES = frozenset((SLICE, 2, IDR_SLICE))
-# Bytes of a packet that are searched for parameter sets where start codes divide it.
+# Bytes searched for parameter sets in a packet with start codes.
 HEAD = 4096
-# Profiles whose parameter sets say more of colors.
+# Profiles whose parameter sets include the color format.
 HIGH_PROFILES = frozenset((100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135))
 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Fields that the slice header's beginning depends on."""
+    """Fields that the beginning of the slice header depends on."""
 
     frames_only: bool
     separate_planes: bool
@@ -37,14 +37,14 @@ class _Field:
 
 
 class FieldPairs:
-    """Tells second fields, packet after packet, in the order of the file."""
+    """Detects second fields, packet by packet in file order."""
 
     def __init__(self, codec: str, extradata: bytes | None) -> None:
-        """Look up the stream's parameters.
+        """Read the stream's parameters.
 
         Args:
-            codec: FFmpeg's name; of others than "h264" no packet is a second field.
-            extradata: the stream's parameters as the container holds them.
+            codec: FFmpeg's name; only "h264" has second fields.
+            extradata: the stream's parameters as stored in the container.
         """
         self._known = codec == "h264"
         self._sequences: dict[int, _Sequence] = {}
@@ -55,10 +55,10 @@ class FieldPairs:
             self._learn(parameter_units(codec, extradata))
 
     def is_second(self, packet: Packet) -> bool:
-        """Return whether the packet completes the frame that the last one began."""
+        """Return whether the packet completes the frame begun by the previous one."""
         if not self._known:
             return False
-        # Parameters may change at any time, and stand at the beginning of a packet.
+        # Parameters may change at any time; they precede the slices of a packet.
         self._learn(units(packet, self._size) if self._size else units(bytes(packet[:HEAD]), 0))
         return self._interlaced and self._completes(packet)
 
@@ -79,7 +79,7 @@ class FieldPairs:
         return False
 
     def _field(self, unit: memoryview) -> _Field | None:
-        """The field of a slice; None for a frame's."""
+        """Return the field that a slice belongs to; None for a frame."""
         bits = Bits(payload(unit[1:], 32))
         bits.number()
         bits.number()
@@ -103,7 +103,7 @@ class FieldPairs:
 
 
 def _read_sequence(content: bytes) -> tuple[int, _Sequence]:
-    """The number of a sequence parameter set, and what slices need of it."""
+    """Return the number of a sequence parameter set, and its fields needed to parse slices."""
     bits = Bits(content)
     profile = bits(8)
     bits(16)
@@ -128,7 +128,7 @@ def _read_sequence(content: bytes) -> tuple[int, _Sequence]:
 
 
 def _read_colors(bits: Bits) -> bool:
-    """Step over chroma format, depths and scaling lists; whether the color planes are coded apart."""
+    """Skip chroma format, depths and scaling lists; return whether the color planes are coded separately."""
     chroma = bits.number()
     planes = chroma == 3 and bool(bits(1))
     bits.number()

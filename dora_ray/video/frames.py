@@ -1,4 +1,4 @@
-"""A decoded picture, the size it is brought to, and what a decoder has to do.
+"""Decoded frames, their target size, and the decoder protocol.
 
 H, W height and width of the downscaled picture, both even.
 """
@@ -16,7 +16,7 @@ from dora_ray.video.index import VideoIndex
 
 @dataclass(frozen=True, eq=False)
 class DecodedFrame:
-    """One picture: y (H, W), u and v (H / 2, W / 2), uint8, BT.601, full range; pts in ticks of the video."""
+    """Frame as planes: y (H, W), u and v (H / 2, W / 2), uint8, BT.601, full range; pts in ticks of the video."""
 
     pts: int
     y: np.ndarray
@@ -35,18 +35,18 @@ class DecodedFrame:
 
 
 class Decoder(Protocol):
-    """Interface of a decoding library, as ingest needs it."""
+    """Interface of a decoding library, as needed by the ingest."""
 
     name: str
 
     def refusal(self, index: VideoIndex) -> str | None:
-        """Why this decoder would be wrong on the file; None where it is right."""
+        """Return why this decoder would be wrong on the file; None if it is right."""
 
     def decode(self, index: VideoIndex, pts: Sequence[int], *, short_side: int) -> Iterator[DecodedFrame]:
-        """The frames shown from the times `pts` on, in that order.
+        """Yield the frames with presentation times `pts`, in that order.
 
-        The times are ascending ticks of `index.pts`, best within one segment: decoding starts at the key frame before.
-        Frames that cannot be decoded, or that depend on damaged ones, are left out.
+        The times are ascending ticks of `index.pts`, ideally within one segment: decoding starts at the preceding key
+        frame. Frames that are undecodable, or depend on damaged ones, are left out.
 
         Raises:
             VideoError: the file changed, vanished, or is refused.
@@ -54,11 +54,11 @@ class Decoder(Protocol):
 
 
 def scaled_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height, even, with the shorter at most `short_side` pixels; a picture is never enlarged."""
+    """Return even width and height whose shorter side is at most `short_side` pixels; never enlarges."""
     scale = min(1.0, short_side / min(width, height))
     return max(2, round(width * scale / 2 - 1e-6) * 2), max(2, round(height * scale / 2 - 1e-6) * 2)
 
 
 def stored_plane(plane: Any) -> np.ndarray:
-    """The pixels (H, W) of a plane of an av.VideoFrame, in memory of their own."""
+    """Copy the pixels (H, W) of a plane of an av.VideoFrame."""
     return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width].copy()

@@ -1,8 +1,7 @@
-"""The index of what is in a video file.
+"""Index of the frames in a video file.
 
-Frames are named by their presentation time (pts, an integer in units of the stream's time base), never by
-number / rate: rates are averages, and the frame counts in headers are missing or wrong in cut, truncated and streamed
-files.
+Frames are identified by presentation time (pts, an integer in units of the stream's time base), never by number / rate:
+rates are averages, and the frame counts in headers are missing or wrong in cut, truncated and streamed files.
 
 F frames of the file, G key frames.
 """
@@ -34,16 +33,16 @@ __all__ = ["Segment", "VideoIndex", "find_videos", "index_video"]
 
 INDEX_FORMAT = 3
 ARRAYS = ("pts", "key_pts", "packet_pts")
-# 1: key frames were those that the container marks, the first video stream was read, a frame had one packet with a time
-# of its own, and mirrored pictures were shown as stored. 2: since then, none of that.
+# 1: trusted the container's key-frame marks, read the first video stream, expected one packet with its own time per
+# frame, and ignored mirroring. 2: fixes all of these.
 DECODING_RULES = 2
-# The least parts that a file is cut into where each part has to be read from the start of the file.
+# Most parts of a file in which each part has to be read from the start of the file.
 PARTS_READ_FROM_THE_START = 16
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Frames with start_pts <= pts < stop_pts of one video; start_pts is a key frame's."""
+    """Frames of one video with start_pts <= pts < stop_pts; start_pts belongs to a key frame."""
 
     number: int
     start_pts: int
@@ -52,34 +51,34 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class VideoIndex:
-    """Index of a file: one pass over its packets, without decoding more than its first picture.
+    """Index of a file: one pass over its packets that decodes only the first picture.
 
     Attributes:
-        digest: hash of the times, sizes, key flags and the first bytes of the key frames: two files with one digest
-            hold one video.
+        digest: hash of the times, sizes, key flags and first bytes of key frames; equal digests mean equal
+            videos.
         time_base: numerator and denominator of a tick, seconds.
         pts: (F,) int64 ascending, ticks: every frame that can be shown.
-        key_pts: (G,) int64 ascending, ticks: frames that decoding can start at.
+        key_pts: (G,) int64 ascending, ticks: frames at which decoding can start.
         width, height: as displayed, after rotation and non-square pixels; coded_width, coded_height: as stored.
         rotation: degrees counterclockwise from the stored picture to the displayed one: 0, 90, 180 or 270.
-        mirrored: left and right of the stored picture are exchanged before it is turned.
-        leading_frames: some frames are stored after a key frame and shown before it (open groups of pictures, mostly).
-        timed: False where packets carry decoding times only (H.264 in AVI): the frames that a decoder gives from a
-            start on then have the times of `pts`, in that order.
-        joins: packets, by their number in the file, at which its clock goes back: files joined byte by byte, mostly.
-        heals: (time of a picture, time of the first frame after it that damage before it does not reach), ticks, where
-            a stream is renewed bit by bit (periodic intra refresh).
-        packet_pts: (N,) int64, ticks: the times of all packets, where they are not those that the file says, since its
-            clock goes back or times are missing; such a file is read from its start. Empty for all others.
+        mirrored: the stored picture is mirrored left to right before it is rotated.
+        leading_frames: some frames are stored after a key frame but shown before it (mostly open groups of pictures).
+        timed: False if packets carry decoding times only (H.264 in AVI): the frames decoded from a start on then have
+            the times of `pts`, in that order.
+        joins: numbers of the packets at which the file's clock goes back (mostly concatenated files).
+        heals: (time of a picture, time of the first later frame that earlier damage does not reach), ticks, in streams
+            with periodic intra refresh.
+        packet_pts: (N,) int64, ticks: corrected times of all packets, if the file's clock goes back or times are
+            missing; such a file is read from its start. Empty for all other files.
         field_pairs: some frames are coded as two fields in two packets.
-        false_marks: packets that are marked as key frames, and that decoding cannot start at.
-        holes: places where no frame is shown for very long: hardly pauses, rather jumps of a clock.
-        streams: video streams of the file, without covers.
-        discarded: packets that the container's edit list hides.
-        declared_seconds: what the header promises, 0 where it says nothing; real_seconds: what the packets hold.
-        resized: the parameters of the pictures, such as their size, change within the file (told for H.264).
-        rules: the oldest DECODING_RULES by which all frames of the file are right.
-        warnings: sentences for people: a file that lost its end, a high-dynamic-range transfer.
+        false_marks: packets marked as key frames at which decoding cannot start.
+        holes: gaps so long that they are clock jumps rather than pauses.
+        streams: video streams of the file, without cover pictures.
+        discarded: packets hidden by the container's edit list.
+        declared_seconds: length according to the header, 0 if absent; real_seconds: length of the packets found.
+        resized: picture parameters, such as the size, change within the file (detected for H.264).
+        rules: the oldest DECODING_RULES that decode all frames of the file correctly.
+        warnings: sentences for users: a file that lost its end, a high-dynamic-range transfer function.
     """
 
     path: str
@@ -134,30 +133,30 @@ class VideoIndex:
 
     @staticmethod
     def name_of(path: str) -> str:
-        """The readable part of a video's name in a store; without what an address carries after a question mark."""
+        """Return the readable part of a video's name in a store, without the query string of a URL."""
         place = path.partition("?")[0] if "://" in path else path
         return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(place).stem)[:80]
 
     def seconds(self, pts: np.ndarray) -> np.ndarray:
-        """Seconds from the first frame, float64, of the given ticks."""
+        """Return float64 seconds from the first frame of the given ticks."""
         seconds: np.ndarray = (np.asarray(pts, np.int64) - self.pts[0]) * self.time_base[0] / self.time_base[1]
         return seconds
 
     def kept_frames(self, frames_per_second: float) -> np.ndarray:
-        """Positions in `pts` of the frames on screen at 0, 1/r, 2/r ... seconds, each once, ascending.
+        """Return positions in `pts` of the frames on screen at 0, 1/r, 2/r ... seconds, each once, ascending.
 
-        Containers round times to their tick (1 ms in Matroska), so a frame counts as shown half a tick, at most 1 ms,
-        early.
+        Containers round times to their tick (1 ms in Matroska), so a frame counts as shown half a tick early, at most 1
+        ms.
         """
         times = self.times
         slack = min(self.tick / 2, 1e-3) + 1e-9
-        # Of each frame, the first point that it may be on screen at; the next frame's is the first that it is not.
+        # Index of the first grid point at which each frame may be on screen; it ends where the next frame's begins.
         first = np.maximum(0, np.ceil((times - slack) * frames_per_second))
         last = np.floor((times[-1] + slack) * frames_per_second) + 1
         return np.flatnonzero(first < np.append(first[1:], last))
 
     def segments(self, seconds: float) -> list[Segment]:
-        """The video cut at key frames into parts of at least `seconds` each (the last may be shorter)."""
+        """Split the video at key frames into parts of at least `seconds` each (the last may be shorter)."""
         if len(self.packet_pts):
             seconds = max(seconds, (int(self.pts[-1]) - int(self.pts[0])) * self.tick / PARTS_READ_FROM_THE_START)
         starts = [int(self.key_pts[0])]
@@ -168,23 +167,23 @@ class VideoIndex:
         return [Segment(n, start, stop) for n, (start, stop) in enumerate(zip(starts, stops, strict=True))]
 
     def playing_seconds(self, first: int, last: int) -> float:
-        """Seconds between two times, ticks, in which frames are shown: a hole counts as long as a usual frame."""
+        """Return the seconds between two ticks in which frames are shown; a hole counts as one usual frame interval."""
         frames = int(np.searchsorted(self.pts, last, side="right") - np.searchsorted(self.pts, first))
         usual = float(np.median(np.diff(self.pts)))
         return min(float(last - first), frames * usual) * self.tick
 
     @property
     def shown_seconds(self) -> float:
-        """Seconds in which frames are shown: the video's length; where it has holes, usual frames in their place."""
+        """Length of the video in seconds; in a video with holes, each hole counts as one usual frame interval."""
         usual = float(np.median(np.diff(self.pts))) * self.tick
         return min(self.real_seconds, len(self.pts) * usual) if self.holes else self.real_seconds
 
     def key_before(self, pts: int) -> int:
-        """The last key frame at or before `pts`, ticks."""
+        """Return the ticks of the last key frame at or before `pts`."""
         return int(self.key_pts[max(0, int(np.searchsorted(self.key_pts, pts, side="right")) - 1)])
 
     def to_bytes(self) -> bytes:
-        """The index as a NumPy .npz file; times as differences, which compress to a few bytes a second."""
+        """Serialize the index as .npz. Times are stored as differences, which compress to a few bytes a second."""
         record = {k: v for k, v in asdict(self).items() if k not in ARRAYS}
         text = json.dumps({"format": INDEX_FORMAT, **record})
         buffer = io.BytesIO()
@@ -197,7 +196,7 @@ class VideoIndex:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> VideoIndex:
-        """Undo `to_bytes`. Raises ValueError for bytes of another kind or format."""
+        """Deserialize `to_bytes`. Raises ValueError for other content or another format."""
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as archive:
                 record = json.loads(archive["record"].tobytes())
@@ -206,7 +205,7 @@ class VideoIndex:
             raise ValueError(f"not a video index: {error}") from error
         known = {field.name for field in fields(cls)} - set(ARRAYS)
         if record.pop("format", None) != INDEX_FORMAT or record.keys() != known:
-            raise ValueError("a video index of another format")
+            raise ValueError("a video index of an unsupported format")
         record["time_base"] = tuple(record["time_base"])
         record["joins"] = tuple(record["joins"])
         record["heals"] = tuple(map(tuple, record["heals"]))
@@ -218,7 +217,7 @@ def index_video(path: str) -> VideoIndex:
     """Index a file in one pass over its packets.
 
     Raises:
-        VideoError: the file cannot be read as a video of two frames or more; the message says why and what to do.
+        VideoError: the file cannot be read as a video of two frames or more; the message gives reason and remedy.
     """
     path = files.absolute(path)
     with open_container(path) as container:
@@ -278,7 +277,7 @@ def _build_index(path: str, container: InputContainer, stream: VideoStream, pack
 
 
 def _timeline(path: str, container: InputContainer, stream: VideoStream, packets: Scan) -> Timeline:
-    """The file's times; those of decoding, or those of packets told by their number, where they cannot be believed."""
+    """Return the file's times. If they cannot be trusted, fall back to decoding times, or to times by packet number."""
     codec, tick = stream.codec_context.codec.canonical_name, float(stream.time_base or Fraction(1, 90000))
     reordered = times_contradict(stream.codec_context.codec, packets)
     times = timeline(path, codec, tick, packets, in_decoder_order=reordered)
@@ -291,12 +290,12 @@ def _timeline(path: str, container: InputContainer, stream: VideoStream, packets
 
 
 def _false_marks(packets: Scan) -> int:
-    """Packets that are marked as key frames and are no place to start at."""
+    """Count the packets marked as key frames at which decoding cannot start."""
     return int((packets.column("marked") & (packets.column("starts") == 0) & ~packets.column("second")).sum())
 
 
 def _declared_seconds(container: InputContainer, stream: VideoStream) -> float:
-    """The video stream's own length where the container has it: sound may be longer than the pictures."""
+    """Return the video stream's own length if the container has it, since audio may be longer."""
     tick = stream.time_base or Fraction(0)
     if stream.duration:
         return float(stream.duration * tick)
@@ -318,7 +317,7 @@ def _displayed(coded: tuple[int, int], pixel_aspect: Fraction | None, rotation: 
 
 
 def _digest(packets: Scan, stream: VideoStream, shown: tuple[int, int, int], *, mirrored: bool) -> str:
-    """Hash times, sizes, the beginnings of key frames, and how the pictures are shown: width, height, rotation."""
+    """Hash times, sizes, the beginnings of key frames, and how pictures are displayed: size, rotation, mirroring."""
     context = stream.codec_context
     facts = [f"{context.name} {context.width}x{context.height} {stream.time_base}"]
     if shown != (context.width, context.height, 0):

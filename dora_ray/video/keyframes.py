@@ -1,12 +1,12 @@
-"""Where decoding may start, told by the bitstream: a container's key-frame flags are only its word.
+"""Random access points, read from the bitstream: a container's key-frame flags are not reliable.
 
-MP4s are found whose every sample is marked, and streams whose marked pictures need tens of frames until the picture is
-whole (periodic intra refresh). A start is a picture that no earlier one is needed for, nor for any shown after it. In
-codecs that are not read here, decoding starts at the first marked picture of the file and nowhere else.
+Some MP4s mark every sample, and some streams mark pictures that become complete only tens of frames later (periodic
+intra refresh). A start is a picture that needs no earlier one, and neither does any picture shown after it. In codecs
+that are not parsed here, decoding starts only at the first marked picture of the file.
 
-Sources: ITU-T H.264, 7.4.1.2.4 and D.2.8 (recovery point); ITU-T H.265, table 7-1; ISO/IEC 14496-2, 6.2.5; ITU-T
-H.262, 6.3.9; RFC 6386, 9.1; VP9 bitstream, 6.2; AV1 bitstream, 5.9.2; Theora, 7.1; ITU-T H.263, 5.1; FFmpeg's decoders
-of Sorenson's and Microsoft's codecs.
+Sources: ITU-T H.264, 7.4.1.2.4 and D.2.8 (recovery point); ITU-T H.265, table 7-1; ISO/IEC 14496-2, 6.2.5; ITU-T H.262,
+6.3.9; RFC 6386, 9.1; VP9 bitstream, 6.2; AV1 bitstream, 5.9.2; Theora, 7.1; ITU-T H.263, 5.1; FFmpeg's decoders of
+Sorenson's and Microsoft's codecs.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ H264_SLICES = frozenset((1, 2, 5))
 RECOVERY_POINT = 6
 INTRA_SLICES = (2, 4)
 HEVC_FIRST_RANDOM_ACCESS, HEVC_CRA, HEVC_LAST_PICTURE = 16, 21, 31
-# BLA_W_LP ... BLA_N_LP; leading pictures that lean on what came before.
+# BLA_W_LP ... BLA_N_LP; leading pictures that reference earlier ones.
 HEVC_BROKEN_LINKS, HEVC_SKIPPED = range(16, 19), (8, 9)
 MPEG4_PICTURE, MPEG12_PICTURE = b"\0\0\1\xb6", b"\0\0\1\0"
 
 
-# Pictures that stand alone though FFmpeg does not say so.
+# Codecs of intra pictures only, which FFmpeg does not flag as such.
 STILLS = frozenset(("png", "bmp", "tiff"))
 
 
 class Start(IntEnum):
-    """Return whether decoding may start at a picture."""
+    """Random access at a picture."""
 
     NO = 0
-    # Pictures that follow in the file may be shown before it, and may lean on what came before.
+    # Pictures that follow in the file may be shown before it and may reference earlier ones.
     OPEN = 1
-    # Nothing that follows leans on or is shown before anything that precedes.
+    # No picture that follows is shown before, or references, any that precedes.
     CLOSED = 2
 
 
@@ -45,18 +45,18 @@ StartTest = Callable[[Packet, bool], Start]
 
 
 def start_test(codec: str, extradata: bytes | None, *, intra_only: bool) -> StartTest:
-    """Return the function that judges a packet, given whether the container marks it as a key frame.
+    """Return a function that classifies a packet, given whether the container marks it as a key frame.
 
     Args:
         codec: FFmpeg's name.
-        extradata: the stream's parameters as the container holds them.
-        intra_only: every picture of the codec stands alone.
+        extradata: the stream's parameters as stored in the container.
+        intra_only: every picture of the codec is an intra picture.
     """
     if intra_only or codec in STILLS:
         return lambda packet, marked: Start.CLOSED
     if codec in ("h264", "hevc"):
         size, judge = length_bytes(codec, extradata), (_h264 if codec == "h264" else _hevc)
-        # FFmpeg's parser marks every start of H.264, and more.
+        # FFmpeg's H.264 parser marks every start, and some other pictures.
         return lambda packet, marked: judge(packet, size) if marked or codec == "hevc" else Start.NO
     if codec == "av1":
         return lambda packet, marked: Start.CLOSED if marked and av1_begins_anew(packet) else Start.NO
@@ -67,7 +67,7 @@ def start_test(codec: str, extradata: bytes | None, *, intra_only: bool) -> Star
 
 
 class _FirstMarked:
-    """Believes the container once: a decode of the whole file starts there too."""
+    """Accepts the container's first mark only, where decoding of the whole file starts anyway."""
 
     def __init__(self) -> None:
         self._found = False
@@ -78,7 +78,7 @@ class _FirstMarked:
 
 
 def _h264(packet: Packet, size: int) -> Start:
-    """An IDR picture, or an intra picture that says that all shown after it is exact."""
+    """Classify a packet: an IDR picture, or an intra picture with a recovery point that makes all later ones exact."""
     exact = False
     kinds = set()
     for unit in units(packet, size):
@@ -99,7 +99,7 @@ def _slice_type(unit: memoryview) -> int:
 
 
 def recovery_wait(packet: Packet, codec: str, extradata: bytes | None) -> int:
-    """Frames from a marked packet that is no start to the first one that is whole, by its own word; 0: it has none."""
+    """Return the frames from a marked packet that is no start to its stated recovery point; 0 if it states none."""
     if codec != "h264":
         return 0
     found = [unit for unit in units(packet, length_bytes(codec, extradata)) if unit[0] & 31 == H264_SEI]
@@ -107,7 +107,7 @@ def recovery_wait(packet: Packet, codec: str, extradata: bytes | None) -> int:
 
 
 def recovery_frames(unit: memoryview) -> int | None:
-    """Frames after which pictures are exact, from a unit of supplemental information; None where it does not say."""
+    """Return the frames until pictures are exact, from a SEI unit; None if it has no usable recovery point."""
     content = payload(unit[1:], len(unit))
     for kind, message in _messages(content):
         if kind == RECOVERY_POINT:
@@ -140,7 +140,7 @@ def _hevc(packet: Packet, size: int) -> Start:
 
 
 class BrokenLinks:
-    """Tells pictures of HEVC that are never shown: those that lean on what stood before a link that an edit broke."""
+    """Detects HEVC pictures that are never shown, because they reference pictures before a broken link."""
 
     def __init__(self, codec: str, extradata: bytes | None) -> None:
         self._size = length_bytes(codec, extradata) if codec == "hevc" else None
@@ -157,13 +157,13 @@ class BrokenLinks:
 
 
 def hevc_picture(packet: Packet, size: int) -> int:
-    """The type of a packet's first slice; -1 where there is none."""
+    """Return the type of a packet's first slice; -1 if there is none."""
     kinds = (unit[0] >> 1 & 63 for unit in units(packet, size))
     return next((kind for kind in kinds if kind <= HEVC_LAST_PICTURE), -1)
 
 
 def _after(packet: Packet, code: bytes, count: int) -> bytes:
-    """The `count` bytes behind a start code; empty where there is none."""
+    """Return the `count` bytes after a start code; empty if there is none."""
     content = bytes(packet)
     place = content.find(code)
     return content[place + len(code) :][:count] if place >= 0 else b""
@@ -197,7 +197,7 @@ def _theora(packet: Packet) -> Start:
 
 
 def _h263(packet: Packet) -> Start:
-    """The picture type is one bit, or behind an extended header three."""
+    """Classify by the picture type: one bit, or three bits after an extended header."""
     bits = Bits(bytes(packet[:16]))
     code, _, marker, _, source = bits(22), bits(8), bits(2), bits(3), bits(3)
     extended = source == 7
@@ -215,7 +215,7 @@ def _sorenson(packet: Packet) -> Start:
 
 
 def _microsoft(packet: Packet) -> Start:
-    """Two bits of picture type at the beginning."""
+    """Classify by the picture type, the first two bits."""
     return Start.CLOSED if len(packet) and not packet[0] >> 6 else Start.NO
 
 

@@ -1,7 +1,7 @@
-"""Orientation of a stored picture, turned and mirrored: eight ways, told by a matrix and not by an angle.
+"""Orientation of a stored picture: eight combinations of rotation and mirroring, given by a matrix.
 
-Source: ISO/IEC 14496-12, 8.3.2 (track header). The matrix a b u / c d v / x y w, as nine 32-bit numbers, takes the
-point (p, q) of the stored picture, q downwards, to (a p + c q + x, b p + d q + y) of the shown one.
+Source: ISO/IEC 14496-12, 8.3.2 (track header). The matrix a b u / c d v / x y w, as nine 32-bit numbers, maps the point
+(p, q) of the stored picture, q downwards, to (a p + c q + x, b p + d q + y) of the displayed one.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import av
 import numpy as np
 from av.sidedata.sidedata import SideData, Type
 
-# Rotations counterclockwise as (a, b, c, d), their signs.
+# Counterclockwise rotations as the signs of (a, b, c, d).
 ROTATIONS = {(1, 0, 0, 1): 0, (0, -1, 1, 0): 90, (-1, 0, 0, -1): 180, (0, 1, -1, 0): 270}
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """The way from the stored picture to the shown one.
+    """Transform from the stored picture to the displayed one.
 
     Attributes:
         mirrored: left and right are exchanged first.
-        rotation: then it is turned by so many degrees counterclockwise: 0, 90, 180 or 270.
-        exact: False where the matrix says something else, and this is the nearest to it.
+        rotation: degrees of the following counterclockwise rotation: 0, 90, 180 or 270.
+        exact: False if the matrix differs, and this is the nearest orientation.
     """
 
     mirrored: bool = False
@@ -34,8 +34,8 @@ class Orientation:
 
 
 def orientation(frame: av.VideoFrame) -> Orientation:
-    """Read it from the side data of a decoded frame."""
-    # Called a mapping there, it iterates over its values.
+    """Read the orientation from a decoded frame's side data."""
+    # PyAV types it as a mapping, but it iterates over its values.
     found = cast(Iterable[SideData], frame.side_data)
     content = next((bytes(data) for data in found if data.type == Type.DISPLAYMATRIX), b"")
     numbers = np.frombuffer(content, np.int32)
@@ -43,13 +43,13 @@ def orientation(frame: av.VideoFrame) -> Orientation:
 
 
 def from_matrix(matrix: np.ndarray) -> Orientation:
-    """The orientation nearest to a matrix (a, b, c, d)."""
+    """Return the orientation nearest to a matrix (a, b, c, d)."""
     largest = float(np.abs(matrix).max())
     if not largest:
         return Orientation(exact=False)
     a, b, c, d = matrix / largest
     mirrored = bool(a * d < b * c)
-    # Mirroring first changes the sign of what is done to p.
+    # Mirroring first flips the sign of p's coefficients.
     turn = np.array([-a, -b, c, d] if mirrored else [a, b, c, d])
     best = max(ROTATIONS, key=lambda rotation: float(turn @ np.array(rotation)))
     exact = bool(np.allclose(turn, best, atol=0.02))
@@ -57,6 +57,6 @@ def from_matrix(matrix: np.ndarray) -> Orientation:
 
 
 def upright(plane: np.ndarray, *, mirrored: bool, rotation: int) -> np.ndarray:
-    """A stored plane (H, W) as it is shown, in its own memory."""
+    """Return a stored plane (H, W) as displayed, in its own memory."""
     turned = np.rot90(plane[:, ::-1] if mirrored else plane, rotation // 90)
     return np.array(turned, order="C")

@@ -1,4 +1,4 @@
-"""decord and torchcodec, which are chosen with data.decoder, and what each is refused for."""
+"""Alternative decoders for data.decoder, decord and torchcodec, and the files that each refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dora_ray.video.remarks import LOST_SECONDS
 
 
 class DecordDecoder:
-    """decord 0.6: fast on plain files, wrong without a word on some others, which it is not given."""
+    """decord 0.6: fast on plain files, silently wrong on some others, which it therefore refuses."""
 
     name = "decord"
 
@@ -24,7 +24,7 @@ class DecordDecoder:
         self._library = library
 
     def refusal(self, index: VideoIndex) -> str | None:
-        """Say what the conformance suite knows decord 0.6 to get wrong."""
+        """Return why decord 0.6 is wrong on the file, according to the conformance suite."""
         reasons = (
             ("mpegts" in index.container, "it does not return from MPEG-TS files"),
             (index.codec == "av1", "its FFmpeg of 2021 has no AV1 decoder"),
@@ -33,12 +33,15 @@ class DecordDecoder:
             (index.streams > 1, "it may read another one of the file's video streams"),
             (index.mirrored, "it does not mirror pictures"),
             (index.field_pairs, "it counts the two fields of a frame as two frames"),
-            (not index.timed, "it makes up the times of frames that have none"),
-            (len(index.packet_pts) > 0, "it does not know the times of frames where the clock goes back or times lack"),
-            (index.false_marks > 0, "it starts at frames that are marked as key frames and are none"),
-            (index.holes > 0, "its memory does not suffice where the clock jumps"),
+            (not index.timed, "it invents the times of frames that have none"),
+            (
+                len(index.packet_pts) > 0,
+                "it does not know the times of frames if the clock goes back or times are missing",
+            ),
+            (index.false_marks > 0, "it starts at frames that are falsely marked as key frames"),
+            (index.holes > 0, "it runs out of memory where the clock jumps"),
             (index.resized, "it repeats frames where the size of the pictures changes"),
-            (index.codec == "mpeg2video", "it shows neighbors where the size changes, which is seen in H.264 alone"),
+            (index.codec == "mpeg2video", "it shows neighbors where the size changes, which is detected in H.264 only"),
             (index.declared_seconds - index.real_seconds > LOST_SECONDS, "it repeats frames where the end is lost"),
             (
                 index.width * index.coded_height != index.height * index.coded_width and not index.rotation % 180,
@@ -73,11 +76,11 @@ class TorchCodecDecoder:
         self._library = library
 
     def refusal(self, index: VideoIndex) -> str | None:
-        """Say what torchcodec is known to fail on."""
+        """Return why torchcodec is known to fail on the file."""
         reasons = (
             (index.resized, "it fails where the size of the pictures changes"),
             ("mpegts" in index.container, "it cannot read MPEG-TS"),
-            (index.rules > 1, "it was not tried on files of this unusual kind (see the warnings of data index)"),
+            (index.rules > 1, "it is untested on files of this unusual kind (see the warnings of data index)"),
         )
         return next((text for holds, text in reasons if holds), None)
 
@@ -110,5 +113,5 @@ def _check_accepted(decoder: Decoder, index: VideoIndex) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """An error's first line, shortened."""
+    """Return an error's first line, shortened."""
     return str(error).strip().partition("\n")[0][:200]

@@ -19,27 +19,27 @@ from dora_ray.video.scan import NO_TIME
 from dora_ray.video.sources import open_container, video_stream
 
 MAX_READ_ERRORS = 16
-# Unspecified color matrices: players take BT.709 from 720 lines on, BT.601 below.
+# For unspecified color matrices, players assume BT.709 from 720 lines on, BT.601 below.
 HD_LINES = 720
 UNSPECIFIED = 2
-# Frames behind the last one wanted that are looked at before those still lacking are given up: a decoder gives frames
-# in the order in which they are shown, which times that a muxer got wrong do not follow.
+# Frames decoded past the last wanted one before missing frames are given up: decoders output frames in display order,
+# which wrong timestamps do not follow.
 FRAMES_BEHIND = 64
-# FFmpeg takes the seam of files that were joined byte by byte for damage, and marks a packet that ends there.
+# FFmpeg takes the seam of concatenated files for damage, and marks a packet that ends there as corrupt.
 JOIN_PACKETS = 3
 
 
 class PyAVDecoder:
-    """FFmpeg through PyAV: seeks to the segment's key frame, decodes on, and drops what damage may have touched.
+    """FFmpeg through PyAV: seeks to the segment's key frame, decodes on, and drops frames that damage may have reached.
 
-    Pictures that no other leans on are decoded only where they are wanted (H.264 and AV1). That changes no pixel of the
-    others, while FFmpeg's own skip_frame=NONREF, which saves hardly more, would show a neighbor in their place.
+    Non-reference pictures are decoded only if wanted (H.264 and AV1). That changes no pixel of the others, while
+    FFmpeg's skip_frame=NONREF, which saves hardly more, would return a neighbor in place of a skipped frame.
     """
 
     name = "pyav"
 
     def refusal(self, index: VideoIndex) -> str | None:
-        """PyAV refuses no file that has an index."""
+        """Return None: PyAV refuses no indexed file."""
         return None
 
     def decode(self, index: VideoIndex, pts: Sequence[int], *, short_side: int) -> Iterator[DecodedFrame]:
@@ -60,13 +60,13 @@ class PyAVDecoder:
 
 
 def _time(frame: av.VideoFrame) -> int:
-    """The ticks at which a frame is shown; `_sound_frames` leaves out those that have none."""
+    """Return a frame's presentation time in ticks; `_sound_frames` leaves out frames without one."""
     assert frame.pts is not None
     return frame.pts
 
 
 class _Scaler:
-    """AREA downscale (antialiased, as fast as bilinear), to JPEG's color matrix and range, turned upright."""
+    """AREA downscale (antialiased, as fast as bilinear), with rotation, to JPEG's color matrix and range."""
 
     def __init__(self, index: VideoIndex, short_side: int) -> None:
         width, height = scaled_size(index.width, index.height, short_side)
@@ -97,7 +97,7 @@ class _Scaler:
 def _frames(
     index: VideoIndex, packets: Iterator[av.Packet[av.VideoStream]], wanted: frozenset[int]
 ) -> Iterator[av.VideoFrame]:
-    """Sound frames with their times, in the order shown."""
+    """Yield undamaged frames with their times, in display order."""
     keys = frozenset(index.key_pts.tolist())
     if index.timed:
         return _sound_frames(_needed(packets, wanted), keys, heals=dict(index.heals))
@@ -105,7 +105,7 @@ def _frames(
 
 
 def _in_order(index: VideoIndex, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """Frames that have the time of their packet's decoding get their own: from each start on, one after the other."""
+    """Replace decoding times by presentation times: from each start on, frames take the times of `pts` in order."""
     start, place = None, 0
     for frame in frames:
         key = index.key_before(_time(frame))
@@ -117,10 +117,10 @@ def _in_order(index: VideoIndex, frames: Iterator[av.VideoFrame]) -> Iterator[av
 
 
 def _packets(index: VideoIndex, key: int) -> Iterator[av.Packet[av.VideoStream]]:
-    """The packets from the start `key` to the end.
+    """Yield the packets from the start `key` to the end.
 
-    Some containers seek by decoding time, to some place before, or not at all: a seek that lands behind is repeated two
-    seconds earlier, then the file is read from its start.
+    Some containers seek by decoding time, to an approximate position, or not at all. If a seek lands too late, it is
+    repeated two seconds earlier; then the file is read from its start.
     """
     from_start = len(index.packet_pts) or key <= index.key_pts[0]
     for start in (None,) if from_start else (key, key - round(2.0 / index.tick), None):
@@ -134,14 +134,14 @@ def _packets(index: VideoIndex, key: int) -> Iterator[av.Packet[av.VideoStream]]
         if found:
             return
     raise VideoError(
-        f"{index.path}: the key frame at {key} is gone; the file changed after it was indexed: start again"
+        f"{index.path}: the key frame at {key} is gone, so the file changed after it was indexed; start again"
     )
 
 
 def _packets_after(index: VideoIndex, start: int | None) -> Iterator[av.Packet[av.VideoStream]]:
-    """Packets from a seek to `start` ticks, or from the beginning, with the times of the index.
+    """Yield packets from a seek to `start` ticks, or from the beginning, with the times of the index.
 
-    Steps over a bounded number of unreadable places.
+    Skips a bounded number of unreadable places.
     """
     with open_container(index.path) as container:
         stream = video_stream(container, index.path)
@@ -161,7 +161,7 @@ def _packets_after(index: VideoIndex, start: int | None) -> Iterator[av.Packet[a
 
 
 class _Timed:
-    """Gives packets the times that the index has for them; the second field of a frame gets that of the first."""
+    """Assigns the index's times to packets; the second field of a frame gets the time of the first."""
 
     def __init__(self, index: VideoIndex, stream: av.VideoStream) -> None:
         self._index, self._number = index, 0
@@ -188,9 +188,9 @@ class _Timed:
 def _needed(
     packets: Iterator[av.Packet[av.VideoStream]], wanted: frozenset[int]
 ) -> Iterator[av.Packet[av.VideoStream]]:
-    """Without the packets whose picture is neither wanted nor leant on by another; the empty last one stays.
+    """Drop packets whose picture is neither wanted nor referenced by others; the final empty packet stays.
 
-    The packets of a picture, which have one time, stay or go together.
+    Packets of one picture, which share a time, are kept or dropped together.
     """
     is_reference: Callable[[memoryview], bool] | None = None
     for pts, group in groupby(packets, key=lambda packet: packet.pts):
@@ -209,16 +209,16 @@ def _sound_frames(
     heals: Mapping[int, int] | None = None,
     keep_order: bool = False,
 ) -> Iterator[av.VideoFrame]:
-    """Frames in the order shown, without those that damage may have reached.
+    """Yield frames in display order, without those that damage may have reached.
 
-    Damage lasts until the next start; frames stored after that start and shown before it still lean on what was
-    damaged. The last packet is empty and makes the decoder give what it holds.
+    Damage lasts until the next start; frames stored after that start but shown before it may still reference damaged
+    pictures. The last packet is empty and flushes the decoder.
 
     Args:
-        packets: from a start on.
-        keys: the times of starts.
-        heals: {time of a picture: time of the first frame after it that damage before it does not reach}.
-        keep_order: whether a frame that is lost makes those behind it, up to the next start, unknown.
+        packets: packets from a start on.
+        keys: times of starts.
+        heals: {time of a picture: time of the first later frame that earlier damage does not reach}.
+        keep_order: a lost frame makes the times of the following ones unknown, up to the next start.
     """
     suspects: set[int | None] = {None}
     waiting: set[int | None] = set()

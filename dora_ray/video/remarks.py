@@ -1,4 +1,4 @@
-"""Sentences for people about a video file: what is lost, what is unusual, and what was made of it."""
+"""Warnings about a video file: lost parts, unusual properties, and how they are handled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def remarks(
     declared_seconds: float,
     real_seconds: float,
 ) -> tuple[str, ...]:
-    """Say what a reader of the index has to know of the file, each sentence with its name."""
+    """Return what users should know about the file, one sentence each, prefixed with its path."""
     found = [
         *_of_streams(streams, chosen),
         *_of_the_end(packets, declared_seconds, real_seconds),
@@ -44,31 +44,30 @@ def _of_streams(streams: Sequence[VideoStream], chosen: VideoStream) -> Iterator
 def _of_the_end(packets: Scan, declared: float, real: float) -> Iterator[str]:
     if declared - real > LOST_SECONDS:
         yield (
-            f"its header promises {declared:.1f} s, {real:.1f} s are there: the end is lost"
-            " (a broken download?); what is there is used"
+            f"its header declares {declared:.1f} s, but the file holds {real:.1f} s: the end is lost"
+            " (a broken download?); the remaining part is used"
         )
     if packets.broken:
-        yield f"reading stopped at {real:.1f} s ({packets.broken}); what comes before is used"
+        yield f"reading stopped at {real:.1f} s ({packets.broken}); the part before is used"
 
 
 def _of_times(times: Timeline, tick: float) -> Iterator[str]:
     if times.lost_start:
         yield f"the first {times.lost_start} frames come before the first key frame and cannot be decoded"
     if not times.timed:
-        yield "it lacks right times of presentation; its frames are shown in their order, at the times of decoding"
+        yield "its presentation times are missing or wrong; frames are used in decoder order, at their decoding times"
     if times.joins:
         yield (
-            f"its clock goes back {len(times.joins)} times (files joined byte by byte?); each part is shown after"
-            " the one before it"
+            f"its clock goes back {len(times.joins)} times (concatenated files?); each part follows the one before it"
         )
     if times.holes:
         place, length = times.holes[0]
-        more = f", and {len(times.holes) - 1} times more" if len(times.holes) > 1 else ""
-        yield f"its clock jumps by {length:.0f} s at {place:.1f} s{more}; the times are used as they are"
+        more = f", and {len(times.holes) - 1} more times" if len(times.holes) > 1 else ""
+        yield f"its clock jumps by {length:.0f} s at {place:.1f} s{more}; the times are used unchanged"
     if times.without_time:
-        yield f"{times.without_time} frames have no time, and are left out"
+        yield f"{times.without_time} frames have no timestamp and are left out"
     if times.doubled:
-        yield f"{times.doubled} frames have the time of another frame, and are left out"
+        yield f"{times.doubled} frames share the timestamp of another frame and are left out"
 
 
 def _of_pictures(stream: VideoStream, shown: Orientation) -> Iterator[str]:
@@ -78,4 +77,4 @@ def _of_pictures(stream: VideoStream, shown: Orientation) -> Iterator[str]:
         yield f"high dynamic range ({name}, {context.pix_fmt}) is not tone-mapped; colors will look flat"
     if not shown.exact:
         turned = f"{shown.rotation} degrees" + (", mirrored" if shown.mirrored else "")
-        yield f"its pictures are to be turned by no multiple of 90 degrees; the nearest is used ({turned})"
+        yield f"its rotation is not a multiple of 90 degrees; the nearest is used ({turned})"

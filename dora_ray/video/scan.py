@@ -1,4 +1,4 @@
-"""One pass over a file's packets: their times, sizes and marks, and where decoding may start; no pixels are read."""
+"""Scan of a file's packets in one pass: times, sizes, marks, and random access points. Only one picture is decoded."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from dora_ray.video.bitstream import sequence_parameters
 from dora_ray.video.fields import FieldPairs
 from dora_ray.video.keyframes import BrokenLinks, Start, recovery_wait, start_test
 
-# Packets that are decoded until a picture comes out, which tells its true size and how it is turned.
+# Packets decoded until the first picture comes out, which shows the true size and orientation.
 PICTURE_PACKETS = 64
 NO_TIME = np.iinfo(np.int64).min
 
 
 @dataclass
 class Scan:
-    """The packets in the order of the file, a list entry each.
+    """Packets of a file in file order, one list entry each.
 
     Attributes:
-        pts, dts: ticks; NO_TIME where there is none.
-        marked: the container, or FFmpeg's parser, calls it a key frame.
+        pts, dts: ticks; NO_TIME if absent.
+        marked: the container, or FFmpeg's parser, marks it as a key frame.
         hidden: an edit list hides it.
-        starts: whether decoding may start there.
-        second: it completes the frame of the packet before.
-        skipped: it is never shown, because what it leans on is not there.
-        waits: frames from a marked packet to the first one that is whole.
+        starts: random access at this packet.
+        second: it completes the previous packet's frame.
+        skipped: it is never shown, because a picture that it references is missing.
+        waits: frames from a marked packet to the first complete one.
         heads: hash of the beginnings of marked packets.
-        parameters: the sequence parameter sets of marked packets.
-        broken: FFmpeg's word on why reading ended early.
-        picture: the first one that could be decoded.
+        parameters: sequence parameter sets of marked packets.
+        broken: FFmpeg's reason why reading ended early.
+        picture: the first picture that could be decoded.
     """
 
     pts: list[int] = field(default_factory=list)
@@ -55,12 +55,12 @@ class Scan:
     picture: av.VideoFrame | None = None
 
     def column(self, name: str) -> NDArray[Any]:
-        """A list as an array."""
+        """Return a list as an array."""
         kinds = {"pts": np.int64, "dts": np.int64, "sizes": np.int64, "starts": np.int8}
         return np.array(getattr(self, name), kinds.get(name, np.bool_))
 
     def digest(self, *facts: str) -> str:
-        """Hash of the packets' times, sizes and marks, of the beginnings of marked ones, and of more facts."""
+        """Hash the packets' times, sizes and marks, the beginnings of marked packets, and the given facts."""
         state = self.heads.copy()
         for fact in facts:
             state.update(fact.encode())
@@ -114,7 +114,7 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
 
 
 def _first_picture(packet: av.Packet[av.VideoStream]) -> av.VideoFrame | None:
-    """Damage here shows again at ingest."""
+    """Decode a packet. Errors are ignored here; they show again at ingest."""
     try:
         return next(iter(packet.decode()), None)
     except av.FFmpegError:

@@ -1,4 +1,4 @@
-"""Index several videos: all that cannot be read are named, and can be left out."""
+"""Index several videos; errors name every unreadable one, and unreadable ones can be skipped."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from dora_ray.video.index import VideoIndex
 def index_all(
     paths: Sequence[str], read: Callable[[str], VideoIndex], *, skip_unreadable: bool = False
 ) -> list[VideoIndex]:
-    """Return the index of each video that can be read, in their order.
+    """Return the index of each readable video, in order.
 
     Args:
-        paths: Of the videos.
-        read: Gives the index of one; its VideoError says why it cannot be used.
-        skip_unreadable: Leave out those that cannot be read, with a warning.
+        paths: paths of the videos.
+        read: returns the index of one; raises VideoError if it cannot be used.
+        skip_unreadable: leave out unreadable videos, with a warning.
 
     Raises:
-        VideoError: Naming all that cannot be read; with `skip_unreadable`, only where no video is left.
+        VideoError: names all unreadable videos; with `skip_unreadable`, only if no video remains.
     """
     found, failures = [], []
     for path in paths:
@@ -33,5 +33,5 @@ def index_all(
 
 
 def refuse_unreadable(failures: Sequence[str], num_videos: int, *, skip_unreadable: bool) -> None:
-    """Warn of the videos that are left out, or raise VideoError, as `index_all` does."""
+    """Warn of skipped videos, or raise VideoError, as `index_all` does."""
     report_unreadable(failures, num_videos, skip=skip_unreadable, option="data.skip_unreadable", kind=VideoError)

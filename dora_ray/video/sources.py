@@ -1,4 +1,4 @@
-"""Where videos come from: finding files by pattern, and opening one as a container, local or remote."""
+"""Video sources: find files by pattern, and open one as a container, local or remote."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ SUFFIXES = frozenset(
     )
 )
 PACKAGE = "package:"
-# Codecs whose presentation times FFmpeg would generate in the order of decoding.
+# Codecs whose presentation times FFmpeg would generate in decoding order.
 UNGUESSED_ORDER = frozenset(("h264", "hevc", "vvc"))
 WHOLE_FILES = (
-    "its server sends whole files only (no range requests), and a video is read in parts; download it and name the"
+    "its server sends whole files only (no range requests), but a video is read in parts; download it and name the"
     " local file"
 )
-# What the file systems of fsspec call the tag and the time of a file.
+# Names that fsspec's file systems use for a file's tag and modification time.
 STAMPS = ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "updated")
 
 
 def find_videos(patterns: Sequence[str]) -> list[str]:
-    """Video files that the patterns name, as absolute paths or URIs, sorted, each once.
+    """Return the video files that the patterns match, as absolute paths or URIs, sorted, each once.
 
-    A pattern is a file, a folder (searched to its bottom for video suffixes, through links, without hidden files), a
+    A pattern is a file, a folder (searched recursively for video suffixes, following links, without hidden files), a
     glob, a URI, or package:NAME/PATH for a file inside an installed Python package, which is located without importing
-    it. Of several paths to one local file the shortest is taken.
+    it. If several paths lead to one local file, the shortest is taken.
 
     Raises:
         VideoError: a pattern matches nothing.
@@ -58,12 +58,12 @@ def find_videos(patterns: Sequence[str]) -> list[str]:
 
 
 def file_stamp(path: str) -> tuple[int, int]:
-    """Identity of a file, which tells a change: its size in bytes and its modification time in ns.
+    """Return a file's size in bytes and modification time in ns, to detect changes.
 
-    Of a remote file the second is a hash of the tag and the time that its server gives; 0 where it gives none.
+    For a remote file the second value is a hash of the server's tag and modification time; 0 if it provides none.
 
     Raises:
-        VideoError: the file cannot be looked at.
+        VideoError: the file cannot be accessed.
     """
     try:
         _check_there(path)
@@ -83,27 +83,27 @@ def file_stamp(path: str) -> tuple[int, int]:
 
 
 def check_unchanged(path: str, size_bytes: int) -> None:
-    """Return whether the file, on this node and now, is the one that was indexed, told by its size.
+    """Check by size that the file on this node is still the one that was indexed.
 
-    Times are not compared: nodes may hold copies of their own.
+    Modification times are not compared, because nodes may hold their own copies.
 
     Raises:
-        VideoError: it is another one, or cannot be looked at.
+        VideoError: the size differs, or the file cannot be accessed.
     """
     size, _ = file_stamp(path)
     if size != size_bytes:
         raise VideoError(
-            f"{path}: has {size} bytes and had {size_bytes} when it was indexed: the file changed, or is another one on"
-            " this node; have the same file on every node, and start again"
+            f"{path}: has {size} bytes, but had {size_bytes} when it was indexed: the file changed, or differs on"
+            " this node; put the same file on every node, and start again"
         )
 
 
 @contextmanager
 def open_container(path: str) -> Iterator[InputContainer]:
-    """The file as a PyAV container; remote files are read through fsspec.
+    """Open the file as a PyAV container; remote files are read through fsspec.
 
     Raises:
-        VideoError: the file is missing, empty, a folder, or nothing that FFmpeg reads.
+        VideoError: the file is missing, empty, a folder, or unreadable for FFmpeg.
     """
     source: Any = path
     try:
@@ -118,7 +118,7 @@ def open_container(path: str) -> Iterator[InputContainer]:
     try:
         yield container
     except Exception as error:
-        # A server may stop to answer in the middle; everything else is the caller's.
+        # A server may stop answering midway; every other error is the caller's.
         reason = refusal(path, error)
         if reason is None:
             raise
@@ -138,13 +138,13 @@ def _remote_file(path: str) -> Any:
 
 
 def video_stream(container: InputContainer, path: str) -> VideoStream:
-    """The stream that is shown, chosen as ffmpeg does: the largest of those that play by default, else the largest.
+    """Return the stream to use, chosen as ffmpeg does: the largest default stream, else the largest.
 
-    A single picture is chosen only where there is nothing else, and a cover never. Presentation times are not made up
-    where FFmpeg would do so without looking at the order of the pictures.
+    A single picture is chosen only if there is nothing else, a cover never. FFmpeg's generated presentation times are
+    disabled where they would ignore the order of pictures.
 
     Raises:
-        VideoError: a still picture, or sound only (a song's cover is not a video).
+        VideoError: a still picture, or audio only (a song's cover is not a video).
     """
     if "image2" in container.format.name or container.format.name.endswith("_pipe"):
         raise VideoError(f"{path}: is a still picture ({container.format.name}), not a video; name a video file")
@@ -159,7 +159,7 @@ def video_stream(container: InputContainer, path: str) -> VideoStream:
 
 
 def film_streams(container: InputContainer) -> list[VideoStream]:
-    """The video streams that FFmpeg can decode, without covers."""
+    """Return the video streams that FFmpeg can decode, without covers."""
     return [
         stream
         for stream in container.streams.video
@@ -168,7 +168,7 @@ def film_streams(container: InputContainer) -> list[VideoStream]:
 
 
 def _ffmpeg_score(stream: VideoStream) -> int:
-    """As in FFmpeg's program, fftools/ffmpeg_mux_init.c; the first of equals is chosen."""
+    """Score a stream as FFmpeg's program does (fftools/ffmpeg_mux_init.c); the first of equals wins."""
     context = stream.codec_context
     return context.width * context.height + 5_000_000 * bool(stream.disposition & Disposition.default)
 
@@ -180,9 +180,9 @@ def _check_there(path: str) -> None:
     if not place.exists():
         raise VideoError(f"{path}: no such file; check the path, on every node")
     if place.is_dir():
-        raise VideoError(f"{path}: is a folder, and one video file is wanted here")
+        raise VideoError(f"{path}: is a folder; name one video file")
     if not place.is_file():
-        raise VideoError(f"{path}: is no file but a pipe or a device, which cannot be read in parts; name a video file")
+        raise VideoError(f"{path}: is a pipe or a device, which cannot be read in parts; name a video file")
     if place.stat().st_size == 0:
         raise VideoError(f"{path}: is empty (0 bytes); get the file again")
 
@@ -200,7 +200,7 @@ def _open_failure(path: str, error: Exception) -> str:
         return f"{path}: no such file ({reason}); check the path"
     name = Path(path).name
     if name.startswith("._"):
-        return f"{path}: is what macOS keeps beside {name[2:]} on other systems' disks, not a video; name {name[2:]}"
+        return f"{path}: is macOS metadata of {name[2:]}, not a video; name {name[2:]}"
     return (
         f"{path}: is not a video that FFmpeg can read ({reason}), or an MP4 whose end was cut off; get the file again"
     )
@@ -227,7 +227,7 @@ def _remote_matches(pattern: str) -> list[str]:
     try:
         filesystem, inner = url_to_fs(pattern)
         web = pattern.startswith(("http://", "https://"))
-        # In a web address a question mark begins what a server asks for: a signature, a token.
+        # In a web address, a question mark starts the query string: a signature, a token.
         if glob.has_magic(inner.partition("?")[0] if web else inner):
             found = filesystem.glob(inner)
         elif web or not filesystem.isdir(inner):
@@ -243,13 +243,13 @@ def _remote_matches(pattern: str) -> list[str]:
 
 
 def _is_video_name(path: str) -> bool:
-    """Tell a video from the sidecar files ._NAME.mp4 of macOS, which a glob with a leading dot or a store lists."""
+    """Return whether a name is a video's, and not a macOS sidecar file ._NAME.mp4, which some listings include."""
     place = Path(path)
     return place.suffix.lower() in SUFFIXES and not is_hidden(place.name)
 
 
 def _inside_package(pattern: str) -> str:
-    """The file system path of package:NAME/PATH."""
+    """Return the file system path of package:NAME/PATH."""
     name, _, inner = pattern.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None:

@@ -1,4 +1,4 @@
-"""Made data: videos whose frames say their numbers, and a small labeled image set from photographs that packages ship.
+"""Synthetic data: videos with painted frame numbers, and a small labeled image set from packaged photographs.
 
 H, W height and width of a picture, pixels.
 """
@@ -22,10 +22,10 @@ from PIL import Image
 from dora_ray.errors import ConfigError
 
 COUNTER_BITS = 16
-# Blocks of the counter are this share of the width, so that it survives any downscale that keeps a few pixels a block.
+# Block size as a share of the width, so that the counter survives any downscale that leaves a few pixels a block.
 COUNTER_BLOCKS_ACROSS = 20
 NUM_OBJECTS = 6
-# Color photographs only: a class that is gray would be told by that alone.
+# Color photographs only: a gray class would be recognized by its color.
 PHOTOGRAPHS: Mapping[str, tuple[str, str]] = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "cat": ("skimage", "data/chelsea.png"),
@@ -55,19 +55,19 @@ def make_video(
     group_size: int = 250,
     options: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a video of moving objects over a textured pan, its frame number painted in every frame.
+    """Write a video of moving objects over a panning texture, with the frame number painted into every frame.
 
     Args:
         path: .mp4, .mkv, .webm, .ts ...: the suffix chooses the container.
-        width: pixels, even, at least 80, or the numbers cannot be read.
+        width: pixels, even; at least 80, for the numbers to be readable.
         height: pixels, even.
-        num_frames: at most 65536, the numbers that can be painted.
+        num_frames: at most 65536, the range of the painted numbers.
         frames_per_second: constant.
         seed: the same seed gives the same pictures.
-        cuts: frame numbers at which another scene starts.
+        cuts: frame numbers at which a new scene starts.
         codec: an encoder of PyAV's FFmpeg.
-        group_size: frames from key frame to key frame.
-        options: of the encoder; a fast x264 preset when not given.
+        group_size: frames between key frames.
+        options: encoder options; default: a fast x264 preset.
     """
     frames = render_frames(width=width, height=height, num_frames=num_frames, seed=seed, cuts=cuts)
     chosen = {"preset": "veryfast"} if options is None and codec in ("libx264", "libx265") else dict(options or {})
@@ -79,7 +79,7 @@ def make_video(
 def render_frames(
     *, width: int, height: int, num_frames: int, seed: int, cuts: Sequence[int] = ()
 ) -> Iterator[np.ndarray]:
-    """The pictures of `make_video`, (H, W, 3) uint8 RGB."""
+    """Yield the pictures of `make_video`, (H, W, 3) uint8 RGB."""
     starts = sorted({0, *cuts})
     scene: _Scene | None = None
     for number in range(num_frames):
@@ -92,9 +92,9 @@ def render_frames(
 
 @contextmanager
 def ordinary_priority() -> Iterator[None]:
-    """Take back the real-time priority that SVT-AV1 gives a process of root's, and that every child would inherit.
+    """Undo the real-time priority that SVT-AV1 gives a root process and that its children would inherit.
 
-    A browser or a cluster with that priority can keep all else on the machine from running.
+    A browser or cluster at that priority can starve everything else on the machine.
     """
     try:
         yield
@@ -119,14 +119,14 @@ def encode_video(
 
     Args:
         path: the suffix chooses the container.
-        frames: the pictures, all of one size.
-        frames_per_second: the nominal rate.
+        frames: pictures, all of one size.
+        frames_per_second: nominal rate.
         codec: an encoder of PyAV's FFmpeg.
-        group_size: frames from key frame to key frame, at most.
-        options: of the encoder.
+        group_size: maximum number of frames between key frames.
+        options: encoder options.
         pixel_format: FFmpeg's name of the stored format.
-        times: seconds at which each picture is shown, ascending, where the rate is variable.
-        rotation: degrees counterclockwise that players are told to turn the pictures: 0, 90, 180 or 270.
+        times: presentation time of each picture in seconds, ascending, for a variable rate.
+        rotation: degrees counterclockwise by which players rotate the pictures: 0, 90, 180 or 270.
     """
     rate = Fraction(frames_per_second).limit_denominator(1001)
     base = Fraction(1, 90000) if times is not None else 1 / rate
@@ -151,14 +151,14 @@ def encode_video(
 
 
 def paint_counter(picture: np.ndarray, number: int) -> None:
-    """Paint `number` into the top of a (H, W, 3) picture: 16 blocks, white for 1, the lowest bit first."""
+    """Paint `number` into the top of a (H, W, 3) picture: 16 blocks, white for 1, lowest bit first."""
     edges = np.rint(np.arange(COUNTER_BITS + 1) * picture.shape[1] / COUNTER_BLOCKS_ACROSS).astype(int).tolist()
     for bit, (left, right) in enumerate(itertools.pairwise(edges)):
         picture[: edges[1], left:right] = 255 if number >> bit & 1 else 0
 
 
 def read_counter(picture: np.ndarray) -> int:
-    """The number that `paint_counter` left in a picture (H, W) or (H, W, 3), at whatever scale it now has."""
+    """Read the number that `paint_counter` painted into a picture (H, W) or (H, W, 3), at any scale."""
     gray = picture.mean(-1) if picture.ndim == 3 else picture
     block = gray.shape[1] / COUNTER_BLOCKS_ACROSS
     low, high = round(block * 0.3), max(round(block * 0.3) + 1, round(block * 0.7))
@@ -169,19 +169,19 @@ def read_counter(picture: np.ndarray) -> int:
 def make_photo_classes(
     out: str | Path, *, seed: int, size: int = 64, num_train: int = 80, num_test: int = 40
 ) -> list[str]:
-    """Write out/{train,test}/CLASS/NNN.jpg: crops of ten photographs that scikit-image and scikit-learn ship.
+    """Write out/{train,test}/CLASS/NNN.jpg: crops of ten photographs shipped with scikit-image and scikit-learn.
 
-    A photograph is a class. It is divided into cells like a chessboard, a quarter of its short side each: training
+    Each photograph is a class. It is divided like a chessboard into cells of a quarter of its short side: training
     crops lie in white cells, test crops in black ones, so no pixel is in both. A crop takes half to all of its cell's
-    side, is perhaps mirrored, and every channel is brought to a random mean and contrast, so that average color says
-    nothing about the class.
+    side, may be mirrored, and has a random mean and contrast in every channel, so that average color says nothing about
+    the class.
 
-    What accuracy on it measures: whether features of texture, edges and material carry over to other parts of the same
+    Accuracy on this set measures whether features of texture, edges and material generalize to other parts of the same
     photograph under changes of scale and color. It does not measure recognition of object categories, and its numbers
-    compare only with each other: an encoder beside a randomly initialized one, on the same crops.
+    compare only with each other: an encoder and a randomly initialized one on the same crops.
 
     Args:
-        out: folder, made as needed.
+        out: folder, created if missing.
         seed: the same seed gives the same files.
         size: side of a crop, pixels.
         num_train: training crops of each class.
@@ -207,7 +207,7 @@ def make_photo_classes(
 
 
 class _Scene:
-    """A canvas half as large again as the picture, panned over, and objects that bounce at the picture's edges."""
+    """Panning canvas, half as large again as the picture, with objects that bounce off the picture's edges."""
 
     def __init__(self, width: int, height: int, rng: np.random.Generator) -> None:
         self._size = np.array([width, height])
@@ -222,11 +222,11 @@ class _Scene:
         self._velocity = rng.uniform(-1, 1, (NUM_OBJECTS, 2)) * width / 100
 
     def render(self, number: int) -> np.ndarray:
-        """The (H, W, 3) uint8 picture at a frame number: a pure function of it."""
+        """Return the (H, W, 3) uint8 picture of a frame number; a pure function of it."""
         width, height = self._size
         x, y = np.rint(self._margin / 2 * (1 + np.sin(number / 100 + self._phase))).astype(int)
         picture = self._canvas[y : y + height, x : x + width].copy()
-        # A triangle wave of the straight path is the path with reflections.
+        # The triangle wave of a straight path is the path with reflections.
         path = (self._position + number * self._velocity) % (2 * self._room)
         corners = np.rint(np.minimum(path, 2 * self._room - path)).astype(int)
         for (texture, disc), (left, top) in zip(self._objects, corners.tolist(), strict=True):
@@ -236,7 +236,7 @@ class _Scene:
 
 
 def _texture(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """(height, width, 3) uint8: noise at six scales, the coarse ones strongest, in a palette of four random colors."""
+    """Return (height, width, 3) uint8: noise at six scales, strongest at the coarsest, in four random colors."""
     size = (width, height)
     picture = Image.new("L", size, 127)
     for octave in range(6):
@@ -251,27 +251,27 @@ def _texture(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _disc(side: int) -> np.ndarray:
-    """(side, side) bool: the inscribed disc."""
+    """Return (side, side) bool: the inscribed disc."""
     axis = np.linspace(-1, 1, side)
     return axis[:, None] ** 2 + axis**2 <= 1
 
 
 def package_file(package: str, inner: str) -> Path:
-    """Find a photograph that an installed package ships.
+    """Return the path of a photograph shipped with an installed package.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: the photograph is not found.
     """
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec else []
     place = Path(folders[0], inner) if folders else None
     if place is None or not place.exists():
-        raise ConfigError(f"the photograph {package}/{inner} is not here; pip install scikit-image scikit-learn")
+        raise ConfigError(f"the photograph {package}/{inner} is missing; pip install scikit-image scikit-learn")
     return place
 
 
 def _photo_crop(photograph: Image.Image, parity: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """(size, size, 3) uint8, from a chessboard cell of one color; flat crops (black sky) are drawn again."""
+    """Return a (size, size, 3) uint8 crop from a chessboard cell of one color; flat crops (black sky) are redrawn."""
     cell = min(photograph.size) // CELLS
     columns, rows = photograph.width // cell, photograph.height // cell
     crop = np.zeros((size, size, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""From a file's packets, in their order, to the times of its frames and of the places where decoding may start.
+"""Timeline of a video: frame times and random access points, from the file's packets in order.
 
 N packets of a file, P that hold frames, F frames that can be shown, G starts.
 """
@@ -16,33 +16,33 @@ from dora_ray.video.keyframes import Start
 from dora_ray.video.scan import NO_TIME, Scan
 from dora_ray.video.sources import UNGUESSED_ORDER
 
-# No picture is stored so many packets after one that is shown later: 16 frames at most, of two fields each.
+# Bound on the packets by which a picture can follow one that is shown later (H.264: 16 frames of two fields each).
 REORDER_PACKETS = 64
-# Nor are more frames than these, of two fields each, stored before one that is shown earlier.
+# Bound on the frames, of two fields each, stored before one that is shown earlier.
 REORDER_FRAMES = 32
-# A hole as long as this, and as this many frames, is hardly a pause of the camera's.
+# A gap of at least this length and this many frames is a clock jump rather than a pause.
 JUMP_SECONDS, JUMP_FRAMES = 3600.0, 1000
 MAX_BREAKS = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """When frames are shown, and where decoding may start.
+    """Presentation times of frames, and random access points.
 
     Attributes:
         pts: (F,) int64 ascending, ticks.
         key_pts: (G,) int64 ascending, ticks.
-        leading: some frames are stored after a start and shown before it.
-        timed: False where packets carry decoding times only: the frames that a decoder gives from a start on have these
-            times, in ascending order.
-        packet_times: (N,) int64 ticks: the times of all packets of the file, NO_TIME where there is none; empty where
-            they are those that the file says, presentation or decoding times.
-        joins: the packets, by their number in the file, at which the clock goes back.
-        heals: (time of a recovery point, time of the first whole frame behind it): damage before does not reach there.
+        leading: some frames are stored after a start but shown before it.
+        timed: False if packets carry decoding times only: the frames decoded from a start on have these times, in
+            ascending order.
+        packet_times: (N,) int64 ticks: corrected times of all packets of the file, NO_TIME if absent; empty if the
+            file's own presentation or decoding times are used.
+        joins: numbers of the packets at which the clock goes back.
+        heals: (time of a recovery point, time of the first complete frame after it); earlier damage ends there.
         lost_start: frames before the first start, which cannot be decoded.
-        without_time: frames that have no time, and are left out.
-        doubled: frames that have the time of another one, and are left out.
-        holes: (seconds from the first frame, length in seconds) where no frame is shown for very long.
+        without_time: frames without a timestamp, left out.
+        doubled: frames with the timestamp of another one, left out.
+        holes: (seconds from the first frame, length in seconds) of very long gaps.
     """
 
     pts: NDArray[np.int64]
@@ -59,7 +59,7 @@ class Timeline:
 
     @property
     def plain(self) -> bool:
-        """Return whether every frame has a time of its own, and times go forward."""
+        """True if every frame has its own timestamp, and times ascend."""
         return self.timed and not (self.joins or self.without_time or self.doubled)
 
 
@@ -71,13 +71,13 @@ def timeline(
     Args:
         path: the file, for messages.
         codec: FFmpeg's name.
-        tick: its seconds.
+        tick: seconds of a tick.
         scan: the packets.
-        in_decoder_order: the file's times are not those of its pictures; take them in the order of the decoder.
-        numbered: whether packets are to be told by their number, since their times depend on where reading begins.
+        in_decoder_order: do not trust presentation times; use the decoder's output order.
+        numbered: identify packets by their number, since their times depend on where reading begins.
 
     Raises:
-        VideoError: there is no order, or no start.
+        VideoError: the frames have no order, or there is no start.
     """
     places = np.flatnonzero(~scan.column("second") & ~scan.column("skipped"))
     times, starts = scan.column("pts")[places], scan.column("starts")[places]
@@ -88,12 +88,12 @@ def timeline(
         times = _fill(times, scan.last_duration)
     if len(times) and (times == NO_TIME).all():
         raise VideoError(
-            f"{path}: its frames carry no times, only their order; code it anew at the rate that it was recorded with:"
+            f"{path}: its frames have no timestamps; re-encode it at the rate at which it was recorded:"
             " ffmpeg -r RATE -i IN OUT.mkv"
         )
     first, wait = _beginning(path, scan, places, starts)
     places, times, starts = places[first:], times[first:], starts[first:]
-    # The first picture counts as a start even where only its mark says so: what a whole decode shows begins there.
+    # The first picture counts as a start even if only marked: decoding of the whole file begins there.
     starts[0] = starts[0] or Start.OPEN
     with_time, hidden = times != NO_TIME, scan.column("hidden")[places]
     places, times, starts, hidden = places[with_time], times[with_time], starts[with_time], hidden[with_time]
@@ -125,7 +125,7 @@ def timeline(
 
 
 def _beginning(path: str, scan: Scan, places: NDArray[np.int64], starts: NDArray[np.int8]) -> tuple[int, int]:
-    """The first packet to decode, as a number among `places`, and the frames from there until pictures are whole."""
+    """Return the first packet to decode, as an index of `places`, and the number of incomplete frames from there."""
     waits = np.array([scan.waits.get(place, 0) for place in places.tolist()], np.int64)
     marked = scan.column("marked")[places]
     for candidates in ((starts > 0) | (waits > 0), marked):
@@ -139,7 +139,7 @@ def _beginning(path: str, scan: Scan, places: NDArray[np.int64], starts: NDArray
 
 
 def _heals(scan: Scan, places: NDArray[np.int64], times: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
-    """Recovery points of periodic intra refresh, by what each says of itself."""
+    """Return the recovery points of periodic intra refresh, as stated in the stream."""
     waits = [(number, scan.waits.get(place, 0)) for number, place in enumerate(places.tolist())]
     return tuple(
         (int(times[number]), int(times[number + wait])) for number, wait in waits if wait and number + wait < len(times)
@@ -147,7 +147,7 @@ def _heals(scan: Scan, places: NDArray[np.int64], times: NDArray[np.int64]) -> t
 
 
 def _fill(times: NDArray[np.int64], step: float) -> NDArray[np.int64]:
-    """Decoding times that are missing, evenly between their neighbors, in steps at both ends; all missing stay so."""
+    """Interpolate missing decoding times and extrapolate at both ends; all missing stay missing."""
     known = np.flatnonzero(times != NO_TIME)
     if not 0 < len(known) < len(times):
         return times
@@ -155,14 +155,14 @@ def _fill(times: NDArray[np.int64], step: float) -> NDArray[np.int64]:
     if len(known) > 1:
         step = float(times[known[-1]] - times[known[0]]) / float(known[-1] - known[0])
     ends = np.where(numbers < known[0], numbers - known[0], np.maximum(0, numbers - known[-1])) * step
-    # Relative to the first: a float has no room for the ticks of a clock that began years ago.
+    # Relative to the first: float64 cannot represent the ticks of a clock that began years ago.
     between = np.interp(numbers, known, (times[known] - times[known[0]]).astype(float))
     ticks: NDArray[np.int64] = np.rint(between + ends).astype(np.int64) + times[known[0]]
     return ticks
 
 
 def _added(breaks: Sequence[tuple[int, int]], packets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The ticks that breaks add to the times of packets, which are given by their numbers in the file."""
+    """Return the ticks that breaks add to the times of packets, given by their numbers in the file."""
     shifts: NDArray[np.int64] = np.array([0, *(shift for _, shift in breaks)], np.int64)
     return shifts[np.searchsorted([packet for packet, _ in breaks], packets, side="right")]
 
@@ -182,10 +182,10 @@ def _breaks(
     *,
     timed: bool,
 ) -> list[tuple[int, int]]:
-    """Where the clock goes back: (packet of the file, ticks to add from there on so that it goes on by `step`).
+    """Return where the clock goes back: (packet number, ticks to add from there on so that time continues by `step`).
 
-    Files joined byte by byte begin anew at a start, whose group then follows the frames before it. Where the clock goes
-    back elsewhere, the order of the frames is not known.
+    Concatenated files restart at a start, whose group then follows the previous frames. If the clock goes back
+    elsewhere, the order of the frames is unknown.
     """
     breaks: list[tuple[int, int]] = []
     times, total = times.copy(), 0
@@ -194,8 +194,8 @@ def _breaks(
         if not starts[place] or not timed or len(breaks) == MAX_BREAKS:
             raise VideoError(
                 f"{path}: its clock goes back by {(latest - int(times[place])) * tick:.3f} s in the middle,"
-                f" {(latest - int(times[0])) * tick:.1f} s from its start, so its frames have no order; code it anew at"
-                " a constant rate: ffmpeg -i IN -vf setpts=N/RATE/TB -r RATE OUT.mkv"
+                f" {(latest - int(times[0])) * tick:.1f} s from its start, so the order of its frames is unknown;"
+                " re-encode it at a constant rate: ffmpeg -i IN -vf setpts=N/RATE/TB -r RATE OUT.mkv"
             )
         following = np.flatnonzero(starts[place + 1 :])
         group = times[place : place + 1 + int(following[0])] if len(following) else times[place:]
@@ -207,7 +207,7 @@ def _breaks(
 
 
 def _goes_back(times: NDArray[np.int64], starts: NDArray[np.int8], *, timed: bool) -> int | None:
-    """The first packet that is shown before what must precede it."""
+    """Return the first packet that is shown before one that must precede it."""
     latest = np.maximum.accumulate(times)
     early = np.zeros(len(times), bool)
     if timed:
@@ -220,14 +220,14 @@ def _goes_back(times: NDArray[np.int64], starts: NDArray[np.int8], *, timed: boo
     if not early.any():
         return None
     place = int(np.argmax(early))
-    # A break at a start may be seen at a later packet only.
+    # A break at a start may become visible only at a later packet.
     near = np.arange(max(1, place - far), place + 1)
     behind = near[(starts[near] > 0) & (times[near] < latest[near - 1])]
     return int(behind[0]) if len(behind) else place
 
 
 def _still_starts(times: NDArray[np.int64], starts: NDArray[np.int8]) -> NDArray[np.int8]:
-    """Without starts that something stored before is shown after: that would be lost to their segment."""
+    """Remove starts before which something is stored that is shown after them: their segment would lose it."""
     latest = np.maximum.accumulate(times)
     kept = starts.copy()
     kept[1:][times[1:] < latest[:-1]] = Start.NO

@@ -1,14 +1,14 @@
-"""A labeled tour on disk: the film, and its truth as DAVIS 2017 and Pascal VOC lay it out.
+"""Labeled tour on disk: the film, and its ground truth in the layouts of DAVIS 2017 and Pascal VOC.
 
     OUT/film.mp4
-    OUT/davis/JPEGImages/480p/tour-000/00000.jpg       and Annotations/480p/tour-000/00000.png: a palette's index for
+    OUT/davis/JPEGImages/480p/tour-000/00000.jpg       and Annotations/480p/tour-000/00000.png: a palette index for
     OUT/davis/ImageSets/2017/val.txt                   each object of the sequence, 0 elsewhere
     OUT/voc/JPEGImages/000000.jpg                      and Annotations/000000.xml: a box and a class for each object
     OUT/voc/ImageSets/Main/trainval.txt
-    OUT/tour.json                                      how it was made; the objects and frames of each sequence
+    OUT/tour.json                                      settings; the objects and frames of each sequence
 
-The pictures are what was drawn, before the film was compressed, so masks fit them to the pixel. DAVIS's tools look for
-the folder 480p whatever the pictures' size.
+The pictures are saved before the film is compressed, so masks match them to the pixel. DAVIS's tools expect the folder
+480p whatever the pictures' size.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from dora_ray.video.tours import ObjectInView, Tour, TourFrame
 
 FILM, FACTS = "film.mp4", "tour.json"
 JPEG_QUALITY = 95
-# A sequence's palette has so many colors beside the background and DAVIS's 255, which means "not scored".
+# Object ids of a sequence: the palette without the background and DAVIS's 255, which means "not scored".
 MOST_IDS = 254
-DIFFICULT_BELOW = 0.25  # share of an object that is seen
+DIFFICULT_BELOW = 0.25  # visible share of an object
 Progress = Callable[[int, int], None]
 
 
@@ -54,23 +54,23 @@ def make_tour(
     """Write a labeled tour, frame by frame.
 
     Args:
-        out: folder, made as needed.
+        out: folder, created if missing.
         width: pixels, even.
         height: pixels, even.
-        num_frames: of the film.
-        frames_per_second: of the film.
+        num_frames: frames of the film.
+        frames_per_second: rate of the film.
         seed: the same seed gives the same pictures and masks.
-        num_objects: objects on the way at a time.
+        num_objects: number of simultaneous objects.
         labels_per_second: labeled frames a second, rounded to every n-th frame.
         sequence_seconds: length of a DAVIS sequence.
-        photographs: what the tour is made of; None: those that packages ship.
-        progress: called with the number of frames done and of all.
+        photographs: source material of the tour; None: packaged photographs.
+        progress: called with the number of finished frames and the total.
 
     Returns:
         The film's path.
 
     Raises:
-        ConfigError: an odd or very small size, too few frames, or the photographs are not there.
+        ConfigError: an odd or very small size, too few frames, or missing photographs.
     """
     if width % 2 or height % 2 or min(width, height) < 32:
         raise ConfigError(f"a tour of {width}x{height} pixels: both sides must be even, and at least 32")
@@ -116,7 +116,7 @@ def _drawn(tour: Tour, num_frames: int, labels: _Labels, progress: Progress | No
 
 
 class _Labels:
-    """Writes labeled frames as they come; it remembers the objects of each sequence and nothing of a frame."""
+    """Writes labeled frames as they come; remembers each sequence's objects, but no frames."""
 
     def __init__(self, out: Path, every: int, frames_per_sequence: int) -> None:
         self.every = every
@@ -149,7 +149,7 @@ class _Labels:
             listed.write(name + "\n")
 
     def _write_davis(self, position: int, jpeg: bytes, frame: TourFrame) -> None:
-        """The picture and its mask; an object that is new to the sequence gets the next id."""
+        """Write picture and mask; an object new to the sequence gets the next id."""
         sequence = self.sequences[-1]
         sequence["num_frames"] += 1
         ids = {known["instance"]: known["id"] for known in sequence["objects"]}
@@ -176,7 +176,7 @@ class _Labels:
 
 
 def palette_png(ids: np.ndarray) -> bytes:
-    """Encode ids (H, W) uint8 as a PNG with VOC's palette, as DAVIS 2017 has its masks."""
+    """Encode ids (H, W) uint8 as a PNG with VOC's palette, the mask format of DAVIS 2017."""
     image = Image.fromarray(ids)
     image.putpalette(voc_palette())
     buffer = io.BytesIO()
@@ -185,7 +185,7 @@ def palette_png(ids: np.ndarray) -> bytes:
 
 
 def voc_palette() -> list[int]:
-    """Give 256 colors, 768 values: bit 3 j + c of an id is bit 7 - j of its color c."""
+    """Return 256 colors, 768 values: bit 3 j + c of an id is bit 7 - j of its color c."""
     return [
         sum((number >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
         for number in range(256)
@@ -194,7 +194,7 @@ def voc_palette() -> list[int]:
 
 
 def voc_annotation(filename: str, frame: TourFrame) -> bytes:
-    """Describe a frame in VOC's XML; it counts pixels from 1 and includes a box's last one."""
+    """Return a frame's VOC XML, which counts pixels from 1 and includes a box's last one."""
     root = ElementTree.Element("annotation")
     ElementTree.SubElement(root, "filename").text = filename
     size = ElementTree.SubElement(root, "size")

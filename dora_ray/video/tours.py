@@ -1,9 +1,9 @@
-"""Labeled tours: a walk along photographs, with moving objects whose masks are known to the pixel.
+"""Labeled tours: a walk past photographs, with moving objects whose masks are exact to the pixel.
 
-Every picture is a pure function of (seed, frame number): nothing is kept between frames but what can be made again, so
-a film of an hour needs no more memory than one of a minute, and any frame can be drawn alone.
+Every picture is a pure function of (seed, frame number). Between frames, only reproducible caches are kept, so an
+hour's film needs no more memory than a minute's, and any frame can be drawn alone.
 
-H, W height and width of a picture, pixels. World pixels are a picture's, at zoom 1; x runs along the walk.
+H, W height and width of a picture, pixels. World pixels are picture pixels at zoom 1; x runs along the walk.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from PIL import Image
 
 from dora_ray.video.cutouts import Cutout, Photographs
 
-Affine = np.ndarray  # (2, 3): from the pixels of what is drawn to those of its source
-_PANEL, _FEATHER = 1.6, 0.25  # of the width: from scene to scene, and how far two of them blend
+Affine = np.ndarray  # (2, 3): maps pixels of the target to those of the source
+_PANEL, _FEATHER = 1.6, 0.25  # of the width: distance of scenes, and width of the blend between two
 _ROOM = 1.5  # height of the world, in pictures
-_PARALLAX, _POSTS_APART = 1.6, 2.4  # posts stand nearer to the camera than the scenes; of the width
-_WORLD, _CAMERA, _OBJECT, _POST = range(4)  # what a random number is for
+_PARALLAX, _POSTS_APART = 1.6, 2.4  # posts are nearer to the camera than the scenes; distance in widths
+_WORLD, _CAMERA, _OBJECT, _POST = range(4)  # purpose of a random number
 
 
 @dataclass(frozen=True)
 class ObjectInView:
-    """One object of a picture.
+    """Object visible in a picture.
 
     Attributes:
-        instance: its number in the film, from 1; no other object of the film has it.
-        name: of its class.
-        pixels: of its mask in the picture.
-        hidden: share of it that other things cover; truncated: whether the picture's edge cuts it.
+        instance: number in the film, from 1; unique to the object.
+        name: name of its class.
+        pixels: pixels of its mask in the picture.
+        hidden: share of it covered by other things; truncated: the picture's edge cuts it.
         box: left, top, right, bottom of the mask, pixels, right and bottom excluded.
     """
 
@@ -46,7 +46,7 @@ class ObjectInView:
 
 @dataclass(frozen=True, eq=False)
 class TourFrame:
-    """One picture and its truth: picture (H, W, 3) uint8 RGB, instances (H, W) int32, 0 where no object is."""
+    """Picture and ground truth: picture (H, W, 3) uint8 RGB, instances (H, W) int32, 0 outside objects."""
 
     picture: np.ndarray
     instances: np.ndarray
@@ -55,14 +55,14 @@ class TourFrame:
 
 @dataclass(frozen=True, eq=False)
 class Tour:
-    """A film that is drawn frame by frame.
+    """Film drawn frame by frame.
 
     Attributes:
         width: pixels; height: pixels.
         frames_per_second: constant.
         seed: the same seed gives the same film.
-        num_objects: on the way at a time; each is followed by another one when it has left.
-        photographs: what all is made of.
+        num_objects: simultaneous objects; each is followed by another once it has left.
+        photographs: source material of the film.
         light_drift: strength of the slow changes of light and color; 0: none.
     """
 
@@ -99,7 +99,7 @@ class Tour:
 
     @functools.cached_property
     def _waves(self) -> np.ndarray:
-        """(12, 2): phases and relative speeds of all that sways."""
+        """(12, 2) phases and relative speeds of all oscillations."""
         rng = self._rng(_CAMERA)
         return np.stack([rng.uniform(0, 2 * np.pi, 12), rng.uniform(0.8, 1.25, 12)], axis=1)
 
@@ -108,12 +108,12 @@ class Tour:
         return float(np.sin(2 * np.pi * seconds * speed / period + phase))
 
     def _path(self, seconds: float) -> tuple[float, float]:
-        """Where the walk is, world pixels: steadily on with slower and quicker stretches, and a little up and down."""
+        """Return the walker's position in world pixels: forward at varying speed, slightly up and down."""
         x = 0.16 * self.width * (seconds + 1.5 * self._wave(0, seconds, 17.0)) + 4 * self.width
         return x, self.height * (_ROOM / 2 + 0.03 * self._wave(1, seconds, 11.0))
 
     def _camera(self, seconds: float) -> Affine:
-        """From a picture's pixels to the world's: the path, zoom, a step's bounce, shake of position and angle."""
+        """Return the map from picture to world pixels: path, zoom, a step's bounce, shake of position and angle."""
         x, y = self._path(seconds)
         zoom = 1.1 * np.exp(0.12 * self._wave(2, seconds, 13.0))
         shake = 0.008 * self.height
@@ -125,7 +125,7 @@ class Tour:
         return np.column_stack([turn, np.array([x, y]) - turn @ middle])
 
     def _light(self, seconds: float) -> list[int]:
-        """Lookup table of the three channels, 768 values."""
+        """Return the lookup table of the three channels, 768 values."""
         level = np.arange(256) / 255
         gamma = np.exp(0.25 * self.light_drift * self._wave(8, seconds, 41.0))
         tints = [1 + 0.1 * self.light_drift * self._wave(9 + channel, seconds, 29.0) for channel in range(3)]
@@ -137,7 +137,7 @@ class Tour:
         return functools.lru_cache(maxsize=2)(self._compose_world)
 
     def _compose_world(self, base: int) -> Image.Image:
-        """The world from panel `base - 1` to `base + 1`, neighbors blending into each other."""
+        """Return the world from panel `base - 1` to `base + 1`, with neighbors blended."""
         step, feather = self._panel_width, round(_FEATHER * self.width)
         strip = Image.new("RGB", (3 * step + feather, round(_ROOM * self.height)))
         ramp = np.minimum(np.arange(step + feather) / feather, 1)
@@ -147,7 +147,7 @@ class Tour:
         return strip
 
     def _panel(self, number: int, width: int) -> Image.Image:
-        """One scene of the walk: a random part of a photograph, perhaps mirrored, in random light."""
+        """Return one scene of the walk: a random part of a photograph, possibly mirrored, in random light."""
         rng = self._rng(_WORLD, number)
         scene = self.photographs.scenes[int(rng.integers(len(self.photographs.scenes)))]
         size = (width, round(_ROOM * self.height))
@@ -182,7 +182,7 @@ class Tour:
     def _draw_object(
         self, slot: int, seconds: float, camera: Affine, picture: Image.Image, instances: np.ndarray
     ) -> list[tuple[int, Cutout, int, bool]]:
-        """Put the slot's object of this moment into the picture; its instance, cutout, pixels and whether it is cut."""
+        """Draw the slot's current object; return its instance, cutout, pixels and whether the edge cuts it."""
         rng = self._rng(_OBJECT, slot)
         period, phase = rng.uniform(7, 13), rng.uniform(0, 1)
         generation, progress = divmod(seconds / period + phase, 1.0)
@@ -195,7 +195,7 @@ class Tour:
         return [(instance, actor.cutout, pixels, cut)] if pixels else []
 
     def _draw_posts(self, seconds: float, picture: Image.Image, instances: np.ndarray) -> None:
-        """Draw what passes between the camera and everything else."""
+        """Draw the posts that pass between the camera and everything else."""
         apart = _POSTS_APART * self.width
         x = _PARALLAX * self._path(seconds)[0]
         for number in (int(x // apart), int(x // apart) + 1):
@@ -216,7 +216,7 @@ class Tour:
 
 @dataclass(frozen=True, eq=False)
 class _Actor:
-    """One object on its way through the picture, from side to side."""
+    """Object on its way across the picture."""
 
     cutout: Cutout
     across: tuple[float, float]
@@ -225,14 +225,14 @@ class _Actor:
     bounce: float
 
     def place(self, progress: float, seconds: float) -> np.ndarray:
-        """Its middle, in pixels from the walk's place."""
+        """Return its center in pixels relative to the walker's position."""
         x = self.across[0] + (self.across[1] - self.across[0]) * progress
         y = self.heights[0] + (self.heights[1] - self.heights[0]) * progress
         return np.array([x, y + 0.03 * self.cutout.picture.height * np.sin(2 * np.pi * seconds / self.bounce)])
 
 
 def _placement(actor: _Actor, progress: float, seconds: float, middle: np.ndarray, camera: Affine) -> Affine:
-    """From a picture's pixels to the cutout's: through the camera, then the object's size, sway and place."""
+    """Return the map from picture to cutout pixels: camera, then the object's size, sway and place."""
     size = np.exp(actor.growth * (2 * progress - 1))
     angle = np.radians(5) * np.sin(2 * np.pi * seconds / (2 * actor.bounce))
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / size
@@ -243,7 +243,7 @@ def _placement(actor: _Actor, progress: float, seconds: float, middle: np.ndarra
 def _paste(
     cutout: Cutout, placed: Affine, picture: Image.Image, instances: np.ndarray, instance: int
 ) -> tuple[int, bool]:
-    """Draw the cutout with hard edges, so that its mask is exact; its pixels in the picture, and whether any is out."""
+    """Draw the cutout with hard edges, so that its mask is exact; return its pixels and whether the edge cuts it."""
     inverse = np.linalg.inv(placed[:, :2])
     corners = np.array([(x, y) for x in (0, cutout.picture.width) for y in (0, cutout.picture.height)])
     seen = (corners - placed[:, 2]) @ inverse.T
@@ -264,7 +264,7 @@ def _paste(
 
 
 def _visible(instances: np.ndarray, drawn: Sequence[tuple[int, Cutout, int, bool]]) -> list[ObjectInView]:
-    """Return what is left of the objects when all is drawn, without those that are wholly hidden."""
+    """Return the objects still visible when everything is drawn."""
     found = []
     for instance, cutout, pixels, cut in drawn:
         mask = instances == instance
@@ -281,7 +281,7 @@ def _warp(source: Image.Image, size: tuple[int, int], affine: Affine, resampling
 
 
 def _tinted(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The picture with each channel brighter or darker, so that a photograph is not told by its average color."""
+    """Scale each channel, so that average color does not identify a photograph."""
     gains = rng.uniform(0.75, 1.25, 3)
     table = np.concatenate([np.clip(np.arange(256) * gain, 0, 255) for gain in gains])
     return picture.point(np.rint(table).astype(int).tolist())

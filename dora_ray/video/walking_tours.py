@@ -1,7 +1,7 @@
-"""The ten videos of the Walking Tours data set (arXiv 2310.08584), and how to fetch them from where they are.
+"""The ten videos of the Walking Tours data set (arXiv 2310.08584), and their download.
 
-They belong to their makers: the data set lists them as CC BY; the licence, title and channel that the site gives are
-written beside each file. Everything that needs the network is in `_download`, which no test runs.
+They belong to their authors. The data set lists them as CC BY; the license, title and channel given by the site are
+saved beside each file. All network access is in `_download`, which no test runs.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 from dora_ray.errors import ConfigError, VideoError
 
-LICENSE = "CC BY (as the data set's authors list it; the site's own word is fetched with the file)"
+LICENSE = "CC BY (as the data set's authors list it; the site's own statement is saved with the file)"
 FASTEST_CODEC = "av01"
-# The codec that is asked for first, in yt-dlp's words, for each decoder: decord's FFmpeg has no AV1.
+# Preferred codec for each decoder, in yt-dlp's terms: decord's FFmpeg has no AV1.
 PREFERRED_CODECS = {"pyav": FASTEST_CODEC, "decord": "vp9", "torchcodec": FASTEST_CODEC}
 FACTS = ("id", "title", "channel", "license", "duration", "webpage_url", "width", "height", "fps", "vcodec")
 
 
 @dataclass(frozen=True)
 class Tour:
-    """One video; seconds is about how long it is, the site's own value is fetched with it."""
+    """One video; `seconds` is approximate, the exact value is saved at download."""
 
     name: str
     video_id: str
@@ -32,7 +32,7 @@ class Tour:
 
     @property
     def address(self) -> str:
-        """Where it can be seen."""
+        """URL of the video."""
         return f"https://www.youtube.com/watch?v={self.video_id}"
 
 
@@ -55,10 +55,10 @@ TOURS = (
 
 
 def find_tours(names: Sequence[str]) -> list[Tour]:
-    """The tours of those names, in that order; all ten where none is named.
+    """Return the tours with these names, in order; all ten if none is given.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: a name is unknown.
     """
     known = {tour.name: tour for tour in TOURS}
     words = [name.lower().replace("_", "-").replace(" ", "-") for name in names]
@@ -78,23 +78,23 @@ def fetch_tours(
     decoder: str = "pyav",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Path]:
-    """Download the videos, without sound; goes on where an earlier download stopped, and skips what is there.
+    """Download the videos without sound, continuing earlier downloads and skipping finished ones.
 
     Args:
-        tours: which.
-        out: folder, made as needed.
-        height: the most lines of a picture; each height has files of its own. The site's 2160 lines come as AV1 or VP9
-            alone: H.264 ends at 1080.
-        decoder: what they are for: AV1 is asked for first, as it decodes about twice as fast as VP9, unless the decoder
-            cannot read it.
-        progress: told the tour's name, the bytes so far, and all bytes (0 where unknown).
+        tours: the tours to download.
+        out: folder, created if missing.
+        height: maximum number of lines; each height has its own files. The site offers 2160 lines only in AV1 or VP9;
+            H.264 ends at 1080.
+        decoder: decoder that will read the files. AV1 is preferred, since it decodes about twice as fast as VP9, unless
+            the decoder cannot read it.
+        progress: called with the tour's name, the bytes so far, and the total (0 if unknown).
 
     Returns:
-        The files, each with its facts in a .json beside it.
+        The files, each with its metadata in a .json beside it.
 
     Raises:
         ConfigError: yt-dlp is not installed.
-        VideoError: a video cannot be had.
+        VideoError: a video cannot be downloaded.
     """
     library = _library()
     folder = Path(out)
@@ -106,14 +106,14 @@ def fetch_tours(
 def download_options(
     folder: Path, name: str, height: int, codec: str, hook: Callable[[dict[str, Any]], None] | None
 ) -> dict[str, Any]:
-    """Return yt-dlp's options: pictures alone, most lines up to `height`, most frames a second, then `codec`.
+    """Return yt-dlp's options: video only, most lines up to `height`, most frames a second, then `codec`.
 
-    After that codec come those that the site ranks below it: none above.
+    Other codecs follow in the site's order, but none that ranks above `codec`.
     """
     return {
         "format": "bestvideo",
         "format_sort": [f"res:{height}", "fps", f"vcodec:{codec}"],
-        # A download that goes on appends to the file of its name, which must hold the same pictures.
+        # A continued download appends to the file of its name, which must hold the same pictures.
         "outtmpl": {"default": str(folder / f"{_stem(name, height, codec)}.%(ext)s")},
         "continuedl": True,
         "retries": 10,
@@ -125,7 +125,7 @@ def download_options(
 
 
 def _stem(name: str, height: int, codec: str) -> str:
-    """The name of a file without its suffix, each codec's its own."""
+    """Return the file name without suffix, distinct for each codec."""
     return f"{name}-{height}" if codec == FASTEST_CODEC else f"{name}-{height}-{codec}"
 
 
@@ -155,7 +155,7 @@ def _fetch(
 
 
 def _finished(facts_path: Path) -> Path | None:
-    """The video whose facts were written, which is done last."""
+    """Return the video if its metadata, written last, exists."""
     if not facts_path.exists():
         return None
     path = facts_path.with_name(json.loads(facts_path.read_text(encoding="utf-8"))["file"])
@@ -163,15 +163,15 @@ def _finished(facts_path: Path) -> Path | None:
 
 
 def _download(library: Any, tour: Tour, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The only part that uses the network."""
+    """Download one video; the only function that uses the network."""
     try:
         with library.YoutubeDL(dict(options)) as client:
             info: dict[str, Any] = client.extract_info(tour.address, download=True)
             return info
     except library.utils.DownloadError as error:
         raise VideoError(
-            f"{tour.name} ({tour.address}) cannot be fetched: {error}; try again to go on where it stopped, bring"
-            " yt-dlp up to date (sites change), or download the file yourself and name it in data.videos"
+            f"{tour.name} ({tour.address}) cannot be fetched: {error}; try again to continue, update"
+            " yt-dlp (sites change), or download the file yourself and name it in data.videos"
         ) from error
 
 
@@ -179,5 +179,5 @@ def _library() -> Any:
     try:
         import yt_dlp
     except ImportError as error:
-        raise ConfigError("fetching needs yt-dlp, which is not installed: pip install 'dora-ray[fetch]'") from error
+        raise ConfigError("downloading needs yt-dlp, which is not installed: pip install 'dora-ray[fetch]'") from error
     return yt_dlp

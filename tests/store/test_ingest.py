@@ -162,7 +162,7 @@ def test_a_file_that_changed_since_it_was_indexed_is_not_decoded(tmp_path):
     make(frames_per_second=30, seed=2)
     other = index_video(path)
     assert (other.pts.tolist(), other.key_pts.tolist()) == (index.pts.tolist(), index.key_pts.tolist())
-    with pytest.raises(VideoError, match=r"v\.mp4: has \d+ bytes and had \d+ when it was indexed: the file changed"):
+    with pytest.raises(VideoError, match=r"v\.mp4: has \d+ bytes, but had \d+ when it was indexed: the file changed"):
         segments._write_segment(part, store, "pyav", FORM)
     Path(path).unlink()
     with pytest.raises(VideoError, match=r"v\.mp4: no such file; check the path, on every node"):

@@ -1,4 +1,4 @@
-"""The kinds of files, and what each decoder makes of them: the table in docs/data.md, a test for each of its rows."""
+"""Conformance table: kinds of files and the result of each decoder. docs/data.md shows it; each row has a test."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from tests.video.videos import NUM_FRAMES
 
 EXACT = "exact"
 OPEN = "wrong frames at open groups of pictures"
-MARKS = "starts at frames that are marked as key frames and are none"
+MARKS = "starts at frames that are falsely marked as key frames"
 TS = "does not return from MPEG-TS files"
 FIELDS = "counts the two fields of a frame as two frames"
 STREAMS = "may read another one of the file's video streams"
 AV1 = "has no AV1 decoder"
-TIMES = "makes up the times of frames that have none"
-CLOCK = "does not know the times of frames where the clock goes back or times lack"
-JUMPS = "memory does not suffice where the clock jumps"
-LACKS = "lacks right times of presentation"
+TIMES = "invents the times of frames that have none"
+CLOCK = "does not know the times of frames if the clock goes back or times are missing"
+JUMPS = "runs out of memory where the clock jumps"
+LACKS = "presentation times are missing or wrong"
 COUNT = "decord sees .* frames of"
 ALL = range(NUM_FRAMES)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file.
+    """Kind of file.
 
     Attributes:
-        words: for people.
+        words: description in the table.
         make: writes one into a folder.
-        numbers: painted in the pictures that a decode of the whole file shows, in order.
-        decord: EXACT, or a part of its reason to refuse; PyAV is exact everywhere.
-        refused: a part of the reason for which no decoder reads the file; empty: it is read.
-        warning: a part of what the index warns of; empty: nothing.
-        seconds: when each picture is shown; the numbers at 30 a second, from the first on, unless given.
+        numbers: numbers painted in the pictures of a full decode, in order.
+        decord: EXACT, or part of its reason to refuse; PyAV is always exact.
+        refused: part of the reason why no decoder reads the file; empty: it is read.
+        warning: part of the index's warning; empty: none.
+        seconds: presentation times; default: from the first number on, 30 a second.
     """
 
     words: str
@@ -51,7 +51,7 @@ class Kind:
 
     @property
     def times(self) -> np.ndarray:
-        """Seconds from the first frame."""
+        """Presentation times in seconds from the first frame."""
         if self.seconds is not None:
             return np.array(self.seconds, float)
         return (np.array(self.numbers) - self.numbers[0]) / 30
@@ -179,7 +179,7 @@ KINDS = (
         lambda f: odd.encode(f / "v.mpg", codec="mpeg1video", group=10),
         decord=CLOCK,
     ),
-    Kind("raw H.264", odd.raw_h264, refused="its frames carry no times, only their order"),
+    Kind("raw H.264", odd.raw_h264, refused="its frames have no timestamps"),
     Kind("variable frame rate", videos.variable_rate, seconds=videos.uneven_times().tolist()),
     Kind("MP4 with an edit list (cut without coding anew)", videos.edit_list, range(5, NUM_FRAMES), decord="edit list"),
     Kind("MP4, fragmented", odd.fragmented),
@@ -236,7 +236,7 @@ KINDS = (
 
 
 def table() -> list[str]:
-    """The lines of the table for people."""
+    """Return the table's lines as Markdown."""
     lines = ["| kind of file | PyAV | decord |", "|---|---|---|"]
     for kind in KINDS:
         pyav = f"refused: {_plain(kind.refused)}" if kind.refused else EXACT

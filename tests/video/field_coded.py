@@ -1,7 +1,7 @@
-"""A small H.264 encoder of field-coded pictures, which libx264 does not make: macroblocks are raw or copied.
+"""Small H.264 encoder of field-coded pictures, which libx264 cannot make: macroblocks are raw or copied.
 
-Written from ITU-T H.264, 7.3: a frame is two field pictures, each in a unit of its own. What a field does not change
-since the last reference field of its kind is skipped, so frames lean on those before; the rest is I_PCM, without loss.
+Written from ITU-T H.264, 7.3: a frame is two field pictures, each in its own unit. Macroblocks that equal those of the
+last reference field of the same parity are skipped, so frames depend on earlier ones; the rest is lossless I_PCM.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FIELD_TICKS = 1500
 
 
 class Writer:
-    """Bits of a unit."""
+    """Bit writer of one unit."""
 
     def __init__(self) -> None:
         self.bits: list[str] = []
@@ -27,14 +27,14 @@ class Writer:
         return self
 
     def number(self, *values: int) -> Writer:
-        """ue(v); se(0) and te(0) are written alike."""
+        """Write ue(v); se(0) and te(0) are coded alike."""
         for value in values:
             text = f"{value + 1:b}"
             self.bits.append("0" * (len(text) - 1) + text)
         return self
 
     def raw(self, content: bytes) -> Writer:
-        """Bytes at the next byte's boundary."""
+        """Return the bytes, padded to the next byte boundary."""
         text = "".join(self.bits)
         self.bits = [text + "0" * (-len(text) % 8), "".join(f"{byte:08b}" for byte in content)]
         return self
@@ -74,7 +74,7 @@ def _planes(picture: np.ndarray) -> list[np.ndarray]:
 
 
 def _blocks(field: list[np.ndarray]) -> list[bytes]:
-    """The macroblocks of a field, luma then chroma."""
+    """Return the macroblocks of a field, luma then chroma."""
     rows, columns = field[0].shape[0] // 16, field[0].shape[1] // 16
     found = []
     for row in range(rows):
@@ -88,7 +88,7 @@ def _blocks(field: list[np.ndarray]) -> list[bytes]:
 def _slice(
     blocks: list[bytes], before: list[bytes] | None, *, frame: int, bottom: bool, order: int, importance: int
 ) -> bytes:
-    """A field as a slice; without `before` it stands alone."""
+    """Return a field as a slice; without `before` it is intra-coded."""
     idr = before is None and not bottom
     writer = Writer().number(0, 7 if before is None else 5, 0).fixed(frame % 256, 8).fixed(1, 1).fixed(bottom, 1)
     if idr:
@@ -114,12 +114,12 @@ def _slice(
 
 
 def encode_fields(pictures: list[np.ndarray], *, group: int, lonely: int = 0) -> list[tuple[bytes, bytes, bool]]:
-    """(first field, second field, whether it is a start) of each frame.
+    """Return (first field, second field, whether it is a start) of each frame.
 
     Args:
-        pictures: RGB; the width divides by 16, the height by 32.
-        group: frames from key frame to key frame.
-        lonely: every so many frames one is leant on by no other; 0: none.
+        pictures: RGB; width a multiple of 16, height of 32.
+        group: frames between key frames.
+        lonely: interval of non-reference frames; 0: none.
     """
     height, width = pictures[0].shape[:2]
     coded, before, number = [], [None, None], 0
@@ -151,10 +151,10 @@ def write_fields(path: Path, pictures: list[np.ndarray], *, group: int = 10, lon
     Args:
         path: the suffix chooses the container.
         pictures: RGB.
-        group: frames from key frame to key frame.
+        group: frames between key frames.
         lonely: as in `encode_fields`.
-        second: "own": the second field has a packet and a time of its own; "none": it has no time, and MPEG-TS is
-            written with both in one packet, which FFmpeg's parser divides.
+        second: "own": the second field has its own packet and time; "none": it has no time, and MPEG-TS is
+            written with both in one packet, which FFmpeg's parser splits.
     """
     height, width = pictures[0].shape[:2]
     stream_file = path.with_suffix(".first.ts")

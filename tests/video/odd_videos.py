@@ -1,4 +1,4 @@
-"""Videos that mislead loaders: marks, times, fields, streams and orientations that are not what they say."""
+"""Videos that mislead loaders, with false marks, times, fields, streams and orientations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEVC = "log-level=none:pools=1:frame-threads=1:keyint=10:min-keyint=10:bframes=3
 B_FRAMES = {**X264, "bf": "3", "b_strategy": "0"}
 FAST_VP = {"deadline": "realtime", "cpu-used": "8", "crf": "20"}
 ONE, LAST = 1 << 16, 1 << 30
-# The matrix (a, b, c, d) of each orientation, and what ffmpeg shows of a stored picture.
+# Matrix (a, b, c, d) of each orientation, and ffmpeg's transform of the stored picture.
 ORIENTATIONS: dict[str, tuple[tuple[int, int, int, int], Callable[[np.ndarray], np.ndarray]]] = {
     "as_stored": ((1, 0, 0, 1), lambda p: p),
     "mirrored": ((-1, 0, 0, 1), lambda p: p[:, ::-1]),
@@ -36,7 +36,7 @@ def encode(path: Path, *, codec: str = "libx264", num_frames: int = NUM_FRAMES, 
 
 
 def remux(source: Path, target: Path, change: Change | None = None, **options) -> Path:
-    """Copy the packets; `change` alters one, given its number, and says False to leave it out."""
+    """Copy the packets; `change` may alter each, given its number, and returns False to drop it."""
     with av.open(str(source)) as reader, av.open(str(target), "w", **options) as writer:
         reader.flags &= ~av.container.Flags.gen_pts.value
         stream = reader.streams.video[0]
@@ -49,7 +49,7 @@ def remux(source: Path, target: Path, change: Change | None = None, **options) -
 
 
 def shifted(source: Path, target: Path, by_seconds: Callable[[int], float], **options) -> Path:
-    """A copy whose packet n is shown `by_seconds(n)` later."""
+    """Copy a file, showing packet n `by_seconds(n)` later."""
 
     def change(number: int, packet: av.Packet) -> None:
         ticks = round(by_seconds(number) / packet.time_base)
@@ -59,7 +59,7 @@ def shifted(source: Path, target: Path, by_seconds: Callable[[int], float], **op
 
 
 def without_sync_table(path: Path) -> Path:
-    """An MP4 that does not list its sync samples has nothing else: every sample is one."""
+    """Remove the list of sync samples from an MP4, so that every sample counts as one."""
     content = path.read_bytes()
     assert content.count(b"stss") == 1
     path.write_bytes(content.replace(b"stss", b"free"))
@@ -104,7 +104,7 @@ def marked_in_avi(folder: Path, codec: str) -> Path:
 
 
 def marked_flv(folder: Path) -> Path:
-    """The high bits of a tag's first byte say that it is a key frame."""
+    """Mark every frame as a key frame, in the high bits of each tag's first byte."""
     plain = encode(folder / "plain.flv", codec="flv", options={"qscale": "3"})
     content = bytearray(plain.read_bytes())
     position = 13
@@ -122,7 +122,7 @@ def ffv1(folder: Path) -> Path:
 
 
 def hidden_vp9(folder: Path) -> Path:
-    """Alternate reference frames travel with the picture before them and are never shown."""
+    """Alternate reference frames are stored with the preceding picture and are never shown."""
     options = {"deadline": "good", "cpu-used": "5", "crf": "20", "auto-alt-ref": "1", "lag-in-frames": "12"}
     return encode(folder / "hidden.webm", codec="libvpx-vp9", options=options)
 
@@ -132,7 +132,7 @@ def marked_avi(folder: Path) -> Path:
 
 
 def unmarked_hevc(folder: Path) -> Path:
-    """Only the first sample is marked, though there is a start every ten frames."""
+    """Mark only the first sample, although there is a start every ten frames."""
 
     def mark(number: int, packet: av.Packet) -> None:
         packet.is_keyframe = number == 0
@@ -141,19 +141,19 @@ def unmarked_hevc(folder: Path) -> Path:
 
 
 def intra_refresh(folder: Path, more: str = "bframes=0") -> Path:
-    """One IDR picture; then columns of macroblocks are renewed one after the other."""
+    """One IDR picture, then periodic intra refresh: columns of macroblocks are renewed in turn."""
     frames = pictures(NUM_FRAMES, 320, 192)
     options = {**X264, "x264-params": f"intra-refresh=1:keyint=12:{more}"}
     return videos._encode(folder / "refresh.mp4", frames, options=options)
 
 
 def intra_refresh_cut(folder: Path) -> Path:
-    """A recording of such a stream, begun in the middle: the first whole picture comes after the second refresh."""
+    """Recording of such a stream begun in the middle: the first complete picture comes after the second refresh."""
     return remux(intra_refresh(folder), folder / "refresh_cut.mkv", lambda number, packet: number >= 5)
 
 
 def open_hevc_cut(folder: Path) -> Path:
-    """It begins at a CRA picture, whose leading pictures cannot be decoded and are not shown."""
+    """File that begins at a CRA picture, whose leading pictures cannot be decoded and are not shown."""
     return remux(
         videos.open_groups_hevc(folder), folder / "cut.mkv", lambda number, packet: number >= cra_packet(folder)
     )
@@ -166,7 +166,7 @@ def cra_packet(folder: Path) -> int:
 
 
 def broken_link_hevc(folder: Path) -> Path:
-    """Every CRA picture is called BLA: its leading pictures are never shown."""
+    """Rename every CRA picture to BLA, so that its leading pictures are never shown."""
     plain = videos.open_groups_hevc(folder)
     path = folder / "broken_link.mkv"
     with av.open(str(plain)) as reader, av.open(str(path), "w") as writer:
@@ -197,7 +197,7 @@ def mpeg4_b_in_avi(folder: Path) -> Path:
 
 
 def two_pictures_a_packet(folder: Path) -> Path:
-    """MPEG-TS whose every second picture has no time: two travel in one packet of the elementary stream."""
+    """MPEG-TS in which every second picture has no time, because two share a packet of the elementary stream."""
     source, path = videos.mpeg_ts(folder), folder / "pairs.ts"
     with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
         stream = reader.streams.video[0]
@@ -216,17 +216,17 @@ def raw_h264(folder: Path) -> Path:
 
 
 def clock_jumps(folder: Path, suffix: str = ".mkv", seconds: float = 3e8) -> Path:
-    """From frame 24, a key frame, on, the clock is years ahead."""
+    """Advance the clock by years from frame 24, a key frame, on."""
     return shifted(videos.h264(folder), folder / f"jump{suffix}", lambda number: seconds * (number >= 24))
 
 
 def clock_jumps_inside(folder: Path) -> Path:
-    """As before, in the middle of a group of pictures."""
+    """Advance the clock by years in the middle of a group of pictures."""
     return shifted(videos.h264(folder), folder / "jump_inside.mkv", lambda number: 3e8 * (number >= 30))
 
 
 def with_clusters_at(source: Path, path: Path, milliseconds: Callable[[int], int]) -> Path:
-    """A Matroska file whose clusters begin at other times."""
+    """Write a Matroska file with changed cluster times."""
     content = bytearray(source.read_bytes())
     for number, match in enumerate(re.finditer(b"\x1f\x43\xb6\x75", bytes(content))):
         time = content.index(b"\xe7", match.start())
@@ -237,18 +237,18 @@ def with_clusters_at(source: Path, path: Path, milliseconds: Callable[[int], int
 
 
 def clock_goes_back(folder: Path, codec: str = "libvpx-vp9", num_frames: int = 300, group: int = 30) -> Path:
-    """From the second cluster on, 5 s later, the clock begins anew."""
+    """Restart the clock at the second cluster, 5 s later."""
     plain = encode(folder / "plain.mkv", codec=codec, num_frames=num_frames, group=group)
     return with_clusters_at(plain, folder / "back.mkv", lambda number: 0)
 
 
 def clock_goes_back_inside(folder: Path) -> Path:
-    """A clock that goes back where no key frame is."""
+    """Clock that goes back away from a key frame."""
     return clock_goes_back(folder, group=1000)
 
 
 def times_of_decoding(folder: Path, suffix: str, **options) -> Path:
-    """B frames whose times are those of decoding: a muxer that knew no others."""
+    """B frames stamped with decoding times, by a muxer without presentation times."""
 
     def change(number: int, packet: av.Packet) -> None:
         packet.pts = packet.dts
@@ -257,7 +257,7 @@ def times_of_decoding(folder: Path, suffix: str, **options) -> Path:
 
 
 def times_astray(folder: Path, codec: str = "libx264") -> Path:
-    """Frames 10 to 20 are to be shown 100 s late, by their own time alone."""
+    """Show frames 10 to 20 a hundred seconds late, according to their presentation times only."""
 
     def change(number: int, packet: av.Packet) -> None:
         if 10 <= number <= 20:
@@ -268,7 +268,7 @@ def times_astray(folder: Path, codec: str = "libx264") -> Path:
 
 
 def joined(folder: Path) -> Path:
-    """Two recordings of MPEG-TS joined byte by byte, as cameras' MTS files are."""
+    """Two concatenated MPEG-TS recordings, like the MTS files of cameras."""
     path = folder / "joined.ts"
     path.write_bytes(videos.mpeg_ts(folder).read_bytes() * 2)
     return path
@@ -282,7 +282,7 @@ def joined_open_groups(folder: Path) -> Path:
 
 
 def wrapped(folder: Path) -> Path:
-    """MPEG-TS counts times in 33 bits: here they begin anew after 20 frames."""
+    """MPEG-TS whose 33-bit timestamps wrap around after 20 frames."""
     seconds = (2**33 - 90000 * 20 // 30) / 90000
     plain = encode(folder / "plain.mp4", options={**X264, "bf": "2"})
     options = {"mpegts_copyts": "1", "muxdelay": "0"}
@@ -290,7 +290,7 @@ def wrapped(folder: Path) -> Path:
 
 
 def unwritten_times(folder: Path) -> Path:
-    """Matroska has no room for times before 0: the first half of the frames has none."""
+    """Matroska cannot store negative times, so the first half of the frames has none."""
     more = {"container_options": {"avoid_negative_ts": "disabled"}}
     return shifted(videos.h264_b_frames(folder), folder / "unwritten.mkv", lambda number: -0.5, **more)
 
@@ -301,14 +301,14 @@ def fragmented(folder: Path) -> Path:
 
 
 def headless(folder: Path, codec: str = "libx264", suffix: str = ".mkv") -> Path:
-    """It begins inside a group of pictures: the first whole picture is number 12."""
+    """File that begins inside a group of pictures: the first complete picture is number 12."""
     options = {**X264, "bf": "0"} if codec == "libx264" else {}
     plain = encode(folder / f"plain_{codec}.mkv", codec=codec, options=options)
     return remux(plain, folder / f"headless_{codec}{suffix}", lambda number, packet: number >= 5)
 
 
 def doubled_times(folder: Path) -> Path:
-    """Frame 7 has the time of frame 6."""
+    """Frame 7 has the timestamp of frame 6."""
 
     def change(number: int, packet: av.Packet) -> None:
         if number == 7:
@@ -335,7 +335,7 @@ def oriented(folder: Path, name: str) -> Path:
 
 
 def upright(folder: Path, degrees: int, *, mirrored: bool = False) -> Path:
-    """Stored turned (and mirrored), with a matrix that turns it back."""
+    """File with rotated (and mirrored) stored pictures and the matrix that restores them."""
     shown = pictures()
     stored = [np.rot90(picture, -degrees // 90) for picture in shown]
     stored = [np.ascontiguousarray(picture[:, ::-1] if mirrored else picture) for picture in stored]
@@ -346,7 +346,7 @@ def upright(folder: Path, degrees: int, *, mirrored: bool = False) -> Path:
 
 
 def streams(path: Path, *sources: Path) -> Path:
-    """One file with the video stream of each."""
+    """Merge the video streams of several files into one."""
     readers = [av.open(str(source)) for source in sources]
     with av.open(str(path), "w") as writer:
         copies = [writer.add_stream_from_template(reader.streams.video[0]) for reader in readers]
@@ -360,12 +360,12 @@ def streams(path: Path, *sources: Path) -> Path:
 
 
 def small(folder: Path, num_frames: int = NUM_FRAMES) -> Path:
-    """A proxy of 80 x 48."""
+    """Proxy stream of 80 x 48."""
     return videos._encode(folder / "proxy.mp4", pictures(num_frames, 80, 48))
 
 
 def proxy_first_large_default(folder: Path) -> Path:
-    """Matroska calls both default."""
+    """Two streams, both marked as default in Matroska."""
     return proxy_first(folder, ".mkv")
 
 
@@ -374,7 +374,7 @@ def proxy_first(folder: Path, suffix: str = ".mp4") -> Path:
 
 
 def thumbnail_first(folder: Path) -> Path:
-    """One picture, larger than the film and not marked as its cover."""
+    """Single picture, larger than the film and not marked as its cover."""
     still = videos._encode(folder / "still.mp4", pictures(1, 320, 192))
     return streams(folder / "thumbnail_first.mp4", still, videos.h264(folder))
 

@@ -1,4 +1,4 @@
-"""Servers on this machine that stand for remote ones: an object store, and web servers of several abilities."""
+"""Local servers in place of remote ones: an object store, and web servers with different abilities."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ server.stop()
 
 @contextmanager
 def object_store() -> Iterator[str]:
-    """The address of an S3 server in a process of its own, which ends with this one's pipe."""
+    """Yield the address of an S3 server in its own process, which ends when this one's pipe closes."""
     process = subprocess.Popen([sys.executable, "-c", MOTO], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with process:
         assert process.stdout is not None
@@ -36,7 +36,7 @@ def object_store() -> Iterator[str]:
 
 
 def aws_environment(patch: pytest.MonkeyPatch, address: str, *, credentials: bool = True) -> None:
-    """Variables as a user sets them for an S3 server of his own; s3fs forgets the last ones."""
+    """Set the variables as a user of a private S3 server would, and clear s3fs's cache of the previous ones."""
     import s3fs
 
     values = {"AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
@@ -51,7 +51,7 @@ def aws_environment(patch: pytest.MonkeyPatch, address: str, *, credentials: boo
 
 @contextmanager
 def serve(handler: type[BaseHTTPRequestHandler] | partial) -> Iterator[str]:
-    """The address of a web server in a thread."""
+    """Yield the address of a web server in a thread."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -64,14 +64,14 @@ def serve(handler: type[BaseHTTPRequestHandler] | partial) -> Iterator[str]:
 
 
 class WholeFiles(SimpleHTTPRequestHandler):
-    """Python's own server: no range requests."""
+    """Python's own server, without range requests."""
 
     def log_message(self, *_):
         pass
 
 
 class Ranges(WholeFiles):
-    """Serves parts of files, as every web server in use does."""
+    """Server with range requests, like common web servers."""
 
     def do_GET(self):
         path = Path(self.translate_path(self.path))
@@ -92,7 +92,7 @@ class Ranges(WholeFiles):
 
 
 class Refuses(BaseHTTPRequestHandler):
-    """Answers 403 to everything, as S3 words it."""
+    """Server that answers 403 to everything, in S3's wording."""
 
     status = 403
     BODY = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"

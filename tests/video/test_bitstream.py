@@ -1,4 +1,4 @@
-"""Pictures that nothing leans on: told from headers, and left undecoded without a change to any other."""
+"""Non-reference pictures: detected from headers, and skipped without changing any other picture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPARSE = {
 
 
 def marks(path) -> dict[int, bool]:
-    """pts -> whether another picture may lean on it."""
+    """Return {pts: whether another picture may reference it}."""
     with av.open(str(path)) as reader:
         stream = reader.streams.video[0]
         context = stream.codec_context
@@ -35,7 +35,7 @@ def marks(path) -> dict[int, bool]:
 
 
 def whole(index) -> dict[int, np.ndarray]:
-    """Every picture as FFmpeg decodes it when nothing is left out: (H, W) of each pts."""
+    """Return (H, W) of each pts as decoded by FFmpeg with nothing skipped."""
     with av.open(index.path) as reader:
         return {frame.pts: frame.to_ndarray(format="gray") for frame in reader.decode(video=0)}
 
@@ -110,7 +110,7 @@ def test_any_bytes_have_an_answer(packet, configuration, codec):
 
 
 def test_doubt_means_leant_on(tmp_path):
-    """A cut packet, one with a parameter set in it, and one that says nothing at all."""
+    """A truncated packet, one with a parameter set, and one without any unit."""
     size = (5).to_bytes(4, "big")
     leant_on = reference_test("h264", b"\x01\x64\x00\x34\xff")
     lonely = size + b"\x01" + bytes(4)

@@ -1,4 +1,4 @@
-"""Every kind of file of the table: the frames and times that a decode of the whole file from its start gives."""
+"""Conformance: every kind of file gives the frames and times of a full decode from its start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ READ_IDS = [kind.words.replace(" ", "_") for kind in READ]
 
 
 def by_segments(name: str, index: VideoIndex, *, every: int = 1) -> dict[int, int]:
-    """{pts: painted number}, decoded as ingest does, each frame once."""
+    """Return {pts: painted number}, decoded as by the ingest, each frame once."""
     found: dict[int, int] = {}
     edges = [part.start_pts for part in index.segments(0.2)][1:]
     for wanted in np.split(index.pts, np.searchsorted(index.pts, edges)):
@@ -59,7 +59,7 @@ def test_what_no_decoder_reads_is_refused_in_a_sentence(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", READ, ids=READ_IDS)
 def test_a_decode_from_the_start_shows_the_same_pictures(kind, tmp_path):
-    """The table's numbers are no invention: PyAV's plain loop gives them."""
+    """PyAV's plain loop gives the table's numbers."""
     index = index_video(str(kind.make(tmp_path)))
     with open_container(index.path) as container:
         stream = video_stream(container, index.path)

@@ -1,4 +1,4 @@
-"""A remote video is copied to the node once, for decoders that read local files only."""
+"""Remote videos are copied to the node once, for decoders that read local files only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.video import videos
 
 @pytest.fixture
 def remote(tmp_path, monkeypatch) -> VideoIndex:
-    """The index of a video in an object store, and an empty folder for temporary files."""
+    """Return the index of a video in an object store, with an empty temporary folder."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(copies.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     address = f"memory://{tmp_path.name}/walk.mp4"
@@ -61,7 +61,7 @@ def test_a_copy_is_made_once_and_removed_when_nobody_asks_for_long(remote):
 def test_a_file_that_changed_is_not_taken_for_the_one_indexed(remote):
     with fsspec.open(remote.path, "wb") as file:
         file.write(b"shorter")
-    with pytest.raises(VideoError, match=r"walk\.mp4: has another size than when it was indexed"):
+    with pytest.raises(VideoError, match=r"walk\.mp4: size changed since it was indexed"):
         local_file(remote)
 
 
@@ -70,5 +70,5 @@ def test_a_file_that_is_gone_and_a_disk_without_room_are_named(remote, monkeypat
     with pytest.raises(VideoError, match=r"walk\.mp4: cannot be copied .*; or use data\.decoder=pyav"):
         local_file(remote)
     monkeypatch.setattr(copies, "SPARE_BYTES", 1 << 60)
-    with pytest.raises(VideoError, match=r"has room for .* GB of its 0\.0; set TMPDIR to a larger disk"):
+    with pytest.raises(VideoError, match=r"has .* GB free of the 0\.0 GB needed; set TMPDIR to a larger disk"):
         local_file(remote)

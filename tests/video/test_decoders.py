@@ -1,4 +1,4 @@
-"""One conformance suite for every decoder: the numbers painted in the pictures come back exact."""
+"""One suite for every decoder: the numbers painted into the pictures come back exactly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.video import odd_videos, videos
 
 LIBRARIES = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec"}
 AVAILABLE = [name for name in NAMES if importlib.util.find_spec(LIBRARIES[name])]
-# What decord 0.6 was seen to get wrong; everything else it has to get right.
+# Files on which decord 0.6 was seen to fail; it must be right on all others.
 DECORD_REFUSES = {"h264_open_groups", "hevc", "open_groups_hevc", "av1", "av1_pyramid", "mpeg_ts"}
 TORCHCODEC_REFUSES = {"mpeg_ts"}
 REFUSES = {"pyav": set(), "decord": DECORD_REFUSES, "torchcodec": TORCHCODEC_REFUSES}
@@ -71,7 +71,7 @@ def test_decord_refuses_edit_lists(tmp_path):
 
 @pytest.mark.skipif("decord" not in AVAILABLE, reason="decord has no wheel here")
 def test_decord_is_refused_open_groups_for_a_reason(tmp_path):
-    """Without the refusal it shows other frames and says nothing: if this fails, the refusal can go."""
+    """Without the refusal, decord silently returns other frames. If this test fails, the refusal can go."""
     index = index_video(str(videos.h264_open_groups(tmp_path)))
     unguarded = replace(index, leading_frames=False)
     last = index.pts[index.pts >= index.key_pts[-1]]
@@ -86,7 +86,7 @@ def test_damage_leaves_frames_out_and_never_shows_wrong_ones(tmp_path):
 
 
 def test_damage_in_a_stream_that_is_renewed_bit_by_bit_ends_when_it_is_renewed(tmp_path):
-    """Packet 5 is lost; the refresh that begins at packet 12 is over at 23."""
+    """Packet 5 is lost; the refresh that begins at packet 12 ends at 23."""
     path = odd_videos.intra_refresh(tmp_path)
     index = index_video(str(path))
     with av.open(str(path)) as reader:
@@ -157,7 +157,7 @@ def test_a_lost_end_costs_the_frames_behind_it(name, suffix, tmp_path):
 
 
 def test_a_zeroed_hole_never_shows_wrong_frames(tmp_path):
-    """Blocks of a disk that were never written, at every place of the file after its header."""
+    """Overwrite a disk block with zeros, at every place of the file after its header."""
     path = videos.h264_b_frames(tmp_path)
     index, content = index_video(str(path)), path.read_bytes()
     for start in range(2000, len(content) - 6000, 4096):
@@ -180,7 +180,7 @@ def test_a_file_that_vanished_or_changed_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_colors_survive_the_way_to_jpeg(name, tmp_path):
-    """High definition is BT.709 and limited range in the file, BT.601 and full range in a JPEG."""
+    """High definition is BT.709 with limited range in the file, BT.601 with full range in a JPEG."""
     colors = np.random.default_rng(0).integers(30, 226, (9, 16, 3), np.uint8)
     picture = np.kron(colors, np.ones((80, 80, 1), np.uint8))
     encoded = av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")

