@@ -14,17 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from dora_ray.chaos.fake_nodes import FEW, HEAD_TYPE, MOST, fake_cluster, offer, processes_of, psutil
+from dora_ray.chaos.fake_nodes import FEW, HEAD_TYPE, MOST, end_session, fake_cluster, offer, processes_of, psutil
 from dora_ray.cluster.starting import AUTH_MODE, join_cluster, prepare_ray
 from dora_ray.config_source import parse_yaml
 from dora_ray.errors import ClusterError
@@ -32,6 +34,7 @@ from dora_ray.video.synthetic import make_video
 
 WORKER_CORES, FEWEST = 3, 1
 START_SECONDS, TRAIN_SECONDS, EMPTY_SECONDS, LOOK_SECONDS = 300.0, 1500.0, 300.0, 1.0
+ENDING = (signal.SIGTERM, signal.SIGINT)
 TRAINING = (
     *("model.width=48", "model.depth=2", "model.patch_size=8", "model.num_heads=6", "data.frames_per_second=6"),
     *("crops.clip_size=40", "crops.global_size=32", "crops.local_size=16", "data.short_side=48"),
@@ -136,13 +139,14 @@ def run(cluster: Mapping[str, Any], folder: Path, *, steps: int, kill: bool = Tr
     film = folder / "film.mp4"
     make_video(film, width=320, height=180, num_frames=60 * 24, frames_per_second=24.0, seed=0, group_size=48)
     timeline = Timeline()
-    with fake_cluster(cluster, folder) as address:
+    with _ended_in_order(), fake_cluster(cluster, folder) as address:
         _join(address, folder)
         started = time.monotonic()
         command = [sys.executable, "-m", "dora_ray", "train", "tiny", *TRAINING, f"data.videos=[{film}]"]
         command += [f"data.store={folder / 'store'}", f"optim.steps={steps}", "--out", str(folder / "run")]
         with (folder / "train.log").open("wb") as log:
-            training = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, stdout=log, stderr=log)
+            environment = os.environ | {"RAY_ADDRESS": address}
+            training = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             for moment in _moments(timeline, address, started, training):
                 events = _events(folder / "run")
@@ -155,22 +159,53 @@ def run(cluster: Mapping[str, Any], folder: Path, *, steps: int, kill: bool = Tr
                     kill = False
                     timeline.events.append((moment.seconds, f"decode node {_kill_decode_node(address)} is killed"))
         finally:
-            training.kill()
+            end_session(training)
             _leave()
     return timeline
 
 
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Have SIGTERM and Ctrl-C leave the open blocks, which end the cluster; those that come meanwhile are ignored."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    _catch()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _catch() -> None:
+    for number in ENDING:
+        signal.signal(number, _exit)
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
 def _join(address: str, folder: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            join_cluster(address, log_to_driver=False, logging_level="error")
-        except ClusterError as error:
-            if time.monotonic() > deadline:
-                raise ClusterError(f"{error}; the head said: {(folder / 'head.log').read_text()[-2000:]}") from error
-            time.sleep(1)
-        else:
-            return
+    while (problem := _try_to_join(address)) is not None:
+        if time.monotonic() > deadline:
+            raise ClusterError(f"{problem}; the head said: {(folder / 'head.log').read_text()[-2000:]}") from problem
+        time.sleep(1)
+
+
+def _try_to_join(address: str) -> ClusterError | None:
+    """Return why not; Ray brings its own answer to SIGTERM, to end this process on the spot, which is taken back."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        join_cluster(address, log_to_driver=False, logging_level="error")
+    except ClusterError as error:
+        return error
+    finally:
+        _catch()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    return None
 
 
 def _leave() -> None:

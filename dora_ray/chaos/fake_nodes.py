@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from dora_ray.errors import ClusterError
 from dora_ray.ray_internals import FAKE_PROVIDER
 
 # The fake provider knows the head by this name, and its nodes by such ids.
@@ -28,6 +30,7 @@ MOST = {"decode": 3, "train": 2}
 FEW = {"decode": 3, "train": 1}
 STORE_BYTES = 200_000_000
 IDLE_MINUTES = 0.25
+END_SECONDS = 30.0
 
 
 def scaled_down(
@@ -119,7 +122,7 @@ def fake_cluster(cluster: Mapping[str, Any], folder: Path) -> Iterator[str]:
             os.killpg(head.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             head.wait(timeout=20)
-        _end_rest(address)
+        end_session(head)
 
 
 def offer(
@@ -135,11 +138,30 @@ def offer(
     return new.replace(file)
 
 
-def _end_rest(address: str) -> None:
-    """End what the fake provider's nodes have left behind, which are in groups of their own."""
-    for process, _ in processes_of(address):
-        with suppress(psutil().Error):
-            process.kill()
+def end_session(leader: subprocess.Popen[bytes]) -> None:
+    """Kill a process that was started as the first of a session, and all that are left of it.
+
+    A group would not do: Ray's workers are in groups of their own, and raylets have other parents once theirs is gone.
+
+    Raises:
+        ClusterError: some outlive it.
+    """
+    deadline = time.monotonic() + END_SECONDS
+    while left := [process for process in psutil().process_iter() if _is_of(process, leader.pid)]:
+        if time.monotonic() > deadline:
+            raise ClusterError(f"processes that do not end: {', '.join(str(process.pid) for process in left)}")
+        for process in left:
+            with suppress(psutil().Error):
+                process.kill()
+        leader.poll()  # what has ended is counted until it is waited for
+        time.sleep(0.05)
+
+
+def _is_of(process: Any, session: int) -> bool:
+    """Return whether a process lives and is of that session."""
+    with suppress(ProcessLookupError, PermissionError, psutil().Error):
+        return os.getsid(process.pid) == session and process.status() != psutil().STATUS_ZOMBIE
+    return False
 
 
 def psutil() -> Any:

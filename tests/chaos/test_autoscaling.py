@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 import xml.etree.ElementTree
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,10 +18,11 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from dora_ray.chaos.autoscaling import Moment, Timeline, run
-from dora_ray.chaos.fake_nodes import FEW, HEAD_TYPE, MOST, scaled_down
+from dora_ray.chaos.fake_nodes import FEW, HEAD_TYPE, MOST, end_session, psutil, scaled_down
 from dora_ray.chaos.timeline_picture import picture, table
 
-CLUSTER = yaml.safe_load((Path(__file__).parents[2] / "cluster.yaml").read_text())
+ROOT = Path(__file__).parents[2]
+CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 
 MADE_UP = Timeline(
     [
@@ -97,3 +106,42 @@ def test_nodes_come_are_replaced_and_go_again(tmp_path: Path):
     }
     after = {name for moment in timeline.moments if moment.seconds > killed for name in moment.nodes.get("decode", [])}
     assert after - before, f"no node took the place of the one that was killed\n{shown}"
+
+
+def _of_folder(folder: Path) -> list[str]:
+    """Processes that name it, or are told of it by their environment; those that have ended are not counted."""
+    found = []
+    for process in psutil().process_iter():
+        with suppress(psutil().Error):
+            if process.pid != os.getpid() and process.status() != psutil().STATUS_ZOMBIE:
+                words = [*process.cmdline(), *process.environ().values()]
+                if any(str(folder) in word for word in words):
+                    found.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_told_to_end_the_program_leaves_nothing_behind(number, status, tmp_path):
+    short = Path(tempfile.mkdtemp(prefix="end-"))  # Ray's sockets allow no long path
+    environment = os.environ | {"TMPDIR": str(short), "RAY_TMPDIR": str(short)}
+    command = [sys.executable, "-m", "dora_ray.chaos.autoscaling", "--cluster", str(ROOT / "cluster.yaml")]
+    with (tmp_path / "log").open("wb") as log:
+        program = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while not any("dora_ray train" in words for words in _of_folder(short)):
+            assert program.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.5)
+        assert any("gcs_server" in words for words in _of_folder(short)), (
+            "the cluster is there, so it can be left behind"
+        )
+        program.send_signal(number)
+        assert program.wait(timeout=120) == status, (tmp_path / "log").read_text()
+        assert _of_folder(short) == []
+        assert list(short.glob("dora-autoscaling-*")) == []
+    finally:
+        end_session(program)
+        shutil.rmtree(short)
