@@ -70,7 +70,7 @@ def look_here(paths: Sequence[str]) -> dict[str, Any]:
         **(_gpus() if gpu_files else {}),
         "shm_bytes": shm,
         "free_bytes": {folder: shutil.disk_usage(folder).free for folder in sorted(folders) if os.path.isdir(folder)},
-        "unreachable": {path: reason for path in paths if (reason := _why_unreadable(path))},
+        "unreachable": unreadable(paths),
     }
 
 
@@ -90,6 +90,11 @@ def _gpus() -> dict[str, Any]:
     except (ImportError, RuntimeError, AttributeError):
         return {}
     return {"gpus": names, "nccl": ".".join(map(str, nccl)) if nccl else None}
+
+
+def unreadable(paths: Sequence[str]) -> dict[str, str]:
+    """Return reasons by path of files, folders and URIs that this machine cannot read."""
+    return {path: reason.removeprefix(f"{path}: ") for path in paths if (reason := _why_unreadable(path))}
 
 
 def _why_unreadable(path: str) -> str | None:

@@ -90,7 +90,8 @@ def _add_submit(commands: Commands[argparse.ArgumentParser]) -> None:
         "words",
         nargs=argparse.REMAINDER,
         metavar="COMMAND ...",
-        help="as without submit: train paper data.videos=[s3://...] --out s3://...; again, a training goes on",
+        help="as without submit: train paper data.videos=[s3://...] --out s3://...; run again, the same line continues "
+        "the training from its newest checkpoint",
     )
 
 

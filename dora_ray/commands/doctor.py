@@ -16,12 +16,11 @@ def run(options: argparse.Namespace) -> None:
     from dora_ray.doctor.cluster import examine_cluster
     from dora_ray.doctor.machine import examine
 
-    findings = examine()
     address = options.address or os.environ.get("RAY_ADDRESS")
-    if options.paths and not address:
-        raise DoRAError("paths are looked for on the nodes of a cluster: name it by --address, or RAY_ADDRESS")
+    paths = [files.absolute(path) for path in options.paths]
+    findings = examine(() if address else paths)
     if address:
-        findings += examine_cluster(address, [files.absolute(path) for path in options.paths])
+        findings += examine_cluster(address, paths)
     marks = {True: "ok     ", False: "PROBLEM", None: "-      "}
     write("\n".join(f"{marks[finding.good]}  {finding.name:<14} {finding.text}" for finding in findings))
     write_json(options.json, [asdict(finding) for finding in findings])

@@ -8,9 +8,10 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from dora_ray.cluster.nodes import unreadable
 from dora_ray.cluster.starting import AUTH_MODE, token_source
 from dora_ray.doctor.finding import Finding
 from dora_ray.ray_folder import long_folder, ray_folder
@@ -40,13 +41,27 @@ OPTIONAL = {
 }
 
 
-def examine() -> list[Finding]:
-    """All checks. None of them writes outside of a temporary file in the working folder, or starts a process."""
+def examine(paths: Sequence[str] = ()) -> list[Finding]:
+    """All checks. None of them writes outside of a temporary file in the working folder, or starts a process.
+
+    Args:
+        paths: files, folders or URIs that this machine must be able to read.
+    """
     checks: tuple[Callable[[], Finding], ...] = (
         _python, _packages, _optional, _processors, _memory, _gpus, _decoders, _ray, _token, _ray_folder,
         _shared_memory, _disk, _run_folder,
     )  # fmt: skip
-    return [check() for check in checks]
+    return [*(check() for check in checks), *([_storage(paths)] if paths else [])]
+
+
+def _storage(paths: Sequence[str]) -> Finding:
+    bad = unreadable(paths)
+    return Finding(
+        "storage",
+        not bad,
+        "; ".join(f"{path}: {reason}" for path, reason in bad.items()) or "readable here; --address asks every node",
+        "correct the path; for s3:// and gs://, this machine needs credentials that may read it",
+    )
 
 
 def _installed(name: str) -> str | None:
