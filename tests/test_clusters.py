@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ RAY_UP = [*CLOUDS, ROOT / "clusters" / "local.yaml"]
 KUBERNETES = sorted((ROOT / "clusters").glob("kuberay-*.yaml"))
 POLICIES = sorted((ROOT / "clusters").glob("*-policy.json"))
 ROLES = sorted((ROOT / "clusters").glob("gcp-*-role.json"))
-EVERYTHING = [*RAY_UP, *KUBERNETES, *POLICIES, *ROLES]
+EVERYTHING = [*RAY_UP, *KUBERNETES, *POLICIES, *ROLES, ROOT / "clusters" / "aws-trust.json"]
 
 
 def documents(path: Path) -> list[Any]:
@@ -171,6 +173,49 @@ def test_aws_policies_allow_little(path):
     else:
         (passing,) = (one for one in policy["Statement"] if one["Action"] == "iam:PassRole")
         assert passing["Resource"].endswith("role/dora-worker")
+
+
+def test_the_roles_are_taken_by_machines_alone():
+    (statement,) = json.loads((ROOT / "clusters" / "aws-trust.json").read_text())["Statement"]
+    assert statement["Principal"] == {"Service": "ec2.amazonaws.com"}
+    assert statement["Action"] == "sts:AssumeRole"
+
+
+# NVIDIA's table of the oldest driver by CUDA's major version.
+OLDEST_DRIVER = {"12": 525, "13": 580}
+
+
+def test_gpu_nodes_have_a_driver_that_torch_can_use():
+    """Ray's own choice on AWS is an Ubuntu 18.04, so that the machine's image has to be named."""
+    cuda = re.search(r"^nvidia-cuda-runtime==(\d+)", (ROOT / "requirements.lock").read_text(), flags=re.M)[1]
+    aws, gcp = (yaml.safe_load(path.read_text())["available_node_types"] for path in CLOUDS)
+    assert all(node["node_config"]["ImageId"] for node in aws.values())
+    (disk,) = gcp["train"]["node_config"]["disks"]
+    driver = re.search(r"-nvidia-(\d+)$", disk["initializeParams"]["sourceImage"])[1]
+    assert int(driver) >= OLDEST_DRIVER[cuda]
+    assert f"{OLDEST_DRIVER[cuda]} or newer" in CLOUDS[0].read_text(), "whoever chooses an image is told"
+
+
+@pytest.mark.parametrize("path", CLOUDS, ids=name)
+@pytest.mark.parametrize("has_docker", [True, False])
+def test_a_fresh_machine_can_pull_the_images(path, has_docker, tmp_path):
+    """Its first commands, run where the programs that they call write down that they were called."""
+    tools, said = tmp_path / "tools", tmp_path / "said"
+    tools.mkdir()
+    for tool in ("sudo", "aws", "gcloud", "chmod", *(["docker"] if has_docker else [])):
+        (tools / tool).write_text(f'#!/bin/sh\necho "{tool} $*" >> {said}\n')
+        (tools / tool).chmod(0o755)
+    commands = yaml.safe_load(path.read_text())["initialization_commands"]
+    (tools / "id").symlink_to(shutil.which("id"))
+    for command in commands:
+        subprocess.run(["/bin/bash", "-c", command], env={"PATH": str(tools), "HOME": str(tmp_path)}, check=has_docker)
+    lines = said.read_text().splitlines()
+    installs = [line for line in lines if "install -y -qq docker.io" in line]
+    if path.name == "gcp.yaml":
+        assert bool(installs) is not has_docker, lines
+        assert any(line.startswith("gcloud auth configure-docker ") for line in lines)
+    elif has_docker:
+        assert any(line.startswith("docker login --username AWS --password-stdin REGISTRY") for line in lines)
 
 
 @pytest.mark.parametrize("path", ROLES, ids=name)

@@ -37,5 +37,9 @@ def test_our_own_are_understood(line):
 
 
 def test_files_that_are_named_are_there():
-    for name in re.findall(r"`((?:clusters|scripts|planning)/[\w.-]+\.(?:yaml|json|sh))`", TEXT):
+    names = re.findall(r"`((?:clusters|scripts|planning)/[\w.-]+\.(?:yaml|json|sh))`", TEXT)
+    names += re.findall(r"file://(\S+)", TEXT)
+    names += [word for line in COMMANDS for word in line.partition(" # ")[0].split() if word.startswith("clusters/")]
+    assert len(names) > 10
+    for name in names:
         assert (ROOT / name).exists(), name
