@@ -12,6 +12,7 @@ import time
 import xml.etree.ElementTree
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -108,20 +109,21 @@ def test_nodes_come_are_replaced_and_go_again(tmp_path: Path):
     assert after - before, f"no node took the place of the one that was killed\n{shown}"
 
 
-def _of_folder(folder: Path) -> list[str]:
-    """Processes that name it, or are told of it by their environment; those that have ended are not counted."""
-    found = []
+def _of_folder(folder: Path) -> dict[Any, str]:
+    """Living processes whose words or environment name it, with their words."""
+    found = {}
     for process in psutil().process_iter():
         with suppress(psutil().Error):
-            if process.pid != os.getpid() and process.status() != psutil().STATUS_ZOMBIE:
-                words = [*process.cmdline(), *process.environ().values()]
-                if any(str(folder) in word for word in words):
-                    found.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
+            words = process.cmdline()
+            told = any(str(folder) in word for word in (*words, *process.environ().values()))
+            if told and process.pid != os.getpid() and process.status() != psutil().STATUS_ZOMBIE:
+                found[process] = " ".join(words)
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_told_to_end_the_program_leaves_nothing_behind(number, status, tmp_path):
     short = Path(tempfile.mkdtemp(prefix="end-"))  # Ray's sockets allow no long path
@@ -130,18 +132,20 @@ def test_told_to_end_the_program_leaves_nothing_behind(number, status, tmp_path)
     with (tmp_path / "log").open("wb") as log:
         program = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 300
-        while not any("dora_ray train" in words for words in _of_folder(short)):
+        deadline = time.monotonic() + 500
+        while not any("dora_ray train" in words for words in _of_folder(short).values()):
             assert program.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.5)
-        assert any("gcs_server" in words for words in _of_folder(short)), (
+        assert any("gcs_server" in words for words in _of_folder(short).values()), (
             "the cluster is there, so it can be left behind"
         )
         program.send_signal(number)
         assert program.wait(timeout=120) == status, (tmp_path / "log").read_text()
-        assert _of_folder(short) == []
+        assert _of_folder(short) == {}
         assert list(short.glob("dora-autoscaling-*")) == []
     finally:
         end_session(program)
-        shutil.rmtree(short)
+        for process in _of_folder(short):
+            process.kill()
+        shutil.rmtree(short, ignore_errors=True)
