@@ -1,1 +1,1 @@
-"""The method of DoRA in pure torch: no Ray, no files, no configuration, no process groups, no hidden random numbers."""
+"""DoRA's method in pure torch: no Ray, no files, no configuration, no process groups, no hidden random numbers."""

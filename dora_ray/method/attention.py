@@ -1,4 +1,4 @@
-"""timm's attention over sequences of unlike lengths, laid one after the other without padding; each sees itself alone.
+"""Self-attention of timm models over packed sequences of different lengths, without padding or cross-talk.
 
 Shapes: S sequences, P tokens of all sequences together, D width, H heads, d = D / H.
 """
@@ -21,17 +21,17 @@ from torch.nn.attention.varlen import varlen_attn
 from dora_ray.method.upload import upload
 
 HALF = (torch.float16, torch.bfloat16)
-# From so many runs on, one kernel for all lengths beats a call for each.
+# From this many runs on, one kernel for all lengths is faster than a call for each run.
 RUNS_FOR_KERNEL = 5
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where sequences lie among the tokens.
+    """Positions of packed sequences among the tokens.
 
     Attributes:
-        runs: (count, length): so many sequences in a row have so many tokens each. Neighbors may have equal lengths.
-        device: of the tokens.
+        runs: (count, length) pairs: `count` consecutive sequences of `length` tokens. Neighbors may have equal lengths.
+        device: device of the tokens.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -39,7 +39,7 @@ class Layout:
 
     @classmethod
     def of_lengths(cls, lengths: Iterable[int], device: torch.device) -> Layout:
-        """Sequences of these lengths; best in order, since equal neighbors share one attention call."""
+        """Return a layout for these lengths; sort them, since equal neighbors share an attention call."""
         runs = tuple((sum(1 for _ in group), length) for length, group in itertools.groupby(lengths))
         return cls(runs, device)
 
@@ -48,12 +48,12 @@ class Layout:
 
     @property
     def num_sequences(self) -> int:
-        """S."""
+        """Number of sequences, S."""
         return sum(count for count, _ in self.runs)
 
     @property
     def num_tokens(self) -> int:
-        """P."""
+        """Number of tokens, P."""
         return sum(self.tokens_of_runs)
 
     @property
@@ -63,12 +63,12 @@ class Layout:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a sequence."""
+        """Length of the longest sequence in tokens."""
         return max(length for _, length in self.runs)
 
     @cached_property
     def lengths(self) -> Tensor:
-        """(S,) int64 on the device, made from the runs: the host waits for nothing."""
+        """(S,) int64 on the device, built from the runs without a host synchronization."""
         counts, lengths = upload(torch.tensor(self.runs), self.device).T
         return torch.repeat_interleave(lengths, counts, output_size=self.num_sequences)
 
@@ -79,12 +79,12 @@ class Layout:
 
     @cached_property
     def firsts(self) -> Tensor:
-        """(S,) int64: the place of each sequence's first token, which is CLS."""
+        """(S,) int64 position of each sequence's first token, which is CLS."""
         return self.bounds[:-1].long()
 
 
 def project(attention: Attention, tokens: Tensor, part: int) -> Tensor:
-    """Queries (part 0), keys (1) or values (2) of tokens (..., D), as (..., H, d)."""
+    """Return queries (part 0), keys (1) or values (2) of tokens (..., D), as (..., H, d)."""
     width = attention.attn_dim
     heads = torch.unflatten(
         _linear_rows(attention, tokens, slice(part * width, (part + 1) * width)), -1, _heads(attention)
@@ -98,13 +98,13 @@ def _heads(attention: Attention) -> tuple[int, int]:
 
 
 def _linear_rows(attention: Attention, tokens: Tensor, rows: slice) -> Tensor:
-    """Some of the outputs of the layer that makes queries, keys and values."""
+    """Return some of the outputs of the layer that computes queries, keys and values."""
     bias = None if attention.qkv.bias is None else attention.qkv.bias[rows]
     return F.linear(tokens, attention.qkv.weight[rows], bias)
 
 
 def self_attention(attention: Attention, qkv: Tensor, layout: Layout) -> Tensor:
-    """The attention's branch (P, D) from the projections (P, 3 D)."""
+    """Return the attention branch (P, D) from the projections (P, 3 D)."""
     parts = torch.unflatten(qkv, -1, (3, *_heads(attention)))
     if _has_kernel(qkv, layout):
         query, key, value = parts.unbind(1)
@@ -117,11 +117,11 @@ def self_attention(attention: Attention, qkv: Tensor, layout: Layout) -> Tensor:
 
 
 def cls_attention(attention: Attention, normalized: Tensor, layout: Layout) -> Tensor:
-    """The branch (S, D) of each sequence's first token, from normalized tokens (P, D).
+    """Return the branch (S, D) of each sequence's first token, from normalized tokens (P, D).
 
-    One query of each sequence, keys and values of all tokens.
+    Each sequence has one query, but keys and values of all its tokens.
     """
-    # The backward of indexing adds in any order on a GPU; that of an embedding does not.
+    # On a GPU, the backward of indexing adds in nondeterministic order; that of an embedding does not.
     query = project(attention, F.embedding(layout.firsts, normalized), 0)
     key_value = torch.unflatten(
         _linear_rows(attention, normalized, slice(attention.attn_dim, None)), -1, (2, *_heads(attention))
@@ -139,10 +139,10 @@ def cls_attention(attention: Attention, normalized: Tensor, layout: Layout) -> T
 
 
 def _project_mixed(attention: Attention, runs: list[Tensor]) -> Tensor:
-    """The attention's branch (P, D), from the values that it has mixed for each run.
+    """Return the attention branch (P, D), from the mixed values of each run.
 
-    Attention keeps its results for the backward and the projection what it is given. While they are the same tensors,
-    they are kept once; where runs are many and short, one product is quicker.
+    Autograd saves the attention's output and the projection's input. As long as these are the same tensor, it is stored
+    once; for many short runs, a single product is faster.
     """
     if len(runs) >= RUNS_FOR_KERNEL:
         runs = [torch.cat(runs)]
@@ -151,15 +151,15 @@ def _project_mixed(attention: Attention, runs: list[Tensor]) -> Tensor:
 
 
 def _has_kernel(tokens: Tensor, layout: Layout) -> bool:
-    """Return whether to use torch's attention over unlike lengths, which exists in half precision on a GPU."""
+    """Return whether to use torch's variable-length attention, which exists in half precision on a GPU."""
     return tokens.is_cuda and tokens.dtype in HALF and len(layout.runs) >= RUNS_FOR_KERNEL
 
 
 def _attend_unlike(query: Tensor, key: Tensor, value: Tensor, layout: Layout, queries: Tensor, most: int) -> Tensor:
-    """(queries, D) from (queries, H, d), and (P, H, d) twice; sequence s asks queries[s] to queries[s + 1]."""
+    """Return (queries, D) from (queries, H, d) and twice (P, H, d); sequence s owns queries[s] to queries[s + 1]."""
     longest = layout.longest
     mixed = varlen_attn(
-        # The norms of queries and keys give float32 under autocast.
+        # The norms of queries and keys return float32 under autocast.
         query.to(value.dtype),
         key.to(value.dtype),
         value,
@@ -167,30 +167,30 @@ def _attend_unlike(query: Tensor, key: Tensor, value: Tensor, layout: Layout, qu
         layout.bounds,
         most,
         longest,
-        # Wide enough to hide nothing. Without a window torch takes cuDNN where it can (on an H100, sequences of over
-        # 128 tokens): its backward heeds no use_deterministic_algorithms, and each number of tokens is planned anew.
+        # Wide enough to mask nothing. Without a window, torch uses cuDNN where it can (on an H100, for sequences over
+        # 128 tokens): its backward ignores use_deterministic_algorithms, and it plans anew for each number of tokens.
         window_size=(longest, longest),
     )
     return cast(Tensor, mixed).flatten(1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(sequences x queries, D) from (sequences, H, queries, d), and (sequences, H, tokens, d) twice."""
+    """Return (sequences x queries, D) from (sequences, H, queries, d) and twice (sequences, H, tokens, d)."""
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _runs(projections: Tensor, layout: Layout) -> list[tuple[Tensor, ...]]:
-    """Return each run's queries, keys and values, or some of them: (sequences, H, tokens, d) of (P, parts, H, d)."""
+    """Return each run's queries, keys and values, or a subset: (sequences, H, tokens, d) from (P, parts, H, d)."""
     views: tuple[Tensor, ...] = _Views.apply(projections, layout)
     count = projections.shape[1]
     return [views[first : first + count] for first in range(0, len(views), count)]
 
 
 class _Views(torch.autograd.Function):
-    """The parts of each run, one after the other, where the projections lie.
+    """Views of each run's parts within the projections.
 
-    Their gradients are written to where those of the projections lie, once; autograd would stack the parts of a run,
-    and then copy the runs together.
+    The backward writes gradients directly into one tensor like the projections; autograd would stack the parts of each
+    run, and then concatenate the runs.
     """
 
     @staticmethod

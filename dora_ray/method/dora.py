@@ -1,4 +1,4 @@
-"""One slot of a training step: objects from the teacher, views for the student, the loss.
+"""Forward of one training slot: objects from the teacher, views for the student, and the loss.
 
 Shapes: B clips, T frames, C channels, N patches, D width, K objects, L local views, G global views, O head outputs,
 H heads, P the head's bottleneck.
@@ -39,11 +39,11 @@ from dora_ray.method.vit import (
 
 
 class Network(nn.Module):
-    """An encoder and its projection head.
+    """Encoder with its projection head.
 
     Attributes:
-        backbone: the ViT, what is kept after training.
-        head: DINO's head, what is thrown away.
+        backbone: the ViT, kept after training.
+        head: DINO's head, discarded after training.
     """
 
     def __init__(self, backbone: VisionTransformer, head: DINOHead) -> None:
@@ -52,11 +52,11 @@ class Network(nn.Module):
         self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B', C, H, W) -> (B', O)."""
+        """Map images (B', C, H, W) to outputs (B', O)."""
         return self.project(cls_features(self.backbone, images))
 
     def project(self, features: Tensor) -> Tensor:
-        """(..., D) -> (..., O)."""
+        """Map features (..., D) to outputs (..., O)."""
         outputs: Tensor = self.head(features)
         return outputs
 
@@ -78,7 +78,7 @@ def build_network(
     cls_token_std: float = TIMM_CLS_STD,
     last_layer_init: LastLayerInit = "normal",
 ) -> Network:
-    """A student or a teacher (which has a drop_path of 0); see `build_vit` and `DINOHead` for the arguments."""
+    """Build a student or a teacher (drop_path 0); see `build_vit` and `DINOHead` for the arguments."""
     backbone = build_vit(
         name=name,
         width=width,
@@ -103,7 +103,7 @@ def build_network(
 
 @dataclass(frozen=True)
 class SlotOutput:
-    """One slot's part of a step.
+    """Result of one slot.
 
     Attributes:
         loss: scalar with gradient to the student.
@@ -120,12 +120,12 @@ class SlotOutput:
 
 @dataclass(frozen=True)
 class Targets:
-    """The teacher's outputs for a slot.
+    """Teacher outputs for a slot.
 
     Attributes:
-        outputs: (B, G, T, O) at least in float32.
-        masks: (B, K, T, N) of the object views; None where there are none.
-        measures: of the objects.
+        outputs: (B, G, T, O) in float32 or wider.
+        masks: (B, K, T, N) masks of the object views; None without objects.
+        measures: measures of the objects.
     """
 
     outputs: Tensor
@@ -144,12 +144,12 @@ def teacher_forward(
     object_weight: float,
     masks: Tensor | None,
 ) -> Targets:
-    """The teacher's outputs on whole frames, and the masks of the objects found with it.
+    """Run the teacher on whole frames and discover the objects.
 
-    Takes what `slot_forward` takes.
+    Takes the arguments of `slot_forward`.
 
     Raises:
-        ValueError: for several global views beside objects, or kind "random" without noise.
+        ValueError: several global views with objects, or kind "random" without noise.
     """
     if settings.kind != "none" and globals_.shape[1] != 1:
         raise ValueError(f"{globals_.shape[1]} global views: objects are tracked in exactly 1")
@@ -188,9 +188,9 @@ def student_forward(
     locals_: Tensor,
     object_weight: float,
 ) -> SlotOutput:
-    """The student's views through its encoder in one batch of sequences, and the loss.
+    """Run all student views through the encoder as one batch of sequences, and compute the loss.
 
-    Takes what `slot_forward` takes, and what `teacher_forward` gives.
+    Takes the arguments of `slot_forward`, and the result of `teacher_forward`.
     """
     kind, temperature = settings.kind, settings.teacher_temperature
     temperatures = {"student_temperature": settings.student_temperature, "teacher_temperature": temperature}
@@ -231,8 +231,8 @@ def student_bottlenecks(
 ) -> tuple[Tensor, Tensor]:
     """Return the input of the student's last layer for large and for local views: (B, V, T, P) and (B, L, T, P).
 
-    All sequences go through the encoder together. The large views are the global views for kind "none", else the
-    objects', of which there are none (V of 0) without masks.
+    All sequences pass through the encoder together. Large views are the global views for kind "none", otherwise the
+    objects; without masks there are none (V = 0).
     """
     num_clips, num_globals, num_frames = globals_.shape[:3]
     num_large = num_globals if settings.kind == "none" else 0 if masks is None else masks.shape[1]
@@ -250,7 +250,7 @@ def student_bottlenecks(
 def _sequences(
     vit: VisionTransformer, globals_: Tensor, locals_: Tensor, masks: Tensor | None, settings: MethodSettings
 ) -> tuple[Tensor, Layout, Tensor | None]:
-    """The tokens (P, D) of all views, their layout, and the places of packed objects, see `kept_patches`."""
+    """Return the tokens (P, D) of all views, their layout, and the positions of packed objects, see `kept_patches`."""
     parts, places = [], None
     if settings.kind == "none":
         parts.append(whole_images(vit, globals_.flatten(0, 2)))
@@ -278,22 +278,22 @@ def slot_forward(
     object_weight: float,
     masks: Tensor | None = None,
 ) -> SlotOutput:
-    """The forward of one slot: a pure function of its arguments but for the student's drop path.
+    """Run the forward of one slot: a pure function of its arguments, apart from the student's drop path.
 
     Args:
         student: in training mode.
-        teacher: is put in evaluation mode: it never drops paths.
+        teacher: set to evaluation mode, so that it never drops paths.
         center: (O,) running mean of the teacher's outputs.
-        settings: the method's, the same for every slot.
-        globals_: (B, G, T, C, H, W) normalized global views; one where there are objects.
+        settings: settings of the method, equal for every slot.
+        globals_: (B, G, T, C, H, W) normalized global views; G = 1 with objects.
         locals_: (B, L, T, C, h, w) normalized local views; L may be 0.
         heads: (B, K) int64 drawn heads; unused with kind "none".
         noise: (B, K, T, N) in [0, 1) that places the masks of kind "random", else None.
-        object_weight: of `dora_loss`; with 0 no objects are looked for.
-        masks: (B, K, T, N) to use in place of those of the objects found, for comparisons.
+        object_weight: weight of `dora_loss`; 0 skips the discovery of objects.
+        masks: (B, K, T, N) masks to use instead of the discovered ones, for comparisons.
 
     Raises:
-        ValueError: for several global views beside objects, or kind "random" without noise.
+        ValueError: several global views with objects, or kind "random" without noise.
     """
     targets = teacher_forward(
         teacher, settings, globals_=globals_, heads=heads, noise=noise, object_weight=object_weight, masks=masks

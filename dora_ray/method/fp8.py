@@ -1,8 +1,8 @@
-"""An encoder whose linear layers multiply in eight bits: half the bytes of bf16, twice its rate on chips that have it.
+"""Linear layers in fp8: half the bytes of bf16, and twice its throughput on hardware that supports it.
 
-Only for networks without gradients, as the teacher is. Each row of tokens and each row of weights is scaled by its own
-largest element before it is rounded to float8_e4m3 (four bits of exponent, three of mantissa), so that neither an
-outlying token nor an outlying channel costs the others their bits; sums are kept in float32.
+Only for networks without gradients, such as the teacher. Each row of tokens and each row of weights is scaled by its
+own largest element before rounding to float8_e4m3 (four exponent bits, three mantissa bits), so that an outlier token
+or channel does not cost the others precision; sums are kept in float32.
 Shapes: P tokens, I inputs, O outputs of a layer.
 """
 
@@ -21,15 +21,15 @@ LARGEST = torch.finfo(FP8).max
 
 
 class Fp8Linear(nn.Linear):
-    """A linear layer that computes in fp8 where autocast asks for less than float32, and as ever where it does not."""
+    """Linear layer that computes in fp8 under autocast, and in its own precision otherwise."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., I) -> (..., O), in bf16 under autocast."""
+        """Map (..., I) to (..., O), in bf16 under autocast."""
         if not torch.is_autocast_enabled(input.device.type):
             return super().forward(input)
         tokens, token_scales = quantize(input.flatten(0, -2))
         weights, weight_scales = quantize(self.weight)
-        # A CPU multiplies what it has converted back to float32, which autocast would round to bf16.
+        # A CPU converts fp8 back to float32 before it multiplies; autocast would round that to bf16.
         with torch.autocast(input.device.type, enabled=False):
             outputs = F.scaled_mm(
                 tokens,
@@ -45,18 +45,18 @@ class Fp8Linear(nn.Linear):
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (P, I) in fp8, and the float32 scales (P, 1) to multiply them with."""
+    """Return rows (P, I) in fp8, and the float32 scales (P, 1) by which to multiply them."""
     largest = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=torch.float32)
     scales = torch.where(largest > 0, largest / LARGEST, 1.0)
     return (rows / scales).to(FP8).contiguous(), scales
 
 
 def use_fp8(vit: VisionTransformer) -> None:
-    """Make the linear layers of all blocks but the last compute in fp8; parameters and their names stay.
+    """Make the linear layers of all blocks but the last compute in fp8; parameters and their names are unchanged.
 
-    The patch embedding stays in bf16, and so do the queries and keys that objects are tracked with, which are taken
-    from a layer's weights rather than from the layer. The last block does so for every frame but the first, all frames
-    of which should be rounded alike. Widths have to be multiples of 16.
+    The patch embedding stays in bf16, and so do the queries and keys that objects are tracked with, which are computed
+    from a layer's weights rather than by the layer. The last block stays in bf16 because it computes all tokens of the
+    first frame, but CLS alone of the others, and all frames should be rounded alike. Widths must be multiples of 16.
     """
     for block in vit.blocks[:-1]:
         for layer in block.modules():

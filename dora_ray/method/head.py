@@ -1,4 +1,4 @@
-"""The projection head of DINO (arXiv 2104.14294), which DoRA keeps.
+"""Projection head of DINO (arXiv 2104.14294), which DoRA keeps.
 
 Shapes: D width of the encoder, P bottleneck, O outputs.
 """
@@ -16,18 +16,18 @@ LastLayerInit = Literal["normal", "uniform"]
 
 
 class WeightNormLinear(nn.Module):
-    """A linear layer without bias whose rows are unit directions times a learnt gain.
+    """Linear layer without bias whose rows are unit directions times a learned gain.
 
     Attributes:
         direction: (O, P), of any length.
-        gain: (O, 1), length of each row, 1 at the start.
+        gain: (O, 1), length of each row, initially 1.
 
     Args:
         in_width: P.
         num_outputs: O.
-        init: first values of the directions: "normal", of standard deviation 0.02, whose rows are 0.02 sqrt(P) long
-            (0.32 for P = 256), or "uniform" in +-1 / sqrt(P), as of any linear layer of torch, whose rows are
-            1 / sqrt(3) = 0.577 long. Only directions count, so the length sets how fast an optimizer turns them.
+        init: initialization of the directions: "normal" with standard deviation 0.02, so rows have length 0.02 sqrt(P)
+            (0.32 for P = 256), or "uniform" in +-1 / sqrt(P), torch's default for linear layers, so rows have length
+            1 / sqrt(3) = 0.577. Only directions matter, so the length sets how fast an optimizer turns them.
     """
 
     def __init__(self, in_width: int, num_outputs: int, *, init: LastLayerInit = "normal") -> None:
@@ -40,22 +40,22 @@ class WeightNormLinear(nn.Module):
             nn.init.uniform_(self.direction, -(in_width**-0.5), in_width**-0.5)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(..., P) -> (..., O)."""
+        """Map (..., P) to (..., O)."""
         return F.linear(features, self.rows())
 
     def rows(self) -> Tensor:
-        """(O, P): the layer as one matrix."""
+        """Return the layer as one matrix, (O, P)."""
         return self.gain * F.normalize(self.direction, dim=1)
 
 
 class DINOHead(nn.Module):
-    """An MLP to an L2-normalized bottleneck, then one weight-normalized prototype for each output.
+    """MLP to an L2-normalized bottleneck, followed by a weight-normalized prototype for each output.
 
     Args:
         in_width: width D of the features.
         hidden_width: width of the hidden layers.
         bottleneck_width: width P before the last layer.
-        num_layers: linear layers of the MLP, at least 1, the last one giving the bottleneck.
+        num_layers: linear layers of the MLP, at least 1; the last one outputs the bottleneck.
         num_outputs: outputs O.
         last_layer_init: see `WeightNormLinear`.
     """
@@ -80,12 +80,12 @@ class DINOHead(nn.Module):
         self.mlp.apply(_initialize)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(..., D) -> (..., O)."""
+        """Map (..., D) to (..., O)."""
         outputs: Tensor = self.last_layer(self.bottleneck(features))
         return outputs
 
     def bottleneck(self, features: Tensor) -> Tensor:
-        """(..., D) -> (..., P), of length 1: all but the last layer."""
+        """Map (..., D) to (..., P) of unit length: all but the last layer."""
         return F.normalize(self.mlp(features), dim=-1)
 
 

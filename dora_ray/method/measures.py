@@ -1,4 +1,4 @@
-"""Measures beside the loss, since self-supervised learning fails silently. All are 0-dimensional and detached.
+"""Diagnostic measures, since self-supervised learning fails silently. All are 0-dimensional and detached.
 
 Shapes: B clips, T frames, N patches, K objects, V views, G global views, O head outputs, P the head's bottleneck.
 """
@@ -25,12 +25,12 @@ def teacher_measures(teacher: Tensor, center: Tensor, *, temperature: float) -> 
     Args:
         teacher: (..., O) outputs.
         center: (O,).
-        temperature: the teacher's.
+        temperature: temperature of the teacher.
 
     Returns:
-        teacher_entropy: mean entropy of a target, nats; log O when all targets are flat.
+        teacher_entropy: mean entropy of a target, nats; log O if all targets are flat.
         teacher_kl_uniform: mean KL divergence of a target from the uniform distribution, log O - entropy, nats.
-        teacher_diversity: entropy of the mean target less the mean entropy, nats: 0 when all images get one target,
+        teacher_diversity: entropy of the mean target minus the mean entropy, nats: 0 if all images get the same target,
             which is either kind of collapse; at most the logarithm of the number of images.
     """
     probabilities = teacher_probabilities(teacher, center, temperature=temperature).flatten(0, -2)
@@ -49,16 +49,16 @@ def _entropy(probabilities: Tensor) -> Tensor:
 @torch.no_grad()
 @full_precision
 def mask_measures(masks: Tensor) -> Measures:
-    """Size and overlap of masks (B, K, T, N).
+    """Measure size and overlap of masks (B, K, T, N).
 
     Returns:
-        mask_area: mean mask value: the share of a frame that an object view keeps.
+        mask_area: mean mask value, the share of a frame that an object view keeps.
         object_overlap: mean intersection over union of two objects of a frame, 0 for a single object.
     """
     num_objects = masks.shape[1]
     overlap = masks.new_zeros(())
     if num_objects > 1:
-        # Indices made on the device: a Python list of them would make the host wait for it.
+        # Indices are created on the device: copying a Python list would synchronize the host.
         pairs = torch.triu_indices(num_objects, num_objects, offset=1, device=masks.device)
         one, other = masks.index_select(1, pairs[0]), masks.index_select(1, pairs[1])
         union = torch.maximum(one, other).sum(dim=-1).clamp(min=torch.finfo(masks.dtype).tiny)
@@ -69,7 +69,7 @@ def mask_measures(masks: Tensor) -> Measures:
 @torch.no_grad()
 @full_precision
 def sinkhorn_residual(assignment: Tensor) -> Tensor:
-    """Mean relative error of an object's share of the patches, |sum over patches - N / K| / (N / K), of (B, N, K)."""
+    """Return the mean relative error of column sums, |sum over patches - N / K| / (N / K), of (B, N, K)."""
     num_patches, num_objects = assignment.shape[1:]
     return (assignment.sum(dim=1) * (num_objects / num_patches) - 1).abs().mean()
 
@@ -77,11 +77,11 @@ def sinkhorn_residual(assignment: Tensor) -> Tensor:
 @torch.no_grad()
 @full_precision
 def agreement(students: Tensor, rows: Tensor, teacher: Tensor) -> Tensor:
-    """Mean cosine between a student's outputs and those of its frame's teacher.
+    """Return the mean cosine between the student's outputs and the teacher's for the same frame.
 
     Args:
-        students: (B, V, T, P) what goes into the student's last layer.
-        rows: (O, P) that layer: outputs are students @ rows.T, which are never written down.
+        students: (B, V, T, P) input of the student's last layer.
+        rows: (O, P) weights of that layer; the outputs students @ rows.T are never materialized.
         teacher: (B, T, O) outputs.
     """
     dots = torch.einsum("btp,bvtp->bvt", F.normalize(teacher, dim=-1) @ rows, students)

@@ -1,4 +1,4 @@
-"""The tracker: from a teacher's features to the objects of a batch of clips (equations 1 to 5).
+"""Object tracker: from the teacher's features to the objects of a batch of clips (equations 1 to 5).
 
 Shapes: B clips, T frames, N patches, K objects.
 """
@@ -25,12 +25,12 @@ from dora_ray.method.vit import Tracked
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects of a batch of clips.
+    """Objects of a batch of clips.
 
     Attributes:
         maps: (B, K, T, N) attention maps, each summing to 1.
-        masks: (B, K, T, N) their masks, 0 to 1.
-        residual: how unbalanced Sinkhorn-Knopp left the objects; 0 without it.
+        masks: (B, K, T, N) masks of the objects, 0 to 1.
+        residual: remaining imbalance of the objects after Sinkhorn-Knopp; 0 without it.
     """
 
     maps: Tensor
@@ -50,11 +50,11 @@ def track_objects(
     """Discover the objects of each clip's first frame and track them (equations 1 to 5).
 
     Args:
-        tracked: the teacher's features.
+        tracked: features of the teacher.
         heads: (B, K) int64 attention heads, each the seed of an object; distinct within a clip.
         normalize_patches: L2-normalize the patch tokens in the cost and in the prototypes.
-        num_iterations: of Sinkhorn-Knopp; 0 is naive cross-attention.
-        epsilon: of Sinkhorn-Knopp.
+        num_iterations: iterations of Sinkhorn-Knopp; 0 is naive cross-attention.
+        epsilon: regularization of Sinkhorn-Knopp.
         threshold: rule of the masks, see `object_masks`.
     """
     num_patches = tracked.patches0.shape[1]

@@ -1,4 +1,4 @@
-"""Named parts of a step: ranges in a profile, and a place where a bench can hold a stopwatch."""
+"""Named parts of a step: profiler ranges, which a benchmark can also time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """Count what runs inside as this part of the step. Parts do not nest."""
+    """Run the block as the named part of the step. Parts do not nest."""
     watch = _watch.get()
     with record_function(name):
         if watch is None:
@@ -26,7 +26,7 @@ def part(name: str) -> Iterator[None]:
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
-    """Enter `watch(name)` around every part that runs inside."""
+    """Enter `watch(name)` around every part inside the block."""
     token = _watch.set(watch)
     try:
         yield

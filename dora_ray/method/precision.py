@@ -1,4 +1,4 @@
-"""Keep delicate sums out of half precision, whatever autocast the caller is in."""
+"""Full precision for sensitive sums, regardless of the caller's autocast."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ R = TypeVar("R")
 
 
 def widen(value: Tensor) -> Tensor:
-    """The tensor in float32 if it is in half precision, else as it is: float64 stays float64."""
+    """Convert half precision to float32; leave other types, such as float64, unchanged."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function of tensors outside autocast, its half-precision arguments widened to float32.
+    """Run a function of tensors outside autocast, with its half-precision arguments converted to float32.
 
-    Sinkhorn-Knopp, thresholds and softmaxes over 65,536 outputs amplify the rounding of bfloat16's eight bits: a mask
-    would flip patches with the batch's layout, and a mean of logits would lose its low bits.
+    Sinkhorn-Knopp, thresholds and softmaxes over 65,536 outputs amplify the rounding of bfloat16's eight bits: mask
+    patches would flip with the batch's layout, and a mean of logits would lose its low bits.
     """
 
     @functools.wraps(function)

@@ -1,8 +1,8 @@
-"""The step as the obvious loop: what `slot_forward` must equal, and what `dora-ray bench step` compares it with.
+"""Reference implementation of the step as plain loops: the oracle and the baseline of `dora-ray bench step`.
 
-One forward for each frame and each view, the full attention matrix of every block written down and kept, every token
-computed to the end, the loss one pair of outputs at a time. Only the networks' weights, the embedding of patches, and
-the measures, which are no part of the method, are shared with the fast path.
+One forward for each frame and each view, with every block's full attention matrix materialized and kept, all tokens
+computed to the end, and the loss one pair of outputs at a time. It shares with the fast path only the networks'
+weights, the patch embedding, and the measures, which are not part of the method.
 Shapes: B clips, T frames, C channels, N patches, D width, K objects, L local views, G global views, O head outputs.
 """
 
@@ -30,13 +30,13 @@ from dora_ray.method.vit import embed
 
 @dataclass(frozen=True)
 class NaiveFeatures:
-    """Everything about one frame of all clips.
+    """Features of one frame of all clips.
 
     Attributes:
         tokens: (B, 1 + N, D) after the final norm.
-        queries: of each block, (B, H, 1 + N, D / H).
-        keys: of each block, (B, H, 1 + N, D / H).
-        attention: of each block, (B, H, 1 + N, 1 + N).
+        queries: for each block, (B, H, 1 + N, D / H).
+        keys: for each block, (B, H, 1 + N, D / H).
+        attention: for each block, (B, H, 1 + N, 1 + N).
     """
 
     tokens: Tensor
@@ -46,7 +46,7 @@ class NaiveFeatures:
 
 
 def naive_features(vit: VisionTransformer, images: Tensor) -> NaiveFeatures:
-    """A forward of images (B, C, H, W) that keeps queries, keys and the attention matrices of every block."""
+    """Run images (B, C, H, W) through the encoder, keeping queries, keys and attention matrices of every block."""
     return _naive_blocks(vit, embed(vit, images))
 
 
@@ -67,7 +67,7 @@ def _naive_blocks(vit: VisionTransformer, tokens: Tensor) -> NaiveFeatures:
 
 
 def naive_sinkhorn(scores: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
-    """(N, K) assignment from (N, K) scores: a kernel, and rows and columns divided in turn."""
+    """Return the (N, K) assignment of (N, K) scores by normalizing columns and rows in turn."""
     num_patches, num_objects = scores.shape
     assignment = torch.exp((scores - scores.max()) / epsilon)
     for _ in range(num_iterations):
@@ -85,7 +85,7 @@ def naive_maps(
     num_iterations: int,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention maps (B, K, T, N), and assignments (B, N, K), clip by clip (equations 1 to 4)."""
+    """Return attention maps (B, K, T, N) and assignments (B, N, K), clip by clip (equations 1 to 4)."""
     maps, assignments = [], []
     for clip, clip_heads in enumerate(heads):
         attention = frames[0].attention[block][clip, :, 0, 1:]
@@ -105,7 +105,7 @@ def naive_maps(
 
 
 def naive_masks(maps: Tensor, threshold: Threshold) -> Tensor:
-    """Masks (B, K, T, N), one object of one frame at a time (equation 5)."""
+    """Return masks (B, K, T, N), one object of one frame at a time (equation 5)."""
     masks = torch.zeros_like(maps)
     for i in range(maps.shape[1]):
         for t in range(maps.shape[2]):
@@ -124,7 +124,7 @@ def naive_masks(maps: Tensor, threshold: Threshold) -> Tensor:
 
 
 def naive_random_masks(masks: Tensor, noise: Tensor) -> Tensor:
-    """The values of masks (B, K, T, N), the largest where the noise is largest."""
+    """Return the values of masks (B, K, T, N) rearranged, the largest where the noise is largest."""
     shuffled = torch.zeros_like(masks)
     for b, i, t in torch.cartesian_prod(*(torch.arange(size) for size in masks.shape[:3])).tolist():
         places = noise[b, i, t].sort(descending=True).indices
@@ -133,7 +133,7 @@ def naive_random_masks(masks: Tensor, noise: Tensor) -> Tensor:
 
 
 def naive_cross_entropy(student: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Mean over clips of the cross-entropy between outputs (B, O) and target probabilities (B, O)."""
+    """Return the mean over clips of the cross-entropy of outputs (B, O) and target probabilities (B, O)."""
     return -(target * torch.log_softmax(student / temperature, dim=-1)).sum(dim=-1).mean()
 
 
@@ -146,7 +146,7 @@ def naive_dora_loss(
     reduction: Reduction,
     object_weight: float,
 ) -> Tensor:
-    """Equation 6 on outputs [view][frame] of (B, O) and targets [frame] of (B, O)."""
+    """Compute equation 6 on outputs [view][frame] of (B, O) and targets [frame] of (B, O)."""
     counted = locals_[1:] if reduction == "released" else locals_
     total = running = torch.zeros_like(targets[0][0, 0])
     for of_object in objects:
@@ -163,7 +163,7 @@ def naive_dora_loss(
 
 
 def naive_dino_loss(students: list[list[Tensor]], targets: list[list[Tensor]], *, temperature: float) -> Tensor:
-    """DINO's loss on outputs [view][frame] and targets [view][frame] of (B, O)."""
+    """Compute DINO's loss on outputs [view][frame] and targets [view][frame] of (B, O)."""
     terms = [
         naive_cross_entropy(student[t], target[t], temperature)
         for g, target in enumerate(targets)
@@ -187,7 +187,7 @@ def reference_slot_forward(
     object_weight: float,
     masks: Tensor | None = None,
 ) -> SlotOutput:
-    """Compute what `slot_forward` does, with the same arguments and results, one frame and one view at a time."""
+    """Compute `slot_forward` with the same arguments and results, one frame and one view at a time."""
     teacher.eval()
     num_globals, num_frames = globals_.shape[1:3]
     dtype, temperature = settings.teacher_dtype, settings.teacher_temperature
@@ -241,14 +241,14 @@ def reference_slot_forward(
 
 
 def _object_views(frames: Tensor, masks: Tensor) -> Tensor:
-    """(B, K, T, C, H, W) from frames (B, T, C, H, W) and masks (B, K, T, N) enlarged to pixels."""
+    """Return (B, K, T, C, H, W) from frames (B, T, C, H, W) and masks (B, K, T, N) enlarged to pixels."""
     grid = round(masks.shape[-1] ** 0.5)
     pixels = F.interpolate(masks.flatten(0, 2).view(-1, 1, grid, grid), size=frames.shape[-2:], mode="nearest")
     return frames.unsqueeze(1) * pixels.view(*masks.shape[:3], 1, *frames.shape[-2:])
 
 
 def _student_outputs(student: Network, views: Tensor) -> list[list[Tensor]]:
-    """Outputs [view][frame] of (B, O) on views (B, V, T, C, H, W)."""
+    """Return outputs [view][frame] of (B, O) on views (B, V, T, C, H, W)."""
     return [
         [student.project(naive_features(student.backbone, frame).tokens[:, 0]) for frame in view.transpose(0, 1)]
         for view in views.transpose(0, 1)
@@ -256,7 +256,7 @@ def _student_outputs(student: Network, views: Tensor) -> list[list[Tensor]]:
 
 
 def _packed_outputs(student: Network, frames: Tensor, masks: Tensor) -> list[list[Tensor]]:
-    """Outputs [object][frame] of (B, O), every object view alone, with no patches but its own."""
+    """Return outputs [object][frame] of (B, O), each object view alone and with its own patches only."""
     views: list[list[Tensor]] = []
     for i in range(masks.shape[1]):
         views.append([])
@@ -271,7 +271,7 @@ def _packed_outputs(student: Network, frames: Tensor, masks: Tensor) -> list[lis
 
 
 def naive_agreement(students: list[list[Tensor]], targets: list[Tensor]) -> Tensor:
-    """Mean cosine between outputs [view][frame] of (B, O) and those of their frame's teacher [frame] of (B, O)."""
+    """Return the mean cosine of outputs [view][frame] of (B, O) and their frame's teacher [frame] of (B, O)."""
     cosines = [
         torch.cosine_similarity(of_frame.detach(), targets[t], dim=-1)
         for view in students

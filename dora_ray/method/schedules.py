@@ -1,4 +1,4 @@
-"""Schedules: plain functions of the step, so that a resumed run needs no scheduler's state."""
+"""Schedules as plain functions of the step, so that resuming needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import math
 def cosine(
     step: int, *, start: float, end: float, num_steps: int, warmup_steps: int = 0, warmup_start: float = 0.0
 ) -> float:
-    """A linear warm-up, then half a cosine (the released code's schedule, per step instead of per epoch).
+    """Return a linear warm-up followed by half a cosine (the released schedule, per step instead of per epoch).
 
     Args:
         step: optimizer update, from 0.
-        start: value at the end of the warm-up, and where the cosine starts.
+        start: value at the end of the warm-up, where the cosine starts.
         end: value that the cosine reaches at num_steps, one past the last step; later steps keep it.
-        num_steps: steps of the whole run, the warm-up included.
+        num_steps: steps of the whole run, including the warm-up.
         warmup_steps: length of the warm-up, both ends included: step warmup_steps - 1 gives start, as does the next.
         warmup_start: value at step 0 of the warm-up; a warm-up of a single step is this value.
 

@@ -1,4 +1,4 @@
-"""Settings of the method: the same for every slot of a run."""
+"""Settings of the method, equal for every slot of a run."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ Views = Literal["masked", "packed"]
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
-    """Choices that the forward of a slot follows.
+    """Settings of a slot's forward.
 
     Attributes:
-        kind: "dora" tracked objects, "random" masks of the same area anywhere, "none" DINO without objects.
-        views: of the objects: "masked" whole frames, 0 but for the object (equation 5), or "packed" the object's
-            patches alone.
-        block: block of the teacher that objects are discovered in, from the end.
+        kind: "dora" tracked objects, "random" masks of the same area at random patches, "none" DINO without objects.
+        views: object views: "masked" whole frames, 0 outside the object (equation 5), or "packed" the object's patches
+            alone.
+        block: block of the teacher in which objects are discovered, counted from the end.
         normalize_patches: see `track_objects`.
-        num_iterations: of Sinkhorn-Knopp.
-        epsilon: of Sinkhorn-Knopp.
+        num_iterations: iterations of Sinkhorn-Knopp.
+        epsilon: regularization of Sinkhorn-Knopp.
         threshold: rule of the masks.
         student_temperature: temperature of the student's softmax.
         teacher_temperature: temperature of the teacher's softmax.
-        reduction: of `dora_loss`.
-        teacher_dtype: autocast type of the teacher's networks; None: as the caller's.
+        reduction: reduction of `dora_loss`.
+        teacher_dtype: autocast type of the teacher's networks; None: the caller's.
 
     Raises:
-        ValueError: for another kind or other views.
+        ValueError: unknown kind or views.
     """
 
     kind: Kind

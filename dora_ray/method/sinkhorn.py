@@ -14,19 +14,19 @@ from dora_ray.method.precision import full_precision
 @torch.no_grad()
 @full_precision
 def sinkhorn_knopp(scores: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
-    """Soft assignment of patches to objects with balanced objects: M* of arXiv 2310.08584, section 4.
+    """Assign patches softly to objects, with balanced objects: M* of arXiv 2310.08584, section 4.
 
     The naive loop, whose exponential overflows for large scores and whose rows underflow for small epsilon::
 
-        M = exp(scores / epsilon)
-        repeat num_iterations times:
-            M = M / M.sum(patches) * N / K      # each object gets its share of the patches
-            M = M / M.sum(objects)              # each patch is given away exactly once
+            M = exp(scores / epsilon)
+            repeat num_iterations times:
+                M = M / M.sum(patches) * N / K      # each object gets its share of the patches
+                M = M / M.sum(objects)              # each patch is assigned exactly once
 
-    Here only the logarithms of the two scalings are iterated, so nothing overflows and rounding does not accumulate.
+    Only the logarithms of the two scalings are iterated here, so nothing overflows and rounding does not accumulate.
 
     Args:
-        scores: (B, N, K) similarities, which are the negative cost.
+        scores: (B, N, K) similarities, the negative cost.
         epsilon: entropic regularization, in the unit of the scores; smaller is harder.
         num_iterations: at least 1.
 
@@ -34,7 +34,7 @@ def sinkhorn_knopp(scores: Tensor, *, epsilon: float, num_iterations: int) -> Te
         (B, N, K), without gradient: every row sums to 1, every column tends to N / K.
 
     Raises:
-        ValueError: if num_iterations is less than 1, or epsilon is not positive.
+        ValueError: num_iterations is less than 1, or epsilon is not positive.
     """
     if num_iterations < 1:
         raise ValueError(f"num_iterations={num_iterations}: Sinkhorn-Knopp needs num_iterations of at least 1")
@@ -43,12 +43,12 @@ def sinkhorn_knopp(scores: Tensor, *, epsilon: float, num_iterations: int) -> Te
     log_kernel = scores / epsilon
     log_rows = torch.zeros_like(log_kernel[:, :, :1])
     for _ in range(num_iterations):
-        # The factor N / K is left out: it is the same for all columns, and the rows divide it away.
+        # The factor N / K is omitted: it is the same for all columns, and normalizing the rows cancels it.
         log_columns = _normalizer(log_kernel + log_rows, dim=1)
         log_rows = _normalizer(log_kernel + log_columns, dim=2)
     return torch.softmax(log_kernel + log_columns, dim=2)
 
 
 def _normalizer(logits: Tensor, *, dim: int) -> Tensor:
-    """-logsumexp(logits, dim), kept as a dimension of 1; a GPU does this in a third of that function's kernels."""
+    """Return -logsumexp(logits, dim, keepdim=True), with a third of torch.logsumexp's kernels on a GPU."""
     return torch.log_softmax(logits, dim).narrow(dim, 0, 1) - logits.narrow(dim, 0, 1)

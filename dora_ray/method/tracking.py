@@ -1,6 +1,6 @@
 """Objects: discovered in a clip's first frame, tracked through all its frames, and turned into masks.
 
-Equation numbers count the steps of the method: 1-2 discover, 3 makes the prototypes distinct, 4 tracks, 5 masks.
+Equation numbers follow the steps of the method: 1-2 discover, 3 makes prototypes distinct, 4 tracks, 5 masks.
 Shapes: B clips, T frames, N patches, D width, K objects.
 """
 
@@ -21,7 +21,7 @@ Threshold = Literal["clip", "batch", "soft"]
 
 @full_precision
 def object_prototypes(cls_attention: Tensor, query: Tensor) -> Tensor:
-    """Object prototypes P = A_cls Q of the first frame (equation 2): the queries of the patches a head attends to.
+    """Return prototypes P = A_cls Q of the first frame (equation 2): the queries of the patches that a head attends to.
 
     Args:
         cls_attention: (B, K, N) CLS-to-patch attention of the drawn heads, not renormalized.
@@ -35,7 +35,7 @@ def object_prototypes(cls_attention: Tensor, query: Tensor) -> Tensor:
 
 @full_precision
 def match_patches(prototypes: Tensor, patches: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
-    """Balanced soft assignment M* of patches to objects, the cost being -Z P^T (equation 3).
+    """Return the balanced soft assignment M* of patches to objects, with cost -Z P^T (equation 3).
 
     Args:
         prototypes: (B, K, D).
@@ -52,7 +52,7 @@ def match_patches(prototypes: Tensor, patches: Tensor, *, epsilon: float, num_it
 
 @full_precision
 def assigned_sum(assignment: Tensor, patches: Tensor) -> Tensor:
-    """Refined prototypes P' = M*^T Z (equation 3): each a sum over about N / K patches.
+    """Return refined prototypes P' = M*^T Z (equation 3), each a sum over about N / K patches.
 
     Args:
         assignment: (B, N, K).
@@ -65,9 +65,9 @@ def assigned_sum(assignment: Tensor, patches: Tensor) -> Tensor:
 
 
 def refine_prototypes(prototypes: Tensor, patches: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
-    """Prototypes made distinct by sharing the patches of the first frame between them (equation 3).
+    """Make prototypes distinct by distributing the first frame's patches among them (equation 3).
 
-    Nothing is normalized here. Because P' sums about N / K patches, it is longer than P, and its maps are sharper.
+    Nothing is normalized here. P' sums about N / K patches, so it is longer than P, and its maps are sharper.
 
     Args:
         prototypes: (B, K, D).
@@ -86,11 +86,11 @@ def refine_prototypes(prototypes: Tensor, patches: Tensor, *, epsilon: float, nu
 
 @full_precision
 def attention_maps(prototypes: Tensor, key: Tensor) -> Tensor:
-    """Cross-attention of every prototype with every frame (equation 4).
+    """Compute the cross-attention of every prototype with every frame (equation 4).
 
     The naive loop::
 
-        for each frame t and object i: maps[i, t] = softmax(key[t] @ prototypes[i] / sqrt(D))
+            for each frame t and object i: maps[i, t] = softmax(key[t] @ prototypes[i] / sqrt(D))
 
     Args:
         prototypes: (B, K, D).
@@ -104,23 +104,23 @@ def attention_maps(prototypes: Tensor, key: Tensor) -> Tensor:
 
 
 def object_masks(maps: Tensor, *, threshold: Threshold = "clip") -> Tensor:
-    """Which patches of a frame belong to an object (equation 5).
+    """Threshold attention maps into object masks (equation 5).
 
     Args:
         maps: (B, K, T, N) attention maps.
-        threshold: "clip": above the mean over the frame's patches, so that a mask does not depend on the other clips;
-            a flat map keeps its largest patch. "batch", the released code's rule: the map divided by its L2 norm, above
-            the mean over all clips and patches, for each object and frame. "soft": the map divided by its largest.
+        threshold: "clip": above the mean over the frame's patches, so that a mask does not depend on other clips; a
+            flat map keeps its largest patch. "batch", the released code's rule: the map divided by its L2 norm, above
+            the mean over all clips and patches, for each object and frame. "soft": the map divided by its maximum.
 
     Returns:
-        (B, K, T, N) in the maps' type: 0 or 1, and for "soft" numbers up to 1.
+        (B, K, T, N) in the maps' type: 0 or 1; for "soft", values up to 1.
 
     Raises:
-        ValueError: for another threshold.
+        ValueError: unknown threshold.
     """
     if threshold == "clip":
         above = maps > maps.mean(dim=-1, keepdim=True)
-        # The largest patch of a map that is not flat is above the mean anyway.
+        # In a map that is not flat, the largest patch is above the mean anyway.
         return above.scatter(-1, maps.argmax(dim=-1, keepdim=True), True).to(maps.dtype)
     if threshold == "batch":
         unit = F.normalize(maps, dim=-1)
@@ -131,7 +131,7 @@ def object_masks(maps: Tensor, *, threshold: Threshold = "clip") -> Tensor:
 
 
 def random_masks(masks: Tensor, noise: Tensor) -> Tensor:
-    """The same mask values, and so the same areas, at random patches: the control without objects.
+    """Move the same mask values, and so the same areas, to random patches: the control without objects.
 
     Args:
         masks: (B, K, T, N) object masks.

@@ -1,4 +1,4 @@
-"""Tensors from the host to a device, without making the host wait."""
+"""Asynchronous copies of tensors from the host to a device."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device; the host goes on while it is copied.
+    """Copy a CPU tensor to a device without blocking the host.
 
-    Only from pinned memory does a GPU copy by itself; before a copy from any other, the host may wait for all that the
-    GPU still has to do.
+    Only copies from pinned memory are asynchronous; before any other copy, the host may wait for all pending GPU work.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def upload_beside(pinned: Tensor, device: torch.device) -> Tensor:
-    """Copy pinned memory to a GPU while it computes what was asked of it before.
+    """Copy pinned memory to a GPU on a side stream, concurrently with computation already queued.
 
-    On the stream of the computation the copy would wait for all of that, and the next slot for the copy.
+    On the computation's stream, the copy would wait for the queued work, and the next slot for the copy.
     """
     beside, current = _copies(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(beside):
         copied = pinned.to(device, non_blocking=True)
     current.wait_stream(beside)
-    # Its memory belongs to the other stream, which must not use it again before this one is through with it.
+    # The side stream owns this memory and must not reuse it before the current stream is done with it.
     copied.record_stream(current)
     return copied
 

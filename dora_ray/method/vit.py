@@ -1,6 +1,6 @@
-"""timm's VisionTransformer, and what DoRA reads from one of its blocks beside the fused attention.
+"""VisionTransformer of timm, and the extra tensors that DoRA reads from one of its blocks.
 
-Fused attention never writes the (N + 1) x (N + 1) matrices down. DoRA needs one row of them, for the first frame, in
+Fused attention never materializes the (N + 1) x (N + 1) matrices. DoRA needs one row of them, for the first frame, in
 one block, and that block's projections; they are computed here from the block's own weights.
 Shapes: B clips, B' images, T frames, C channels, N patches, D width, H heads, K objects, S sequences, P tokens of all
 sequences together.
@@ -26,13 +26,13 @@ from dora_ray.method.precision import full_precision
 
 Grid = tuple[int, int]
 PositionInterpolation = Literal["antialiased", "released"]
-# What timm draws a CLS token with.
+# Standard deviation of timm's CLS token.
 TIMM_CLS_STD = 1e-6
 
 
 @dataclass(frozen=True)
 class Features:
-    """An encoder's outputs for images, after its final norm.
+    """Outputs of an encoder for images, after its final norm.
 
     Attributes:
         cls: (B', D).
@@ -45,7 +45,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Tracked:
-    """Tensors that discover and track objects. Heads are concatenated in query and key; CLS is in neither.
+    """Features used to discover and track objects. Query and key have concatenated heads and exclude CLS.
 
     Attributes:
         cls: (B, T, D) CLS of every frame, after the final norm.
@@ -75,7 +75,7 @@ def build_vit(
     position_interpolation: PositionInterpolation = "antialiased",
     cls_token_std: float = TIMM_CLS_STD,
 ) -> VisionTransformer:
-    """A randomly initialized ViT without classifier that takes images of any multiple of the patch size.
+    """Build a randomly initialized ViT without classifier, for images of any multiple of the patch size.
 
     Args:
         name: timm architecture, such as "vit_small_patch16_224"; the sizes below override its own.
@@ -83,19 +83,19 @@ def build_vit(
         depth: number of blocks.
         num_heads: H, a divisor of the width.
         patch_size: side of a patch, pixels.
-        image_size: side of the images that the position embedding is made for, pixels.
+        image_size: image side, in pixels, of the learned position embedding.
         drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
-        position_interpolation: see `_interpolation`; what this module computes follows it, the model's own forward
-            is timm's, antialiased.
-        cls_token_std: standard deviation of the CLS token's first values.
+        position_interpolation: see `_interpolation`; used by this module, while the model's own forward keeps timm's
+            antialiased interpolation.
+        cls_token_std: standard deviation of the CLS token's initial values.
 
     Raises:
-        ConfigError: if timm has no such model, or it is not a plain ViT.
+        ConfigError: timm has no such model, or it is not a plain ViT.
     """
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model {name!r}: name a ViT such as 'vit_small_patch16_224'")
     if width % num_heads:
-        raise ConfigError(f"a width of {width} cannot be shared by {num_heads} heads: use a multiple of {num_heads}")
+        raise ConfigError(f"a width of {width} does not divide into {num_heads} heads: use a multiple of {num_heads}")
     vit = timm.create_model(
         name,
         embed_dim=width,
@@ -117,7 +117,7 @@ def build_vit(
 
 
 def is_plain(vit: torch.nn.Module) -> TypeGuard[VisionTransformer]:
-    """Tell if `embed` and `run_block` do what the model's own forward does: a CLS token, no other, plain blocks."""
+    """Return whether `embed` and `run_block` equal the model's own forward: CLS as the only prefix, plain blocks."""
     if not isinstance(vit, VisionTransformer):
         return False
     plain_tokens = vit.has_class_token and vit.num_prefix_tokens == 1 and vit.pos_embed is not None
@@ -125,7 +125,7 @@ def is_plain(vit: torch.nn.Module) -> TypeGuard[VisionTransformer]:
         plain_tokens
         and not vit.no_embed_class
         and isinstance(vit.patch_embed.norm, torch.nn.Identity)
-        # timm has gates since 1.0.28.
+        # timm has attention gates since 1.0.28.
         and all(
             type(b) is Block and type(b.attn) is Attention and not getattr(b.attn, "gate", None) for b in vit.blocks
         )
@@ -133,40 +133,40 @@ def is_plain(vit: torch.nn.Module) -> TypeGuard[VisionTransformer]:
 
 
 def image_features(vit: VisionTransformer, images: Tensor) -> Features:
-    """CLS and patch tokens of images (B', C, H, W) after the final norm."""
+    """Return CLS and patch tokens of images (B', C, H, W) after the final norm."""
     tokens = vit.forward_features(images)
     return Features(cls=tokens[:, 0], patches=tokens[:, 1:])
 
 
 def cls_features(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """CLS of images after the final norm, without computing what the last block would do to the other tokens.
+    """Return CLS of images after the final norm, without the last block's outputs at other tokens.
 
     Args:
         vit: the encoder.
         images: (B', C, H, W).
 
     Returns:
-        (B', D), what `image_features(vit, images).cls` gives.
+        (B', D), equal to `image_features(vit, images).cls`.
     """
     return cls_of_blocks(vit, *whole_images(vit, images))
 
 
 def whole_images(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, Layout]:
-    """The tokens (P, D) of all patches of images (B', C, H, W), CLS first, and where they lie."""
+    """Return the tokens (P, D) of images (B', C, H, W), CLS first, and their layout."""
     tokens = embed(vit, images)
     return tokens.flatten(0, 1), _layout_of(tokens)
 
 
 def kept_patches(vit: VisionTransformer, frames: Tensor, masks: Tensor) -> tuple[Tensor, Layout, Tensor]:
-    """The tokens of the object views that keep only the object's patches: shorter sequences in place of zeros.
+    """Return the tokens of object views that keep only the object's patches: shorter sequences instead of zeros.
 
     The naive loop::
 
-        for each clip b, object i and frame t:
-            tokens = embed(frames[b, t]); sequence = [CLS] + [tokens[n] for n in patches if masks[b, i, t, n] > 0]
+            for each clip b, object i and frame t:
+                tokens = embed(frames[b, t]); sequence = [CLS] + [tokens[n] for n in patches if masks[b, i, t, n] > 0]
 
-    A patch keeps the position embedding of its place. Sequences are sorted by length, so that those of equal length
-    share an attention call where torch has none for unlike lengths. The host waits once, for the lengths.
+    A patch keeps its position embedding. Sequences are sorted by length, so that equal lengths share an attention call
+    where torch has no variable-length kernel. The host synchronizes once, for the lengths.
 
     Args:
         vit: the encoder.
@@ -174,7 +174,7 @@ def kept_patches(vit: VisionTransformer, frames: Tensor, masks: Tensor) -> tuple
         masks: (B, K, T, N), 0 where a patch is left out.
 
     Returns:
-        The tokens (P, D), their layout, and for each of the B x K x T views, in the order of the masks, the place of
+        The tokens (P, D), their layout, and for each of the B x K x T views, in the order of the masks, the position of
         its sequence, (S,) int64.
     """
     num_objects, num_frames = masks.shape[1:3]
@@ -184,21 +184,21 @@ def kept_patches(vit: VisionTransformer, frames: Tensor, masks: Tensor) -> tuple
     lengths = ordered.tolist()
     rows, places = torch.nonzero_static(kept[order], size=sum(lengths)).unbind(1)
     frame = order // (num_objects * num_frames) * num_frames + order % num_frames
-    # The backward of indexing adds in any order on a GPU; that of an embedding does not.
+    # On a GPU, the backward of indexing adds in nondeterministic order; that of an embedding does not.
     tokens = F.embedding(frame[rows] * kept.shape[1] + places, embedded.flatten(0, 1))
     return tokens, Layout.of_lengths(lengths, tokens.device), order.argsort()
 
 
 def tracked_features(vit: VisionTransformer, frames: Tensor, *, block: int) -> Tracked:
-    """One pass over all frames of all clips, and what objects need from one block beside it.
+    """Run all frames of all clips through the encoder once, and extract what tracking needs from one block.
 
     Args:
         vit: the encoder.
         frames: (B, T, C, H, W).
-        block: the block whose projections give queries, keys and attention, from the end: -1 is the last.
+        block: block whose projections give queries, keys and attention, counted from the end: -1 is the last.
 
     Raises:
-        ValueError: if block is not a negative number of a block.
+        ValueError: there is no such block.
     """
     depth = len(vit.blocks)
     if not -depth <= block <= -1:
@@ -220,19 +220,19 @@ def tracked_features(vit: VisionTransformer, frames: Tensor, *, block: int) -> T
 
 
 def masked_images(vit: VisionTransformer, frames: Tensor, masks: Tensor) -> tuple[Tensor, Layout]:
-    """The tokens of the object views in which all but the object is 0, which is the mean color (equation 5).
+    """Return the tokens of object views that are 0, the mean color, outside the object (equation 5).
 
     The naive loop::
 
-        for each clip b, object i and frame t: embed(frames[b, t] x masks[b, i, t], enlarged to pixels)
+            for each clip b, object i and frame t: embed(frames[b, t] x masks[b, i, t], enlarged to pixels)
 
-    A patch is embedded by a linear map and a bias, so each frame is embedded once and its patches are masked: no masked
-    pixels are written down.
+    Patch embedding is linear with a bias, so each frame is embedded once and its patches are masked: no masked pixels
+    are materialized.
 
     Args:
         vit: the encoder.
         frames: (B, T, C, H, W) normalized frames.
-        masks: (B, K, T, N) with the patches of a square grid row by row, 0 to 1.
+        masks: (B, K, T, N) with the patches of a square grid in row-major order, 0 to 1.
 
     Returns:
         The tokens (P, D) of B x K x T views, and their layout.
@@ -245,18 +245,18 @@ def masked_images(vit: VisionTransformer, frames: Tensor, masks: Tensor) -> tupl
 
 
 def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """Tokens (B', 1 + N, D) before the first block, of images (B', C, H, W) of any multiple of the patch size."""
+    """Embed images (B', C, H, W) of any multiple of the patch size as tokens (B', 1 + N, D) for the first block."""
     return _with_cls(vit, _patches(vit, images, with_bias=True), _grid(vit, images))
 
 
 def _grid(vit: VisionTransformer, images: Tensor) -> Grid:
-    """Patches down and across images (..., H, W)."""
+    """Return the number of patch rows and columns of images (..., H, W)."""
     side = cast(int, vit.patch_embed.patch_size[0])
     return images.shape[-2] // side, images.shape[-1] // side
 
 
 def _patches(vit: VisionTransformer, images: Tensor, *, with_bias: bool) -> Tensor:
-    """Embedded patches (B', N, D) of images (B', C, H, W): timm's strided convolution as a matrix product."""
+    """Embed images (B', C, H, W) as patches (B', N, D): timm's strided convolution as a matrix product."""
     projection = cast(torch.nn.Conv2d, vit.patch_embed.proj)
     (rows, columns), side = _grid(vit, images), projection.kernel_size[0]
     cells = torch.unflatten(torch.unflatten(images, 3, (columns, side)), 2, (rows, side)).permute(0, 2, 4, 1, 3, 5)
@@ -266,7 +266,7 @@ def _patches(vit: VisionTransformer, images: Tensor, *, with_bias: bool) -> Tens
 
 
 def _with_cls(vit: VisionTransformer, patches: Tensor, grid: Grid) -> Tensor:
-    """Tokens (B', 1 + N, D) from embedded patches (B', N, D): CLS in front, and every token's position added."""
+    """Return tokens (B', 1 + N, D) from embedded patches (B', N, D): prepend CLS and add every token's position."""
     cls_token = cast(Tensor, vit.cls_token).expand(len(patches), -1, -1)
     rule = vit.__dict__.get("position_interpolation", "antialiased")
     positions = _positions(cast(Tensor, vit.pos_embed), vit.patch_embed.grid_size, grid, rule)
@@ -277,9 +277,9 @@ def _with_cls(vit: VisionTransformer, patches: Tensor, grid: Grid) -> Tensor:
 
 @full_precision
 def _positions(pos_embed: Tensor, old: Grid, new: Grid, rule: PositionInterpolation) -> Tensor:
-    """The position embedding (1, 1 + N, D) of one grid for another grid.
+    """Interpolate the position embedding to another grid, (1, 1 + N, D).
 
-    timm interpolates it with a kernel whose backward adds in any order on a GPU, which would make equal runs differ.
+    The kernel that timm uses has a backward that adds in nondeterministic order on a GPU, so equal runs would differ.
     The same interpolation as a product with a constant matrix is deterministic.
     """
     if old == new:
@@ -295,11 +295,11 @@ def _interpolation(
     """Return the matrix (new patches, old patches) of a bicubic interpolation between two grids.
 
     "antialiased" is timm's: along each side, patch i of n lies at (i + 1/2) old / n - 1/2 in the old grid. "released"
-    is DINO's and the released DoRA's: not antialiased, and with n + 0.1 in place of n, which was added so that the size
+    is DINO's and the released DoRA's: not antialiased, and with n + 0.1 instead of n, which was added so that the size
     computed from the scale is not rounded down. From 14 patches to 7, it moves the last one by 0.18 of an old one.
     """
     num_old = old[0] * old[1]
-    # A tensor made in inference mode could never be used in a backward, and this one is kept.
+    # A tensor created in inference mode cannot be used in a backward, and this one is cached.
     with torch.inference_mode(False), torch.no_grad():
         units = torch.eye(num_old, dtype=torch.float64).view(num_old, 1, *old)
         if rule == "antialiased":
@@ -326,7 +326,7 @@ def _layout_of(tokens: Tensor) -> Layout:
 
 
 def _projections(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """query0 (B, N, D), key (B, T, N, D), cls_attention0 (B, H, N) of a block's input (B, T, 1 + N, D)."""
+    """Return query0 (B, N, D), key (B, T, N, D), cls_attention0 (B, H, N) of a block's input (B, T, 1 + N, D)."""
     attention = cast(Attention, block.attn)
     normalized = block.norm1(tokens)
     query0 = project(attention, normalized[:, 0], 0)
@@ -337,6 +337,6 @@ def _projections(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @full_precision
 def _attention_row(query: Tensor, key: Tensor) -> Tensor:
-    """Softmax attention (B, H, n) of one query (B, H, d) to n keys (B, n, H, d)."""
+    """Return the softmax attention (B, H, n) of one query (B, H, d) to n keys (B, n, H, d)."""
     logits = torch.einsum("bhd,bnhd->bhn", query, key) * query.shape[-1] ** -0.5
     return torch.softmax(logits, dim=-1)

@@ -1,8 +1,8 @@
-"""Random views of clips, batched on the clips' own device, with parameters drawn per sample on the CPU.
+"""Random views of clips, rendered in batches on the clips' device, with per-sample parameters drawn on the CPU.
 
-A view of a frame is a crop, an antialiased resize, perhaps a flip and a Gaussian blur, then color. All but the color is
-linear and separable (see `dora_ray.views.resample`); the color is one 3 x 4 affine map a frame, with the normalization
-folded in. So a whole batch is rendered in a few passes, although every frame has its own parameters.
+A view of a frame is a crop, an antialiased resize, optionally a flip and a Gaussian blur, then color. All but color are
+linear and separable (see `dora_ray.views.resample`); color is one 3 x 4 affine map per frame, with the normalization
+folded in. A whole batch is therefore rendered in a few passes, although every frame has its own parameters.
 
 Deviations from the color jitter of torchvision and PIL, which the released code used: brightness, contrast, saturation
 and hue come in this fixed order (theirs is random); the result is clamped to [0, 1] once at the end (theirs also after
@@ -38,7 +38,7 @@ class ViewParameters:
     Attributes:
         boxes: (B, V, T, 4) top, left, height, width of the crop, in pixels of the clip.
         flip: (B, V, T) 1 where the view is mirrored left to right, else 0.
-        color: (B, V, T, 3, 4) RGB in [0, 1] becomes ``color[..., :3] @ rgb + color[..., 3] * g``, g being the mean luma
+        color: (B, V, T, 3, 4) maps RGB in [0, 1] to ``color[..., :3] @ rgb + color[..., 3] * g``, g being the mean luma
             of the cropped frame (the contrast's pivot).
         sigma: (B, V, T) standard deviation of the Gaussian blur in pixels of the view; 0 means no blur.
     """
@@ -66,26 +66,26 @@ def draw_views(
     blur_probability: float,
     blur_sigma: Range,
 ) -> ViewParameters:
-    """Draws the parameters of all views of a batch of clips.
+    """Draw the parameters of all views of a batch of clips.
 
-    Boxes and flips are shared by the frames of a clip (the global views) or drawn afresh for each (``per_frame_boxes``,
-    the local views); color, gray and blur are always drawn per frame.
+    Boxes and flips are shared by the frames of a clip (global views) or drawn for each frame (``per_frame_boxes``,
+    local views); color, gray and blur are always drawn per frame.
 
     Args:
         rng: the only source of randomness.
         num_clips: B.
-        num_views: V, 0 allowed.
+        num_views: V, may be 0.
         num_frames: T.
         clip_size: side of the square clips, in pixels.
         scale: lowest and highest share of the clip's area that a view shows.
         ratio: lowest and highest width / height of a crop.
-        per_frame_boxes: whether each frame has its own box and flip.
-        flip_probability: of mirroring left to right.
+        per_frame_boxes: draw box and flip for each frame.
+        flip_probability: probability of mirroring left to right.
         jitter: strengths of brightness, contrast, saturation (factors drawn from 1 - strength to 1 + strength, at least
             0) and hue (turns, drawn from -strength to strength).
-        jitter_probability: of jittering a frame's color at all.
-        gray_probability: of turning a frame gray.
-        blur_probability: of blurring a frame.
+        jitter_probability: probability of jittering a frame's color.
+        gray_probability: probability of turning a frame gray.
+        blur_probability: probability of blurring a frame.
         blur_sigma: lowest and highest standard deviation of the blur, in pixels of the view.
 
     Returns:
@@ -111,21 +111,21 @@ def draw_views(
 
 
 def color_transform(factors: np.ndarray, gray: np.ndarray) -> np.ndarray:
-    """The affine color map of brightness, then contrast, saturation, hue and gray.
+    """Return the affine map that applies brightness, contrast, saturation, hue and gray in this order.
 
     With x a color, l(x) its luma and g the mean luma of its frame::
 
-        x = brightness * x
-        x = contrast * x + (1 - contrast) * brightness * g
-        x = saturation * x + (1 - saturation) * l(x)
-        x = x turned by hue about the axis of grays, red toward green
-        x = l(x) if gray else x
+            x = brightness * x
+            x = contrast * x + (1 - contrast) * brightness * g
+            x = saturation * x + (1 - saturation) * l(x)
+            x = x turned by hue about the axis of grays, red toward green
+            x = l(x) if gray else x
 
-    Grays are fixed points of the last three steps, so only the contrast adds a constant and all channels get the same.
+    Grays are fixed points of the last three steps, so only the contrast adds a constant, the same to all channels.
 
     Args:
         factors: (..., 4) brightness, contrast, saturation (1 changes nothing), hue in turns (0 changes nothing).
-        gray: (...) whether to drop the color.
+        gray: (...) True to drop the color.
 
     Returns:
         (..., 3, 4) see `ViewParameters.color`.
@@ -139,18 +139,18 @@ def color_transform(factors: np.ndarray, gray: np.ndarray) -> np.ndarray:
 
 
 def upload_clips(clips: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
-    """Some of the clips on a device, in the one copy on the host that pinned memory needs anyway.
+    """Copy selected clips to a device, with the single host copy that pinned memory needs anyway.
 
     Args:
         clips: (M, T, H, W, 3) uint8.
-        rows: (B,) which of them.
-        device: where they are rendered.
+        rows: (B,) indices of the selected clips.
+        device: device that renders them.
 
     Returns:
         (B, T, H, W, 3) uint8.
     """
     chosen = torch.empty((len(rows), *clips.shape[1:]), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    # In the mode that raises, numpy would write to a buffer first.
+    # With mode="raise", numpy would write to a buffer first.
     np.take(clips, rows, axis=0, out=chosen.numpy(), mode="clip")
     return upload_beside(chosen, device) if device.type == "cuda" else chosen.to(device)
 
@@ -159,13 +159,12 @@ def upload_clips(clips: np.ndarray, rows: np.ndarray, device: torch.device) -> T
 def render(
     clips: Tensor, parameters: ViewParameters, *, size: int, interpolation: Interpolation = "bilinear"
 ) -> Tensor:
-    """Renders the views of clips: crop, antialiased resize, flip, color, blur, clamp, ImageNet normalization.
+    """Render the views of clips: crop, antialiased resize, flip, color, blur, clamp, ImageNet normalization.
 
-    On the CPU the crops go one by one through torch's uint8 kernel, which reads only the box and rounds to whole
-    levels; on other devices all go through two batched matrix products in float16. They differ by at most about one
-    level of 255.
-    Blur and color commute (one is linear across pixels and keeps constants, the other acts within a pixel) up to the
-    clamp.
+    On the CPU, crops go one by one through torch's uint8 kernel, which reads only the box and rounds to whole levels.
+    On other devices, two batched float16 matrix products render all crops. The results differ by at most about one
+    level of 255. Blur and color commute (one is linear across pixels and keeps constants, the other acts within a
+    pixel) up to the clamp.
 
     Args:
         clips: (B, T, H, W, 3) uint8, on any device.
@@ -177,7 +176,7 @@ def render(
         (B, V, T, 3, S, S) float32, contiguous, on the clips' device, without gradient.
 
     Raises:
-        ValueError: if the clips are not uint8 of shape (B, T, H, W, 3), or the parameters are for other clips.
+        ValueError: the clips are not uint8 of shape (B, T, H, W, 3), or the parameters do not match them.
     """
     lead = tuple(parameters.sigma.shape)
     if clips.dtype != torch.uint8 or clips.ndim != 5 or clips.shape[-1] != 3:
@@ -186,7 +185,7 @@ def render(
         raise ValueError(f"parameters are for {lead[0]} clips of {lead[2]} frames, clips are {tuple(clips.shape[:2])}")
     if not math.prod(lead):
         return torch.empty(*lead, 3, size, size, device=clips.device)
-    # bfloat16 holds 8 bits, too few for weights times pixels.
+    # bfloat16 has 8 significant bits, too few for sums of weighted pixels.
     with torch.autocast(clips.device.type, enabled=False):
         resample = resample_by_crop if clips.device.type == "cpu" else resample_by_matrix
         pixels = resample(clips, parameters.boxes, parameters.flip, size=size, interpolation=interpolation).flatten(
@@ -198,7 +197,7 @@ def render(
 
 
 def _hue_rotation(turns: np.ndarray) -> np.ndarray:
-    """(..., 1, 1) turns -> (..., 3, 3) rotations of RGB about the axis of grays (Rodrigues' formula)."""
+    """Return the (..., 3, 3) rotations of RGB about the axis of grays by (..., 1, 1) turns (Rodrigues' formula)."""
     cosine, sine = np.cos(2 * math.pi * turns), np.sin(2 * math.pi * turns)
     across = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     return cosine * np.eye(3) + (1.0 - cosine) / 3 + sine * across
@@ -210,7 +209,7 @@ def _float32(array: np.ndarray) -> Tensor:
 
 @functools.cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """ImageNet's mean (3, 1) and standard deviation (3, 1), and the weights of the luma (3,); copied there once."""
+    """Return ImageNet's mean (3, 1) and standard deviation (3, 1), and luma weights (3,), copied once per device."""
     mean, std, luma = (
         torch.tensor(v, dtype=torch.float32, device=device) for v in (IMAGENET_MEAN, IMAGENET_STD, _LUMA)
     )
@@ -218,7 +217,7 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _normalized_color(pixels: Tensor, color: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices (n, 3, 3) and offsets (n, 3, 1) from pixels (n, 3, S, S) in [0, 255] to normalized colors."""
+    """Return (n, 3, 3) matrices and (n, 3, 1) offsets that map (n, 3, S, S) pixels in [0, 255] to normalized colors."""
     color = upload(color, pixels.device)
     mean, std, luma = _constants(pixels.device)
     mean_luma = pixels.mean((2, 3), dtype=torch.float32) @ luma / 255
@@ -227,7 +226,7 @@ def _normalized_color(pixels: Tensor, color: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blur(pixels: Tensor, sigma: Tensor) -> None:
-    """Blurs in place the frames (n, 3, S, S) where sigma (n,) is above 0; sigma is on the CPU."""
+    """Blur in place the frames (n, 3, S, S) where sigma (n,) is above 0; sigma is on the CPU."""
     chosen = sigma.nonzero().flatten()
     if not len(chosen):
         return
@@ -235,13 +234,13 @@ def _blur(pixels: Tensor, sigma: Tensor) -> None:
     matrix = blur_matrix(upload(sigma[chosen], pixels.device), size=size).to(pixels.dtype)
     chosen = upload(chosen, pixels.device)
     across = pixels.index_select(0, chosen).view(-1, 3 * size, size) @ matrix.mT
-    # Channel by channel: a broadcast product would copy the matrices.
+    # Multiply per channel: a broadcast product would copy the matrices.
     channels = across.view(-1, 3, size, size).unbind(1)
     pixels.index_copy_(0, chosen, torch.stack([matrix @ channel for channel in channels], dim=1))
 
 
 def _paint(pixels: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """Applies the color maps to pixels (n, 3, S, S); clamps to what black and white are after normalization."""
+    """Apply the color maps to pixels (n, 3, S, S), and clamp to black and white after normalization."""
     mean, std, _ = _constants(pixels.device)
     painted = torch.bmm(matrix, pixels.flatten(2)).add_(offset)
     # clamp_ with tensors is several times slower on the CPU.

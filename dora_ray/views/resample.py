@@ -1,9 +1,9 @@
-"""Crops, resizes and blurs of many frames at once: small matrices on a device, torch's uint8 kernel on the CPU.
+"""Batched crop, resize and blur: small matrix products on a GPU, torch's uint8 kernel on the CPU.
 
-Cropping, antialiased resizing, mirroring and blurring are all linear and separable, so each is one small matrix a side:
-``rows @ frame @ columns.T``. A batch of frames with a box each is then two batched matrix products. They are in
-float16, which a GPU multiplies many times as fast as float32 and whose 11 bits hold each of 256 levels: results are off
-by a quarter of a level at most.
+Cropping, antialiased resizing, mirroring and blurring are all linear and separable, so each is one small matrix per
+side: ``rows @ frame @ columns.T``. A batch of frames with individual boxes needs two batched matrix products. They run
+in float16, which a GPU multiplies much faster than float32 and whose 11 significant bits hold each of 256 levels; the
+error is at most a quarter of a level.
 
 Legend: B clips, V views, T frames, S the result's side in pixels.
 """
@@ -19,14 +19,14 @@ from torch import Tensor
 from dora_ray.clips.crop import Interpolation, resize_uint8
 from dora_ray.method.upload import upload
 
-# A Gaussian beyond four standard deviations weighs less than a thousandth of one of 255 levels.
+# Beyond four standard deviations, a Gaussian weighs less than a thousandth of one of 255 levels.
 _BLUR_REACH = 4.0
 
 
 def resample_by_matrix(
     clips: Tensor, boxes: Tensor, flip: Tensor, *, size: int, interpolation: Interpolation = "bilinear"
 ) -> Tensor:
-    """Crops, resizes and flips by two batched products: ``rows @ frame @ columns.T`` for each view of each frame.
+    """Crop, resize and flip by two batched products: ``rows @ frame @ columns.T`` for each view of each frame.
 
     Args:
         clips: (B, T, H, W, 3) uint8, on any device.
@@ -45,12 +45,12 @@ def resample_by_matrix(
     rows = matrix(top, box_height, in_size=height, out_size=size)
     columns = matrix(left, box_width, in_size=width, out_size=size)
     columns = torch.where(upload(flip, clips.device)[..., None, None] > 0, columns.flip(-2), columns)
-    # All views of a frame are stacked into one product, which reads the frame once.
+    # Stack all views of a frame into one product, which reads the frame once.
     stacked = rows.half().transpose(1, 2).reshape(batch * frames, views * size, height)
     strips = stacked @ clips.reshape(batch * frames, height, width * 3).half()
     strips = strips.view(batch, frames, views, size, width, 3).permute(0, 2, 1, 5, 3, 4)
     pixels = strips.reshape(-1, 3 * size, width) @ columns.half().reshape(-1, size, width).mT
-    if interpolation == "bicubic":  # its weights below 0 leave the range beside an edge
+    if interpolation == "bicubic":  # negative weights overshoot the range beside an edge
         pixels.clamp_(0, 255)
     return pixels.view(batch, views, frames, 3, size, size)
 
@@ -58,10 +58,10 @@ def resample_by_matrix(
 def resample_by_crop(
     clips: Tensor, boxes: Tensor, flip: Tensor, *, size: int, interpolation: Interpolation = "bilinear"
 ) -> Tensor:
-    """`resample_by_matrix` crop by crop, for the CPU: a matrix product there spends most of its time on zeros.
+    """Compute `resample_by_matrix` crop by crop, for the CPU, where matrix products would mostly multiply zeros.
 
-    Takes what `resample_by_matrix` takes, with boxes of whole numbers, and gives the same rounded to whole levels, in
-    float32.
+    Takes the arguments of `resample_by_matrix`, with whole-number boxes, and returns the same values rounded to whole
+    levels, in float32.
     """
     batch, views, frames, _ = boxes.shape
     pixels = torch.empty(batch, views, frames, 3, size, size)
@@ -77,9 +77,9 @@ def resample_by_crop(
 
 
 def resize_matrix(start: Tensor, length: Tensor, *, in_size: int, out_size: int) -> Tensor:
-    """The matrices that cut ``[start, start + length)`` out of a line of pixels and resize it, bilinear, antialiased.
+    """Return the matrices that cut ``[start, start + length)`` out of a line and resize it (bilinear, antialiased).
 
-    Row i is a triangle about the center of output pixel i, reaching one input or one output pixel to either side,
+    Row i is a triangle around the center of output pixel i that reaches one input or one output pixel to either side,
     whichever is wider, cut at the box and normalized: `torch.nn.functional.interpolate(antialias=True)` of the crop.
 
     Args:
@@ -99,19 +99,19 @@ def resize_matrix(start: Tensor, length: Tensor, *, in_size: int, out_size: int)
     centers = (start + (outputs + 0.5) * step) / reach
     inside = (inputs >= start) & (inputs < start + length)
     pixels = ((inputs + 0.5) / reach).masked_fill(~inside, math.inf)
-    # The weights are 1 less the distances, of which there are many: they are passed over as seldom as can be.
+    # The weights are 1 minus the distances. The tensor is large, so it is traversed as rarely as possible.
     distances = (pixels[..., None, :] - centers[..., None]).abs_().clamp_(max=1.0)
     normalized = 1.0 / (in_size - distances.sum(-1, keepdim=True))
     return torch.addcmul(normalized, distances, normalized, value=-1.0)
 
 
 def cubic_matrix(start: Tensor, length: Tensor, *, in_size: int, out_size: int) -> Tensor:
-    """`resize_matrix` with Keys' cubic kernel of a = -1/2, as PIL and torch have it antialiased.
+    """Return `resize_matrix` for Keys' cubic kernel with a = -1/2, as in PIL and torch's antialiased bicubic.
 
-    The kernel reaches two pixels to either side and is, at the distance x::
+    The kernel reaches two pixels to either side; at distance x it is::
 
-        (a + 2) x^3 - (a + 3) x^2 + 1         x <= 1
-        a x^3 - 5 a x^2 + 8 a x - 4 a    1 <= x <= 2
+            (a + 2) x^3 - (a + 3) x^2 + 1         x <= 1
+            a x^3 - 5 a x^2 + 8 a x - 4 a    1 <= x <= 2
     """
     start, length = start[..., None], length[..., None]
     step = length / out_size
@@ -129,9 +129,9 @@ def cubic_matrix(start: Tensor, length: Tensor, *, in_size: int, out_size: int) 
 
 
 def blur_matrix(sigma: Tensor, *, size: int) -> Tensor:
-    """The matrices that blur a line of pixels, its ends reflected (the end pixel itself not repeated).
+    """Return the matrices that blur a line of pixels with reflected ends (the end pixel is not repeated).
 
-    A reflected pixel j is seen from i at the distances |i - j|, i + j and 2 (size - 1) - i - j. The kernel is cut at
+    Reflected pixel j contributes to pixel i at distances |i - j|, i + j and 2 (size - 1) - i - j. The kernel is cut at
     four standard deviations, or at size - 1.
 
     Args:
@@ -145,7 +145,7 @@ def blur_matrix(sigma: Tensor, *, size: int) -> Tensor:
     distance = torch.arange(2 * size - 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2) * (distance <= reach)
     pixel = distance[:size]
-    # Windows of a line are the rows of matrices that depend on i + j alone, or, in reverse order, on j - i alone.
+    # Sliding windows over the kernel form matrices that depend on i + j or, in reverse order, on j - i alone.
     both_sides = torch.cat([kernel[:, 1:size].flip(1), kernel[:, :size]], dim=1)
     near = both_sides.unfold(1, size, 1).flip(1)
     before = kernel.unfold(1, size, 1) * (pixel > 0)

@@ -1,4 +1,4 @@
-"""Small networks and slots whose attention has structure, shared by the tests of the method."""
+"""Small networks and slots with structured attention, shared by the tests of the method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_HEADS, NUM_PATCHES, NUM_OUTPUTS = 6, 16, 12
 
 
 def build_small(seed: int, *, drop_path: float = 0.0, dtype: torch.dtype = torch.float64) -> Network:
-    """A network for 32 px, in 16 patches; its weights are large, so that its attention is far from flat."""
+    """Build a network for 32 px in 16 patches, with large weights, so that its attention is far from flat."""
     torch.manual_seed(seed)
     network = build_network(
         name="vit_tiny_patch16_224",
@@ -42,7 +42,7 @@ def build_small(seed: int, *, drop_path: float = 0.0, dtype: torch.dtype = torch
 def draw_slot(
     *, num_frames: int, num_objects: int, num_locals: int = 3, num_globals: int = 1, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
-    """The tensors of a slot of two clips."""
+    """Draw the tensors of a slot of two clips."""
     generator = torch.Generator().manual_seed(num_frames)
     clips = torch.randn(2, num_globals, num_frames, 3, 32, 32, generator=generator, dtype=torch.float64)
     return {
@@ -56,11 +56,11 @@ def draw_slot(
 
 
 def draw_center(dtype: torch.dtype = torch.float64) -> Tensor:
-    """A center that is not 0."""
+    """Return a nonzero center."""
     return 0.1 * torch.randn(NUM_OUTPUTS, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
 
 
-# Of MethodSettings, and the weight of a step's objects.
+# Fields of MethodSettings, and the object weight of a step.
 PAPER: dict[str, Any] = {
     "kind": "dora",
     "views": "masked",
@@ -85,7 +85,7 @@ def call(
     slot: dict[str, Any],
     settings: dict[str, Any],
 ) -> SlotOutput:
-    """The forward of a slot with settings such as PAPER; the center has the slot's type."""
+    """Run the forward of a slot with settings such as PAPER; the center has the slot's type."""
     fixed = {name: value for name, value in settings.items() if name != "object_weight"}
     center = draw_center(slot["locals_"].dtype).to(slot["locals_"].device)
     weight = settings["object_weight"]
@@ -94,8 +94,8 @@ def call(
 
 @contextmanager
 def no_numbers() -> Iterator[None]:
-    """Tensors made in here have a shape, a type and a device, and no numbers."""
-    # Of what is kept from one forward to the next, these have none either, and those from outside do not belong here.
+    """Within the block, new tensors have shape, type and device, but no data."""
+    # Tensors cached between forwards must be fake inside the block, and real outside.
     vit._interpolation.cache_clear()
     with FakeTensorMode():
         yield
@@ -103,7 +103,7 @@ def no_numbers() -> Iterator[None]:
 
 
 def without_numbers(network: Network) -> Network:
-    """The network itself, its parameters made anew: in `no_numbers` without them, on torch's default device."""
+    """Replace a network's parameters by new ones: within `no_numbers` fake ones, on torch's default device."""
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape), requires_grad=parameter.requires_grad))

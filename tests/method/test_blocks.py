@@ -1,4 +1,4 @@
-"""Blocks over sequences of unlike lengths: each as if it were alone, compiled or not."""
+"""Blocks over packed sequences of different lengths: equal to each sequence alone, compiled or not."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_sequences_do_not_see_each_other():
 
 
 def test_what_comes_out_of_gelu_is_not_kept_for_the_backward():
-    """4 D of the 18 D numbers a token that a block in float32 would keep."""
+    """GELU's output is 4 D of the 18 D numbers per token that a float32 block would save."""
     vit = build_small(0, dtype=torch.float32).backbone.train()
     block, layout = vit.blocks[0], Layout(((1, 1000),), CPU)
     tokens, kept = torch.randn(1000, 24, requires_grad=True), {}
@@ -63,14 +63,14 @@ def test_what_comes_out_of_gelu_is_not_kept_for_the_backward():
 
 
 class InFloat32(nn.Module):
-    """What autocast on a GPU makes of a norm."""
+    """Norm that returns float32, as under autocast on a GPU."""
 
     def forward(self, heads: Tensor) -> Tensor:
         return heads.float()
 
 
 def test_the_kernel_for_unlike_lengths_gets_one_type_and_a_window_that_hides_nothing(monkeypatch):
-    """A window is what keeps torch's varlen_attn from cuDNN, whose backward is not deterministic."""
+    """The window keeps torch's varlen_attn from using cuDNN, whose backward is not deterministic."""
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, *bounds: Any, window_size: tuple[int, int]) -> Tensor:
         of_query, of_key, longest_query, longest_key = bounds
@@ -123,7 +123,7 @@ def test_a_dropped_branchs_gradient_is_what_autograd_gives(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at all tensors' attributes
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile inspects all tensors' attributes
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_one_compilation_serves_all_blocks_and_lengths():
     from torch._dynamo.utils import counters
@@ -144,8 +144,8 @@ def test_one_compilation_serves_all_blocks_and_lengths():
     assert graphs[0] == graphs[-1]
 
 
-# Meets slots of some lengths one after the other. Prints how many graphs inductor compiled, how many it found compiled,
-# and the last slot's gradients, hashed.
+# Runs slots of several lengths in turn. Prints the number of graphs compiled by inductor, the number of cache hits, and
+# a hash of the last slot's gradients.
 COMPILE = """
 import hashlib, json, sys
 import torch
@@ -169,7 +169,7 @@ print(*(counters["inductor"][f"fxgraph_cache_{name}"] for name in ("miss", "hit"
 
 
 def compiled_run(cache: Path, slots: list[list[int]]) -> tuple[int, int, str]:
-    """Graphs compiled, graphs found in a cache, and the hash of the last slot's gradients, of a process of its own."""
+    """Return graphs compiled, cache hits, and the hash of the last slot's gradients, from a separate process."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", COMPILE, json.dumps(slots)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -17,7 +17,7 @@ OF_OBJECTS = {"mask_area", "object_overlap", "sinkhorn_residual", "object_agreem
 
 
 def run(forward, slot, settings, *, dtype=torch.float64):
-    """Results and gradients of a forward on networks that are always the same."""
+    """Return results and gradients of a forward on fixed networks."""
     student, teacher = build_small(0, dtype=dtype).train(), build_small(1, dtype=dtype)
     output = call(forward, student, teacher, slot, settings)
     output.loss.backward()
@@ -25,7 +25,7 @@ def run(forward, slot, settings, *, dtype=torch.float64):
 
 
 def assert_same(slot, settings, *, dtype, tolerance):
-    """The fast forward gives the loop's loss, gradients, teacher's sum and measures."""
+    """The fast forward equals the loop in loss, gradients, teacher sum and measures."""
     ours, gradients = run(slot_forward, slot, settings, dtype=dtype)
     theirs, expected = run(reference_slot_forward, slot, settings, dtype=dtype)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=tolerance, atol=0)
@@ -42,7 +42,7 @@ BOTH = pytest.mark.parametrize("settings", [PAPER, RELEASED], ids=["paper", "rel
 VIEWS = pytest.mark.parametrize("views", ["masked", "packed"])
 
 
-# Every number of objects of six heads, and every number of frames to eight.
+# All numbers of objects of six heads, and all numbers of frames up to eight.
 SIZES = [(1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (3, 8)]
 
 
@@ -95,7 +95,7 @@ def test_every_switch_equals_the_loop(changes):
 @VIEWS
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=str)
 def test_given_masks_equal_the_loop(settings, views, dtype, tolerance):
-    """Of any size, one patch and all patches among them, in place of the objects' own."""
+    """Given masks of any size, including a single patch and all patches, replace the objects' own."""
     slot = draw_slot(num_frames=3, num_objects=3, dtype=dtype)
     masks = (torch.rand(2, 3, 3, 16, generator=torch.Generator().manual_seed(5)) < 0.4).to(dtype)
     masks[0, 0, 0], masks[1, 2, 1] = 0.0, 1.0
@@ -164,7 +164,7 @@ def test_measures_are_detached_finite_scalars(kind, num_locals):
 
 
 def test_without_weight_no_objects_are_looked_for():
-    """What is left is the loss of the local views, at the half that they count beside objects."""
+    """The remaining loss is that of the local views, at half weight as beside objects."""
     slot = draw_slot(num_frames=2, num_objects=3)
     ours, gradients = run(slot_forward, slot, PAPER | {"object_weight": 0.0})
     theirs, expected = run(reference_slot_forward, slot, PAPER | {"object_weight": 0.0})
@@ -175,7 +175,7 @@ def test_without_weight_no_objects_are_looked_for():
 
 
 def test_recomputed_activations_give_the_same_gradients():
-    """Bit for bit, drop path included: the backward draws again what the forward drew."""
+    """Equal bit for bit, including drop path: the backward redraws the forward's random numbers."""
     slot = draw_slot(num_frames=2, num_objects=3)
 
     def gradients(settings, *, recompute):
@@ -244,7 +244,7 @@ def test_draws_nothing_and_leaves_the_teacher_alone():
 
 
 def test_clips_of_a_slot_do_not_mix():
-    """The loss of two clips is the mean of their own losses: only the threshold "batch" looks across clips."""
+    """The loss of two clips is the mean of their losses; only the threshold "batch" looks across clips."""
     slot = draw_slot(num_frames=2, num_objects=3)
     both, _ = run(slot_forward, slot, PAPER)
     alone = [run(slot_forward, {name: value[b : b + 1] for name, value in slot.items()}, PAPER)[0] for b in range(2)]

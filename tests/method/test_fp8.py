@@ -1,4 +1,4 @@
-"""Products in eight bits: what is rounded, what is not, and that a network is itself again without autocast."""
+"""fp8 products: rounding, precision kept elsewhere, and unchanged networks without autocast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from dora_ray.method.fp8 import Fp8Linear, quantize, use_fp8
 from dora_ray.method.vit import build_vit, cls_features, tracked_features
 
-# Half the distance of two neighbors, of three bits of mantissa.
+# Half the distance of two neighbors with three mantissa bits.
 ROUNDING = 2.0**-4
 
 
@@ -33,7 +33,7 @@ def test_every_row_keeps_its_own_range():
     tokens, scales = quantize(rows)
     restored = tokens.float() * scales
     largest = rows.abs().amax(dim=1, keepdim=True)
-    # Below 2^-6 of 448 the numbers of fp8 are evenly spaced.
+    # Below 2^-6, scaled by 448, fp8 numbers are evenly spaced.
     error = (restored - rows).abs()
     assert (error <= ROUNDING * rows.abs() + largest * 2.0**-17).all()
     assert torch.equal(restored[2], rows[2])
@@ -42,7 +42,7 @@ def test_every_row_keeps_its_own_range():
 
 
 def test_a_layer_is_the_product_of_its_rounded_operands():
-    """Autocast must not round what the CPU's emulation multiplies."""
+    """Autocast must not round the operands of the CPU's emulation."""
     torch.manual_seed(0)
     layer, tokens = nn.Linear(1024, 48, bias=False), torch.randn(2, 5, 1024)
     layer.__class__ = Fp8Linear
@@ -55,7 +55,7 @@ def test_a_layer_is_the_product_of_its_rounded_operands():
 
 
 def test_what_the_gpu_kernel_wants(monkeypatch):
-    """Row-major tokens, column-major weights, float32 scales of each row and column, a bias in the output's type."""
+    """Row-major tokens, column-major weights, float32 scales per row and column, bias in the output's type."""
     plain = F.scaled_mm
 
     def kernel(tokens, weights, token_scales, kind, weight_scales, other, *, bias, output_dtype):
@@ -78,7 +78,7 @@ def test_what_the_gpu_kernel_wants(monkeypatch):
 
 @torch.no_grad()
 def test_all_frames_are_rounded_alike(vit):
-    """Of frame 0 the last block computes all tokens, of the others CLS alone: their targets must not differ for it."""
+    """The last block computes all tokens of frame 0, but only CLS of the others: their targets must not differ."""
     use_fp8(vit)
     frames = torch.randn(1, 1, 3, 32, 32, generator=torch.Generator().manual_seed(1)).expand(1, 3, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -87,7 +87,7 @@ def test_all_frames_are_rounded_alike(vit):
 
 
 def test_without_autocast_nothing_changes(vit):
-    """Evaluation and export see the teacher as it is saved."""
+    """Evaluation and export use the teacher as it is saved."""
     images, same = torch.randn(2, 3, 32, 32), deepcopy(vit)
     use_fp8(same)
     assert same.state_dict().keys() == vit.state_dict().keys()

@@ -44,7 +44,7 @@ def test_every_parameter_learns_and_has_a_plain_name():
 
 @pytest.mark.parametrize(("init", "length"), [("normal", 0.02 * 256**0.5), ("uniform", 3**-0.5)])
 def test_the_last_layers_rows_begin_as_long_as_the_equation_says(init, length):
-    """256 values of deviation 0.02, or of variance (1 / 256) / 3: 0.32 or 0.577."""
+    """Row lengths: 256 values of standard deviation 0.02, or of variance (1 / 256) / 3, give 0.32 or 0.577."""
     torch.manual_seed(0)
     direction = WeightNormLinear(256, 4096, init=init).direction
     assert direction.norm(dim=1).square().mean().sqrt().item() == pytest.approx(length, rel=0.01)

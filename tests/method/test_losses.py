@@ -66,7 +66,7 @@ def test_dino_loss_equals_the_loop(num_globals, num_views):
 
 
 def test_a_view_is_never_compared_with_itself():
-    """With two views, what the first student view is pulled to is the second teacher view alone."""
+    """With two views, the target of the first student view is the second teacher view alone."""
     students, teacher, center = draw(B, 2, T, O, seed=1).requires_grad_(), draw(B, 2, T, O, seed=2), draw(O, seed=3)
     gradient = torch.autograd.grad(dino_loss(students, teacher, center, **TEMPERATURES), students)[0]
     teacher[:, 0] += 1.0 * draw(B, T, O, seed=5)
@@ -127,7 +127,7 @@ def test_an_unknown_reduction_names_the_known_ones():
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 @pytest.mark.parametrize("reduction", ["mean", "released"])
 def test_a_last_layer_in_chunks_gives_the_loss_of_its_outputs(monkeypatch, chunk, reduction):
-    """The same loss and the same gradients, for the views and for the layer, whatever the size of a chunk."""
+    """Loss and gradients, for views and layer, are the same for every chunk size."""
     width = 5
     rows = draw(O, width, seed=6).requires_grad_()
     objects, locals_ = (draw(B, count, T, width, seed=count).requires_grad_() for count in (K, L))
@@ -145,7 +145,7 @@ def test_a_last_layer_in_chunks_gives_the_loss_of_its_outputs(monkeypatch, chunk
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that has a dimension of the outputs."""
+    """Records the most elements of a tensor with an output dimension."""
 
     def __init__(self, num_outputs: int) -> None:
         super().__init__()
@@ -161,12 +161,12 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["dora", "dino"])
 def test_no_more_outputs_than_a_chunk_are_written_down(monkeypatch, kind):
-    """In the forward and in the backward: all of them would be the largest thing in memory."""
+    """Neither forward nor backward materializes all outputs, which would be the largest tensor in memory."""
     num_outputs, width, frames = 97, 3, 5
     rows = draw(num_outputs, width, seed=6).requires_grad_()
     objects, locals_ = (draw(1, count, frames, width, seed=count).requires_grad_() for count in (K, L))
     teacher, center = draw(1, frames, num_outputs, seed=3), draw(num_outputs, seed=4)
-    # A chunk holds what the teacher's own outputs take.
+    # A chunk is as large as the teacher's own outputs.
     chunk = frames * num_outputs
     monkeypatch.setattr(losses, "CHUNK_OUTPUTS", chunk)
     with Largest(num_outputs) as largest:

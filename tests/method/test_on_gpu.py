@@ -1,6 +1,6 @@
-"""The forward as it is on a GPU, on tensors without numbers: operators, types and devices agree, no host waits.
+"""Forward as on a GPU, with fake tensors: operators, types and devices agree, and no host synchronization occurs.
 
-A tensor without numbers raises where the host asks for one, which on a GPU would make it wait for all that is queued.
+Reading a value of a fake tensor raises an error; on a GPU, it would make the host wait for all queued work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEPTH = 3
 
 
 class Operators(TorchDispatchMode):
-    """How often each operator was called."""
+    """Counts the calls of each operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,14 +37,14 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were one, which autocast asks; and no pinned memory, of which there is none."""
+    """Pretend that there is a GPU, which autocast asks for, and skip pinned memory, which needs one."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     monkeypatch.setattr(attention, "upload", lambda tensor, device: tensor.to(device))
 
 
 def forward(*overrides: str) -> tuple[SlotOutput, Counter[str]]:
-    """Of the recipe `paper`, with fewer clips and blocks."""
+    """Return shapes of the recipe `paper`, with fewer clips and blocks."""
     config = load_config("paper", f"model.depth={DEPTH}", "optim.clips_per_slot=2", *overrides)
     state = initial_state(config, torch.device("cpu"))
     shape, crops = (2, config.clip.num_frames, 3), config.crops
@@ -77,7 +77,7 @@ def test_packed_views_wait_for_their_lengths_alone(monkeypatch, teacher):
         forward(*options)
 
     def lengths(tensor: Tensor) -> list[int]:
-        """Of 2 clips of 8 frames and 3 objects, with CLS."""
+        """Return lengths of 2 clips of 8 frames and 3 objects, including CLS."""
         assert tensor.shape == (2 * 8 * 3,)
         return sorted(1 + number * 37 % 180 for number in range(len(tensor)))
 
@@ -85,5 +85,5 @@ def test_packed_views_wait_for_their_lengths_alone(monkeypatch, teacher):
     output, counts = forward(*options)
     assert output.loss.device.type == "cuda"
     assert counts["_varlen_attn"] == DEPTH
-    # The four layers of each block of the teacher but the last.
+    # Four layers in each of the teacher's blocks but the last.
     assert counts["_scaled_mm_v2"] == (4 * (DEPTH - 1) if teacher == "fp8" else 0)

@@ -40,7 +40,7 @@ def test_no_iterations_leave_the_prototypes_as_they_are():
 
 
 def test_refined_prototypes_share_out_the_patches():
-    """P' sums about N / K patches each, so all of them together sum every patch once."""
+    """Each P' sums about N / K patches, so together they sum every patch once."""
     patches = draw(B, N, D, seed=2)
     refined = tracking.refine_prototypes(draw(B, K, D, seed=1), patches, epsilon=0.05, num_iterations=30)
     torch.testing.assert_close(refined.sum(dim=1), patches.sum(dim=1))
@@ -79,7 +79,7 @@ def test_clip_masks_do_not_depend_on_the_other_clips(seed):
 
 
 def test_batch_masks_do_depend_on_the_other_clips():
-    """A clip of flat maps has unit maps above everybody else's: the quirk that the threshold "clip" removes."""
+    """With the released rule, a clip of flat maps has unit maps above all others'; the threshold "clip" avoids this."""
     maps = torch.cat([draw_maps(0)[:1], torch.full((1, K, T, N), 1 / N, dtype=torch.float64)])
     together = tracking.object_masks(maps, threshold="batch")
     alone = tracking.object_masks(maps[:1], threshold="batch")

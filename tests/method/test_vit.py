@@ -26,7 +26,7 @@ def draw_frames(num_frames: int = 3, size: int = 32) -> torch.Tensor:
 
 
 def block_inputs(vit: VisionTransformer, images: torch.Tensor, block: int) -> torch.Tensor:
-    """Tokens (B', 1 + N, D) that go into a block, caught on their way through timm's own forward."""
+    """Return the tokens (B', 1 + N, D) entering a block, captured during timm's own forward."""
     caught: list[torch.Tensor] = []
     handle = vit.blocks[block].register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
     with torch.no_grad():
@@ -37,7 +37,7 @@ def block_inputs(vit: VisionTransformer, images: torch.Tensor, block: int) -> to
 
 @pytest.mark.parametrize(("height", "width", "tolerance"), [(32, 32, 1e-10), (16, 16, 1e-5), (48, 24, 1e-5)])
 def test_cls_features_equal_timms(vit, height, width, tolerance):
-    """For another size than the model's, timm interpolates the position embedding in float32."""
+    """For image sizes other than the model's, timm interpolates the position embedding in float32."""
     images = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ours, theirs = cls_features(vit, images), vit(images)
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
@@ -58,7 +58,7 @@ def test_gradients_of_cls_features_equal_timms(vit, size, tolerance):
 
 
 def test_training_follows_an_evaluation_in_inference_mode(vit):
-    """What is kept between forwards must be usable in a backward."""
+    """Tensors cached between forwards must be usable in a backward."""
     images = draw_frames(size=24).flatten(0, 1)
     with torch.inference_mode():
         cls_features(vit, images)
@@ -108,7 +108,7 @@ def test_drop_path_is_drawn_from_the_seeded_generator():
 
 
 def test_a_vit_with_other_parts_is_read_too():
-    """Normalized queries and keys, and layer scale, as some of timm's models have."""
+    """Use normalized queries and keys, and layer scale, as some timm models do."""
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 6, "num_classes": 0}
     vit = VisionTransformer(**sizes, qk_norm=True, init_values=0.5, dynamic_img_size=True).double()
@@ -131,7 +131,7 @@ def test_what_is_no_plain_vit_is_refused(changes, message):
 
 
 def keys_cubic(distance: float, a: float) -> float:
-    """Keys' cubic kernel."""
+    """Evaluate Keys' cubic kernel."""
     x = abs(distance)
     if x <= 1:
         return (a + 2) * x**3 - (a + 3) * x**2 + 1
@@ -139,11 +139,11 @@ def keys_cubic(distance: float, a: float) -> float:
 
 
 def sampled(values: list[float], num_new: int) -> list[float]:
-    """A line of values at `num_new` places, as the released code has it: four values weigh in, the ends repeat."""
+    """Interpolate a line of values at `num_new` places by the released rule: four values contribute, ends repeat."""
     num_old = len(values)
     found = []
     for place in range(num_new):
-        # Of num_new + 0.1 new values in the length of the old ones, this one's middle.
+        # Center of this value among num_new + 0.1 new values over the length of the old ones.
         middle = (place + 0.5) * num_old / (num_new + 0.1) - 0.5
         first = math.floor(middle)
         found.append(
@@ -157,7 +157,7 @@ def sampled(values: list[float], num_new: int) -> list[float]:
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 7), (6, 9), (16, 15)])
 def test_released_positions_are_bicubic_with_a_tenth_of_a_patch_too_many(rows, columns):
-    """Zero images give nothing but positions: those of 14 x 14 patches, sampled by hand in float64."""
+    """Zero images give only positions: those of 14 x 14 patches, sampled by hand in float64."""
     vit = build_vit(**SIZES | {"image_size": 112}, name="vit_tiny_patch16_224", position_interpolation="released")
     torch.manual_seed(0)
     vit = vit.double()

@@ -302,7 +302,7 @@ def test_a_decoder_that_crashes_ends_the_ingest_with_its_file(ray_cluster, tmp_p
 
 def test_tasks_stay_on_nodes_with_the_label(ray_cluster, tmp_path):
     """No node has the label: nothing runs elsewhere, the error says what to check, and the job ends."""
-    message = r"4 of 4 parts of the work are left and none has finished .* with the label role=decode"
+    message = r"4 of 4 parts of the work are left, and none has finished .* with the label role=decode"
     with pytest.raises(ClusterError, match=message):
         run(tmp_path / "store", videos.h264(tmp_path), node_label="decode", decode_seconds=0.5)
     deadline = time.monotonic() + 300

@@ -1,4 +1,4 @@
-"""Views against torchvision, one small step at a time; draws against their own law."""
+"""Views compared with torchvision step by step; draws compared with their distributions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IDENTITY = (1.0, 1.0, 1.0, 0.0)
 
 
 def draw(seed: int = 0, **changes):
-    """Parameters of 2 clips x 3 views x 4 frames of 40 px that jitter everything, but for `changes`."""
+    """Draw parameters of 2 clips x 3 views x 4 frames of 40 px that jitter everything; `changes` override them."""
     arguments = {
         "num_clips": 2,
         "num_views": 3,
@@ -45,7 +45,7 @@ def random_clips(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def smooth_image(size: int, *, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-    """(3, size, size) float32, colorful."""
+    """Return (3, size, size) float32, colorful."""
     small = torch.from_numpy(np.random.default_rng(5).random((3, 5, 5), dtype=np.float32))
     return low + (high - low) * torch.nn.functional.interpolate(small[None], (size, size), mode="bilinear")[0]
 
@@ -55,7 +55,7 @@ def normalized(image: torch.Tensor) -> torch.Tensor:
 
 
 def plain(parameters: augment.ViewParameters) -> augment.ViewParameters:
-    """The same boxes and flips without blur and color."""
+    """Return the same boxes and flips without blur and color."""
     lead = tuple(parameters.sigma.shape)
     color = augment.color_transform(np.broadcast_to(np.array(IDENTITY), (*lead, 4)), np.zeros(lead, dtype=bool))
     return dataclasses.replace(parameters, sigma=torch.zeros(lead), color=torch.from_numpy(color.astype(np.float32)))
@@ -93,11 +93,11 @@ def test_boxes_follow_the_law_of_random_resized_crop():
     aspect = np.log(boxes[:, 3] / boxes[:, 2])
     assert area.min() >= 0.0985
     assert area.max() <= 0.3015
-    # Quartiles of the two uniform laws; the standard error of a quartile here is 0.0007 and 0.002.
+    # Quartiles of the two uniform distributions; the standard error of a quartile is 0.0007 and 0.002.
     np.testing.assert_allclose(np.quantile(area, [0.25, 0.5, 0.75]), [0.15, 0.2, 0.25], atol=0.003)
     expected = math.log(4 / 3) * np.array([-0.5, 0.0, 0.5])
     np.testing.assert_allclose(np.quantile(aspect, [0.25, 0.5, 0.75]), expected, atol=0.01)
-    # Given its size, a box is equally likely at every place.
+    # Given its size, a box is equally likely at every position.
     place = boxes[:, 0] / (1000 - boxes[:, 2])
     np.testing.assert_allclose(np.quantile(place, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.015)
 
@@ -163,7 +163,7 @@ def test_probabilities_are_met():
     colored = (parameters.color - plain(parameters).color).abs().flatten(3).amax(-1) > 1e-6
     rows = parameters.color[..., :3]
     gray = (rows[..., 0, :] - rows[..., 1, :]).abs().amax(-1) < 1e-6
-    # 10,000 frames: three standard errors are at most 0.015.
+    # With 10,000 frames, three standard errors are at most 0.015.
     assert parameters.flip.mean() == pytest.approx(0.5, abs=0.015)
     assert (parameters.sigma > 0).float().mean() == pytest.approx(0.5, abs=0.015)
     assert gray.float().mean() == pytest.approx(0.2, abs=0.015)
@@ -193,7 +193,7 @@ def test_strengths_above_one_never_give_a_negative_factor():
 
 
 def colored(image: torch.Tensor, factors: tuple[float, float, float, float], *, gray: bool = False) -> torch.Tensor:
-    """What the color map makes of a (3, S, S) image in [0, 1], clamped."""
+    """Apply the color map to a (3, S, S) image in [0, 1], and clamp."""
     color = torch.from_numpy(augment.color_transform(np.array(factors), np.array(gray))).float()
     luma = (image.mean((1, 2)) * torch.tensor([0.299, 0.587, 0.114])).sum()
     return (torch.einsum("dc,chw->dhw", color[:, :3], image) + luma * color[:, 3, None, None]).clamp(0, 1)
@@ -254,7 +254,7 @@ def test_identity_color_changes_nothing():
 
 
 def test_render_is_the_documented_chain():
-    """Crop, resize, flip, jitter, gray, blur, normalization one by one, where nothing clamps."""
+    """Compare with separate crop, resize, flip, jitter, gray, blur and normalization, where nothing clamps."""
     clips = (100 + random_clips(2, 4, 40, 40) // 5).contiguous()
     parameters = draw(7, jitter=(0.2, 0.4, 0.0, 0.0), jitter_probability=1.0)
     views = augment.render(clips, parameters, size=16)
@@ -268,7 +268,7 @@ def test_render_is_the_documented_chain():
         image = torch.einsum("dc,chw->dhw", color[:, :3], image) + luma * color[:, 3, None, None]
         sigma = parameters.sigma[clip, view, frame].item()
         if sigma:
-            # A reach of 15 is all that a side of 16 allows; the kernel is cut at four sigma, hence the loose tolerance.
+            # A side of 16 allows a reach of at most 15; the kernel is cut at four sigma, hence the loose tolerance.
             image = tv.gaussian_blur(image, [15, 15], [sigma, sigma])
         torch.testing.assert_close(views[clip, view, frame], normalized(image), atol=2e-3, rtol=0)
 
@@ -297,7 +297,7 @@ def test_render_with_matrices_in_float16_as_on_a_gpu_is_within_a_level_of_the_cp
     def levels(one: torch.Tensor, other: torch.Tensor) -> float:
         return float(((one - other).abs() * 255 * min(IMAGENET_STD)).max())
 
-    # A level after the normalization, and up to 1.4 x 1.4 times that by brightness and contrast.
+    # One level after the normalization, multiplied by up to 1.4 x 1.4 by brightness and contrast.
     assert levels(as_on_gpu, on_cpu) < 2.5
     assert 0 < levels(as_on_gpu, in_float32) < 0.5
 
@@ -363,7 +363,7 @@ def test_render_refuses_other_clips(clips, message):
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2], []])
 def test_readable_clips_are_uploaded_whoever_owns_them(rows):
-    """Clips that came through Ray's object store can be read alone."""
+    """Clips from Ray's object store are read-only."""
     clips = random_clips(3, 2, 8, 8).numpy()
     clips.setflags(write=False)
     uploaded = augment.upload_clips(clips, np.array(rows, dtype=np.int64), torch.device("cpu"))

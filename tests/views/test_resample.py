@@ -1,4 +1,4 @@
-"""Crops, resizes and blurs against torchvision."""
+"""Crop, resize and blur compared with torchvision."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def random_clips(*shape: int) -> torch.Tensor:
 
 
 def random_boxes(*shape: int, side: int, shared: bool = False) -> torch.Tensor:
-    """(B, V, T, 4) boxes inside side x side, one for all frames where shared."""
+    """Draw (B, V, T, 4) boxes inside side x side, one for all frames if shared."""
     rng = np.random.default_rng(1)
     extent = rng.integers(3, side + 1, (*shape, 2))
     corner = np.floor(rng.random((*shape, 2)) * (side - extent + 1))
@@ -54,7 +54,7 @@ def test_resize_matrix_is_the_antialiased_resize_of_the_box(kernel, mode, in_siz
 
 @pytest.mark.parametrize(("half", "tolerance"), [(torch.Tensor.half, 0.25 / 255), (torch.Tensor.float, 1e-5)])
 def test_resampling_by_matrix_is_torchvisions_resized_crop_and_flip(monkeypatch, half, tolerance):
-    """In float16 within a quarter of a level; what it is but for the rounding, in float32."""
+    """Within a quarter of a level in float16; equal up to rounding in float32."""
     monkeypatch.setattr(torch.Tensor, "half", half)
     clips, boxes, flip = random_clips(2, 4, 40, 30), random_boxes(2, 3, 4, side=30), checkered_flip(2, 3, 4)
     views = resample.resample_by_matrix(clips, boxes, flip, size=16).float() / 255
@@ -80,10 +80,9 @@ def test_resampling_by_crop_rounds_what_matrices_give(shared, size):
 
 @pytest.mark.parametrize("size", [8, 24])
 def test_bicubic_crops_are_pils(size):
-    """The released code resizes local crops with PIL's bicubic kernel, which is antialiased.
+    """The released code resizes local crops with PIL's antialiased bicubic kernel.
 
-    The contrast leaves room for what the kernel overshoots: where that is clamped, between two passes, is each
-    library's own.
+    The reduced contrast leaves room for the kernel's overshoot: libraries differ in clamping it between two passes.
     """
     clips = (90 + random_clips(2, 4, 30, 40) // 4).contiguous()
     boxes, flip = random_boxes(2, 3, 4, side=30), checkered_flip(2, 3, 4)
@@ -141,7 +140,7 @@ def test_crop_clip_is_torchvisions_resized_crop():
 
 
 def test_crop_clip_takes_read_only_frames_and_returns_its_own_memory():
-    """Decoders hand out views of their buffers; torch warns of those, and warnings are errors here."""
+    """Decoders return views of their buffers; torch warns of those, and warnings are errors here."""
     frame = random_clips(40, 40).numpy()
     frame.setflags(write=False)
     cropped = crop.crop_clip([frame], (0, 0, 40, 40), 40)
@@ -157,5 +156,5 @@ def test_crop_clip_refuses_a_box_outside_the_frame(box):
 
 
 def test_crop_clip_refuses_frames_of_two_sizes():
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="the same size"):
         crop.crop_clip([np.zeros((40, 40, 3), np.uint8), np.zeros((40, 41, 3), np.uint8)], (0, 0, 5, 5), 16)
