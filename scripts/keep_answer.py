@@ -30,8 +30,8 @@ svg { --ink: #1b2530; --soft: #4f5d6b; --line: #d9e0e7; --paper: #fff; --c0: #1f
   svg { --ink: #e6ebf0; --soft: #a9b6c3; --line: #36414c; --paper: #1b222a; }
   svg { --c0: #8db8f5; --c1: #f0a36a; --c7: #b4bcc5; }
 }
-.back { fill: var(--paper); } text { font: 12px system-ui, "DejaVu Sans", sans-serif; fill: var(--ink); }
-.title { fill: var(--soft); } .halo { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
+.back, .ground { fill: var(--paper); } text { font: 12px system-ui, "DejaVu Sans", sans-serif; fill: var(--ink); }
+.title { fill: var(--soft); }
 .rule { stroke: var(--line); } .reference { stroke: var(--c7); stroke-width: 1.5; stroke-dasharray: 4 3; }
 .tick { stroke: var(--c7); stroke-width: 1.5; } .ring { fill: var(--paper); stroke: var(--c1); stroke-width: 2; }
 .inner { stroke-width: 4; } .outer { stroke-width: 1.2; } .c0 { stroke: var(--c0); } .c7 { stroke: var(--c7); }

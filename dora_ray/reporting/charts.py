@@ -64,7 +64,10 @@ def intervals(
     for index, bar in enumerate(bars):
         height = top + row * (index + (0.75 if stacked else 0.5))
         if stacked:
-            parts.append(svg.text(left, height - 10, bar.label, kind="halo"))
+            # Lines that cross the drawing would strike the label through.
+            wide = min(WIDTH - left, len(bar.label) * svg.FONT_WIDTH)
+            parts.append(f'<rect x="{left}" y="{height - 22:.1f}" width="{wide:.0f}" height="15" class="ground"/>')
+            parts.append(svg.text(left, height - 10, bar.label))
         else:
             parts.append(svg.text(left, height + 4, bar.label, anchor="end"))
         parts += _draw_bar(bar, scale, height)
@@ -135,18 +138,53 @@ def heat_map(cells: Mapping[tuple[Any, Any], float], *, rows: str, columns: str,
     return svg.drawing(parts, height=bottom + 38, label=said)
 
 
-def cost_and_quality(points: Mapping[str, tuple[float, float, bool]], *, metric: str, cost: str) -> str:
-    """Draw each point's cost and figure; those that none beats in both are joined."""
-    costs = Scale.of((x for x, _, _ in points.values()), 52, WIDTH - 10)
-    values = Scale.of((y for _, y, _ in points.values()), 216, 10)
+@dataclass(frozen=True)
+class Costed:
+    """A point's cost and figure.
+
+    Attributes:
+        label: what it is.
+        cost: its cost.
+        value: the figure.
+        half: half width of the figure's interval; may be infinite.
+        front: whether no other beats it in both.
+    """
+
+    label: str
+    cost: float
+    value: float
+    half: float
+    front: bool
+
+
+def cost_and_quality(points: Sequence[Costed], *, metric: str, cost: str) -> str:
+    """Draw each point's cost and figure; those that none beats in both are joined, and numbered from the cheapest."""
+    ends = [end for point in points for end in (point.value - point.half, point.value + point.half)]
+    costs = Scale.of((point.cost for point in points), 52, WIDTH - 10)
+    values = Scale.of([*(end for end in ends if math.isfinite(end)), *(point.value for point in points)], 216, 10)
     parts = [svg.y_axis(values, 52, WIDTH - 10), svg.x_axis(costs, 216, 10, cost)]
-    front = sorted((costs.at(x), values.at(y)) for x, y, best in points.values() if best)
-    parts.append(svg.path(front, "front"))
-    for name, (x, y, best) in points.items():
-        said = f"{name}: {number(y)} for {number(x)}"
-        parts.append(svg.dot(costs.at(x), values.at(y), "mark c1" if best else "mark c0 pale", said))
-    names = ", ".join(name for name, (_, _, best) in points.items() if best)
+    front = front_of(points)
+    parts.append(svg.path([(costs.at(point.cost), values.at(point.value)) for point in front], "front"))
+    for point in points:
+        x, y, color = costs.at(point.cost), values.at(point.value), "c1" if point.front else "c0"
+        if math.isfinite(point.half):
+            ends = [values.at(point.value - point.half), values.at(point.value + point.half)]
+            parts.append(svg.line(x, ends[0], x, ends[1], f"outer {color} pale"))
+        said = f"{point.label}: {number(point.value)} for {number(point.cost)}"
+        parts.append(svg.dot(x, y, f"mark {color}" if point.front else f"mark {color} pale", said))
+    for index, point in enumerate(front, 1):
+        right = costs.at(point.cost) < WIDTH - 30
+        x = costs.at(point.cost) + (7 if right else -7)
+        parts.append(
+            svg.text(x, values.at(point.value) + 4, str(index), anchor="start" if right else "end", kind="halo")
+        )
+    names = ", ".join(point.label for point in front)
     return svg.drawing(parts, height=254, label=f"{metric} against {cost}. Not beaten in both: {names}.")
+
+
+def front_of(points: Sequence[Costed]) -> list[Costed]:
+    """Return the points that none beats in both, the cheapest first."""
+    return sorted((point for point in points if point.front), key=lambda point: point.cost)
 
 
 def parallel(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], *, metric: str, mode: str) -> str:

@@ -28,23 +28,22 @@ def importances(found: Analysis) -> tuple[dict[str, float], str]:
         return {}, ""
     if reason := _nothing_told_apart(found):
         return {}, reason
+    noise = _noise(found)
     if len(rows) >= MIN_IMPORTANCE_TRIALS and importlib.util.find_spec("optuna"):
-        return _ped_anova(found, rows), f"PED-ANOVA (Optuna) over {len(rows)} trials: what tells the best from all."
+        how = f"PED-ANOVA (Optuna) over {len(rows)} trials: what tells the best from all."
+        return _ped_anova(found, rows), how + noise
     spans = {
         key: max(level.effect.value for level in levels) - min(level.effect.value for level in levels)
         for key, levels in found.effects.items()
     }
     total = sum(spans.values())
     shares = {key: span / total for key, span in spans.items()} if total else {}
-    return shares, "Shares of the ranges of the effects above; their errors are there."
+    return shares, "Shares of the ranges of the effects above; their errors are there." + noise
 
 
 def _nothing_told_apart(found: Analysis) -> str:
     """Say why shares of importance would be those of noise; empty where the best and the worst point are told apart."""
-    comparison = found.comparison
-    rounding = ROUNDING * max(abs(estimate.value) for estimate in comparison.points.values())
-    changes = [level.effect for levels in found.effects.values() for level in levels]
-    moves = any(abs(change.value) - change.half > rounding for change in changes)
+    comparison, moves = found.comparison, any(_moves(found, key) for key in found.effects)
     # Without repetitions points have no intervals, and the effects' are what there is.
     if next(reversed(comparison.points)) not in comparison.tied or (moves and not comparison.repeated):
         return ""
@@ -54,6 +53,20 @@ def _nothing_told_apart(found: Analysis) -> str:
             "interval leaves out 0 stands above."
         )
     return "No factor is told apart at this scale, so no importance is shown: nor are the best and the worst point."
+
+
+def _moves(found: Analysis, key: str) -> bool:
+    """Tell whether the interval of an effect of a factor leaves out 0, rounding left aside."""
+    rounding = ROUNDING * max(abs(estimate.value) for estimate in found.comparison.points.values())
+    return any(abs(level.effect.value) - level.effect.half > rounding for level in found.effects[key])
+
+
+def _noise(found: Analysis) -> str:
+    """Name the factors whose shares say nothing."""
+    still = [key for key in found.effects if not _moves(found, key)]
+    if not still:
+        return ""
+    return f" The effect of {' and of '.join(still)} is not told apart from none: its share is noise."
 
 
 def _ped_anova(found: Analysis, rows: Sequence[Row]) -> dict[str, float]:

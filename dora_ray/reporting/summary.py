@@ -5,6 +5,7 @@ from __future__ import annotations
 from dora_ray import files
 from dora_ray.reporting.analysis import Analysis, analyze, caution, costs, other_verdicts, verdict
 from dora_ray.reporting.importance import importances
+from dora_ray.reporting.interactions import describe_interaction, factor_pairs
 from dora_ray.reporting.render import describe_machine, duration
 from dora_ray.tuning.baseline import read_baseline
 from dora_ray.tuning.results import read_csv, read_spec
@@ -25,6 +26,7 @@ def summarize(folder: str) -> str:
     for key, levels in found.effects.items():
         told = "; ".join(f"{level.value}: {found.show_change(level.effect, sign=True)}" for level in levels)
         parts.append(f"Effect of `{key}` on {spec.metric}: {told}")
+    parts += [words for pair in factor_pairs(found) if (words := describe_interaction(found, *pair))]
     if importance := _importance(found):
         parts.append(importance)
     parts += [f"By {metric}: {text}" for metric, text in other_verdicts(rows, spec, baseline)]

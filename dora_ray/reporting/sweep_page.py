@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -22,22 +21,24 @@ from dora_ray.reporting.analysis import (
     other_verdicts,
     verdict,
 )
-from dora_ray.reporting.charts import Bar
+from dora_ray.reporting.charts import Bar, Costed, front_of
 from dora_ray.reporting.curves import legend, overlay, series
 from dora_ray.reporting.importance import importances
+from dora_ray.reporting.interactions import describe_interaction, factor_pairs
 from dora_ray.reporting.points import MAX_POINTS, describe_references, draw_points, percent
 from dora_ray.reporting.render import THUMBNAIL_WIDTH, Picture, duration, figure, render, shrink
 from dora_ray.reporting.svg import COLORS
 from dora_ray.training.records.journal import read_metrics
 from dora_ray.tuning.axes import SEED_KEY, keys_of_axis, value_at
 from dora_ray.tuning.baseline import read_baseline
+from dora_ray.tuning.interactions import interaction
 from dora_ray.tuning.progress import summarize_sweep
 from dora_ray.tuning.results import Row, read_csv, read_spec
 from dora_ray.tuning.space import SweepSpec
-from dora_ray.tuning.statistics import interaction, pareto
+from dora_ray.tuning.statistics import pareto
 
 # Of many points the page shows the best; the table has all of them.
-MAX_PICTURES, MAX_MAPS, MAX_MAP_VALUES = 24, 6, 8
+MAX_PICTURES = 24
 SHOWN_MEASURES = (
     "loss",
     "knn",
@@ -87,9 +88,9 @@ def sweep_page(folder: str) -> str:
         effects=[(key, _mark(_draw_effect(found, key))) for key in found.effects],
         importance=sorted(importance.items(), key=lambda entry: -entry[1]),
         importance_note=note,
-        maps=[(title, _mark(html)) for title, html in _maps(found)],
+        maps=_maps(found),
         **_curves(folder, found),
-        cost=_mark(_draw_cost(found)),
+        **_draw_cost(found),
         rays=_mark(_draw_rays(found)) if many and len(found.factors) > 1 else "",
         pictures=_pictures(folder, found),
         failed=[
@@ -145,18 +146,15 @@ def _draw_effect(found: Analysis, key: str) -> str:
     return charts.intervals(bars, title=f"change of {_unit(found)}", label=said, zero=True)
 
 
-def _observed(found: Analysis, key: str) -> set[str]:
-    return {str(found.value_of(key)(point)) for point in found.comparison.points}
-
-
-def _maps(found: Analysis) -> list[tuple[str, str]]:
-    few = [key for key in found.factors if len(_observed(found, key)) <= MAX_MAP_VALUES]
+def _maps(found: Analysis) -> list[tuple[str, str, Markup]]:
+    """Heat maps of pairs of factors: title, what they show in words, drawing."""
     drawn = []
-    for first, second in list(combinations(few, 2))[:MAX_MAPS]:
+    for first, second in factor_pairs(found):
         cells = interaction(found.observations, found.value_of(first), found.value_of(second))
         scaled = {pair: percent(found) * mean for pair, mean in cells.items()}
         names = " and ".join(key.rsplit(".", 1)[-1] for key in (first, second))
-        drawn.append((names, charts.heat_map(scaled, rows=first, columns=second, metric=found.spec.metric)))
+        html = charts.heat_map(scaled, rows=first, columns=second, metric=found.spec.metric)
+        drawn.append((names, describe_interaction(found, first, second), _mark(html)))
     return drawn
 
 
@@ -194,18 +192,25 @@ def _groups(rows: Sequence[Row], key: str) -> tuple[dict[str, int], list[str]]:
     return {row.name: order[str(value_at(row.values, key))] for row in rows}, words
 
 
-def _draw_cost(found: Analysis) -> str:
-    cost = costs(found)
-    both: dict[Hashable, tuple[float, float]] = {
-        point: (cost[point], percent(found) * estimate.value)
-        for point, estimate in found.comparison.points.items()
-        if point in cost
-    }
-    if len(both) < 2:
-        return ""
+def _costed(found: Analysis) -> list[Costed]:
+    """The points whose cost is known, best first."""
+    cost, scale = costs(found), percent(found)
+    known = {point: estimate for point, estimate in found.comparison.points.items() if point in cost}
+    both = {point: (cost[point], estimate.value) for point, estimate in known.items()}
     front = set(pareto(both, mode=found.spec.mode))
-    points = {found.label(point): (*place, point in front) for point, place in both.items()}
-    return charts.cost_and_quality(points, metric=_unit(found), cost="worker seconds a trial")
+    return [
+        Costed(found.label(point), cost[point], scale * estimate.value, scale * estimate.half, point in front)
+        for point, estimate in known.items()
+    ]
+
+
+def _draw_cost(found: Analysis) -> dict[str, Any]:
+    """Cost against quality, and the names of the points that none beats in both."""
+    points = _costed(found)
+    if len(points) < 2:
+        return {"cost": "", "front": []}
+    html = charts.cost_and_quality(points, metric=_unit(found), cost="worker seconds a trial")
+    return {"cost": _mark(html), "front": [point.label for point in front_of(points)]}
 
 
 def _draw_rays(found: Analysis) -> str:

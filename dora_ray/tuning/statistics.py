@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,7 @@ def share_half(share: float, total: int) -> float:
     return z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
 
 
-class _Model:
+class Model:
     """Least squares of points and seeds.
 
     Attributes:
@@ -162,7 +162,7 @@ def compare(observations: Sequence[Observation], *, mode: str) -> Comparison:
     """
     if not observations:
         return Comparison({}, {}, (), repeated=False)
-    model = _Model(observations)
+    model = Model(observations)
     variance, degrees = model.point_variance()
     factor = t_quantile(0.5 + LEVEL / 2, degrees)
     means = {
@@ -201,21 +201,19 @@ def effects(
     for name, value_of in factors.items():
         values = [value_of(found.point) for found in observations]
         first = len(columns)
-        distinct = _distinct(values)
-        if len(distinct) < 2:
+        levels = distinct(values)
+        if len(levels) < 2:
             continue
-        if _is_line(distinct):
+        if _is_line(levels):
             scaled = _scale(values)
             columns.append(scaled - scaled.mean())
-            ends = (min(distinct), float(columns[-1].min())), (max(distinct), float(columns[-1].max()))
+            ends = (min(levels), float(columns[-1].min())), (max(levels), float(columns[-1].max()))
             told[name] = [(value, {first: place}) for value, place in ends]
             continue
-        shares = [np.array([value == one for value in values], float) for one in distinct]
+        shares = [np.array([value == one for value in values], float) for one in levels]
         columns += [share - shares[-1] for share in shares[:-1]]
-        last = {first + index: -1.0 for index in range(len(distinct) - 1)}
-        told[name] = [(value, {first + index: 1.0}) for index, value in enumerate(distinct[:-1])] + [
-            (distinct[-1], last)
-        ]
+        last = {first + index: -1.0 for index in range(len(levels) - 1)}
+        told[name] = [(value, {first + index: 1.0}) for index, value in enumerate(levels[:-1])] + [(levels[-1], last)]
     return _levels(observations, columns, told) if columns else {}
 
 
@@ -224,7 +222,7 @@ def _levels(
     columns: list[np.ndarray],
     told: Mapping[str, list[tuple[Any, dict[int, float]]]],
 ) -> dict[str, list[Level]]:
-    pure = _Model(observations)
+    pure = Model(observations)
     values = pure.values
     seeds = pure.design[:, len(pure.points) :]
     design = np.column_stack([*columns, seeds])
@@ -247,7 +245,8 @@ def _levels(
     return result
 
 
-def _distinct(values: Sequence[Any]) -> list[Any]:
+def distinct(values: Sequence[Any]) -> list[Any]:
+    """Return each value once, numbers by size."""
     found = list({str(value): value for value in values}.values())
     numbers = all(_is_number(value) for value in found)
     return sorted(found) if numbers else found
@@ -257,8 +256,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_line(distinct: Sequence[Any]) -> bool:
-    return len(distinct) > 8 and all(_is_number(value) for value in distinct)
+def _is_line(levels: Sequence[Any]) -> bool:
+    return len(levels) > 8 and all(_is_number(value) for value in levels)
 
 
 def _scale(values: Sequence[Any]) -> np.ndarray:
@@ -266,16 +265,6 @@ def _scale(values: Sequence[Any]) -> np.ndarray:
     numbers = np.array(values, float)
     wide = numbers.min() > 0 and numbers.max() / numbers.min() >= 10
     return np.log(numbers) if wide else numbers
-
-
-def interaction(
-    observations: Sequence[Observation], first: Callable[[Hashable], Any], second: Callable[[Hashable], Any]
-) -> dict[tuple[Any, Any], float]:
-    """Return the mean figure of each pair of values of two factors."""
-    cells: dict[tuple[Any, Any], list[float]] = {}
-    for found in observations:
-        cells.setdefault((first(found.point), second(found.point)), []).append(found.value)
-    return {pair: fmean(values) for pair, values in cells.items()}
 
 
 def pareto(points: Mapping[Hashable, tuple[float, float]], *, mode: str) -> list[Hashable]:

@@ -104,6 +104,7 @@ def test_what_moves_the_metric_is_important(seeds):
     shares, how = importances(_crossed(seeds))
     assert shares["tracking.num_objects"] > 0.9
     assert ("PED-ANOVA" in how) == (seeds == 3)
+    assert "The effect of tracking.num_iterations is not told apart from none" in how
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02])

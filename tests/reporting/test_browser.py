@@ -26,6 +26,24 @@ DRAWN = """
             width: window.document.documentElement.scrollWidth, inner: window.innerWidth,
             nameless: [...window.document.querySelectorAll('svg.plot:not([aria-label]), img:not([alt])')].length};
 """
+CROWDED = """
+    const found = [];
+    for (const plot of window.document.querySelectorAll('svg.plot')) {
+        const outer = plot.getBoundingClientRect();
+        const all = [...plot.querySelectorAll('text')];
+        const texts = all.map((text) => [text.textContent, text.getBoundingClientRect()]);
+        texts.forEach(([words, box], index) => {
+            if (box.left < outer.left - 1 || box.right > outer.right + 1 || box.bottom > outer.bottom + 1)
+                found.push(`${words} is cut off`);
+            for (const [other, next] of texts.slice(index + 1)) {
+                const wide = Math.min(box.right, next.right) - Math.max(box.left, next.left);
+                const tall = Math.min(box.bottom, next.bottom) - Math.max(box.top, next.top);
+                if (wide > 1 && tall > 3) found.push(`${words} and ${other} overlap`);
+            }
+        });
+    }
+    return found;
+"""
 SORTED = """
     const table = window.document.getElementById('trials');
     const names = [...table.tHead.rows[0].cells].map((cell) => cell.textContent.trim());
@@ -83,6 +101,13 @@ def test_a_sweeps_page_is_drawn_whole_on_wide_and_narrow_screens(page, tmp_path,
     assert (found["empty"], found["nameless"]) == (0, 0)
     assert found["inner"] == width
     assert found["width"] <= width, "the page itself never scrolls sideways"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_words_in_a_drawing_overlap_or_are_cut_off(page, tmp_path, width):
+    found, console = ask(page, CROWDED, tmp_path, width=width)
+    assert console == []
+    assert found == []
 
 
 @pytest.mark.parametrize("width", [1200, 390])

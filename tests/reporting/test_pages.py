@@ -192,6 +192,24 @@ def test_a_sweeps_page_and_text_share_out_effects_and_not_noise(tmp_path, moves)
     assert bool(re.search(r"Importance: `tracking\.num_objects` \d+ %", markdown)) == moves
 
 
+@pytest.mark.parametrize("act", [True, False])
+def test_a_sweeps_page_and_text_say_whether_factors_act_on_each_other(tmp_path, act):
+    rng = random.Random(0)
+    space = {"tracking.num_objects": [1, 6], "tracking.num_iterations": [0, 30]}
+
+    def figure(trial):
+        both = trial.values == trial.values | {"tracking.num_objects": 6, "tracking.num_iterations": 30}
+        return 0.3 + 0.1 * act * both + 0.005 * rng.gauss(0, 1)
+
+    write_crossed(tmp_path / "sweep", space, {"knn": figure})
+    page = " ".join(read_page(report(tmp_path / "sweep")).texts)
+    said = "The two act on each other: num_iterations 30 over 0 adds" if act else "No interaction is shown: num_iter"
+    for text in (page, (tmp_path / "sweep" / "report.md").read_text(encoding="utf-8")):
+        assert said in text
+        if act:
+            assert re.search(r"adds (9|10)\.\d ± 1\.\d points more knn at num_objects 6 than at num_objects 1\.", text)
+
+
 def test_the_environment_does_not_name_the_kernels_release():
     assert platform.system() in describe_machine()["machine"]
     assert platform.release() not in " ".join(describe_machine().values())

@@ -11,22 +11,11 @@ from dora_ray.tuning.statistics import (
     Observation,
     compare,
     effects,
-    interaction,
     pareto,
     share_half,
     t_quantile,
 )
-
-
-def _sweep(rng, truth, *, seeds, noise, shared, missing=0):
-    """Trials of points with known means; what a seed adds is the same for all points."""
-    common = rng.normal(0, shared, seeds)
-    found = [
-        Observation(point, seed, mean + common[seed] + rng.normal(0, noise))
-        for point, mean in truth.items()
-        for seed in range(seeds)
-    ]
-    return [found[index] for index in sorted(rng.permutation(len(found))[missing:])]
+from tests.tuning.observations import made_up
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 20, 200])
@@ -42,7 +31,7 @@ def test_intervals_of_points_and_differences_cover(seeds, shared, missing):
     truth = {(k, t): 0.2 + 0.01 * k - t for k in (1, 3, 6) for t in (0.0, 0.02)}
     means, differences = [], []
     for _ in range(400):
-        found = compare(_sweep(rng, truth, seeds=seeds, noise=0.02, shared=shared, missing=missing), mode="max")
+        found = compare(made_up(rng, truth, seeds=seeds, noise=0.02, shared=shared, missing=missing), mode="max")
         means += [estimate.low <= truth[point] <= estimate.high for point, estimate in found.points.items()]
         best = next(iter(found.points))
         # A fixed pair: that of the best is chosen by the noise itself.
@@ -64,7 +53,7 @@ def test_intervals_of_effects_cover_also_where_factors_interact(shared):
     of_k = {k: np.mean([truth[k, t] for t in (0, 1)]) - np.mean(list(truth.values())) for k in levels}
     covered = []
     for _ in range(400):
-        found = _sweep(rng, truth, seeds=4, noise=0.02, shared=shared)
+        found = made_up(rng, truth, seeds=4, noise=0.02, shared=shared)
         told = effects(found, {"k": lambda point: point[0], "t": lambda point: point[1]})
         covered += [level.effect.low <= of_k[level.value] <= level.effect.high for level in told["k"]]
         assert sum(level.effect.value for level in told["k"]) == pytest.approx(0, abs=1e-9)
@@ -77,7 +66,7 @@ def test_a_drawn_factor_is_a_line_between_its_ends():
     for _ in range(300):
         rates = 10 ** rng.uniform(-4, -2, 12)
         truth = {rate: 0.1 * np.log10(rate) for rate in rates}
-        told = effects(_sweep(rng, truth, seeds=1, noise=0.02, shared=0), {"lr": lambda point: point})
+        told = effects(made_up(rng, truth, seeds=1, noise=0.02, shared=0), {"lr": lambda point: point})
         low, high = told["lr"]
         assert (low.value, high.value) == (min(rates), max(rates))
         covered.append(abs(high.effect.value - truth[high.value] + np.mean(list(truth.values()))) <= high.effect.half)
@@ -90,7 +79,7 @@ def test_no_winner_among_equals(points, seeds):
     rng = np.random.default_rng(points)
     named = 0
     for _ in range(300):
-        found = _sweep(rng, dict.fromkeys(range(points), 0.25), seeds=seeds, noise=0.02, shared=0.01)
+        found = made_up(rng, dict.fromkeys(range(points), 0.25), seeds=seeds, noise=0.02, shared=0.01)
         named += compare(found, mode="max").winner is not None
     assert named <= 300 * 0.01 + 3, "one in a hundred sweeps of equals, and chance"
 
@@ -105,9 +94,9 @@ def test_equal_figures_never_have_a_winner(points, value):
 
 def test_a_clear_winner_is_named_and_close_ones_are_listed():
     rng = np.random.default_rng(0)
-    found = compare(_sweep(rng, {"a": 0.2, "b": 0.5}, seeds=4, noise=0.01, shared=0.02), mode="max")
+    found = compare(made_up(rng, {"a": 0.2, "b": 0.5}, seeds=4, noise=0.01, shared=0.02), mode="max")
     assert (found.winner, found.tied) == ("b", ())
-    found = compare(_sweep(rng, {"a": 0.2, "b": 0.2, "c": 0.9}, seeds=4, noise=0.01, shared=0.0), mode="min")
+    found = compare(made_up(rng, {"a": 0.2, "b": 0.2, "c": 0.9}, seeds=4, noise=0.01, shared=0.0), mode="min")
     assert found.winner is None
     assert set(found.tied) < {"a", "b"}
     assert list(found.points)[-1] == "c"
@@ -125,12 +114,6 @@ def test_one_seed_has_no_interval_and_no_winner():
 def test_an_image_interval_is_wilsons():
     low, high = stats.binomtest(50, 200).proportion_ci(method="wilson")
     assert share_half(0.25, 200) == pytest.approx((high - low) / 2)
-
-
-def test_interactions_are_means_of_cells():
-    found = [Observation((k, t), seed, k + t + seed) for k in (1, 2) for t in (0, 5) for seed in (0, 1)]
-    cells = interaction(found, lambda point: point[0], lambda point: point[1])
-    assert cells == {(1, 0): 1.5, (1, 5): 6.5, (2, 0): 2.5, (2, 5): 7.5}
 
 
 def test_the_front_holds_what_nothing_beats():
