@@ -1,4 +1,4 @@
-"""Measurements of our path beside a naive one, in one process: `dora-ray bench step` and `dora-ray bench data`.
+"""Benchmarks against a naive path in the same process: `dora-ray bench step` and `dora-ray bench data`.
 
-Machines differ and are shared, so what counts is the ratio of the two paths, taken in turns.
+Machines differ and are shared, so the figure to compare is the ratio of the two paths, which take turns.
 """

@@ -12,13 +12,13 @@ from dora_ray.cluster.starting import SYSTEM_CONFIG
 
 CORES = 2
 STORE_BYTES = 2 * 2**30
-# Titles of processes that run tasks: idle, or named after an operator of Ray Data.
+# Titles of processes that run tasks: idle, or named after a Ray Data operator.
 TASKS = ("IDLE", "Map", "Read", "_read_elsewhere")
 
 
 @contextmanager
 def cluster() -> Iterator[None]:
-    """The cluster that this process is connected to, or one of CORES CPUs that ends with the block."""
+    """Use the connected cluster, or start one of CORES CPUs that ends with the block."""
     import ray
 
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -41,11 +41,11 @@ def cluster() -> Iterator[None]:
 
 
 def _processes() -> Iterator[Any]:
-    """Return this process and all processes of the Ray cluster that it started."""
+    """Yield this process and all processes of the Ray cluster that it started."""
     import ray
 
     assert ray.is_initialized()
-    # Ray brings psutil along.
+    # psutil comes with Ray.
     import psutil
 
     this = psutil.Process()
@@ -53,7 +53,7 @@ def _processes() -> Iterator[Any]:
 
 
 def cpu_of_all() -> float:
-    """CPU seconds so far of this process and of the whole Ray cluster below it: workers, raylet, head."""
+    """Return the CPU seconds so far of this process and of its whole Ray cluster: workers, raylet, head."""
     import psutil
 
     total = 0.0
@@ -65,7 +65,7 @@ def cpu_of_all() -> float:
 
 
 def memory_by_role() -> dict[str, list[float]]:
-    """Memory in MB of each process, by its part in the cluster; pages of the object store do not count."""
+    """Return the private memory of each process in MB, by role; object store pages are excluded."""
     import psutil
 
     found: dict[str, list[float]] = defaultdict(list)
@@ -79,7 +79,7 @@ def memory_by_role() -> dict[str, list[float]]:
 
 
 def role_of(words: list[str]) -> str | None:
-    """Name a process by its command line: an actor's class, `task`, or the program; None: it starts or ends."""
+    """Return a process's role by its command line: actor class, `task`, or program; None while it starts or ends."""
     title = " ".join(words).strip()
     if not title or "default_worker.py" in title:
         return None

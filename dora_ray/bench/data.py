@@ -1,10 +1,10 @@
-"""Reading clips from the frame store beside the loader that opens the video anew for every clip.
+"""Clips read from the frame store, compared with a loader that opens the video for every clip.
 
-All read 8-frame clips, 1 s apart, of one generated 4K H.264 film, in one process, and are compared by CPU seconds,
-which other processes disturb less than time. The reference loader works as the method's released code did: open the
-file, seek and decode at full size, crop in float, and augment each frame with PIL; it is written anew here.
+All paths read 8-frame clips, 1 s apart, of one generated 4K H.264 film in one process. They are compared by CPU
+seconds, which other processes disturb less than wall time. The reference loader works like the method's released code:
+open the file, seek, decode at full size, crop in float, and augment each frame with PIL. It is written from scratch.
 
-Ingest's decoding is put beside plain decoding, of VP9 and AV1 films too.
+The decoding of the ingest is compared with plain decoding, also for VP9 and AV1 films.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from dora_ray.video.index import VideoIndex, index_video
 
 WIDTH, HEIGHT, RATE, GROUP_SIZE = 3840, 2160, 60, 250
 SECONDS = 10
-# Of the films whose decoding alone is measured: their encoders are slow.
+# Films of which only decoding is measured; they are short because their encoders are slow.
 OTHER_CODECS, OTHER_SECONDS = ("vp9", "av1"), 2
-# What one H100 could train on at best, clips a second.
+# Upper bound of the clips per second that one H100 can train on.
 CLIPS_A_GPU = 300
 
 
 def run(*, quick: bool) -> dict[str, Any]:
-    """Clips and frames a core-second of every path, memory and bytes, on one film.
+    """Measure clips and frames per core-second of every path, memory and bytes, on one film.
 
     Args:
-        quick: one clip of the reference loader; otherwise three, and decoding alone of films in other codecs.
+        quick: one clip of the reference loader, and H.264 only; otherwise three clips, and all codecs.
     """
     torch.set_num_threads(1)
     size: dict[str, Any] = {
@@ -89,7 +89,7 @@ def run(*, quick: bool) -> dict[str, Any]:
 
 
 def _report(facts: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """The facts with, for each path's CPU seconds a clip, its rate, its ratio and the cores that feed a GPU."""
+    """Return the facts with each path's rate, its ratio and the cores that feed a GPU, from CPU seconds per clip."""
     rates = {f"{name}_clips_per_core_second": 1 / value for name, value in seconds.items()}
     ratios = {"store_ratio": seconds["reference"] / seconds["store"]}
     cores = {f"{name}_decode_cores_a_gpu": CLIPS_A_GPU * value for name, value in seconds.items()}
@@ -103,11 +103,11 @@ def _cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _decoding(path: str, config: Config) -> tuple[list[DecodedFrame], dict[str, float]]:
-    """Measure the frames that an ingest and a plain decoder handle in a core-second; also return the kept frames."""
+    """Measure frames per core-second of the ingest and of a plain decoder; also return the kept frames."""
     index = index_video(path)
     ingest, frames = _cpu_seconds(lambda: decode_frames(index, config))
     plain, other = _plain_decoder()[1](path), _decord_seconds(index, config)
-    # Ingest ends at the last kept frame.
+    # The ingest stops at the last kept frame.
     through = np.searchsorted(index.pts, frames[-1].pts, side="right")
     return frames, {
         "ingest_frames_per_core_second": float(through) / ingest,
@@ -117,7 +117,7 @@ def _decoding(path: str, config: Config) -> tuple[list[DecodedFrame], dict[str, 
 
 
 def _decord_seconds(index: VideoIndex, config: Config) -> float:
-    """CPU seconds that decord takes for the same frames; 0 where it is not installed, or refused for the film."""
+    """Return decord's CPU seconds for the same frames; 0 if it is not installed, or refuses the film."""
     try:
         decoder = get_decoder("decord")
     except ConfigError:
@@ -129,7 +129,7 @@ def _decord_seconds(index: VideoIndex, config: Config) -> float:
 
 
 def _writing(frames: list[DecodedFrame], config: Config) -> dict[str, float]:
-    """CPU milliseconds of a kept frame's JPEG, and of its way into the store; its signature is in neither."""
+    """Return CPU milliseconds of a kept frame's JPEG encoding and of its write; the signature is in neither."""
     quality = config.data.jpeg_quality
     coding, _ = _cpu_seconds(lambda: [simplejpeg.encode_jpeg_yuv_planes(f.y, f.u, f.v, quality) for f in frames])
     rows = [datasets.frame_row(frame, segment=0, jpeg_quality=quality) for frame in frames]
@@ -141,7 +141,7 @@ def _writing(frames: list[DecodedFrame], config: Config) -> dict[str, float]:
 
 
 def _store_seconds(config: Config, video: StoredVideo) -> tuple[float, int]:
-    """CPU seconds of a clip from the store, and its stored bytes."""
+    """Return the CPU seconds of a clip from the store, and its stored bytes."""
     plan = make_plan(config, [video])
     contents = StoredContents(plan, [video])
     keys = [contents.key(step, 0) for step in range(4)]
@@ -159,9 +159,9 @@ def _box(
 
 
 def _reference_seconds(path: str, config: Config, *, seed: int) -> dict[str, float]:
-    """CPU seconds of one clip, part by part, the released way.
+    """Return the CPU seconds of one clip's parts in the released code's way.
 
-    The clip begins in the middle of a group of pictures: the average case of what must be decoded before it.
+    The clip begins in the middle of a group of pictures, the average case for the frames to decode before it.
     """
     rng = np.random.default_rng(seed)
     clip, crops = config.clip, config.crops
@@ -175,7 +175,7 @@ def _reference_seconds(path: str, config: Config, *, seed: int) -> dict[str, flo
 
 
 def _decode_at_full_size(path: str, start: float, num_frames: int, stride_seconds: float) -> list[np.ndarray]:
-    """Open the file, seek to the key frame before the clip, and decode through to its last frame."""
+    """Open the file, seek to the key frame before the clip, and decode up to its last frame."""
     wanted = [start + i * stride_seconds for i in range(num_frames)]
     frames: list[np.ndarray] = []
     with av.open(path) as container:
@@ -192,7 +192,7 @@ def _decode_at_full_size(path: str, start: float, num_frames: int, stride_second
 
 
 def _crop_in_float(frames: list[np.ndarray], box: np.ndarray, size: int) -> torch.Tensor:
-    """All frames to float at full size, then cut out and resized: (T, 3, S, S) in [0, 255]."""
+    """Convert all frames to float at full size, then crop and resize: (T, 3, S, S) in [0, 255]."""
     clip = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float()
     top, left, height, width = (int(number) for number in box)
     cut: torch.Tensor = v2.functional.resized_crop(clip, top, left, height, width, [size, size], antialias=False)
@@ -200,7 +200,7 @@ def _crop_in_float(frames: list[np.ndarray], box: np.ndarray, size: int) -> torc
 
 
 def _augment_with_pil(clip: torch.Tensor, config: Config) -> list[Image.Image]:
-    """A global view and the local views of each frame, one picture at a time."""
+    """Return a global view and the local views of each frame, one picture at a time."""
     crops = config.crops
     color = [
         v2.RandomApply([v2.ColorJitter(*crops.jitter)], p=crops.jitter_probability),
@@ -214,7 +214,7 @@ def _augment_with_pil(clip: torch.Tensor, config: Config) -> list[Image.Image]:
 
 
 def _plain_decoder() -> tuple[str, Callable[[str], float]]:
-    """Name a program that only decodes a file, in one thread, and return the function that gives its CPU seconds."""
+    """Return the name of a single-threaded decode-only program, and a function that measures its CPU seconds."""
     binary = shutil.which("ffmpeg") or _packaged_ffmpeg()
     if binary is None:
         return "PyAV (no ffmpeg found)", lambda path: _cpu_seconds(lambda: _decode_only(path))[0]
@@ -224,7 +224,7 @@ def _plain_decoder() -> tuple[str, Callable[[str], float]]:
 
 
 def _packaged_ffmpeg() -> str | None:
-    """The executable of the package imageio-ffmpeg, where somebody installed it."""
+    """Return the executable of the package imageio-ffmpeg, if installed."""
     try:
         return str(importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe())
     except (ImportError, RuntimeError):

@@ -1,6 +1,6 @@
-"""Test films: made once, kept in the user's cache, and looped without another encoding.
+"""Test films, encoded once, cached, and looped without re-encoding.
 
-The decoder cannot tell a loop from new content, so a long film costs the encoding of its first seconds.
+A decoder cannot distinguish a loop from new content, so a long film costs only the encoding of its first seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dora_ray.video.decoders import DecodedFrame, get_decoder
 from dora_ray.video.index import VideoIndex, index_video
 from dora_ray.video.synthetic import make_video
 
-# Encoders and their options, quick ones; None: those of `make_video`.
+# Fast encoders and their options; None: those of `make_video`.
 ENCODERS: dict[str, tuple[str, dict[str, str] | None]] = {
     "h264": ("libx264", None),
     "vp9": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "30"}),
@@ -48,7 +48,7 @@ def film(
     loops: int = 1,
     codec: str = "h264",
 ) -> str:
-    """Path of a film, in a codec of ENCODERS, of `loops` times the same `seconds`, made unless it is there."""
+    """Return the path of a film of `loops` times the same `seconds`, encoding it if missing; see ENCODERS."""
     encoder, options = ENCODERS[codec]
     name = f"{width}x{height}-{frames_per_second}-{seconds}s-gop{group_size}" + ("" if codec == "h264" else f"-{codec}")
     once = cache_folder() / f"{name}.mp4"
@@ -77,7 +77,7 @@ def film(
 
 
 def _loop(source: Path, target: Path, loops: int) -> None:
-    """Copy the packets `loops` times, one after the other in time."""
+    """Copy the packets `loops` times, with increasing timestamps."""
     with av.open(str(target), "w") as writer:
         copy = None
         for turn in range(loops):
@@ -94,13 +94,13 @@ def _loop(source: Path, target: Path, loops: int) -> None:
 
 
 def decode_frames(index: VideoIndex, config: Config) -> list[DecodedFrame]:
-    """The kept frames of a video, decoded and scaled."""
+    """Return the kept frames of a video, decoded and scaled."""
     wanted = index.pts[index.kept_frames(config.data.frames_per_second)].tolist()
     return list(get_decoder(config.data.decoder).decode(index, wanted, short_side=config.data.short_side))
 
 
 def write_store(index: VideoIndex, frames: Sequence[DecodedFrame], config: Config, store: str) -> StoredVideo:
-    """Bring frames into a new store, in this process and without Ray, and open it."""
+    """Write frames to a new store in this process, without Ray, and open it."""
     data = config.data
     form = frame_format(data)
     uri = frame_store.dataset_uri(store, index.video_id, form)
@@ -113,7 +113,7 @@ def write_store(index: VideoIndex, frames: Sequence[DecodedFrame], config: Confi
 
 
 def film_inputs(config: Config, path: str, store: str) -> Inputs:
-    """Plan and contents of a run over one film, brought into a new store."""
+    """Return the plan and contents of a run over one film, written to a new store."""
     index = index_video(path)
     video = write_store(index, decode_frames(index, config), config, store)
     plan = make_plan(config, [video])

@@ -1,4 +1,4 @@
-"""Memory of a long stream of small slots: how every process of the cluster grows, by name.
+"""Memory growth over a long stream of small slots, for every process of the cluster by role.
 
 `python -m dora_ray.bench.growth SLOTS [SLOTS_A_TASK]` prints a table; `dora-ray bench stream` runs a shorter one.
 """
@@ -23,7 +23,7 @@ from dora_ray.training.inputs import Inputs
 FILM: dict[str, Any] = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 SLOTS_PER_TASK = 16
 SAMPLE_SECONDS = 5.0
-# The start of processes and the filling of caches are not growth.
+# Process start and cache warm-up do not count as growth.
 SETTLED_SHARE = 0.2
 MILLION = 1e6
 
@@ -33,7 +33,7 @@ class Growth:
     """Samples of every process's memory over a stream.
 
     Attributes:
-        slots: taken by then.
+        slots: slots taken at each sample.
         memory: MB of each role's largest process.
     """
 
@@ -41,12 +41,12 @@ class Growth:
     memory: list[dict[str, float]] = field(default_factory=list)
 
     def sample(self, slots: int) -> None:
-        """Look at all processes."""
+        """Sample the memory of all processes."""
         self.slots.append(slots)
         self.memory.append({role: max(sizes) for role, sizes in memory_by_role().items()})
 
     def roles(self) -> dict[str, dict[str, float]]:
-        """For each role MB when settled, at the end, and at most, and the slope as MB over a million slots."""
+        """Return for each role the MB when settled, at the end and at most, and the slope in MB per million slots."""
         settled = int(np.searchsorted(self.slots, SETTLED_SHARE * self.slots[-1]))
         found = {}
         for role in sorted({role for sample in self.memory for role in sample}):
@@ -62,14 +62,14 @@ class Growth:
 
 
 def small_inputs(store: str) -> Inputs:
-    """Inputs whose slots are read in about a millisecond."""
+    """Return inputs whose slots take about a millisecond to read."""
     words = ("clip.avoid_cuts=false", "clip.num_frames=2", "crops.clip_size=32", "data.short_side=64")
     config = load_config("paper", *words, "optim.clips_per_slot=1", "optim.slots=8")
     return film_inputs(config, film(**FILM), store)
 
 
 def measure(inputs: Inputs, slots: int, *, slots_per_task: int = SLOTS_PER_TASK) -> tuple[Growth, float]:
-    """Take a stream's slots as one rank does; return its samples and slots a second."""
+    """Consume a stream's slots as one rank would; return the samples and slots per second."""
     import ray
 
     from dora_ray.clips.dataset import StreamSettings, deal, make_clips
@@ -115,7 +115,7 @@ def measure(inputs: Inputs, slots: int, *, slots_per_task: int = SLOTS_PER_TASK)
 
 
 def main(slots: int, slots_per_task: int = SLOTS_PER_TASK) -> None:
-    """Measure, and write the table."""
+    """Measure, and print the table."""
     with tempfile.TemporaryDirectory() as store, cluster():
         growth, rate = measure(small_inputs(store), slots, slots_per_task=slots_per_task)
     sys.stdout.write(f"{growth.slots[-1]:,} slots, {slots_per_task} a task, {rate:.0f} slots/s; MB\n")

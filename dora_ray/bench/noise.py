@@ -1,4 +1,4 @@
-"""Refusal of figures that a busy machine measured too unevenly."""
+"""Rejection of measurements that a busy machine made too uneven."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 TOO_NOISY = "too noisy"
 # On an idle machine the median of five rounds is a few per cent above the fastest.
 MOST_NOISE = 0.25
-# A setting, for all its name.
+# A setting, despite its name.
 KEEP_SHARE = "packed_keep_share"
 
 
 def noise(seconds: Sequence[float]) -> float:
-    """Time by which the median round exceeds the fastest, as a share of the fastest."""
+    """Return by how much the median round exceeds the fastest, as a share of the fastest."""
     return statistics.median(seconds) / min(seconds) - 1.0
 
 
 def noisy_paths(seconds: Mapping[str, Sequence[float]]) -> set[str]:
-    """Return the names of paths that were timed too unevenly to be compared."""
+    """Return the names of paths timed too unevenly to be compared."""
     return {name for name, values in seconds.items() if noise(values) > MOST_NOISE}
 
 
 def refuse(result: Mapping[str, Any], noisy: Collection[str]) -> dict[str, Any]:
-    """Replace comparisons that mean nothing by "too noisy".
+    """Replace meaningless comparisons by "too noisy".
 
-    A speed-up or a share compares "ours" with another path. It means nothing when either was timed unevenly, nor when a
+    A speed-up or a share compares "ours" with another path. It is meaningless if either was timed unevenly, or if a
     share is not between 0 and 1.
 
     Args:
         result: figures by name. `NAME_speedup` compares with path NAME, `speedup` with "reference".
-        noisy: paths that were timed unevenly.
+        noisy: paths timed unevenly.
     """
     return {name: TOO_NOISY if _is_refused(name, value, noisy) else value for name, value in result.items()}
 

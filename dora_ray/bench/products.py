@@ -1,4 +1,4 @@
-"""Matrix products of a piece of work: their shapes, and the time that they alone take."""
+"""Matrix products of a piece of work: their shapes, and the time that they take alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_ray.method.parts import watched
 
-# (batch, m, k, n, type): so many products of (m, k) with (k, n).
+# (batch, m, k, n, type): batched products of (m, k) with (k, n).
 Product = tuple[int, int, int, int, torch.dtype]
 REPEATS = 3
-# Numbers: 16 bytes in half precision.
+# Row alignment in elements: 16 bytes in half precision.
 ROW_MULTIPLE = 8
 
 
@@ -26,33 +26,33 @@ class Products:
     """Counts of products by shape.
 
     Attributes:
-        counts: how often each was computed.
+        counts: number of times that each was computed.
     """
 
     counts: Counter[Product] = field(default_factory=Counter)
 
     @property
     def flops(self) -> int:
-        """Operations of all of them: 2 for each multiplication and addition."""
+        """Operations of all products: 2 per multiply-add."""
         return sum(2 * b * m * k * n * count for (b, m, k, n, _), count in self.counts.items())
 
     def by_type(self) -> dict[torch.dtype, Products]:
-        """The products of each type of number."""
+        """Return the products of each number type."""
         found: dict[torch.dtype, Products] = defaultdict(Products)
         for product, count in self.counts.items():
             found[product[-1]].counts[product] = count
         return dict(found)
 
     def seconds(self, device: torch.device) -> float:
-        """Time all of them one after the other, with nothing between them; matrices lie as they are multiplied."""
+        """Time all products back to back, in the memory layout in which they are multiplied."""
         return sum(_seconds(product, count, device) for product, count in self.counts.items())
 
 
 def record(work: Callable[[], Any]) -> Products:
     """Record the products that `work` computes, except those that resample views.
 
-    Fused attention counts as the plain products that it is made of: two forward and four backward, but not the logits
-    that its backward computes again.
+    Fused attention counts as its plain products: two forward and four backward, without the logits that its backward
+    recomputes.
     """
     products = Products()
     recorder = _Recorder(products.counts)
@@ -62,18 +62,18 @@ def record(work: Callable[[], Any]) -> Products:
 
 
 def square_flops_per_second(size: int, kind: torch.dtype, device: torch.device) -> float:
-    """The rate of one large square product."""
+    """Return the rate of one large square product."""
     return 2 * size**3 / min(_seconds((1, size, size, size, kind), 1, device) for _ in range(REPEATS))
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; a CPU is never ahead."""
+    """Wait for a GPU; a CPU has no queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class _Recorder(TorchDispatchMode):
-    """Intercepts every operator on its way to the device."""
+    """Intercepts every operator before it runs."""
 
     def __init__(self, counts: Counter[Product]) -> None:
         TorchDispatchMode.__init__(self)
@@ -82,7 +82,7 @@ class _Recorder(TorchDispatchMode):
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Told of every part of a step."""
+        """Track the current part of a step."""
         self._resamples = name == "augment"
         yield
         self._resamples = False
@@ -101,7 +101,7 @@ class _Recorder(TorchDispatchMode):
             backward = name.endswith("_backward")
             query, key = args[1:3] if backward else args[:2]
             heads, (m, d), n = query.shape[:-2].numel(), query.shape[-2:], key.shape[-2]
-            # The attention's logits, and its weights with the values; the backward has two products of each kind.
+            # Products of the logits, and of the weights with the values; the backward has two of each.
             for _ in range(2 if backward else 1):
                 self._count_shape(heads, m, d, n, query.dtype)
                 self._count_shape(heads, m, n, d, query.dtype)
@@ -120,9 +120,9 @@ def _matrices(batch: int, rows: int, columns: int, device: torch.device, kind: t
 
 
 def _seconds(product: Product, count: int, device: torch.device) -> float:
-    """Seconds of `count` products of one shape in a row, after one that is not counted.
+    """Return the seconds of `count` consecutive products of one shape, after a warm-up product.
 
-    Of drawn numbers, which cost a GPU more power than equal ones; rows begin where its fast kernels want them to.
+    Operands are random, since equal numbers draw less GPU power, and rows are aligned for the GPU's fast kernels.
     """
     batch, m, k, n, kind = product
     left, right = (_matrices(batch, *shape, device, kind).normal_() for shape in ((m, k), (k, n)))

@@ -1,4 +1,4 @@
-"""Time of a step's sum over two processes, in fixed point and in float32, which has half the bytes."""
+"""Time of a step's all-reduce over two processes, in fixed point and in float32, which has half the bytes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ TIMEOUT = timedelta(seconds=120)
 
 
 def all_reduce_seconds(sizes: Sequence[int]) -> dict[str, float]:
-    """Seconds of adding quantities over two processes of this machine and converting the sum back, the least of three.
+    """Return the seconds of an all-reduce over two local processes with the conversion back, the least of three.
 
-    The processes send over gloo, through this machine's memory. NCCL needs a GPU for each: it is used with two or more.
+    The processes use gloo over local memory. NCCL needs one GPU per process: it is used with two or more GPUs.
 
     Args:
         sizes: number of elements of each quantity.
@@ -63,7 +63,7 @@ def _seconds_of_rank(rank: int, *, sizes: list[int], store: str, gpus: bool, num
                 sums = SlotSums(
                     sizes, num_records=0, num_slots=NUM_RANKS, reduction=kind, exponents=exponents, device=device
                 )
-                # Both begin at once, the connections made.
+                # Both start together, with connections established.
                 distributed.all_reduce(torch.zeros(1, device=device))
                 synchronize(device)
                 started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The cost of a checkpoint: the snapshot in the step, and the steps beside which it is written."""
+"""Cost of a checkpoint: the snapshot within a step, and the slowdown of steps during the write."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ INTERVAL_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Written:
-    """One checkpoint.
+    """Measurement of one checkpoint.
 
     Attributes:
-        held: seconds that the snapshot kept the training waiting.
-        steps: seconds of each step from then on until it was written.
-        seconds: what writing took beside them.
+        held: seconds that the snapshot blocked training.
+        steps: seconds of each step during the write.
+        seconds: duration of the write.
     """
 
     held: float
@@ -35,15 +35,15 @@ class Written:
 
 
 class Saving:
-    """Steps with a checkpoint, as a training's rank 0 makes it.
+    """Steps with a checkpoint, written as rank 0 does in training.
 
-    One that is not measured is written at once: a process writes its first into memory that it never had.
+    An unmeasured checkpoint is written first, because a process's first write goes to fresh memory.
 
     Args:
-        step: does a step and gives its seconds.
-        state: what the step changes.
-        config: of the run.
-        folder: where the run's files go; how fast it is counts.
+        step: runs a step and returns its seconds.
+        state: state that the step changes.
+        config: configuration of the run.
+        folder: folder of the run's files; its speed counts.
 
     Attributes:
         written: a checkpoint for each call of `seconds`.
@@ -70,10 +70,10 @@ class Saving:
         self.written: list[Written] = []
 
     def seconds(self) -> float:
-        """Seconds of a snapshot and of all steps until it is written, one at least.
+        """Return the seconds of a snapshot and of all steps, at least one, until it is written.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the checkpoint could not be written.
         """
         held = self._begin()
         steps = [self._step()]
@@ -84,7 +84,7 @@ class Saving:
         return held + sum(steps)
 
     def _begin(self) -> float:
-        """Take a snapshot and start writing it; return the seconds that the snapshot took."""
+        """Take a snapshot and start writing it; return the seconds of the snapshot."""
         device = self._state.center.device
         synchronize(device)
         started = time.perf_counter()
@@ -96,16 +96,16 @@ class Saving:
 
 
 def cost(written: Sequence[Written], alone: Sequence[float]) -> dict[str, float]:
-    """Return what a checkpoint takes out of the training; medians.
+    """Return the cost of a checkpoint to training, as medians.
 
     Args:
         written: the checkpoints.
-        alone: seconds of a step without one, in each one's round.
+        alone: seconds of a step without a checkpoint, in the round of each checkpoint.
 
     Returns:
-        checkpoint_write_seconds, in the background; checkpoint_held_seconds, of the snapshot;
-        checkpoint_slowdown_seconds, by which the steps during the writing were longer, all together; and
-        checkpoint_share: the last two, of the 30 seconds from one checkpoint to the next.
+        checkpoint_write_seconds: duration of the background write; checkpoint_held_seconds: duration of the snapshot;
+        checkpoint_slowdown_seconds: total extra time of the steps during the write; checkpoint_share: the last two as
+        a share of the 30 seconds between checkpoints.
     """
     slower = [sum(one.steps) - len(one.steps) * step for one, step in zip(written, alone, strict=True)]
     lost = [one.held + more for one, more in zip(written, slower, strict=True)]

@@ -1,7 +1,7 @@
-"""The training step: views, forward, backward, exact sum and update, beside the same step with a naive forward.
+"""Training step (views, forward, backward, exact sum and update) compared with the same step with a naive forward.
 
-Works without Ray. The naive forward is `method.reference`: one for each frame and each view, all attention matrices
-kept, the loss one pair of outputs at a time. All else of the step is the same for both.
+Runs without Ray. The naive forward is `method.reference`: one pass for each frame and each view, all attention matrices
+kept, the loss one pair of outputs at a time. The rest of the step is identical.
 """
 
 from __future__ import annotations
@@ -28,79 +28,80 @@ from dora_ray.method.reference import reference_slot_forward
 from dora_ray.training.memory import estimate_memory_mb
 from dora_ray.training.numerics import has_fp8, prepare_torch
 
-# On a CPU a ViT-Ti/16 with a small head; on a GPU the recipe `paper` as it is.
+# A ViT-Ti/16 with a small head on a CPU; the unchanged recipe `paper` on a GPU.
 ON_CPU = ("model.name=vit_tiny_patch16_224", "head.num_outputs=4096", "optim.clips_per_slot=2")
 
-# Told before each measurement: how many are done, how many there are, and the next one's name.
+# Called before each measurement with the number done, the total, and the next one's name.
 Report = Callable[[int, int, str], None]
 
 
 def run(
     *, quick: bool, config: Config | None = None, device_name: str | None = None, report: Report | None = None
 ) -> dict[str, Any]:
-    """Seconds of a step: ours, with the options that save arithmetic, and the reference's; medians over rounds.
+    """Measure the seconds of a step: ours, with options that save arithmetic, and the reference; medians over rounds.
 
-    The paths take turns within a round. Whatever the recipe says of the cluster, a GPU is used where there is one.
+    The paths take turns within a round. A GPU is used if there is one, whatever the recipe says about the cluster.
 
     Args:
-        quick: two rounds, with one checkpoint, instead of five of each.
-        config: what to train; not given: the recipe `paper` on a GPU, ViT-Ti/16 with 4096 outputs and 2 clips on a CPU.
-        device_name: "cpu" or "cuda", to use that.
-        report: told of the progress.
+        quick: two rounds with one checkpoint, instead of five of each.
+        config: configuration to train; default: the recipe `paper` on a GPU, ViT-Ti/16 with 4096 outputs and 2 clips on
+            a CPU.
+        device_name: "cpu" or "cuda", to force the device.
+        report: callback for progress.
 
     Returns:
         seconds_per_step, reference_seconds_per_step, and noise: by how much the median round of ours exceeds the
         fastest, as a share.
 
-        Every comparison is a speed-up, more than 1 where something is gained. speedup: the reference's seconds over
-        ours. Of the options, ours over theirs: packed_speedup, at a keep share of 0.4; every_second_speedup, with the
-        mean of a step with objects and one without; bf16_teacher_speedup, where a GPU computes in float32;
-        fp8_teacher_speedup, where it has fp8; compiled_speedup, on a GPU.
+        Every comparison is a speed-up, above 1 if something is gained. speedup: the reference's seconds over ours. For
+        the options, ours over theirs: packed_speedup, at a keep share of 0.4; every_second_speedup, with the mean of a
+        step with objects and one without; bf16_teacher_speedup, on a GPU that computes in float32; fp8_teacher_speedup,
+        on a GPU with fp8; compiled_speedup, on a GPU.
 
-        tflop_per_step and matmul_share: what the products of networks and tracker take by themselves, one after the
-        other, over what the step of the same round takes, with several types of number also for each (on a GPU float32
-        beside bf16 is TF32);
-        square_matmul_share: what they would take at the rate of a large square product of their type;
-        timm_matmul_share: the same as matmul_share for timm's own ViT, see `yardstick`; compiled_matmul_share: for our
-        step compiled, on a GPU.
+        tflop_per_step and matmul_share: time of the networks' and the tracker's products alone, run back to back, over
+        the time of the step in the same round; with several number types also per type (on a GPU, float32 beside bf16
+        is TF32).
+        square_matmul_share: time that they would take at the rate of a large square product of their type.
+        timm_matmul_share: matmul_share of timm's own ViT, see `yardstick`; compiled_matmul_share: of our compiled step,
+        on a GPU.
 
-        Of checkpoints, see `saving.cost`; all_reduce_exact_seconds and all_reduce_float32_seconds, see
+        Checkpoint figures, see `saving.cost`; all_reduce_exact_seconds and all_reduce_float32_seconds, see
         `ranks.all_reduce_seconds`.
 
-        Of an option that this GPU or this torch cannot run, NAME_failed with the reason in place of its figures.
+        NAME_failed with the reason, in place of the figures of an option that this GPU or torch cannot run.
 
-        The seconds of the step's parts, augment_share of them (without the clips' upload), peak memory, clips a
-        second, and the setting.
+        Seconds of the step's parts, their augment_share (without the clips' upload), peak memory, clips per second, and
+        the setting.
 
-        Where the machine was too busy to compare, "too noisy" in place of a number, and a note; see `noise.refuse`.
+        If the machine was too busy to compare, "too noisy" in place of a number, and a note; see `noise.refuse`.
 
     Raises:
-        ConfigError: for "cuda" without a GPU.
+        ConfigError: "cuda" without a GPU.
     """
     config, device = _setting(config, device_name)
     prepare_torch(device, config.optim, deterministic=config.run.deterministic)
     timed = Timed(config, device)
     ours = functools.partial(timed.step, config, slot_forward)
-    # The first step of ours is the one whose products are written down.
+    # The first of our steps records the products.
     products = record(ours)
     reference = functools.partial(timed.step, config, reference_slot_forward)
-    # What a GPU's peaks are of has to be alone on it.
+    # Peak memory on a GPU must be measured with each path alone.
     peak = timed.peaks({"ours": ours, "reference": reference}) if device.type == "cuda" else {}
     paths: dict[str, Callable[[], float]] = {"ours": ours}
     options = _options(config, device)
     for name, option in options.items():
         forward = functools.partial(slot_forward, masks=timed.masks()) if name == "packed" else slot_forward
-        # These change the networks themselves.
+        # These options change the networks themselves.
         of = Timed(option, device) if name in ("fp8_teacher", "compiled") else timed
-        # Of every second step, step 0 is as ours: what is timed is step 1, without objects.
+        # With every_second, step 0 equals ours; step 1, without objects, is timed.
         paths[name] = functools.partial(of.step, option, forward, number=int(name == "every_second"))
     for kind, some in products.by_type().items():
         paths[f"products_{_name(kind)}"] = functools.partial(some.seconds, device)
     plain = Yardstick(config, device, half=_precision(config, device) != torch.float32)
     paths["timm_matmul_share"] = plain.matmul_share
-    # The reference, which takes more memory, after all else whose peak is told: on a CPU the process's never goes down.
+    # Run the reference, which takes more memory, after all other peaks are recorded: a CPU process's peak never falls.
     paths["reference"] = reference
-    # The first call compiles, on a GPU it also chooses kernels and asks for memory.
+    # The first call compiles; on a GPU it also selects kernels and allocates memory.
     first = list(paths) if device.type == "cuda" else ["ours"] if config.optim.compile else []
     num_rounds = 2 if quick else 5
     told = _told(paths, report, total=len(first) + num_rounds * len(paths))
@@ -110,7 +111,7 @@ def run(
         told |= _told({"saving": saving.seconds}, None, total=0)
         counts = dict.fromkeys(told, num_rounds)
         seconds, of_process = timed.rounds(told, counts | ({"saving": 1} if quick else {}))
-    # The reference's first step asks for memory that ours had no need of.
+    # The reference's first step allocates memory that ours did not need.
     seconds["reference"] = seconds["reference"][1:]
     checkpoints = cost(saving.written, seconds["ours"][: len(saving.written)])
     result = (
@@ -138,7 +139,7 @@ def _told(
 
 
 def _without_noise(result: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Remove comparisons that were too noisy, and add a note that says so."""
+    """Remove comparisons that were too noisy, and add a note."""
     quiet = refuse(result, noisy_paths(seconds))
     refused = [name for name, value in quiet.items() if value == TOO_NOISY]
     if not refused:
@@ -151,7 +152,7 @@ def _without_noise(result: dict[str, Any], seconds: dict[str, list[float]]) -> d
 
 
 def _call_once(paths: dict[str, Callable[[], float]], names: Iterable[str], options: Collection[str]) -> dict[str, str]:
-    """Call some of the paths; remove options that raise, and report them with their errors."""
+    """Call the named paths; drop options that raise, and return their errors."""
     failed = {}
     for name in names:
         try:
@@ -166,9 +167,9 @@ def _call_once(paths: dict[str, Callable[[], float]], names: Iterable[str], opti
 
 
 def _setting(config: Config | None, device_name: str | None = None) -> tuple[Config, torch.device]:
-    """Return what is trained, one slot a step, and on which device."""
+    """Return the configuration, with one slot a step, and the device."""
     if device_name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device=cuda, but torch finds no GPU here: leave it out, or look at nvidia-smi")
+        raise ConfigError("--device=cuda, but torch finds no GPU here: leave it out, or check nvidia-smi")
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if config is None:
         config = load_config("paper", *(() if device.type == "cuda" else ON_CPU))
@@ -176,7 +177,7 @@ def _setting(config: Config | None, device_name: str | None = None) -> tuple[Con
 
 
 def _options(config: Config, device: torch.device) -> dict[str, Config]:
-    """The configuration with each option that saves arithmetic, where it can be set and changes anything."""
+    """Return the configuration with each applicable option that saves arithmetic."""
     objects = config.tracking.kind != "none"
     found: dict[str, tuple[str, ...]] = {}
     if objects and config.tracking.threshold != "soft":
@@ -193,7 +194,7 @@ def _options(config: Config, device: torch.device) -> dict[str, Config]:
 
 
 def _speeds(config: Config, device: torch.device, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """The setting, what a step takes, and the ratios."""
+    """Return the setting, step times, and ratios."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
     ours = median["ours"]
     result: dict[str, Any] = {
@@ -223,7 +224,7 @@ def _speeds(config: Config, device: torch.device, seconds: dict[str, list[float]
 
 
 def _shares(products: Products, seconds: dict[str, list[float]], device: torch.device) -> dict[str, float]:
-    """Count the matrix products' operations, and the share of a step that they would take."""
+    """Return the operations of the matrix products, and their share of a step."""
     ours, by_type = seconds["ours"], products.by_type()
     size = 8192 if device.type == "cuda" else 1536
     rates = {_name(kind): square_flops_per_second(size, kind, device) for kind in by_type}
@@ -244,12 +245,12 @@ def _shares(products: Products, seconds: dict[str, list[float]], device: torch.d
 
 
 def _median_share(alone: list[float], steps: list[float]) -> float:
-    """Median over rounds of what products take alone, over what a step takes."""
+    """Return the median over rounds of the products' time alone, divided by the step's."""
     return statistics.median(one / step for one, step in zip(alone, steps, strict=True))
 
 
 def _memory(config: Config, device: torch.device, peak: dict[str, float]) -> dict[str, float]:
-    """Return megabytes, measured and estimated; the snapshot, no part of a step, is left out."""
+    """Return measured and estimated megabytes; the snapshot, which is not part of a step, is excluded."""
     sizes = estimate_memory_mb(config, half=_precision(config, device) == torch.bfloat16)
     return {
         "peak_memory_mb": peak["ours"],

@@ -1,6 +1,6 @@
-"""Clip stream: Ray's overhead when reading clips, many ranks, memory, and the first step beside an ingest.
+"""Clip stream: Ray's overhead when reading clips, many ranks, memory, and the first step during an ingest.
 
-Everything runs on this machine with a film of its own; rates are of clips that arrive in order at their rank.
+Everything runs on this machine with a generated film; rates count clips that arrive in order at their rank.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from dora_ray.training.inputs import Inputs
 
 FILM: dict[str, Any] = {"width": 1280, "height": 720, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 SMALL_FILM: dict[str, Any] = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 10, "group_size": 48}
-# Ten minutes of 4K, looped: the decoder cannot tell.
+# Ten minutes of 4K, looped.
 LONG_FILM: dict[str, Any] = {"width": 3840, "height": 2160, "frames_per_second": 24, "seconds": 10, "group_size": 48}
 LONG_LOOPS, QUICK_LOOPS = 60, 6
 TASK_CPUS = 0.5
-# Slots of each stream: of the recipe paper's size, and small ones; the first are for --quick.
+# Slots of each stream, of the recipe paper's size and small ones; the first of each pair is for --quick.
 SLOTS, SMALL_SLOTS = (48, 240), (400, 4000)
 SMALL_SLOTS_PER_TASK = 16
 MEMORY_SLOTS = (4000, 40_000)
-# Rounds in which the bare reading and the streams take turns, since a shared machine is quick in one minute and slow in
-# the next: ratios are of one round, and the round in the middle is told.
+# Bare reading and streams take turns, since the speed of a shared machine varies by the minute. Ratios are within one
+# round, and the median round is reported.
 ROUNDS = 3
-# Ray starts its processes one after the other, each imports torch for seconds, and the object store's pages are slow at
-# their first touch: what is measured within that time is the start.
+# Warm-up: Ray starts its processes one after the other, each imports torch for seconds, and the object store's pages
+# are slow when first touched.
 WARM_SLOTS = 24
 
 
 def run(*, quick: bool) -> dict[str, Any]:
-    """Rates, ranks, memory and the first step.
+    """Measure rates, ranks, memory and the first step.
 
     Args:
-        quick: fewer slots, and one minute of 4K film in place of ten.
+        quick: fewer slots, and one minute of 4K film instead of ten.
     """
     torch.set_num_threads(1)
     which = 0 if quick else 1
@@ -82,7 +82,7 @@ def run(*, quick: bool) -> dict[str, Any]:
 def _in_turns(
     bare: ProcessPoolExecutor, inputs: Inputs, slots: int, *, size: int, slots_per_task: int
 ) -> dict[str, float]:
-    """Run rounds in which the bare reading and the stream take turns; return the median one by the stream's share."""
+    """Alternate bare reading and the stream; return the median round by the stream's overhead."""
     through_ray(inputs, WARM_SLOTS * slots_per_task, size=size, slots_per_task=slots_per_task)
     rounds = []
     for _ in range(ROUNDS):
@@ -101,7 +101,7 @@ def _in_turns(
 
 
 def _bare_rate(pool: ProcessPoolExecutor, inputs: Inputs, slots: int) -> dict[str, float]:
-    """Clips a second, and CPU seconds a clip, of the read function alone."""
+    """Return clips per second, and CPU seconds per clip, of the read function alone."""
     jobs = [pool.submit(_read_bare, inputs, range(start, slots, CORES)) for start in range(CORES)]
     rates, costs = zip(*(job.result() for job in jobs), strict=True)
     return {"clips_per_second": sum(rates), "cpu_seconds_a_clip": statistics.mean(costs)}
@@ -124,7 +124,7 @@ def _read_bare(inputs: Inputs, numbers: range) -> tuple[float, float]:
 
 
 def through_ray(inputs: Inputs, slots: int, *, size: int, slots_per_task: int) -> dict[str, float]:
-    """Read slots through Ray Data: threads are the ranks, which wait for each other at every step as in a sum.
+    """Read slots through Ray Data; the ranks are threads that synchronize at every step, as in an all-reduce.
 
     Returns:
         clips_per_second and cpu_seconds_a_clip after the first quarter, and first_seconds until the first step.
@@ -150,7 +150,7 @@ def through_ray(inputs: Inputs, slots: int, *, size: int, slots_per_task: int) -
     cpu: list[float] = []
 
     def look() -> None:
-        # Looking at all processes takes as long as reading a clip: three times is enough.
+        # Sampling all processes takes as long as reading a clip, so only two steps sample.
         if len(moments) in (steps // 4, steps - 1):
             cpu.append(cpu_of_all())
         moments.append(time.perf_counter())
@@ -175,7 +175,7 @@ def through_ray(inputs: Inputs, slots: int, *, size: int, slots_per_task: int) -
 
 
 def _memory(store: str, slots: int) -> dict[str, float]:
-    """Memory of every process of the cluster over a stream of small slots: at most, and its slope."""
+    """Return the peak memory of every process of the cluster over a stream of small slots, and its slope."""
     growth, _ = measure(small_inputs(store), slots)
     return {
         f"{role}_{name}": figures[name]
@@ -185,7 +185,7 @@ def _memory(store: str, slots: int) -> dict[str, float]:
 
 
 def _first_step(loops: int) -> dict[str, float]:
-    """Seconds from the launch to the first step, of a training beside its ingest and of one after it."""
+    """Return seconds from launch to the first step, for training during its ingest and after it."""
     from dora_ray.training.launch import train
 
     path = film(**LONG_FILM, loops=loops)

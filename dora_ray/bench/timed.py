@@ -1,4 +1,4 @@
-"""A training that repeats one step on the same clips, and how long that and its parts take."""
+"""Training that repeats one step on the same clips, with timings of the step and its parts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dora_ray.training.memory import peak_mb
 from dora_ray.training.reduction import SlotSums, next_exponents
 from dora_ray.training.step import SlotForward, apply_step, initial_state, sum_slots
 
-# Share of its patches that an object view keeps where packed views are timed.
+# Share of patches that an object view keeps when packed views are timed.
 KEEP_SHARE = 0.4
 # One slot a step, in the exact form.
 ALONE = (
@@ -34,11 +34,11 @@ ALONE = (
 
 
 class Timed:
-    """A training that repeats its first step on the same clips.
+    """Training that repeats its first step on the same clips.
 
     Args:
-        config: of the run; a step is one slot.
-        device: where it is computed.
+        config: configuration of the run; a step is one slot.
+        device: device of the computation.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class Timed:
         return [*(p.numel() for p in self.state.student.parameters()), self.state.center.numel()]
 
     def step(self, config: Config, forward: SlotForward, *, number: int = 0) -> float:
-        """Seconds of the step with a number."""
+        """Run the step with the given number; return its seconds."""
         self.state.step = self.batch.step = number
         records = torch.zeros(0, dtype=torch.int64)
         synchronize(self.device)
@@ -65,7 +65,7 @@ class Timed:
         return time.perf_counter() - started
 
     def peaks(self, paths: dict[str, Callable[[], float]]) -> dict[str, float]:
-        """Peak megabytes of each path on a GPU, one after the other."""
+        """Return the peak megabytes of each path on a GPU, one after the other."""
         found = {}
         for name, path in paths.items():
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -77,7 +77,7 @@ class Timed:
     def rounds(
         self, paths: dict[str, Callable[[], float]], counts: dict[str, int]
     ) -> tuple[dict[str, list[float]], dict[str, float]]:
-        """Seconds of each path in each round, and the process's peak megabytes after its first; counts of rounds."""
+        """Return each path's seconds by round, for `counts` rounds, and the process's peak MB after its first one."""
         seconds: dict[str, list[float]] = defaultdict(list)
         peak: dict[str, float] = {}
         for number in range(max(counts.values())):
@@ -88,7 +88,7 @@ class Timed:
         return dict(seconds), peak
 
     def masks(self) -> Tensor:
-        """(M, K, T, N) masks of random patches, each with its own share around the stated one."""
+        """Return (M, K, T, N) masks of random patches, whose shares vary around KEEP_SHARE."""
         config = self.config
         count = (config.crops.global_size // config.model.patch_size) ** 2
         shape = (config.optim.clips_per_slot, config.tracking.num_objects, config.clip.num_frames)
@@ -99,7 +99,7 @@ class Timed:
         return (ranks < (shares * count).round()).float().to(self.device)
 
     def parts(self, config: Config) -> dict[str, Any]:
-        """Time each part of one step, with the device synchronized around it, and both kinds of reduction."""
+        """Time each part of one step, synchronizing the device around it, and both kinds of reduction."""
         seconds: dict[str, float] = defaultdict(float)
 
         @contextmanager
@@ -117,7 +117,7 @@ class Timed:
         return {"augment_share": seconds["augment"] / whole, "parts": dict(seconds) | reductions}
 
     def _reduction(self, kind: Any) -> float:
-        """Seconds of adding one slot's quantities and converting the sum back."""
+        """Return the seconds of adding one slot's quantities and converting the sum back."""
         sizes = self.sizes
         quantities = [torch.full((size,), 0.5, device=self.device) for size in sizes]
         exponents = torch.zeros(len(sizes), dtype=torch.int32)

@@ -1,7 +1,7 @@
-"""Forward and backward of timm's own ViT over whole frames: a training step without DoRA.
+"""Forward and backward of timm's own ViT on whole frames: a training step without DoRA.
 
-How near a transformer's training comes to the rate of its matrix products is first of all the library's doing: the
-rest of its time is attention, GELU, norms and sums, each a pass over memory.
+The share of matrix products in a transformer's training is mostly determined by the library: the rest of the time is
+attention, GELU, norms and sums, each a pass over memory.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dora_ray.weights import vit_arguments
 
 
 class Yardstick:
-    """The configured encoder as timm runs it, on the whole frames of one slot.
+    """Configured encoder as timm runs it, on the whole frames of one slot.
 
     Args:
-        config: of the run.
-        device: where it is computed.
-        half: in bf16 (autocast).
+        config: configuration of the run.
+        device: device of the computation.
+        half: use bf16 autocast.
     """
 
     def __init__(self, config: Config, device: torch.device, *, half: bool) -> None:
@@ -33,7 +33,7 @@ class Yardstick:
         self._products = record(self._train)
 
     def matmul_share(self) -> float:
-        """Time of its matrix products by themselves, over that of forward and backward."""
+        """Return the time of its matrix products alone over that of forward and backward."""
         synchronize(self._device)
         started = time.perf_counter()
         self._train()

@@ -1,1 +1,1 @@
-"""The Ray cluster that a run is on: its token, its nodes, its jobs."""
+"""Ray clusters: authentication, nodes, and jobs."""

@@ -6,7 +6,7 @@ from dora_ray.ray_internals import most_resources
 
 
 def resources_within_reach() -> dict[str, float]:
-    """Return, by name, what the cluster has now or could have with all nodes that its node types allow."""
+    """Return the resources by name that the cluster has now, or could have with all nodes that its node types allow."""
     import ray
 
     found: dict[str, float] = dict(ray.cluster_resources())

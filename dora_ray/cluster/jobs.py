@@ -19,7 +19,7 @@ from dora_ray.errors import ClusterError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-# Left out of what is uploaded, whatever .gitignore says: data, results, secrets, environments.
+# Never uploaded, whatever .gitignore says: data, results, secrets, environments.
 EXCLUDES = (
     *(".git/", ".venv/", "venv/", "node_modules/", "__pycache__/", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/"),
     *("runs/", "stores/", "store/", "checkpoints/", "tensorboard/", "demo-output/", "walking-tours/", "*.lance/"),
@@ -38,24 +38,24 @@ EXCLUDES = (
     ),
     *(".aws/", ".ssh/", ".ray/", ".config/", ".kube/", ".docker/", "application_default_credentials.json"),
 )
-# Folders that nobody wants to upload, whatever is left out.
+# Folders that are never uploaded, even with exclusions.
 TOO_WIDE = (Path("/"), Path.home())
 LOST_SECONDS, RETRY_SECONDS = 120.0, 3.0
-# What the dashboard says in the first seconds of a head, whose agent is still starting.
+# Dashboard error in a head's first seconds, while its agent is starting.
 NO_AGENT = "No available agent"
 PROGRESS = re.compile(r"[a-z ]+: [\d,]+(/[\d,]+)? \w+")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 
 def prepare_command(words: Sequence[str], *, name: str) -> list[str]:
-    """Return a command of dora-ray as it is run on the cluster, where it may be run again.
+    """Return the dora-ray command to run on the cluster, where it may be run again.
 
-    A training gets a run folder, and --resume: submitted a second time, after the head was lost, it goes on from
-    the newest checkpoint there instead of finding its folder in use.
+    A training command gets a run folder and --resume. Submitted again after the head was lost, it resumes from the
+    newest checkpoint in that folder instead of refusing a folder that holds a run.
 
     Args:
         words: the command, without `dora-ray`.
-        name: of the job, which names a run's folder where none was given.
+        name: name of the job, also used for the run's folder if none is given.
     """
     command = ["dora-ray", *words]
     if words[0] != "train" or "--dry-run" in words:
@@ -68,8 +68,8 @@ def prepare_command(words: Sequence[str], *, name: str) -> list[str]:
         command += ["--out", out]
     if not files.is_remote(out):
         logger.warning(
-            "%s is a folder of the cluster's machines: all of them must share it, and after a lost head it must still "
-            "be there to go on (--out s3://... or a shared file system)",
+            "%s is a folder of the cluster's machines. All of them must share it, and it must outlive the head "
+            "for the run to resume (--out s3://... or a shared file system)",
             out,
         )
     return command if {"--resume", "--overwrite"} & set(words) else [*command, "--resume"]
@@ -81,23 +81,23 @@ def new_name(words: Sequence[str]) -> str:
 
 
 class Jobs:
-    """The jobs of one cluster.
+    """Jobs of one cluster.
 
     Args:
-        address: of the dashboard, as http://127.0.0.1:8265, which is where `ray dashboard` tunnels it to.
+        address: address of the dashboard, such as http://127.0.0.1:8265, to which `ray dashboard` tunnels it.
 
     Raises:
-        ClusterError: nobody answers there, or the token is another.
+        ClusterError: the dashboard does not answer, or the token is wrong.
     """
 
     def __init__(self, address: str) -> None:
         prepare_ray(starts=False)
         sdk: Any = importlib.import_module("ray.job_submission")
         self.address = address
-        self._shown = 0  # characters of the log that is followed
+        self._shown = 0  # characters of the followed log
         try:
             self._client = sdk.JobSubmissionClient(address)
-        except Exception as error:  # requests' errors, Ray's, RuntimeError: what it raises is not said
+        except Exception as error:  # requests' errors, Ray's, RuntimeError: the set is undocumented
             raise explain_refusal(address, error) from error
 
     def submit(self, command: Sequence[str], *, name: str, working_dir: str) -> None:
@@ -105,13 +105,13 @@ class Jobs:
 
         Raises:
             ConfigError: the folder is a home, a whole disk, or too large.
-            ClusterError: the cluster does not take it.
+            ClusterError: the cluster rejects the job.
         """
         folder = Path(working_dir).expanduser().resolve()
         if folder in TOO_WIDE or not folder.is_dir():
             raise ConfigError(
-                f"--working-dir {working_dir} is not a project's folder: give the one that holds your YAML files; all "
-                "of it is uploaded, but for data, runs and secrets"
+                f"--working-dir {working_dir} is not a project folder: name the one that holds your YAML files. All "
+                "of it is uploaded, except data, runs and secrets"
             )
         logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
         give_up = time.monotonic() + LOST_SECONDS
@@ -132,11 +132,11 @@ class Jobs:
                 time.sleep(RETRY_SECONDS)
 
     def follow(self, name: str, show: Callable[[str], None]) -> int:
-        """Show a job's log until it ends, through interruptions of the connection, and return its exit status.
+        """Show a job's log until it ends, reconnecting after interruptions, and return its exit status.
 
         Args:
-            name: of the job.
-            show: called with each part of the log, once.
+            name: name of the job.
+            show: called once with each part of the log.
 
         Raises:
             ClusterError: the cluster has not answered for two minutes.
@@ -150,9 +150,9 @@ class Jobs:
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at > LOST_SECONDS:
                     raise ClusterError(
-                        f"{self.address} has not answered for {LOST_SECONDS:.0f} s ({error}). The job may go on: open "
-                        f"the tunnel again and `ray job logs --follow {name}`. If the head is lost, submit the same "
-                        "command again on a new cluster: it goes on from the newest checkpoint in --out"
+                        f"{self.address} has not answered for {LOST_SECONDS:.0f} s ({error}). The job may still run: "
+                        f"reopen the tunnel and `ray job logs --follow {name}`. If the head is lost, submit the same "
+                        "command to a new cluster: it resumes from the newest checkpoint in --out"
                     ) from error
                 time.sleep(RETRY_SECONDS)
                 continue
@@ -162,7 +162,7 @@ class Jobs:
             time.sleep(1.0)
 
     async def _tail(self, name: str, show: Callable[[str], None]) -> None:
-        """Show what is new in the log, until its end or the connection's."""
+        """Show new parts of the log, until the log or the connection ends."""
         seen = 0
         async for text in self._client.tail_job_logs(name):
             seen += len(text)
@@ -172,7 +172,7 @@ class Jobs:
 
 
 def _exit_status(details: Any) -> int:
-    """The command's own status where it ran; 1 where it was stopped or did not start."""
+    """Return the command's own exit status; 1 if the job was stopped or did not start."""
     if details.status == "SUCCEEDED":
         return 0
     if details.driver_exit_code:

@@ -1,4 +1,4 @@
-"""Facts of every node of a cluster, each found out by a task on that node."""
+"""Facts about every node of a cluster, each collected by a task on that node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from dora_ray.errors import ClusterError, DoRAError
 
-# What must be the same everywhere: what is pickled, what decodes, what computes.
+# Packages that must match everywhere, because they pickle, decode or compute.
 PACKAGES = ("dora-ray", "ray", "torch", "torchvision", "timm", "numpy", "pyarrow", "pylance", "av", "simplejpeg")
 ANSWER_SECONDS = 120.0
 CLOCK_ROUNDS = 3
@@ -24,19 +24,19 @@ CLOCK_ROUNDS = 3
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """Facts of one node.
+    """Facts about one node.
 
     Attributes:
-        name: address and role, as people know the node.
-        versions: of Python and the packages; None where one is missing.
+        name: role and address.
+        versions: versions of Python and the packages; None if missing.
         gpus: names of the GPUs that torch finds.
-        gpu_files: device files of NVIDIA's GPUs, with or without torch.
+        gpu_files: number of NVIDIA device files, with or without torch.
         nccl: version of NCCL in torch; None without a GPU.
-        shm_bytes: size of /dev/shm; 0 where there is none.
+        shm_bytes: size of /dev/shm; 0 if absent.
         free_bytes: free space by folder.
-        unreachable: reasons by path of what this node cannot read.
+        unreachable: {path: reason} of paths that this node cannot read.
         clock_seconds: how far its clock is ahead of this process's.
-        clock_error: at most so many seconds of that are the way there and back.
+        clock_error: upper bound of the error of `clock_seconds`: half the round trip.
         object_store_bytes: size of Ray's object store.
         problem: why the node did not answer; the other facts are then missing.
     """
@@ -56,10 +56,10 @@ class NodeFacts:
 
 
 def look_here(paths: Sequence[str]) -> dict[str, Any]:
-    """Return what a process finds out about the machine that it runs on.
+    """Collect facts about the machine on which this process runs.
 
     Args:
-        paths: files, folders or URIs that must be readable there.
+        paths: files, folders or URIs that must be readable here.
     """
     shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
     gpu_files = len(list(Path("/dev").glob("nvidia[0-9]*")))
@@ -82,7 +82,7 @@ def _installed(name: str) -> str | None:
 
 
 def _gpus() -> dict[str, Any]:
-    """Names and NCCL, of a torch that may not be there, or not be built for GPUs."""
+    """Return GPU names and NCCL version; torch may be missing, or built without GPUs."""
     try:
         torch: Any = importlib.import_module("torch")  # torch.cuda.nccl has no types
         names = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
@@ -93,7 +93,7 @@ def _gpus() -> dict[str, Any]:
 
 
 def unreadable(paths: Sequence[str]) -> dict[str, str]:
-    """Return reasons by path of files, folders and URIs that this machine cannot read."""
+    """Return the reasons, by path, of files, folders and URIs that this machine cannot read."""
     return {path: reason.removeprefix(f"{path}: ") for path in paths if (reason := _why_unreadable(path))}
 
 
@@ -111,33 +111,33 @@ def _why_unreadable(path: str) -> str | None:
 
 
 def look_at_nodes(paths: Sequence[str] = (), *, elsewhere: bool = False) -> list[NodeFacts]:
-    """Return the facts of every living node of the cluster that this process is connected to.
+    """Return the facts about every living node of the connected cluster.
 
     Args:
-        paths: what every node must be able to read.
-        elsewhere: only nodes at other addresses than this machine's.
+        paths: paths that every node must be able to read.
+        elsewhere: skip nodes at this machine's address.
     """
     ray: Any = importlib.import_module("ray")  # its functions have no types
     mine = ray.util.get_node_ip_address()
     alive = [node for node in ray.nodes() if node["Alive"]]
     if elsewhere:
         alive = [node for node in alive if node["NodeManagerAddress"] != mine]
-    # What a process has to import takes seconds, the first time on a node: all nodes at once.
+    # Importing takes seconds the first time on a node, so all nodes work at once.
     asked = {node["NodeID"]: _task(look_here, node["NodeID"]).remote(list(paths)) for node in alive}
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
     return [_facts(node, asked[node["NodeID"]]) for node in alive]
 
 
 def require_alike(paths: Sequence[str]) -> None:
-    """Check that the cluster's nodes at other addresses can do what this machine can, before work is sent there.
+    """Check, before sending work, that the cluster's other nodes match this machine.
 
-    Nodes that the autoscaler adds later come from the same image, and are not looked at.
+    Nodes added later by the autoscaler use the same image and are not checked.
 
     Args:
         paths: files and folders that every node must be able to read.
 
     Raises:
-        ClusterError: a node lacks a path, or has another version of a package; it is named.
+        ClusterError: a node cannot read a path, or has another version of a package; the message names it.
     """
     here = look_here(())["versions"]
     for node in look_at_nodes(paths, elsewhere=True):
@@ -145,14 +145,14 @@ def require_alike(paths: Sequence[str]) -> None:
             path, reason = next(iter(node.unreachable.items()))
             raise ClusterError(
                 f"{node.name} cannot read {path}: {reason}. Videos, store and run must be at the same path on every "
-                "node: a shared file system, s3:// or gs://. `dora-ray doctor PATH` looks at all nodes"
+                "node: a shared file system, s3:// or gs://. `dora-ray doctor PATH` checks all nodes"
             )
         other = {name: found for name, found in node.versions.items() if found != here[name]}
         if other:
             name, found = next(iter(other.items()))
             raise ClusterError(
                 f"{node.name} has {name} {found or 'not installed'}, this machine {here[name]}: use one image, built "
-                "from requirements.lock, on every node and here. `dora-ray doctor` lists all that differs"
+                "from requirements.lock, on every node and here. `dora-ray doctor` lists all differences"
             )
 
 
@@ -191,7 +191,7 @@ def _now() -> float:
 
 
 def _clock(node_id: str) -> tuple[float, float]:
-    """Seconds by which a node's clock is ahead, and half the time that the quickest of some questions took."""
+    """Return the seconds by which a node's clock is ahead, and half the shortest of several round trips."""
     import ray
 
     task, rounds = _task(_now, node_id), []

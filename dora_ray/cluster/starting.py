@@ -1,4 +1,4 @@
-"""Preparation of every Ray that is started or joined: its folder, its token, and why a cluster refuses."""
+"""Preparation for starting or joining Ray: its folder, its token, and explanations of refusals."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ logger = logging.getLogger(__name__)
 
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 CONNECT_SECONDS, TOKEN_BYTES = 10.0, 32
-# Settings of a Ray that is started here for a training.
+# Settings of a Ray cluster that is started here.
 SYSTEM_CONFIG = {
-    # Ray ends an idle process after a second once there are more processes than cores, actors counted: on a laptop that
-    # is every decode process between two tasks, and each new one imports for seconds.
+    # Ray ends an idle process after a second if there are more processes than cores, actors included. On a laptop, that
+    # hits every decode process between two tasks, and each new one imports for seconds.
     "num_workers_soft_limit": 64,
-    # Tasks that the head remembers for the dashboard, each in 7 KB: Ray's own 100,000 are 700 MB.
+    # Tasks that the head keeps for the dashboard, 7 KB each; Ray's default of 100,000 takes 700 MB.
     "task_events_max_num_task_in_gcs": 10_000,
 }
 
 
 def prepare_ray(*, starts: bool) -> None:
-    """Check the folder of Ray's sockets, and leave out what Ray says about its token at every start.
+    """Check the folder of Ray's sockets, and hide Ray's token notice.
 
-    A Ray that is started has token mode without being asked; where there is no token yet, one is made that this user
-    alone may read. One that is joined gets the token that is found here. RAY_AUTH_MODE=disabled turns both off, and
-    `dora-ray doctor` says so.
+    A Ray that is started here uses token authentication by default; if there is no token yet, one is created that only
+    this user can read. To join a cluster, the token found here is used. RAY_AUTH_MODE=disabled turns authentication
+    off, and `dora-ray doctor` reports that.
 
     Args:
-        starts: a Ray is started here; otherwise one is joined.
+        starts: start Ray here; otherwise join a cluster.
 
     Raises:
-        ClusterError: a Ray is started below a folder whose name is too long for its sockets.
+        ClusterError: Ray would be started in a folder whose name is too long for its sockets.
     """
     if starts:
         check_ray_folder()
         if os.environ.get(AUTH_MODE, "token").lower() == "token" and token_source() is None:
             _make_token()
-    # The mode itself is left alone: Ray reads the variable once, when it is imported, and that may have been long ago.
+    # Leave the mode unset: Ray reads the variable once, at import, which may have been long ago.
     token_logger().addFilter(_is_no_token_notice)
 
 
@@ -53,21 +53,21 @@ def _is_no_token_notice(record: logging.LogRecord) -> bool:
 
 
 def _make_token() -> None:
-    """Write a token where Ray looks for it; Ray itself would leave it readable to all users of the machine."""
+    """Write a token where Ray looks for it; Ray itself would make it readable to all users of the machine."""
     path = Path(os.environ.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # it is empty
         number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
-        logger.warning("%s: no token could be written (%s); Ray tries by itself", path, error.strerror)
+        logger.warning("%s: cannot write a token (%s); leaving it to Ray", path, error.strerror)
         return
     with os.fdopen(number, "w") as file:
         file.write(secrets.token_hex(TOKEN_BYTES))
 
 
 def token_source() -> str | None:
-    """Where this process finds Ray's token: a variable's name or a file; None without a token."""
+    """Return the source of this process's Ray token: a variable's name or a file; None without a token."""
     if os.environ.get(TOKEN):
         return TOKEN
     path = Path(os.environ.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
@@ -75,20 +75,20 @@ def token_source() -> str | None:
 
 
 def join_cluster(address: str, **options: Any) -> Any:
-    """Connect this process to a cluster that runs already, and return Ray's context.
+    """Connect this process to a running cluster, and return Ray's context.
 
     Args:
-        address: host:port of its head, "auto", or ray://host:port.
-        options: of ray.init.
+        address: host:port of the head, "auto", or ray://host:port.
+        options: options of ray.init.
 
     Raises:
-        ClusterError: nobody answers, the token or a version is another, or no such thing is there.
+        ClusterError: there is no cluster, or token or version do not match.
     """
     import ray
     from ray.exceptions import RayError
 
     prepare_ray(starts=False)
-    # Where nobody listens, Ray would end this very process after a minute.
+    # Without a listener, Ray would kill this very process after a minute.
     if not _listens(address):
         raise ClusterError(
             f"no Ray cluster answers at {address}: nothing listens there. Is the head up (ray status), is this its "
@@ -101,7 +101,7 @@ def join_cluster(address: str, **options: Any) -> Any:
 
 
 def _listens(address: str) -> bool:
-    """Return False where an address of the form host:port surely has no listener."""
+    """Return False if an address of the form host:port certainly has no listener."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return True
@@ -113,10 +113,10 @@ def _listens(address: str) -> bool:
 
 
 def explain_refusal(address: str, error: BaseException) -> ClusterError:
-    """Turn what Ray says when it cannot be joined into what to do.
+    """Translate Ray's error on joining a cluster into advice.
 
     Args:
-        address: of the cluster.
+        address: address of the cluster.
         error: raised by ray.init or by Ray's job client.
     """
     text = " ".join(str(error).split())
@@ -125,12 +125,12 @@ def explain_refusal(address: str, error: BaseException) -> ClusterError:
             f"the cluster at {address} runs another version of Ray or Python than this machine: {text[:300]}. Install "
             "the same requirements.lock here and in the cluster's images"
         )
-    # Ray's control plane gives no reason: it listens, and does not let this process in.
+    # Ray's control plane gives no reason: it listens, but rejects this process.
     if "uthentication" in text or (isinstance(error, ConnectionError) and _listens(address)):
         found = token_source()
         had = f"the token of {found} is not this cluster's" if found else "no token was found here"
         return ClusterError(
             f"the cluster at {address} refuses this machine: {had}. Copy the head's ~/.ray/auth_token to "
-            f"~/.ray/auth_token here, or name it by {TOKEN_PATH}, with {AUTH_MODE}=token"
+            f"~/.ray/auth_token here, or set {TOKEN_PATH} to it, with {AUTH_MODE}=token"
         )
     return ClusterError(f"no Ray cluster answers at {address}: {text[:300] or type(error).__name__}")

@@ -1,1 +1,1 @@
-"""The answer to "why does it not work here?": what a machine and a cluster have and lack, in sentences."""
+"""Diagnosis of a machine and a cluster: requirements met and missing, in sentences."""

@@ -1,4 +1,4 @@
-"""Checks of a whole cluster: what its nodes say of themselves, compared."""
+"""Checks of a whole cluster: the facts of its nodes, compared."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from dora_ray.doctor.finding import Finding
 
 GIB = 2**30
 NEEDED_DISK = 5 * GIB
-# Signatures of requests to S3 are refused from 15 minutes on; times in events.jsonl are confusing long before.
+# S3 rejects requests signed 15 minutes off; times in events.jsonl become confusing much earlier.
 CLOCK_SECONDS = 2.0
 ANSWER_SECONDS = 5.0
 UNAUTHORIZED = (401, 403)
 
 
 def examine_cluster(address: str, paths: Sequence[str]) -> list[Finding]:
-    """Join a cluster, ask all its nodes, and return the checks.
+    """Join a cluster, query all its nodes, and return the checks.
 
     Args:
-        address: as of RAY_ADDRESS.
+        address: as in RAY_ADDRESS.
         paths: files, folders or URIs that every node must be able to read.
 
     Raises:
-        ClusterError: it cannot be joined; the message says why.
+        ClusterError: the cluster cannot be joined; the message gives the reason.
     """
     import ray
 
@@ -42,7 +42,7 @@ def examine_cluster(address: str, paths: Sequence[str]) -> list[Finding]:
 
 
 def compare(nodes: Sequence[NodeFacts]) -> list[Finding]:
-    """Return the checks of nodes that have told their facts."""
+    """Return the checks of the nodes' facts."""
     silent = {node.name: node.problem for node in nodes if node.problem}
     answered = [node for node in nodes if not node.problem]
     found = Finding(
@@ -60,7 +60,7 @@ def _listed(words: str, items: Mapping[str, object]) -> str:
 
 
 def _versions(nodes: Sequence[NodeFacts]) -> Finding:
-    """Whatever is not the same everywhere, with who has what."""
+    """List the versions that differ, and the nodes that have each."""
     skewed = []
     for package in sorted({package for node in nodes for package in node.versions}):
         having = defaultdict(list)
@@ -132,7 +132,7 @@ def _clocks(nodes: Sequence[NodeFacts]) -> Finding:
     }
     largest = max((abs(node.clock_seconds) for node in nodes), default=0.0)
     text = f"within {largest:.2f} s of this machine's" + _listed("; off on", off)
-    return Finding("clocks", not off, text, "run chrony or systemd-timesyncd there: object stores refuse wrong times")
+    return Finding("clocks", not off, text, "run chrony or systemd-timesyncd there: object stores reject wrong times")
 
 
 def _dashboard(url: str | None) -> Finding:
@@ -157,7 +157,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _ask(url: str) -> int:
-    """Status of an answer to nobody in particular; 0 without one. No proxy is asked about a private network."""
+    """Return the status of an anonymous request, sent past any proxy; 0 if unanswered."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=ANSWER_SECONDS) as answer:

@@ -1,4 +1,4 @@
-"""One check's answer."""
+"""Result of one check."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """One check.
+    """Result of one check.
 
     Attributes:
-        name: what was looked at.
-        good: whether it will do; None for what is only told.
+        name: subject of the check.
+        good: whether it passed; None for information only.
         text: what was found.
-        remedy: what to do when it will not do.
+        remedy: what to do if it failed.
     """
 
     name: str

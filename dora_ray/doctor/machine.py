@@ -42,7 +42,7 @@ OPTIONAL = {
 
 
 def examine(paths: Sequence[str] = ()) -> list[Finding]:
-    """All checks. None of them writes outside of a temporary file in the working folder, or starts a process.
+    """Run all checks. They write nothing but a temporary file in the working folder, and start no process.
 
     Args:
         paths: files, folders or URIs that this machine must be able to read.
@@ -107,7 +107,7 @@ def _memory() -> Finding:
 
 
 def _container_limit() -> int | None:
-    """The control group's memory limit in bytes; None without one."""
+    """Return the control group's memory limit in bytes; None without one."""
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
             text = file.read().strip()
@@ -168,7 +168,7 @@ def _ray_folder() -> Finding:
 
 
 def _token() -> Finding:
-    """Without one, whoever reaches a port of Ray's runs what they like."""
+    """Check authentication: without a token, anyone who reaches Ray's ports can run code."""
     if os.environ.get(AUTH_MODE, "token").lower() != "token":
         text = f"{AUTH_MODE}={os.environ[AUTH_MODE]}: whoever reaches Ray's ports may run code here"
         return Finding("token", False, text, f"unset {AUTH_MODE}, or set it to token")
@@ -176,7 +176,7 @@ def _token() -> Finding:
     if source is None:
         return Finding("token", None, "none yet; a Ray that is started here makes one in ~/.ray/auth_token")
     if os.path.isfile(source) and stat.S_IMODE(os.stat(source).st_mode) & 0o077:
-        # Ray itself writes it so, below a home folder that others may be able to enter.
+        # Ray writes it like this, below a home folder that others may be able to enter.
         return Finding("token", None, f"{source}, which other users of this machine may read: chmod 600 {source}")
     return Finding("token", True, source)
 

@@ -1,1 +1,1 @@
-"""Estimates of a run before it is started: disk, time, cores, memory, money, and what limits it."""
+"""Estimates before a run: disk, time, cores, memory, cost, and the bottleneck."""

@@ -1,4 +1,4 @@
-"""Rates that the model works with: shipped ones with the machine they are of, replaced by a user's own benches."""
+"""Rates of the model: shipped ones with their machine, which a user's own benchmarks can replace."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from dora_ray import files
 from dora_ray.errors import ConfigError
 from dora_ray.planning.model import Rates
 
-# The film and the store that `bench data` measures on.
+# Film and store on which `bench data` measures.
 BENCH_PIXELS, BENCH_STORED_PIXELS, BENCH_FRAMES = 3840 * 2160, 910 * 512, 8
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Rates, and in a sentence each where they are from; those that nobody has measured begin with "assumed"."""
+    """Rates, with a sentence on the origin of each; those that were never measured begin with "assumed"."""
 
     rates: Rates
     origins: dict[str, str]
 
 
 def load_figures(paths: Sequence[str] = ()) -> Figures:
-    """Return the shipped figures, with those of files written by `dora-ray bench {data,step} --json` in their place.
+    """Return the shipped figures, updated from files of `dora-ray bench {data,step} --json`.
 
     Raises:
-        ConfigError: a file is not one of those.
+        ConfigError: a file has other content.
     """
     shipped = json.loads(package_files("dora_ray.planning").joinpath("figures.json").read_text(encoding="utf-8"))
     figures = Figures(
@@ -53,11 +53,11 @@ def _with(figures: Figures, path: str) -> Figures:
 
 
 def rates_of_bench(bench: Mapping[str, Any], before: Rates) -> dict[str, Any]:
-    """Return the rates that a bench's result holds.
+    """Return the rates contained in a benchmark's result.
 
     Args:
-        bench: the content of its JSON file.
-        before: whose codecs stay where the bench decoded none of them.
+        bench: content of its JSON file.
+        before: rates that provide codecs which the benchmark did not decode.
     """
     changes: dict[str, Any] = {}
     if "store_clips_per_core_second" in bench:

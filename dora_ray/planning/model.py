@@ -1,8 +1,8 @@
-"""The model: from a workload, a cluster and measured rates to seconds a step, hours, and what limits them.
+"""Model of a run: from workload, cluster and measured rates to seconds per step, hours, and the bottleneck.
 
-A step is as slow as the slowest of four things that go on at once: the training itself, the reading of clips, their
-way to the training nodes, and the head, which hands out slots. Interruptions stretch the whole. Pure arithmetic; its
-terms are derived in docs/scale.md.
+A step is as slow as the slowest of four concurrent activities: training, reading clips, transferring them to the
+training nodes, and handing out slots on the head. Interruptions stretch the total. Pure arithmetic; docs/scale.md
+derives its terms.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ class Film:
 
 @dataclass(frozen=True)
 class Workload:
-    """A recipe's work on its films.
+    """Work of a recipe on its films.
 
     Attributes:
         films: the videos.
         kept_frames: frames that the store keeps.
-        stored_pixels: of a stored frame.
-        steps, slots, clips_per_slot, frames: of the recipe; `frames` a clip.
-        clip_bytes: of a clip as it travels to a training worker.
-        tflop_per_clip: matrix products of a training step, per clip.
-        checkpoint_bytes: of one checkpoint.
-        sum_bytes: what workers add up in a step.
-        checkpoint_seconds: between checkpoints.
+        stored_pixels: pixels of a stored frame.
+        steps, slots, clips_per_slot: of the recipe.
+        frames: frames of a clip.
+        clip_bytes: bytes of a clip sent to a training worker.
+        tflop_per_clip: TFLOP of matrix products of a training step, per clip.
+        checkpoint_bytes: size of one checkpoint.
+        sum_bytes: bytes that workers all-reduce in a step.
+        checkpoint_seconds: time between checkpoints.
     """
 
     films: tuple[Film, ...]
@@ -65,26 +66,26 @@ class Workload:
 
     @property
     def epochs(self) -> float:
-        """Number of times that the run shows every place where a clip may start."""
+        """Number of times that the run visits every possible clip start."""
         return self.steps * self.clips_per_step / max(1, self.kept_frames)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured or assumed rates; `figures.json` says of each where it is from.
+    """Measured or assumed rates; `figures.json` gives the origin of each.
 
     Attributes:
-        decoded_pixels: a core-second, by codec; `other` for codecs that are not listed.
+        decoded_pixels: pixels decoded per core-second, by codec; `other` for codecs that are not listed.
         kept_pixel_seconds: core-seconds of a kept frame's JPEG and write, per stored pixel.
-        stored_bytes_a_pixel: of the store's JPEGs.
+        stored_bytes_a_pixel: JPEG bytes per stored pixel.
         read_pixel_seconds: core-seconds of reading and cropping a clip, per stored pixel of its frames.
-        slot_seconds: core-seconds of Ray's own for a slot.
-        head_slots: slots a second that one head hands out.
-        gpu_tflop: a second, of a training step on one GPU.
+        slot_seconds: core-seconds of Ray's overhead per slot.
+        head_slots: slots per second that one head hands out.
+        gpu_tflop: TFLOP per second of a training step on one GPU.
         core_tflop: the same on one core.
-        bus_bytes: a second, of one GPU to the others of its node.
-        network_bytes: a second, of one node to the others.
-        drain_seconds, kill_seconds: from a notice, or a death, to the next step.
+        bus_bytes: bytes per second between the GPUs of a node.
+        network_bytes: bytes per second between nodes.
+        drain_seconds, kill_seconds: time from a notice, or a death, to the next step.
     """
 
     decoded_pixels: dict[str, float]
@@ -103,14 +104,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines.
+    """Machines of a run.
 
     Attributes:
-        workers: that train; with `gpus`, one on each.
-        gpus: whether the workers have GPUs; else they share the cores with the reading.
-        cores: that read and decode.
-        workers_per_node: for the network, and for what an interruption takes.
-        interruptions: of a node, an hour.
+        workers: training workers; with `gpus`, one per GPU.
+        gpus: workers have GPUs; otherwise they share the cores with reading.
+        cores: cores that read and decode.
+        workers_per_node: workers of a node, which share its network and its interruptions.
+        interruptions: interruptions per node and hour.
         announced: share of the interruptions with a notice, which lose no step.
     """
 
@@ -127,14 +128,14 @@ class Estimate:
     """Estimate of a run on a cluster.
 
     Attributes:
-        used_workers: no more than there are slots.
-        step_seconds: of the whole step; `parts` by what goes on at once.
-        limit: the slowest part's name.
-        clips_per_second: of the whole cluster.
-        read_cores: cores that would read as quickly as the workers train.
-        lost_share: of the time, to interruptions.
-        hours: to the last step; infinite where interruptions come sooner than recoveries end.
-        checkpoint_bytes_per_hour: written.
+        used_workers: at most the number of slots.
+        step_seconds: seconds of the whole step; `parts` lists its concurrent activities.
+        limit: name of the slowest part.
+        clips_per_second: rate of the whole cluster.
+        read_cores: cores at which reading is as fast as training.
+        lost_share: share of the time lost to interruptions.
+        hours: time to the last step; infinite if interruptions come faster than recoveries.
+        checkpoint_bytes_per_hour: bytes written per hour.
     """
 
     used_workers: int
@@ -149,19 +150,19 @@ class Estimate:
 
 
 def split_finer(work: Workload, workers: int) -> Workload:
-    """Return the same batch in more slots, so that more workers have one: as many as divide it evenly."""
+    """Split the same batch into the most slots, at most one per worker, that divide it evenly."""
     batch = work.clips_per_step
     slots = max(count for count in range(1, min(workers, batch) + 1) if batch % count == 0)
     return replace(work, slots=slots, clips_per_slot=batch // slots)
 
 
 def store_bytes(work: Workload, rates: Rates) -> float:
-    """Size of the frame store."""
+    """Return the size of the frame store."""
     return work.kept_frames * work.stored_pixels * rates.stored_bytes_a_pixel
 
 
 def ingest_core_seconds(work: Workload, rates: Rates) -> float:
-    """Core-seconds of decoding every film once, and of coding and writing the kept frames."""
+    """Return the core-seconds of decoding every film once, and of encoding and writing the kept frames."""
     decoded = sum(film.pixels / _decoded(film.codec, rates) for film in work.films)
     return decoded + work.kept_frames * work.stored_pixels * rates.kept_pixel_seconds
 
@@ -171,12 +172,12 @@ def _decoded(codec: str, rates: Rates) -> float:
 
 
 def read_core_seconds(work: Workload, rates: Rates) -> float:
-    """Core-seconds of reading one clip, with its part of what Ray takes for a slot."""
+    """Return the core-seconds of reading one clip, including its part of Ray's overhead per slot."""
     return work.frames * work.stored_pixels * rates.read_pixel_seconds + rates.slot_seconds / work.clips_per_slot
 
 
 def estimate(work: Workload, rates: Rates, cluster: Cluster) -> Estimate:
-    """Return what a run would be."""
+    """Estimate a run."""
     workers = min(cluster.workers, work.slots)
     reading = work.clips_per_step * read_core_seconds(work, rates)
     training = _training_seconds(work, rates, cluster, workers)
@@ -206,19 +207,19 @@ def estimate(work: Workload, rates: Rates, cluster: Cluster) -> Estimate:
 
 
 def _training_seconds(work: Workload, rates: Rates, cluster: Cluster, workers: int) -> float:
-    """The slots of the busiest worker, and the sum over all of them; on CPUs all share the cores."""
+    """Return the seconds of the busiest worker's slots and of the all-reduce; on CPUs, all workers share the cores."""
     if not cluster.gpus:
         return work.clips_per_step * work.tflop_per_clip / (rates.core_tflop * min(workers, cluster.cores))
     rounds, here = math.ceil(work.slots / workers), min(workers, cluster.workers_per_node)
     nodes = math.ceil(workers / cluster.workers_per_node)
-    # Two passes around a ring, first within every node, then between them.
+    # A ring all-reduce makes two passes, first within every node, then between nodes.
     within = 2 * (here - 1) / here * work.sum_bytes / rates.bus_bytes
     between = 2 * (nodes - 1) / nodes * work.sum_bytes / rates.network_bytes
     return rounds * work.clips_per_slot * work.tflop_per_clip / rates.gpu_tflop + within + between
 
 
 def _lost_share(work: Workload, rates: Rates, cluster: Cluster, nodes: int) -> float:
-    """Share of the time in which no step is made that stays: recoveries, and steps that are made again."""
+    """Return the share of time lost to recoveries and to repeated steps."""
     again = work.checkpoint_seconds / 2
     unannounced = (1 - cluster.announced) * (rates.kill_seconds + again)
     each = cluster.announced * rates.drain_seconds + unannounced

@@ -1,4 +1,4 @@
-"""A plan in words: what a run needs, how long it takes on several clusters, and what to look out for."""
+"""Report of a plan: what a run needs, how long it takes on several clusters, and warnings."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from dora_ray.training.memory import MB, estimate_memory_mb
 
 GB, GIB = 1e9, 2**30
 GPU_COUNTS = (1, 8, 64, 1024)
-# More than this often, a film is learnt by heart; the paper's runs show theirs 100 times.
+# Beyond this many epochs, the model memorizes a film; the paper's runs show theirs 100 times.
 MANY_EPOCHS = 1000
-# A training process beside its tensors: Python, torch, Ray.
+# Memory of a training process besides its tensors: Python, torch, Ray.
 PROCESS_BYTES = 1.2 * GIB
 PRICES = ("currency", "gpu_hour", "cpu_hour", "storage_gb_month")
 HOURS_A_MONTH = 730
@@ -49,13 +49,13 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question beside the recipe.
+    """Question about a recipe.
 
     Attributes:
         cluster: the machines.
         node_bytes: memory of a training node.
-        gpu_bytes: memory of a GPU; None where it is not said.
-        prices: by name, as PRICES lists them; empty: no money.
+        gpu_bytes: memory of a GPU; None if unknown.
+        prices: prices by the names in PRICES; empty: no cost is computed.
     """
 
     cluster: Cluster
@@ -68,7 +68,7 @@ def load_prices(path: str) -> dict[str, Any]:
     """Return the prices of a YAML file.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: the file cannot be read, or holds something else.
     """
     try:
         found = parse_yaml(files.read_text(path), path)
@@ -85,18 +85,18 @@ def load_prices(path: str) -> dict[str, Any]:
 
 
 def this_machine() -> float:
-    """Bytes of memory here."""
+    """Return the memory of this machine in bytes."""
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def gpu_memory() -> float | None:
-    """Bytes of the smallest GPU here; None without any."""
+    """Return the memory of the smallest local GPU in bytes; None without a GPU."""
     sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
     return float(min(sizes)) if sizes else None
 
 
 def plan_of(config: Config, films: Sequence[Film], figures: Figures, question: Question) -> dict[str, Any]:
-    """Return everything that is told, as plain values."""
+    """Return the whole plan as plain values."""
     work, cluster = workload_of(config, films), question.cluster
     counts = sorted({cluster.workers, *(GPU_COUNTS if cluster.gpus else ())})
     rows = [
@@ -139,7 +139,7 @@ def _row(work: Workload, figures: Figures, cluster: Cluster, question: Question)
 
 
 def _cost(work: Workload, figures: Figures, cluster: Cluster, hours: float, prices: Mapping[str, Any]) -> float | None:
-    """Money for the run and for the store while it lasts; machines that idle are paid for too."""
+    """Return the cost of the run, and of its store for the same time; idle machines cost, too."""
     if not prices or math.isinf(hours):
         return None
     gpus = cluster.workers * prices.get("gpu_hour", 0.0) if cluster.gpus else 0.0
@@ -150,7 +150,7 @@ def _cost(work: Workload, figures: Figures, cluster: Cluster, hours: float, pric
 
 
 def _memory(config: Config, question: Question) -> dict[str, Any]:
-    """Bytes of a worker's tensors, and of all workers of a node against what it has."""
+    """Return the memory of a worker's tensors, and of all workers of a node with what the node has."""
     sizes = estimate_memory_mb(config, half=question.cluster.gpus and config.optim.precision == "bf16")
     tensors, snapshot = sizes["total"] * MB, sizes["snapshot"] * MB
     here = min(question.cluster.workers, config.optim.slots, question.cluster.workers_per_node)
@@ -166,7 +166,7 @@ def _memory(config: Config, question: Question) -> dict[str, Any]:
 
 
 def _warnings(work: Workload, asked: dict[str, Any], memory: dict[str, Any], cluster: Cluster) -> list[str]:
-    """Sentences about what will not work, or is a waste."""
+    """Return sentences about what will fail or waste resources."""
     found = []
     if memory["node_needs_gib"] > memory["node_has_gib"]:
         found.append(
@@ -183,7 +183,7 @@ def _warnings(work: Workload, asked: dict[str, Any], memory: dict[str, Any], clu
     if work.epochs > MANY_EPOCHS:
         seconds = sum(film.seconds for film in work.films)
         found.append(
-            f"{work.epochs:,.0f} epochs of {seconds:,.0f} s of video: the same pictures over and over. Add videos, or "
+            f"{work.epochs:,.0f} epochs of {seconds:,.0f} s of video: the same pictures are repeated. Add videos, or "
             "lower optim.steps"
         )
     if asked["used_workers"] < cluster.workers:
@@ -195,16 +195,16 @@ def _warnings(work: Workload, asked: dict[str, Any], memory: dict[str, Any], clu
     elif work.slots % asked["used_workers"]:
         rounds = math.ceil(work.slots / asked["used_workers"])
         found.append(
-            f"{work.slots} slots on {asked['used_workers']} workers take {rounds} rounds, the last one not full: "
-            "workers that divide optim.slots waste nothing"
+            f"{work.slots} slots on {asked['used_workers']} workers take {rounds} rounds, the last one partly idle: "
+            "use a number of workers that divides optim.slots"
         )
     if math.isinf(asked["hours"]):
-        found.append("interruptions come sooner than recoveries end: the run never finishes; use fewer or calmer nodes")
+        found.append("interruptions come faster than recoveries: the run never finishes; use fewer or calmer nodes")
     return found
 
 
 def short_form(plan: Mapping[str, Any]) -> str:
-    """Return the few lines of `train --dry-run`."""
+    """Return the short lines of `train --dry-run`."""
     asked = plan["asked"]
     lines = [
         f"store       {plan['kept_frames']:,} frames, {plan['store_gb']:.3g} GB; ingest about "
@@ -219,7 +219,7 @@ def short_form(plan: Mapping[str, Any]) -> str:
 
 
 def dry_run(config: Config, checked: Checked) -> str:
-    """Return what `train` would do on this machine, or where RAY_ADDRESS is."""
+    """Return what `train` would do on this machine, or on the cluster at RAY_ADDRESS."""
     gpus = torch.cuda.device_count()
     use_gpu = gpus >= 1 if config.cluster.use_gpu is None else config.cluster.use_gpu
     workers = config.cluster.num_workers
@@ -247,13 +247,13 @@ def dry_run(config: Config, checked: Checked) -> str:
 
 
 def long_form(plan: Mapping[str, Any], cluster: Cluster, *, taken: Sequence[str], currency: str) -> str:
-    """Return the whole plan.
+    """Return the whole plan as text.
 
     Args:
-        plan: of `plan_of`.
-        cluster: that it was made for.
-        taken: options that nobody gave, whose values are this machine's.
-        currency: of its money.
+        plan: result of `plan_of`.
+        cluster: cluster of the plan.
+        taken: options that were not given and default to this machine.
+        currency: currency of the costs.
     """
     films = [
         f"film        {_time(film['seconds'] / HOUR)}, {film['width']}x{film['height']}, "
@@ -266,8 +266,8 @@ def long_form(plan: Mapping[str, Any], cluster: Cluster, *, taken: Sequence[str]
             *_machines(plan, cluster, taken),
             short_form(plan),
             "",
-            "The same run on other numbers of them. `used`: no more than there are slots. `cores`: would read as "
-            "quickly as the",
+            "The same run on other cluster sizes. `used`: workers that get a slot. `cores`: cores that read as "
+            "fast as the",
             "workers train. Rows with more slots split the same batch finer (optim.slots x optim.clips_per_slot): "
             "another run.",
             *_table(plan, cluster, currency),
@@ -279,7 +279,7 @@ def long_form(plan: Mapping[str, Any], cluster: Cluster, *, taken: Sequence[str]
 
 
 def _machines(plan: Mapping[str, Any], cluster: Cluster, taken: Sequence[str]) -> list[str]:
-    """Lines about the cluster: its size, what of it was guessed, and rates that nobody has measured."""
+    """Return lines about the cluster: size, guessed values, and rates that were never measured."""
     kind = "GPU" if cluster.gpus else "worker"
     count = f"{cluster.workers:,} {kind}{'s' * (cluster.workers > 1)}"
     lost = "no interruptions (--interruptions N an hour, of spot nodes)"
@@ -315,7 +315,7 @@ def _table(plan: Mapping[str, Any], cluster: Cluster, currency: str) -> list[str
 
 
 def _origins(plan: Mapping[str, Any]) -> list[str]:
-    """Each rate with its value, under the sentence that says where it is from."""
+    """List the rates with their values, grouped by origin."""
     origins: dict[str, list[str]] = {}
     for name, origin in plan["origins"].items():
         origins.setdefault(origin, []).append(f"{name} {_value(plan['rates'][name])}")

@@ -1,4 +1,4 @@
-"""The workload of a configuration: counted from shapes, nothing is run."""
+"""Workload of a configuration, computed from shapes; nothing is run."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ FILM = re.compile(r"(?P<seconds>[\d.]+)s,(?P<width>\d+)x(?P<height>\d+),(?P<rate
 
 
 def film_of(index: VideoIndex) -> Film:
-    """Return a video as the model takes it: without the holes in its time, which nobody decodes or keeps."""
+    """Describe a video for the model, without time gaps, which are neither decoded nor kept."""
     seconds = index.shown_seconds
     return Film(seconds, index.coded_width, index.coded_height, len(index.pts) / seconds, index.codec)
 
 
 def parse_film(text: str) -> Film:
-    """Return a film that is not there yet, from SECONDSs,WIDTHxHEIGHT,FPS,CODEC.
+    """Parse a hypothetical film from SECONDSs,WIDTHxHEIGHT,FPS,CODEC.
 
     Raises:
-        ConfigError: it is written in another way.
+        ConfigError: the text has another form.
     """
     found = FILM.fullmatch(text)
     if found is None:
@@ -39,7 +39,7 @@ def parse_film(text: str) -> Film:
 
 
 def workload_of(config: Config, films: Sequence[Film]) -> Workload:
-    """Return what a configuration does with films."""
+    """Return the workload of a configuration on the given films."""
     count, rate = _parameters(config), config.data.frames_per_second
     shapes = [(film.width, film.height, film.seconds) for film in films] or [(16, 9, 1.0)]
     widest = sum(max(w, h) / min(w, h) * weight for w, h, weight in shapes) / sum(weight for *_, weight in shapes)
@@ -53,7 +53,7 @@ def workload_of(config: Config, films: Sequence[Film]) -> Workload:
         frames=config.clip.num_frames,
         clip_bytes=config.clip.num_frames * config.crops.clip_size**2 * 3,
         tflop_per_clip=flop_of_slot(config) / config.optim.clips_per_slot / 1e12,
-        checkpoint_bytes=16 * count,  # student, teacher, two moments, in float32
+        checkpoint_bytes=16 * count,  # student, teacher and two moments in float32
         sum_bytes=(8 if config.optim.reduction == "exact" else 4) * count,
         checkpoint_seconds=config.run.checkpoint_seconds,
     )
@@ -66,9 +66,9 @@ def _parameters(config: Config) -> int:
 
 
 def flop_of_slot(config: Config) -> float:
-    """Floating-point operations of the matrix products of one slot, forward and backward.
+    """Return the floating-point operations of one slot's matrix products, forward and backward.
 
-    The teacher goes forward; the student forward and, at twice the cost, backward; the heads see a token a view.
+    The teacher runs forward; the student runs forward and, at twice the cost, backward; heads see one token per view.
     """
     crops, head = config.crops, config.head
     images = config.optim.clips_per_slot * config.clip.num_frames
@@ -83,7 +83,7 @@ def flop_of_slot(config: Config) -> float:
 
 
 def _flop_of_view(config: Config, size: int) -> float:
-    """One image through the encoder: n tokens cost 24 n D^2 and 4 n^2 D in a block; of the last, CLS alone goes on."""
+    """Return the cost of one image: n tokens cost 24 n D^2 + 4 n^2 D in a block; in the last, only CLS is finished."""
     model = config.model
     patches, width = (size // model.patch_size) ** 2, model.width
     tokens = patches + 1

@@ -1,4 +1,4 @@
-"""The data bench, on a small film: every path is measured, and the ratios are those of the rates."""
+"""Data benchmark on a small film: every path is measured, and the ratios follow from the rates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_reports_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, qui
     assert "av1_decord_frames_per_core_second" not in result, "it has no AV1"
     assert result["jpeg_ms_a_kept_frame"] > 0
     assert result["write_ms_a_kept_frame"] > 0
-    # The other codecs' films too.
+    # Includes the films of other codecs.
     assert len(list(tmp_path.rglob("*.mp4"))) == (1 if quick else 3)
 
 
@@ -45,7 +45,7 @@ def test_films_are_in_the_codec_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_plain_decoding_says_what_decodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The executable on PATH, else that of imageio-ffmpeg, else PyAV."""
+    """Prefer the executable on PATH, then that of imageio-ffmpeg, then PyAV."""
     packaged, on_path = tmp_path / "ffmpeg-packaged", tmp_path / "bin" / "ffmpeg"
     on_path.parent.mkdir()
     for program in (packaged, on_path):

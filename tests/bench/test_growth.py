@@ -1,4 +1,4 @@
-"""Memory over a stream: slopes from samples, and names of processes from their command lines."""
+"""Memory over a stream: slopes from samples, and process roles from command lines."""
 
 from __future__ import annotations
 

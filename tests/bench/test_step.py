@@ -1,4 +1,4 @@
-"""The step's bench, on a network so small that it takes a second: what it reports is there and consistent."""
+"""Step benchmark on a network so small that it takes a second: the reported figures exist and are consistent."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PARTS = {"upload", "augment", "optimizer", "ema"} | OF_FORWARD_AND_BACKWARD
 
 
 def test_reports_all_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other programs on this machine make its times uneven, which is another test's."""
+    """Other programs on this machine make times uneven; another test covers that."""
     monkeypatch.setattr(step, "noisy_paths", lambda seconds: set())
     config, told = load_config("paper", *SMALL), []
     result = step.run(quick=True, config=config, report=lambda *progress: told.append(progress))
@@ -170,7 +170,7 @@ def test_every_second_step_has_no_objects() -> None:
 
 
 def test_what_a_checkpoint_costs() -> None:
-    """Held 0.5 s, and two steps of 2 s that took 3 s and 2.2 s."""
+    """Blocked for 0.5 s, and two steps of 2 s that took 3 s and 2.2 s."""
     found = cost([Written(held=0.5, steps=[3.0, 2.2], seconds=4.0)], [2.0])
     assert found["checkpoint_slowdown_seconds"] == pytest.approx(1.2)
     assert found["checkpoint_share"] == pytest.approx(1.7 / 30)
@@ -185,11 +185,11 @@ def test_masks_keep_the_stated_share_each_its_own() -> None:
 
 
 def test_every_product_of_a_step_is_counted() -> None:
-    """Forward and backward of a linear layer and of attention, by hand."""
+    """Count forward and backward of a linear layer and of attention by hand."""
     layer, tokens = torch.nn.Linear(4, 6), torch.randn(5, 4, requires_grad=True)
     assert record(lambda: layer(tokens).sum().backward()).flops == 3 * 2 * 5 * 4 * 6
     students, rows = torch.randn(5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
-    # The outputs, again in the backward, and the gradients of both factors.
+    # Outputs, again in the backward, and the gradients of both factors.
     assert record(lambda: log_sums(students, rows, temperature=0.1).sum().backward()).flops == 4 * 2 * 5 * 4 * 6
     query, key, value = (torch.randn(2, 3, 7, 8, requires_grad=True) for _ in range(3))
 
@@ -217,7 +217,7 @@ def test_products_that_resample_views_are_not_counted() -> None:
 
 
 def test_needs_neither_ray_nor_a_decoder() -> None:
-    """The bench runs where there is torch and timm, and what reads a configuration."""
+    """The benchmark needs only torch, timm, and the reader of configurations."""
     absent = ["ray", "av", "decord", "lance", "pyarrow", "simplejpeg", "rich", "plotly", "tensorboardX"]
     code = (
         "import sys; sys.modules.update(dict.fromkeys("

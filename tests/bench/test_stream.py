@@ -1,4 +1,4 @@
-"""The stream bench on a small film: every part is measured."""
+"""Stream benchmark on a small film: every part is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clusters of `ray start`, with tokens of their own: heads, and nodes that join them."""
+"""Clusters started by `ray start`, with their own tokens: heads, and nodes that join them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ OWN_VARIABLES = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_TMPDIR")
 
 @dataclass(frozen=True)
 class Head:
-    """A Ray head of our own.
+    """Ray head started for a test.
 
     Attributes:
-        url: of the dashboard.
-        address: of the control plane.
-        environment: what reaches it.
-        token: in `environment`'s file.
-        folder: of its sessions.
-        process: of the head, in a group with all that it has started.
+        url: address of the dashboard.
+        address: address of the control plane.
+        environment: variables needed to reach it.
+        token: token in `environment`'s file.
+        folder: folder of its sessions.
+        process: process of the head, in a group with all its children.
     """
 
     url: str
@@ -45,7 +45,7 @@ class Head:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; all are held until all are found, so that none comes twice."""
+    """Return unused ports; all are held until all are found, so that they differ."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
@@ -54,7 +54,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def ask(url: str, token: str | None) -> int:
-    """The status that the jobs API answers with; 0 when nobody answers."""
+    """Return the status code of the jobs API; 0 if it does not answer."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{url}/api/jobs/", headers=headers), timeout=5) as answer:
@@ -68,7 +68,7 @@ def ask(url: str, token: str | None) -> int:
 
 @contextmanager
 def ray_head(folder: Path, *, num_cpus: int = 3, variables: dict[str, str] | None = None) -> Iterator[Head]:
-    """A head started as cluster.yaml starts one: token, dashboard on loopback. Only its own processes are ended."""
+    """Start a head as in cluster.yaml: token, dashboard on loopback. Only its own processes are killed."""
     token, token_file = secrets.token_hex(32), folder / "token"
     token_file.write_text(token)
     token_file.chmod(0o600)
@@ -79,7 +79,7 @@ def ray_head(folder: Path, *, num_cpus: int = 3, variables: dict[str, str] | Non
         "RAY_worker_niceness": "0",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     } | (variables or {})
-    # Ray puts Unix sockets there, whose whole paths may have 107 characters: too few for a folder below tmp_path.
+    # Ray puts Unix sockets there, whose paths may have at most 107 characters: too few for a folder in tmp_path.
     sockets = tempfile.mkdtemp(prefix="ray-")
     gcs, dashboard, client, agent, agent_grpc, metrics = free_ports(6)
     command = [
@@ -103,7 +103,7 @@ def ray_head(folder: Path, *, num_cpus: int = 3, variables: dict[str, str] | Non
 
 @contextmanager
 def background(command: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with all that it starts, which ends with the block."""
+    """Start a process that ends with the block, along with all its children."""
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
@@ -122,7 +122,7 @@ def background(command: Sequence[str], environment: dict[str, str], log: Path) -
 def call(
     words: Sequence[str], environment: dict[str, str], *, timeout: float = 300, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+    """Run a command to completion."""
     return subprocess.run(
         list(words),
         env=environment,

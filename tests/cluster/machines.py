@@ -1,4 +1,4 @@
-"""Machines that are namespaces of this one: network, processes, Ray's folder and home of their own, and a sshd.
+"""Machines simulated by namespaces: each has its own network, processes, Ray folder, home, and sshd.
 
 Needs root, iproute2, util-linux, openssh-server and rsync. Everything ends with the context: processes by their
 namespace, interfaces by name.
@@ -23,7 +23,7 @@ SSH_SECONDS = 30
 
 
 def missing() -> str | None:
-    """Why there can be no such machines here; None where there can."""
+    """Return why such machines cannot be created here; None if they can."""
     lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
     if lacking:
         return f"not installed: {', '.join(lacking)} (Debian: openssh-server, rsync, iproute2)"
@@ -34,20 +34,20 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Machines:
-    """Addresses, and the key that opens them."""
+    """Addresses, and the key for ssh."""
 
     addresses: tuple[str, ...]
     key: Path
 
     def ssh(self, address: str, *words: str) -> list[str]:
-        """The words of a command that runs there."""
+        """Return the command line that runs a command there."""
         options = ["-i", str(self.key), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
         return ["ssh", *options, "-o", "LogLevel=ERROR", f"root@{address}", *words]
 
 
 @contextmanager
 def machines(folder: Path, count: int) -> Iterator[Machines]:
-    """So many machines on one bridge, for as long as the context is open."""
+    """Start machines on one bridge for the duration of the context."""
     number = os.getpid() % 200 + 20
     bridge, prefix = f"dora{number}", f"10.77.{number}"
     key, host_key = folder / "key", folder / "host_key"
@@ -90,13 +90,13 @@ def _machine(folder: Path, bridge: str, address: str, host_key: Path, key: Path)
         _ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
         _ip("-n", space, "link", "set", "eth0", "up")
         _ip("-n", space, "link", "set", "lo", "up")
-        # Nothing is there to be reached, but Ray takes the address that a way out would leave from for its own.
+        # No outside network is reachable, but Ray takes the source address of a default route as its own.
         _ip("-n", space, "route", "add", "default", "via", f"{address.rpartition('.')[0]}.1")
         own = folder / f"own-{last}"
         own.mkdir()
-        # What is written at home and in Ray's folder stays there. The rest of the disk is shared, as over NFS.
-        # The shell stays as the first process, as it waits for those that lose their parent; sshd would not, and what
-        # `ray stop` ends would be there for ever.
+        # Home and Ray's folder are private to the machine. The rest of the disk is shared, as over NFS.
+        # The shell stays as process 1, because it reaps orphans; sshd would not, and processes stopped by `ray stop`
+        # would remain as zombies.
         boot = (
             f"mount -t tmpfs none {own} && mkdir {own}/home {own}/work && mount -t overlay overlay -o "
             f"lowerdir={Path.home()},upperdir={own}/home,workdir={own}/work {Path.home()} && "

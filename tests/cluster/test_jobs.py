@@ -1,4 +1,4 @@
-"""Commands as jobs: what is run, what is shown, and how it ends; with a client that is made up."""
+"""Commands as jobs: the command line, the log, and the exit status, with a fake client."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_a_training_can_be_submitted_again(words, command):
 
 def test_a_folder_of_the_cluster_alone_is_warned_of(caplog):
     jobs.prepare_command(["train", "tiny", "--out", "runs/a"], name="job")
-    assert "all of them must share it" in caplog.text
+    assert "All of them must share it" in caplog.text
     caplog.clear()
     jobs.prepare_command(["train", "tiny", "--out", "s3://b/a"], name="job")
     assert caplog.text == ""
 
 
 class Client:
-    """A cluster's jobs API with one job; each tail is a connection, which ends where it says."""
+    """Fake jobs API with one job; each tail is a connection, which ends where it says."""
 
     def __init__(self, tails: list[str | Exception], status: str, code: int | None) -> None:
         self.tails, self.status, self.code = tails, status, code
@@ -85,7 +85,7 @@ def test_the_status_is_the_commands(status, code, ends):
 def test_a_head_that_stays_away_is_told_with_what_to_do(monkeypatch):
     monkeypatch.setattr(jobs, "RETRY_SECONDS", 0)
     monkeypatch.setattr(jobs, "LOST_SECONDS", 0)
-    with pytest.raises(ClusterError, match="submit the same command again on a new cluster"):
+    with pytest.raises(ClusterError, match="submit the same command to a new cluster"):
         jobs_with(Client([OSError("gone")] * 1000, "RUNNING", None)).follow("job", print)
 
 
@@ -112,7 +112,7 @@ def test_a_head_whose_agent_still_starts_is_asked_again(monkeypatch, tmp_path):
 
 
 def test_a_home_folder_is_not_uploaded(monkeypatch, tmp_path):
-    with pytest.raises(ConfigError, match="not a project's folder"):
+    with pytest.raises(ConfigError, match="not a project folder"):
         jobs_with(Client([], "", None)).submit(["dora-ray"], name="job", working_dir="~")
 
 

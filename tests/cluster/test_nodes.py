@@ -1,4 +1,4 @@
-"""Facts of nodes: of one in this process's cluster, and of a cluster in which one node is not like the others."""
+"""Facts about nodes: one in this process's cluster, and a cluster with a node that differs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _can_hide_folders() -> bool:
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not _can_hide_folders(), reason="needs the right to make mount namespaces (root)")
 def test_an_odd_node_a_wrong_token_and_another_version_are_named(tmp_path):
-    """The second node sees an empty folder where the film is, and has another dora-ray."""
+    """The second node sees an empty folder in place of the film, and has another dora-ray."""
     videos, package = tmp_path / "videos", tmp_path / "odd" / "dora_ray-9.9.9.dist-info"
     videos.mkdir()
     shutil.copy(find_videos([BIKES])[0], videos / "walk.mp4")
@@ -58,7 +58,7 @@ def test_an_odd_node_a_wrong_token_and_another_version_are_named(tmp_path):
         with background(_hidden_node(videos, head.address), odd, tmp_path / "node.log"):
             said = ""
             for _ in range(20):  # until the node has joined
-                # Ray's workers look for packages in the caller's folder first, which may have been built in.
+                # Ray's workers look for packages in the caller's folder first, where one may have been built.
                 done = call([*doctor, head.address], head.environment, cwd=tmp_path)
                 said = done.stdout
                 if "nodes          2" in said:

@@ -1,4 +1,4 @@
-"""Why a cluster cannot be joined, in sentences; and Ray's notice at every start, left out."""
+"""Explanations of refused connections, and the filter for Ray's token notice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.cluster.heads import free_ports
 
 
 def test_nobody_listens_and_ray_is_not_even_asked():
-    """Ray itself would end the process after a minute."""
+    """Ray itself would kill the process after a minute."""
     (port,) = free_ports(1)
     with pytest.raises(ClusterError, match=rf"127.0.0.1:{port}: nothing listens there"):
         starting.join_cluster(f"127.0.0.1:{port}")
@@ -88,4 +88,4 @@ def test_a_home_that_takes_no_file_leaves_it_to_ray(tmp_path, monkeypatch, caplo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "file" / "token"))
     starting.prepare_ray(starts=True)
-    assert "no token could be written" in caplog.text
+    assert "cannot write a token" in caplog.text

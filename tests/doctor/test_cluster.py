@@ -1,4 +1,4 @@
-"""What the doctor says of a cluster's nodes, from facts that are made up."""
+"""Doctor's findings about a cluster's nodes, from invented facts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model's arithmetic against simulations that do step by step what it has closed forms for."""
+"""Arithmetic of the model, compared with step-by-step simulations of its closed forms."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_store_and_ingest_by_hand():
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5, 7, 8])
 def test_a_step_ends_with_its_busiest_worker(workers):
-    """Slots dealt one after the other, as the training does; nothing else is slow."""
+    """Deal slots one after the other, as in training; nothing else limits."""
     free = replace(RATES, bus_bytes=math.inf, network_bytes=math.inf, head_slots=math.inf)
     busy = np.zeros(workers)
     for slot in range(WORK.slots):
@@ -71,7 +71,7 @@ def test_a_step_ends_with_its_busiest_worker(workers):
 
 
 def test_reading_is_a_pipeline_that_the_slower_end_paces():
-    """Cores read slots, one after the other, into a queue from which each step takes all of its slots."""
+    """Cores read slots one after the other into a queue, from which each step takes all of its slots."""
     each = read_core_seconds(WORK, RATES) * WORK.clips_per_slot
     rates = replace(RATES, network_bytes=math.inf)
     training = estimate(WORK, rates, Cluster(8, True, cores=1e9)).parts["training"]

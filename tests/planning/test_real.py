@@ -1,4 +1,4 @@
-"""Plans beside what then happens: a store that is filled, and trainings that are run on this machine."""
+"""Plans compared with reality: a filled store, and trainings on this machine."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_the_stores_size(store: Path, small: tuple[str, ...], tmp_path: Path):
 def test_hours_of_a_run_from_the_rate_of_another(
     small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A training of one shape tells the core's rate; with it, one of four times the work a step is foretold.
+    """One training measures the core's rate; it predicts the time of a training with four times the work per step.
 
-    Steps are told by the core's time that they take, which does not depend on what else the machine does.
+    Steps are measured in CPU time, which does not depend on the machine's other work.
     """
     monkeypatch.setattr(loop, "time", SimpleNamespace(**{**vars(time), "monotonic": time.thread_time}))
     few = dora_ray.load_config("tiny", *small, "optim.slots=2", "optim.clips_per_slot=4", "optim.steps=12")

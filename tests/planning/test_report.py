@@ -1,4 +1,4 @@
-"""Plans in words: the counts behind them, warnings, prices, and the figures' files."""
+"""Reports of plans: counts, warnings, prices, and files of figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOUR = "6600s,3840x2160,60,vp9"
 
 @pytest.fixture
 def plan(capsys, tmp_path):
-    """Runs `dora-ray plan`: its exit status, what it printed, and its JSON."""
+    """Run `dora-ray plan`; return its exit status, its output, and its JSON."""
 
     def call(*words: str) -> tuple[int, str, dict]:
         out = tmp_path / "plan.json"
@@ -92,7 +92,7 @@ def test_a_film_is_written_in_one_way(spec):
 
 
 def test_products_are_counted_as_the_bench_records_them():
-    """The closed form beside every matrix product that one step of a small network computes."""
+    """The closed form equals the count of every matrix product in one step of a small network."""
     import torch
 
     from dora_ray.bench.products import record

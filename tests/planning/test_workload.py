@@ -1,4 +1,4 @@
-"""A workload's counts beside what an index really holds: frames that are decoded, frames that are kept."""
+"""Counts of a workload, compared with an index: decoded frames and kept frames."""
 
 from __future__ import annotations
 
