@@ -1,1 +1,1 @@
-"""Faults on purpose: a training is killed, drained, shrunk and grown, and compared with one that was left alone."""
+"""Fault injection: a training run is killed, drained, shrunk and grown, and compared with an undisturbed one."""

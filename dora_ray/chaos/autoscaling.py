@@ -1,12 +1,11 @@
-"""A training on Ray's own autoscaler, with the node types of a cluster's file as fake nodes of this machine.
+"""Training on Ray's own autoscaler, with the node types of a cluster file as fake nodes of this machine.
 
     python -m dora_ray.chaos.autoscaling --cluster cluster.yaml --json timeline.json --picture timeline.svg
 
-Names, labels and limits are the file's; cores and memory are scaled down to what one machine can pretend to have, and
-the cloud is Ray's fake provider, whose nodes are raylets here. A film is ingested and trained on from a cluster that
-has a head and nothing else. What is watched: nodes by type, on which of them decoding and training run, and on how
-many workers. At first there is one train node to be had; when the training has begun on it, there is another. In the
-middle of it a decode node is killed.
+Names, labels and limits are the file's; cores and memory are scaled down to fit one machine, and the cloud is Ray's
+fake provider, whose nodes are local raylets. A film is ingested and trained on, starting from a cluster with only a
+head. The timeline records nodes by type, the nodes on which decoding and training run, and the number of workers. One
+train node is available at first, and a second once training has begun. A decode node is killed midway.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ TRAINING = (
 
 @dataclass(frozen=True)
 class Moment:
-    """The cluster at one time.
+    """State of the cluster at one time.
 
     Attributes:
-        seconds: since the training was started.
+        seconds: since training was started.
         nodes: ids of living nodes by type.
-        processes: what decodes or trains, by type of node.
+        processes: decoding and training processes, by node type.
     """
 
     seconds: float
@@ -60,7 +59,7 @@ class Moment:
     processes: dict[str, list[str]]
 
     def count(self, kind: str) -> int:
-        """Nodes of a type."""
+        """Return the number of nodes of a type."""
         return len(self.nodes.get(kind, []))
 
 
@@ -81,7 +80,7 @@ class Timeline:
     status: int | None = None
 
     def most(self, kind: str) -> int:
-        """The most nodes of a type at a time."""
+        """Return the largest number of simultaneous nodes of a type."""
         return max((moment.count(kind) for moment in self.moments), default=0)
 
     def grew(self) -> bool:
@@ -166,7 +165,7 @@ def run(cluster: Mapping[str, Any], folder: Path, *, steps: int, kill: bool = Tr
 
 @contextmanager
 def _ended_in_order() -> Iterator[None]:
-    """Have SIGTERM and Ctrl-C leave the open blocks, which end the cluster; those that come meanwhile are ignored."""
+    """Make SIGTERM and Ctrl-C exit the open blocks, which end the cluster; further signals are then ignored."""
     before = {number: signal.getsignal(number) for number in ENDING}
     _catch()
     try:
@@ -196,7 +195,7 @@ def _join(address: str, folder: Path) -> None:
 
 
 def _try_to_join(address: str) -> ClusterError | None:
-    """Return why not; Ray brings its own answer to SIGTERM, to end this process on the spot, which is taken back."""
+    """Return the error, or None if joined. Undo Ray's SIGTERM handler, which would end this process at once."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         join_cluster(address, log_to_driver=False, logging_level="error")
@@ -261,7 +260,7 @@ def _kill_decode_node(address: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it, and print the table."""
+    """Run the experiment, and print the table."""
     from dora_ray.chaos.timeline_picture import picture, table
 
     parser = argparse.ArgumentParser(prog="python -m dora_ray.chaos.autoscaling", description=__doc__.splitlines()[0])

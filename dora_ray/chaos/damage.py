@@ -1,6 +1,6 @@
-"""Faults in files: a checkpoint cut short between two launches, damage to a frame store, a decode that hangs.
+"""Faults in files: a truncated checkpoint, a damaged frame store, a hanging decode.
 
-What cannot be made up for must be refused by name, and leave what is still good where it is.
+What cannot be compensated must be refused with the file's name, and must leave intact data in place.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from dora_ray.training.launch import saved_config
 from dora_ray.training.records.journal import CONFIG, METRICS, read_events, read_lines
 
 CHECKPOINT_SECONDS, NUM_CHECKPOINTS = 0.5, 2
-# A data file for each second of the film; two clips of an epoch may hang, the third one ends the run, steps later.
+# One data file per second of film. Two hanging clips are tolerated in an epoch; the third ends the run, steps later.
 SEGMENT_SECONDS, DECODE_SECONDS, BAD_FRACTION = 1.0, 2.0, 0.011
 STEPS_BETWEEN = 4
 LAUNCH_SECONDS, END_SECONDS = 120.0, 300.0
 
 
 def cut_newest_checkpoint(run: Path, words: tuple[str, ...], *, seed: int) -> str:
-    """Kill a run, cut the newest checkpoint's files to half, and resume until the run has ended.
+    """Kill a run, truncate files of the newest checkpoint to half, and resume until the run has ended.
 
     Returns:
-        what became of the resume.
+        Description of the resume.
 
     Raises:
-        StalledError: it did not go on from the checkpoint before.
+        StalledError: the run did not resume from the previous checkpoint.
     """
     training = Training(run, (*words, f"run.checkpoint_seconds={CHECKPOINT_SECONDS:g}"), address=None)
     try:
@@ -54,20 +54,20 @@ def cut_newest_checkpoint(run: Path, words: tuple[str, ...], *, seed: int) -> st
     begins = [line["step"] for line in read_events(str(run)) if line["event"] == "start"]
     if status != 0 or begins[-1] != int(good.name.removeprefix("step-")):
         raise StalledError(
-            f"{newest.name} was cut: the resume ended with status {status}, and the starts were at the steps {begins}, "
-            f"not the last one at {good.name}: {said}"
+            f"{newest.name} was truncated: the resume ended with status {status} and did not "
+            f"start at {good.name}, but the starts were at the steps {begins}: {said}"
         )
-    return f"{newest.name} was cut: the run went on from {good.name}"
+    return f"{newest.name} was truncated: the run resumed from {good.name}"
 
 
 def damage_store(run: Path, words: tuple[str, ...], *, store: Path, seed: int) -> str:
     """Train on a copy of the store with noise in the middle of a data file.
 
     Returns:
-        how the run ended.
+        Description of the run's end.
 
     Raises:
-        StalledError: neither with an error that names the store, nor with unreadable clips that are counted.
+        StalledError: the run neither failed naming the store, nor counted unreadable clips.
     """
     copy = run.with_name(f"{run.name}-store")
     shutil.copytree(store, copy)
@@ -87,13 +87,13 @@ def damage_store(run: Path, words: tuple[str, ...], *, store: Path, seed: int) -
 
 
 def hang_decoder(run: Path, words: tuple[str, ...], *, address: str) -> str:
-    """Train on a store where reading one second of the film never ends: its file is a pipe that nobody writes to.
+    """Train on a store in which reading one second of film never ends, because its file is a pipe without a writer.
 
     Returns:
-        how the run ended.
+        Description of the run's end.
 
     Raises:
-        StalledError: clips that hang were not counted first, or it did not end with an error that names film and time.
+        StalledError: the hanging clips were not counted first, or the run's error did not name film and time.
     """
     limits = (
         f"data.store={run.with_name(f'{run.name}-store')}",
@@ -105,7 +105,7 @@ def hang_decoder(run: Path, words: tuple[str, ...], *, address: str) -> str:
     )
     training = Training(run, (*words, *limits), address=address)
     try:
-        # The launching process has read the store's times by then, and no worker has read a picture.
+        # The launcher has read the store's times by then, and no worker has read a picture.
         training.wait("the plan", (run / CONFIG).exists, seconds=LAUNCH_SECONDS)
         hang = choose_hang(saved_config(str(run)), str(run.with_name(f"{run.name}-store")))
         hang.file.unlink()
@@ -119,20 +119,20 @@ def hang_decoder(run: Path, words: tuple[str, ...], *, address: str) -> str:
         raise StalledError(f"the run with a hung decoder ended with status {status}: {training.tail()}")
     if max(counted, default=0) != hang.counted:
         raise StalledError(
-            f"{hang.counted} clips that hang were to be counted before the last one, and were: {counted}"
+            f"{hang.counted} hanging clips should be counted before the last one, but the counts were {counted}"
         )
     return f"{hang.counted} clips were counted while training went on, then: {training.tail().strip().splitlines()[-1]}"
 
 
 @dataclass(frozen=True)
 class Hang:
-    """A data file that hangs, and where the run then ends.
+    """Data file that hangs, and the point where the run then ends.
 
     Attributes:
         file: the data file.
-        stop: the step that exceeds data.max_bad_fraction, in the first epoch.
-        counted: clips that hang in the steps before.
-        places: how an error names the clips that hang.
+        stop: step at which data.max_bad_fraction is exceeded, in the first epoch.
+        counted: hanging clips in the steps before.
+        places: names of the hanging clips in error messages.
     """
 
     file: Path
@@ -142,7 +142,7 @@ class Hang:
 
 
 def choose_hang(config: Config, store: str) -> Hang:
-    """The data file of a filled store whose hanging ends the run soonest, steps after a clip that is only counted."""
+    """Return the data file whose hang ends the run soonest, but several steps after the first counted clip."""
     (video,) = ingest_videos(config, store)
     plan = make_plan(config, [video])
     allowed = config.data.max_bad_fraction * plan.clips_per_epoch
@@ -161,7 +161,7 @@ def choose_hang(config: Config, store: str) -> Hang:
 
 
 def _files(video: StoredVideo) -> list[tuple[Path, set[int]]]:
-    """The data files of a video's dataset, with the frames that are in them."""
+    """Return the data files of a video's dataset, each with its frames."""
     fragments = lance.dataset(video.uri, version=video.version).get_fragments()
     ends = np.cumsum([fragment.count_rows() for fragment in fragments])
     places = np.searchsorted(ends, video.rows, side="right")
@@ -172,12 +172,12 @@ def _files(video: StoredVideo) -> list[tuple[Path, set[int]]]:
 
 
 def largest_segment(store: Path) -> Path:
-    """The largest data file of the first dataset of a store."""
+    """Return the largest data file in a store."""
     return max(store.glob("*/*.lance/data/*.lance"), key=lambda path: path.stat().st_size)
 
 
 def launch(run: Path, words: tuple[str, ...], *, resume: bool = False) -> tuple[int, str]:
-    """Train in one process, without Ray: its exit status, and the end of what it said."""
+    """Train in one process without Ray; return the exit status and the end of the output."""
     training = Training(run, words, address=None, resume=resume)
     try:
         status = training.finish(seconds=END_SECONDS)

@@ -1,4 +1,4 @@
-"""A cluster whose nodes are raylets of this machine: Ray's own autoscaler on the node types of a cluster's file."""
+"""Cluster whose nodes are raylets of this machine: Ray's own autoscaler with the node types of a cluster file."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import yaml
 from dora_ray.errors import ClusterError
 from dora_ray.ray_internals import FAKE_PROVIDER
 
-# The fake provider knows the head by this name, and its nodes by such ids.
+# Name of the head and ids of nodes, as expected by the fake provider.
 HEAD_TYPE, HEAD_ID = "ray.head.default", "f" * 51 + "00000"
-# Cores of a pretended node, and how many of them at most: a training worker fits on a train node alone, as one with a
-# GPU does, and several decode nodes are wanted for a film of some segments.
+# Cores of a fake node, and the most nodes. Like a worker with a GPU, a training worker fits only on a train node; a
+# film of a few segments should need several decode nodes.
 CORES = {"decode": 2, "train": 4}
 MOST = {"decode": 3, "train": 2}
-# As on a spot market that has one machine with GPUs at first, and more later. Ray's autoscaler starts nothing towards a
-# demand that it cannot meet in full, as an elastic trainer's for its most workers: the one is asked for by number.
+# As on a spot market with one GPU machine at first, and more later. Ray's autoscaler starts no node towards a demand
+# that it cannot meet in full, such as an elastic trainer's maximum, so the first node is requested explicitly.
 FEW = {"decode": 3, "train": 1}
 STORE_BYTES = 200_000_000
 IDLE_MINUTES = 0.25
@@ -39,13 +39,13 @@ def scaled_down(
     most: Mapping[str, int] = MOST,
     fewest: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Return a cluster's file with its node types as fake nodes of this machine.
+    """Convert a cluster file's node types to fake nodes of this machine.
 
     Args:
-        cluster: the content of cluster.yaml.
+        cluster: content of cluster.yaml.
         gcs_address: host:port at which the head will listen.
-        most: nodes by type, where the file allows as many.
-        fewest: nodes by type that are started unasked, in place of the file's own.
+        most: maximum nodes by type, further limited by the file.
+        fewest: minimum nodes by type, overriding the file.
     """
     types = cluster["available_node_types"]
     head = cluster["head_node_type"]
@@ -89,7 +89,7 @@ def scaled_down(
 
 @contextmanager
 def fake_cluster(cluster: Mapping[str, Any], folder: Path) -> Iterator[str]:
-    """A head with the autoscaler, and no other node; yields its address. All its processes end with the context."""
+    """Start a head with the autoscaler and no other node; yield its address, and end all its processes."""
     import ray
 
     with socket.create_server(("", 0)) as free, socket.create_server(("", 0)) as other:
@@ -102,7 +102,7 @@ def fake_cluster(cluster: Mapping[str, Any], folder: Path) -> Iterator[str]:
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
-        # As `ray up` sets it: without it the first job of a cluster without workers is refused.
+        # As `ray up` does; otherwise the first job of a cluster without workers is refused.
         "RAY_NODE_TYPE_NAME": HEAD_TYPE,
         "RAY_worker_niceness": "0",
         "RAY_health_check_initial_delay_ms": "0",
@@ -132,19 +132,19 @@ def offer(
     most: Mapping[str, int],
     fewest: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write the autoscaler's file, see `scaled_down`; it reads it again and again."""
+    """Write the autoscaler's file, see `scaled_down`; the autoscaler rereads it continually."""
     new, file = folder / "autoscaling.new.yaml", folder / "autoscaling.yaml"
     new.write_text(yaml.safe_dump(scaled_down(cluster, address, most, fewest)))
     return new.replace(file)
 
 
 def end_session(leader: subprocess.Popen[bytes]) -> None:
-    """Kill a process that was started as the first of a session, and all that are left of it.
+    """Kill a session's leader and all remaining processes of the session.
 
-    A group would not do: Ray's workers are in groups of their own, and raylets have other parents once theirs is gone.
+    A process group is not enough: Ray's workers have their own groups, and orphaned raylets get other parents.
 
     Raises:
-        ClusterError: some outlive it.
+        ClusterError: some processes survive.
     """
     deadline = time.monotonic() + END_SECONDS
     while left := [process for process in psutil().process_iter() if _is_of(process, leader.pid)]:
@@ -153,24 +153,24 @@ def end_session(leader: subprocess.Popen[bytes]) -> None:
         for process in left:
             with suppress(psutil().Error):
                 process.kill()
-        leader.poll()  # what has ended is counted until it is waited for
+        leader.poll()  # a zombie counts until it is reaped
         time.sleep(0.05)
 
 
 def _is_of(process: Any, session: int) -> bool:
-    """Return whether a process lives and is of that session."""
+    """Return whether a process is alive and in the session."""
     with suppress(ProcessLookupError, PermissionError, psutil().Error):
         return os.getsid(process.pid) == session and process.status() != psutil().STATUS_ZOMBIE
     return False
 
 
 def psutil() -> Any:
-    """Return the library, which has no types."""
+    """Return the module, which has no types."""
     return importlib.import_module("psutil")  # Ray brings it along
 
 
 def processes_of(address: str) -> list[tuple[Any, str]]:
-    """Processes of the cluster with the type of their node, the raylets first."""
+    """Return the cluster's processes with their node types; each raylet comes before its children."""
     port = address.rpartition(":")[2]
     found = []
     for raylet in psutil().process_iter(["name", "cmdline"]):

@@ -1,7 +1,7 @@
-"""Losses of a run with faults, from its files alone, compared with those of a run that was left alone.
+"""Cost of faults: a run's files compared with those of an undisturbed run.
 
-An attempt is one start of the worker group. A fault answers for the attempts that begin after it and before the next
-fault: for the steps that they take back, and for the time without a step before the first of their steps.
+An attempt is one start of the worker group. A fault accounts for the attempts that begin after it and before the next
+fault: for the steps that they repeat, and for the time until the first of their steps.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ History = Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True)
 class Hit:
-    """A fault that struck.
+    """Fault that was injected.
 
     Attributes:
         fault: its name.
-        step: steps done when it struck.
-        time: when, as time.time().
+        step: steps done at that time.
+        time: as time.time().
     """
 
     fault: str
@@ -46,14 +46,14 @@ class Attempt:
     """One start of the worker group.
 
     Attributes:
-        time: of its start; first_step_time: when its first step was done, None when it did none.
-        begin: step that it begins at.
-        world_size: its workers.
-        taken_back: steps done before that it does again.
+        time: time of the start; first_step_time: end of the first step, None if there was none.
+        begin: step at which it begins.
+        world_size: number of workers.
+        taken_back: earlier steps that it repeats.
         work_lost: seconds that those had taken.
-        silent_since: when the last step before it was done.
-        noticed: when the interruption before it was seen, by the run's own word; None when it said none.
-        parts: seconds from then to the first step, by what they were spent on, by the run's own word.
+        silent_since: end of the last step before it.
+        noticed: when the run recorded the preceding interruption; None if it did not.
+        parts: seconds from then to the first step by activity, as recorded by the run.
     """
 
     time: float
@@ -69,15 +69,15 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Row:
-    """The cost of one fault.
+    """Cost of one fault.
 
     Attributes:
-        recovered_seconds: without a step, from the fault (or, when training went on, from the last step before the
-            restart) to the next step; None when no step followed.
-        steps_lost: steps that were computed again.
+        recovered_seconds: time without a step, from the fault (or, if training continued, from the last step before the
+            restart) to the next step; None if no step followed.
+        steps_lost: steps that were repeated.
         work_lost_seconds: time that those had taken.
         clips_lost, clips_repeated: clips of the undisturbed run that the committed history lacks, or has too often.
-        parts: the time without a step, by what it was spent on, as far as the run tells.
+        parts: the time without a step by activity, as far as the run recorded it.
     """
 
     fault: str
@@ -92,11 +92,11 @@ class Row:
 
 
 def attempts(metrics: Sequence[Line], events: Sequence[Line]) -> list[Attempt]:
-    """The attempts of a run, from its lines of metrics.jsonl (one a step) and events.jsonl."""
+    """Return the attempts of a run, from its lines of metrics.jsonl (one a step) and events.jsonl."""
     starts = {line["attempt"]: line for line in events if line["event"] == "start"}
     recovered = {line["attempt"]: line for line in events if line["event"] == "recovered"}
     found: list[Attempt] = []
-    # The line of each step that is done, as the attempts up to here have it.
+    # Latest metrics line of each step that is still done after the attempts so far.
     done: dict[int, Line] = {}
     for attempt, start in sorted(starts.items()):
         steps = {line["step"]: line for line in metrics if line.get("attempt") == attempt and "step" in line}
@@ -127,7 +127,7 @@ def judge(
     reference: History,
     clips_per_slot: int,
 ) -> list[Row]:
-    """A row for each fault, in the order they struck."""
+    """Return a row for each fault, in the order of injection."""
     return [
         _row(hit, after, tries, _clips(history, reference, steps, clips_per_slot))
         for hit, after, steps in zip(hits, _answers(hits, tries), _spans(hits, tries), strict=True)
@@ -135,7 +135,7 @@ def judge(
 
 
 def _answers(hits: Sequence[Hit], tries: Sequence[Attempt]) -> list[list[Attempt]]:
-    """The attempts that each fault answers for."""
+    """Return the attempts that each fault accounts for."""
     ends = [*(hit.time for hit in hits), math.inf][1:]
     return [
         [attempt for attempt in tries if hit.time < attempt.time <= end] for hit, end in zip(hits, ends, strict=True)
@@ -143,7 +143,7 @@ def _answers(hits: Sequence[Hit], tries: Sequence[Attempt]) -> list[list[Attempt
 
 
 def _spans(hits: Sequence[Hit], tries: Sequence[Attempt]) -> list[range]:
-    """The steps that each fault answers for: from its first restart to the next fault's; the first one, from step 0."""
+    """Return the steps that each fault accounts for: from its first restart (the first: step 0) to the next one's."""
     answers = zip(hits, _answers(hits, tries), strict=True)
     begins = [min((attempt.begin for attempt in after), default=hit.step) for hit, after in answers]
     bounds = [0, *begins[1:], sys.maxsize] if hits else []
@@ -151,7 +151,7 @@ def _spans(hits: Sequence[Hit], tries: Sequence[Attempt]) -> list[range]:
 
 
 def _clips(history: History, reference: History, steps: range, clips_per_slot: int) -> tuple[int, int]:
-    """Clips lost and repeated among these steps."""
+    """Return the numbers of clips lost and repeated among these steps."""
     ours = Counter((step, slot) for step, slots in history.items() if step in steps for slot in slots)
     theirs = Counter((step, slot) for step, slots in reference.items() if step in steps for slot in slots)
     return (theirs - ours).total() * clips_per_slot, (ours - theirs).total() * clips_per_slot
@@ -175,7 +175,7 @@ def _row(hit: Hit, after: Sequence[Attempt], tries: Sequence[Attempt], clips: tu
 
 
 def _parts(silent_since: float, after: Sequence[Attempt]) -> dict[str, float]:
-    """From the silence to its being noticed, and on by the run's own word."""
+    """Return the time until detection, followed by the run's own breakdown."""
     for attempt in after:
         if attempt.noticed is not None:
             return {"detection": round(max(0.0, attempt.noticed - silent_since), 2), **attempt.parts}
@@ -183,9 +183,9 @@ def _parts(silent_since: float, after: Sequence[Attempt]) -> dict[str, float]:
 
 
 def weights_difference(checkpoint: str, reference: str) -> float:
-    """Largest |difference| between the numbers of two checkpoints: networks, optimizer, center, exponents, step.
+    """Return the largest |difference| between two checkpoints: networks, optimizer, center, exponents, step.
 
-    Infinite when they do not hold the same tensors, or when only one of two numbers is finite.
+    Infinite if they do not hold the same tensors, or if only one of two numbers is finite.
     """
     ours, theirs = _tensors(checkpoint), _tensors(reference)
     if ours.keys() != theirs.keys() or any(ours[name].shape != theirs[name].shape for name in ours):
@@ -206,7 +206,7 @@ def _tensors(checkpoint: str) -> dict[str, Tensor]:
 
 
 def _flatten(name: str, value: Any) -> dict[str, Tensor]:
-    """All numbers of a nested state, by the path to them."""
+    """Return all numbers of a nested state, keyed by their path."""
     if isinstance(value, Tensor):
         return {name: value}
     if isinstance(value, Mapping):

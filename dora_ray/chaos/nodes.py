@@ -1,8 +1,8 @@
-"""A Ray cluster of several nodes on this machine, whose nodes can be killed, drained and added.
+"""Ray cluster of several nodes on this machine, whose nodes can be killed, drained and added.
 
-Every node is a raylet of its own, as on machines apart, and all of them share the cores. The head has no CPUs: like the
-head of cluster.yaml it holds the control plane, the driver and Ray Train's controller alone, so that the faults hit
-what a real cluster loses. Methods must be called from the main thread, because Ray installs signal handlers.
+Every node is its own raylet, as on separate machines; all share the cores. The head has no CPUs: like the head of
+cluster.yaml, it holds only the control plane, the driver and Ray Train's controller, so faults hit what a real cluster
+would lose. Call methods from the main thread only, because Ray installs signal handlers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dora_ray.ray_internals import actors_of, draining_nodes_of, known_address, 
 from dora_ray.spot import drain
 
 OBJECT_STORE_BYTES = 150_000_000
-# Of which a training worker takes two (chaos.training), so that two of them never share a node.
+# A training worker takes two (chaos.training), so that two of them never share a node.
 NODE_CPUS = 3
 TRAIN_WORKER = "RayTrainWorker"
-# How soon a dead raylet is known to be dead: 4 missed answers, a second apart (Ray's own: 5, 3 s apart).
+# Detection time of a dead raylet: 4 missed health checks, a second apart (Ray's default: 5, 3 s apart).
 HEAD_SETTINGS = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 1000,
@@ -33,10 +33,10 @@ HEAD_SETTINGS = {
 
 
 class LocalNodes:
-    """The cluster, for as long as the context is open.
+    """Cluster that lives as long as the context is open.
 
     Args:
-        count: nodes at the beginning, besides the head.
+        count: initial nodes, besides the head.
     """
 
     def __init__(self, count: int) -> None:
@@ -61,57 +61,57 @@ class LocalNodes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._cluster.shutdown()
-        if self._address_before:  # `ray start` on this machine: what connects by address="auto" is to find it again
+        if self._address_before:  # restore the address of an earlier `ray start`, for address="auto"
             note_address(self._address_before)
 
     @property
     def address(self) -> str:
-        """Value of RAY_ADDRESS."""
+        """Value for RAY_ADDRESS."""
         return str(self._cluster.gcs_address)
 
     def __len__(self) -> int:
         return len(self._cluster.worker_nodes)
 
     def join(self) -> None:
-        """A node joins: room for one training worker and for tasks beside it."""
+        """Add a node with room for one training worker and for tasks beside it."""
         self._cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=OBJECT_STORE_BYTES)
 
     def node_ids(self, *, alive: bool = False) -> list[str]:
-        """Ids of the nodes besides the head; with `alive`, of those that Ray takes to be alive."""
+        """Return the ids of the nodes besides the head; with `alive`, only those that Ray considers alive."""
         living = nodes_of(self._cluster) if alive else None
         return [node.node_id for node in self._cluster.worker_nodes if living is None or node.node_id in living]
 
     def draining(self) -> dict[str, int]:
-        """Nodes that are being drained, with the deadline in milliseconds since the epoch."""
+        """Return the draining nodes, with their deadlines in milliseconds since the epoch."""
         return draining_nodes_of(self._cluster)
 
     def train_workers(self) -> dict[str, list[int]]:
-        """Process ids of the living training workers, by node id."""
+        """Return the process ids of the living training workers, by node id."""
         found: dict[str, list[int]] = {}
         for node, pid in actors_of(self._cluster, TRAIN_WORKER):
             found.setdefault(node, []).append(pid)
         return found
 
     def pick(self, draw: float) -> Any:
-        """A node that a training worker runs on."""
+        """Return a node that runs a training worker."""
         busy = self.train_workers()
         nodes = sorted((node for node in self._cluster.worker_nodes if node.node_id in busy), key=lambda n: n.node_id)
         return nodes[int(draw * len(nodes))]
 
     def signal_worker(self, draw: float, number: signal.Signals) -> None:
-        """Send a signal to a training worker: SIGKILL ends it, with SIGSTOP it does nothing any more."""
+        """Send a signal to a training worker: SIGKILL ends it, SIGSTOP makes it hang."""
         pids = sorted(pid for pids in self.train_workers().values() for pid in pids)
         os.kill(pids[int(draw * len(pids))], number)
 
     def kill_node(self, node: Any) -> None:
-        """SIGKILL to the raylet of a node and to its training workers, as when a machine is gone."""
+        """Send SIGKILL to a node's raylet and training workers, as if the machine were lost."""
         workers = self.train_workers().get(node.node_id, [])
         self._cluster.remove_node(node, allow_graceful=False)
         for pid in workers:
-            with suppress(ProcessLookupError):  # it may have noticed that its raylet is gone
+            with suppress(ProcessLookupError):  # it may have exited after its raylet
                 os.kill(pid, signal.SIGKILL)
 
     def drain(self, node: Any, seconds: float) -> float:
-        """Announce that a node goes away in so many seconds; returns when, as time.time()."""
+        """Announce that a node will leave in `seconds`; return the deadline as time.time()."""
         drain(self.address, node.node_id, seconds=seconds, reason="chaos")
         return time.time() + seconds

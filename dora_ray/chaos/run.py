@@ -1,4 +1,4 @@
-"""All trials of one call of `dora-ray chaos`."""
+"""Trials of one `dora-ray chaos` command."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def chaos(
     compare: bool = False,
     on_trial: OnTrial | None = None,
 ) -> dict[str, Any]:
-    """Inject faults into small trainings on a Ray cluster of this machine, and compare with undisturbed ones.
+    """Inject faults into small trainings on a local Ray cluster, and compare them with undisturbed ones.
 
     Args:
-        faults: names of FAULTS; none: all of them, or those of QUICK, and of these with `compare` those of workers.
-        seed: of the steps and the victims.
-        count: how often each fault that strikes a living run strikes it.
-        quick: one run for all faults that strike a living run, instead of one each.
-        compare: each run that faults strike once more with cluster.fast_recovery=false; for faults of workers only.
-        on_trial: called with the name of a run, its number from 1, and how many there are.
+        faults: names in FAULTS; default: all, or those in QUICK; with `compare`, only worker faults of these.
+        seed: seed of the steps and victims.
+        count: number of times that each live fault is injected.
+        quick: one run for all live faults, instead of one each.
+        compare: repeat each run with live faults with cluster.fast_recovery=false; for worker faults only.
+        on_trial: called with the name of a run, its number from 1, and the total.
 
     Returns:
-        seed, holds (whether all that must hold did), folder (what the runs left, where something did not hold), and
-        trials: for each run its name, rows, max_difference, problems and notes.
+        seed, holds (whether all requirements held), folder (of the runs, if some did not), and trials: for each run its
+        name, rows, max_difference, problems and notes.
 
     Raises:
-        ConfigError: a fault is not known or cannot be compared, or count is not positive.
+        ConfigError: a fault is unknown or cannot be compared, or count is not positive.
     """
     names = check(faults, count=count, quick=quick, compare=compare)
     folder = Path(tempfile.mkdtemp(prefix="dora-ray-chaos-"))
@@ -67,20 +67,20 @@ def chaos(
 
 
 def check(faults: Sequence[str], *, count: int, quick: bool = False, compare: bool = False) -> list[str]:
-    """The faults' names, the usual ones where none are given.
+    """Return the names of the faults, with defaults if none are given.
 
     Raises:
-        ConfigError: one is not known or cannot be compared, or they are never to strike.
+        ConfigError: a fault is unknown or cannot be compared, or count is less than 1.
     """
     if count < 1:
         raise ConfigError(f"--count {count}: each fault must strike at least once")
     unknown = [name for name in faults if name not in FAULTS]
     if unknown:
-        raise ConfigError(f"--faults {','.join(unknown)}: not known; choose from {', '.join(FAULTS)}")
+        raise ConfigError(f"--faults {','.join(unknown)}: unknown; choose from {', '.join(FAULTS)}")
     unfair = [name for name in faults if name not in OF_WORKERS]
     if compare and unfair:
         raise ConfigError(
-            f"--compare --faults {','.join(unfair)}: only the answer to a worker's fault has a pace of ours and one of "
+            f"--compare --faults {','.join(unfair)}: only recovery from worker faults can be compared with "
             f"Ray Train's; choose from {', '.join(OF_WORKERS)}"
         )
     usual = QUICK if quick else FAULTS
@@ -88,12 +88,12 @@ def check(faults: Sequence[str], *, count: int, quick: bool = False, compare: bo
 
 
 class Planned(NamedTuple):
-    """A run to come.
+    """Run to be done.
 
     Attributes:
-        name: of its folder.
-        faults: strike it while it trains; none for a run of its own kind.
-        plain: it recovers at Ray Train's own pace.
+        name: name of its folder.
+        faults: live faults; empty for a standalone run.
+        plain: recover at Ray Train's own pace.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Planned(NamedTuple):
 
 
 def plan_trials(faults: Sequence[str], *, count: int, quick: bool, compare: bool = False) -> list[Planned]:
-    """The runs of one call."""
+    """Return the runs of one command."""
     live = tuple(name for name in faults if name in LIVE)
     if quick and live:
         struck = [Planned("+".join(live), live * count)]

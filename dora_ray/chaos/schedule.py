@@ -7,24 +7,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Strike a run while it trains; one run may take several of them.
+# Live faults, injected during training; one run may take several.
 LIVE = ("worker_kill", "node_kill", "drain", "join", "checkpoint_kill", "stall")
-# A run of its own each: a path of world sizes, or damage between two launches.
+# Standalone faults, each with its own run: a sequence of world sizes, or damage between two launches.
 ALONE = ("resize_path", "truncate", "corrupt_segment", "hung_decoder")
 FAULTS = (*LIVE, *ALONE)
 QUICK = ("worker_kill", "drain", "join")
-# Strike a worker and leave the nodes alone.
+# Worker faults, which leave nodes intact.
 OF_WORKERS = ("worker_kill", "checkpoint_kill", "stall")
 
 
 @dataclass(frozen=True)
 class Strike:
-    """One fault to come.
+    """Scheduled fault.
 
     Attributes:
         fault: its name, one of LIVE.
-        step: number of steps done when it strikes.
-        draw: in [0, 1): which of the workers or nodes is hit.
+        step: number of steps done when it is injected.
+        draw: in [0, 1), selects the worker or node.
     """
 
     fault: str
@@ -33,13 +33,13 @@ class Strike:
 
 
 def draw_schedule(faults: Sequence[str], *, seed: int, first: int, last: int) -> list[Strike]:
-    """The faults in the order given, each somewhere in the first half of its own equal part of the steps.
+    """Schedule the faults in the given order, each in the first half of its own equal part of the steps.
 
-    So two of them are never closer than half a part, and a recovery ends before the next one strikes.
+    Two faults are thus at least half a part apart, so a recovery ends before the next fault.
 
     Args:
-        faults: names; a name may come more than once.
-        seed: the same seed gives the same strikes.
+        faults: names; a name may occur several times.
+        seed: the same seed gives the same schedule.
         first: steps done at the beginning of the first part.
         last: steps done at the end of the last part.
     """

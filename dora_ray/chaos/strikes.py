@@ -1,4 +1,4 @@
-"""Faults that strike a run while it trains."""
+"""Live faults, injected while a run trains."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from dora_ray.checkpoints import CHECKPOINTS, META
 STEP_SECONDS = 180.0
 DRAIN_SECONDS = 5.0
 WRITE_POLL_SECONDS = 0.0005
-# The writer is stopped to see whether it is caught in the middle; that many checkpoints may go by uncaught.
+# Checkpoints to try: the writer is stopped with SIGSTOP, which may come after the write.
 WRITES_TRIED = 20
 
 
 def strike(what: Strike, training: Training, nodes: LocalNodes) -> Hit:
-    """Wait for the step, let the fault happen, and wait until the run has answered with a step of a new attempt.
+    """Wait for the step, inject the fault, and wait for a step of a new attempt.
 
     Raises:
-        StalledError: it did not answer.
+        StalledError: no new attempt made a step.
     """
     training.wait(f"step {what.step}", lambda: training.done() >= what.step, seconds=STEP_SECONDS)
     attempt = training.attempt()
@@ -50,7 +50,7 @@ def strike(what: Strike, training: Training, nodes: LocalNodes) -> Hit:
 
 
 def _take_a_node(what: Strike, training: Training, nodes: LocalNodes) -> None:
-    """Kill a node at once, or drain it and end it at the deadline; one that is left alone gets a neighbor first."""
+    """Kill a node at once, or drain it and kill it at the deadline; if it is the only one, add another first."""
     if len(nodes) == 1:
         nodes.join()
     node = nodes.pick(what.draw)
@@ -61,10 +61,10 @@ def _take_a_node(what: Strike, training: Training, nodes: LocalNodes) -> None:
 
 
 def kill_writer(training: Training) -> None:
-    """SIGKILL to the rank that writes a checkpoint, when its folder is there and its last file is not.
+    """Send SIGKILL to the rank that writes a checkpoint while its folder exists, but its last file does not.
 
     Raises:
-        StalledError: no checkpoint was caught in the middle.
+        StalledError: no write was caught midway.
     """
     checkpoints = training.run / CHECKPOINTS
     for _ in range(WRITES_TRIED):
@@ -80,7 +80,7 @@ def kill_writer(training: Training) -> None:
 
 
 def _half_written(checkpoints: Path) -> bool:
-    """Return whether the newest folder lacks its last file; in an older one it may be gone already."""
+    """Return whether the newest folder lacks its last file; older ones may already be partly deleted."""
     newest = max(checkpoints.glob("step-*"), default=None)
     return newest is not None and not (newest / META).exists()
 
@@ -89,7 +89,7 @@ def walk_path(path: Sequence[int], training: Training, nodes: LocalNodes, *, fir
     """Kill and add nodes so that the run has each number of workers in turn, for some steps each.
 
     Raises:
-        StalledError: the run did not get there.
+        StalledError: the run did not reach a size.
     """
 
     def arrive(size: int, step: int) -> None:

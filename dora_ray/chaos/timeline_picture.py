@@ -1,4 +1,4 @@
-"""A timeline of nodes as a picture: a small SVG that any browser shows, in light and in dark."""
+"""Picture of a timeline of nodes: a small SVG for light and dark mode."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ COLORS = {"decode": "#2f7ebc", "train": "#c2571a"}
 
 
 class Seen(Protocol):
-    """A moment: seconds, and nodes by type."""
+    """Moment with its seconds and nodes by type."""
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Seconds since the beginning."""
 
     def count(self, kind: str) -> int:
-        """Nodes of a type."""
+        """Return the number of nodes of a type."""
 
 
 class Line(Protocol):
-    """A timeline: its moments and events."""
+    """Timeline with its moments and events."""
 
     @property
     def moments(self) -> Sequence[Seen]:
-        """In order."""
+        """Moments in order."""
 
     @property
     def events(self) -> Sequence[tuple[float, str]]:
-        """Seconds and words."""
+        """(seconds, description) of each event."""
 
 
 def picture(timeline: Line) -> str:
-    """Return the counts of decode and train nodes over time as steps, events as marks."""
+    """Draw the counts of decode and train nodes over time as step curves, with events as marks."""
     ends = [moment.seconds for moment in timeline.moments] + [seconds for seconds, _ in timeline.events]
     longest = max(*ends, 1.0)
     highest = max(1, *(moment.count(kind) for moment in timeline.moments for kind in COLORS))
@@ -79,7 +79,7 @@ def picture(timeline: Line) -> str:
 
 
 def table(timeline: Line) -> str:
-    """Return the timeline as lines of a Markdown table, without moments at which no count changes."""
+    """Return the timeline as a Markdown table, without moments at which no count changes."""
     lines = ["| seconds | decode nodes | train nodes | what happens |", "|---|---|---|---|"]
     shown: tuple[int, int] | None = None
     events = sorted(timeline.events)

@@ -1,4 +1,4 @@
-"""The training that the faults strike: `dora-ray train` in a process of its own, as users start it."""
+"""Training subject to faults: `dora-ray train` in its own process, as users start it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dora_ray.errors import DoRAError
 from dora_ray.training.records.journal import METRICS, read_events, read_lines
 from dora_ray.video.synthetic import make_video
 
-# The recipe tiny, narrower: what is tested does not depend on the size of the networks.
+# The recipe tiny, narrowed: the tests do not depend on the size of the networks.
 SMALL = (
     "model.width=48",
     "model.depth=2",
@@ -41,7 +41,7 @@ SMALL = (
     "cluster.decode_cpus=1",
     "cluster.max_failures=-1",
     "cluster.resize_seconds=2",
-    # Where others use the machine too, the first step of a worker has taken a minute.
+    # On a shared machine, a worker's first step has taken a minute.
     "cluster.stall_seconds=90",
     "data.decode_seconds=8",
 )
@@ -51,15 +51,15 @@ TAIL_CHARACTERS = 2000
 
 
 class StalledError(DoRAError):
-    """The training did not do what was waited for."""
+    """The training did not reach the awaited state in time."""
 
 
 class EndedError(StalledError):
-    """The training did all its steps before what was waited for."""
+    """The training finished before reaching the awaited state."""
 
 
 def make_training_video(folder: Path) -> Path:
-    """Forty seconds of video with a shot cut, and a key frame each second: segments of ingest may be as short."""
+    """Make forty seconds of video with a shot cut, and with a key frame every second to allow segments that short."""
     return make_video(
         folder / "video.mp4",
         width=128,
@@ -73,13 +73,13 @@ def make_training_video(folder: Path) -> Path:
 
 
 class Training:
-    """One launch of a training, followed through the files of its run.
+    """One launch of a training, observed through the files of its run.
 
     Args:
-        run: the run's folder.
-        words: configuration overrides; none for a resume of what is there.
-        address: of the Ray cluster; None in local mode.
-        resume: go on with the run.
+        run: folder of the run.
+        words: configuration overrides; empty when resuming.
+        address: address of the Ray cluster; None in local mode.
+        resume: resume the run.
     """
 
     def __init__(self, run: Path, words: tuple[str, ...], *, address: str | None, resume: bool = False) -> None:
@@ -98,30 +98,30 @@ class Training:
             )
 
     def events(self, event: str) -> list[dict[str, Any]]:
-        """The lines of events.jsonl of one kind."""
+        """Return the lines of events.jsonl of one kind."""
         return [line for line in read_events(str(self.run)) if line["event"] == event]
 
     def steps(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, of all attempts."""
+        """Return the lines of metrics.jsonl of all attempts."""
         return [line for line in read_lines(files.join(self.run, METRICS)) if "step" in line]
 
     def done(self) -> int:
-        """Steps done, as of its last line of metrics."""
+        """Return the number of steps done, according to the last metrics line."""
         return max((line["step"] for line in self.steps()[-1:]), default=0)
 
     def attempt(self) -> int:
-        """The attempt that did the last step; 0 before the first."""
+        """Return the attempt that did the last step; 0 before the first."""
         return max((line["attempt"] for line in self.steps()[-1:]), default=0)
 
     def world_size(self) -> int:
-        """Workers at the last step; 0 before the first."""
+        """Return the number of workers at the last step; 0 before the first."""
         return max((line["world_size"] for line in self.steps()[-1:]), default=0)
 
     def wait(self, what: str, condition: Callable[[], bool], *, seconds: float, poll: float = POLL_SECONDS) -> None:
         """Wait until a condition holds.
 
         Raises:
-            StalledError: it did not within the time, or the training ended before; EndedError where it was done.
+            StalledError: time ran out, or the training failed before; EndedError if it finished before.
         """
         deadline = time.monotonic() + seconds
         while not condition():
@@ -134,10 +134,10 @@ class Training:
             time.sleep(poll)
 
     def finish(self, *, seconds: float) -> int:
-        """The exit status.
+        """Wait for the exit status.
 
         Raises:
-            StalledError: it did not end within the time.
+            StalledError: the training did not end in time.
         """
         try:
             return self._process.wait(seconds)
@@ -145,11 +145,11 @@ class Training:
             raise StalledError(f"the training did not end within {seconds:.0f} s: {self.tail()}") from error
 
     def kill(self) -> None:
-        """SIGKILL to the launching process, if it still runs."""
+        """Send SIGKILL to the launching process, if it is still running."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
     def tail(self) -> str:
-        """The end of what it wrote."""
+        """Return the end of the training's output."""
         return self.log.read_text(errors="replace")[-TAIL_CHARACTERS:]

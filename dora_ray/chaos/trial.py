@@ -1,4 +1,4 @@
-"""One run with faults, beside one that is left alone, and what must hold between them."""
+"""One run with faults compared with an undisturbed run, and the requirements on both."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from dora_ray.errors import DoRAError
 from dora_ray.training.inputs import ingest_videos
 from dora_ray.training.records.journal import CONFIG, METRICS, read_events, read_history, read_lines
 
-# Steps are quicker than nodes: those before the first fault have to last until the spare processes are there, which is
-# the state that a training is in for all but its first half minute, and those after the last one until its answer.
+# Steps are faster than nodes: those before the first fault must last until the spare processes have started, as in a
+# training after its first half minute, and those after the last fault until the recovery.
 FIRST_STEP, STEPS_A_FAULT, STEPS_AFTER = 240, 15, 240
-# What is to be quick does not wait for the spare processes.
+# Quick runs do not wait for the spare processes.
 QUICK_FIRST_STEP = 80
-# Where a run has done all its steps before that, it is done once more with so many times the steps.
+# If a run finishes too early, it is repeated once with this many times the steps.
 MORE_STEPS = 4
 CHECKPOINT_SECONDS = 4.0
-# Writing a checkpoint, and Ray's noting that it is there: until then, a kill falls back to the one before.
+# Time of writing a checkpoint and of Ray registering it; until then, a kill falls back to the one before.
 COMMIT_SECONDS = 2.0
-# Lose nothing: the workers save before.
+# Announced faults lose nothing, because the workers save first.
 ANNOUNCED = ("drain", "join")
-# Take back what was done since the last checkpoint.
+# Unannounced faults lose the work since the last checkpoint.
 UNANNOUNCED = ("worker_kill", "node_kill", "checkpoint_kill", "stall")
 PLAIN = ("cluster.fast_recovery=false",)
 NODES, PATH = 2, (4, 2, 3, 4)
@@ -47,14 +47,14 @@ Inflict = Callable[[Training, LocalNodes], Iterable[Hit]]
 
 @dataclass(frozen=True)
 class Trial:
-    """The outcome of one run.
+    """Outcome of one run.
 
     Attributes:
-        name: the fault, or what the faults were when there were several.
+        name: the fault, or the joined names of several faults.
         rows: a row for each fault.
-        max_difference: largest |difference| of any number of the last checkpoint; None when the run did not end.
-        problems: sentences, one for each thing that did not hold; none when all did.
-        notes: what else was seen.
+        max_difference: largest |difference| of any number in the last checkpoint; None if the run did not end.
+        problems: a sentence for each violated requirement; empty if all held.
+        notes: other observations.
     """
 
     name: str
@@ -65,12 +65,12 @@ class Trial:
 
 
 def num_steps(num_faults: int, *, first: int = FIRST_STEP) -> int:
-    """Steps of a run with so many faults, none before the first step."""
+    """Return the steps of a run with the given number of faults, none before step `first`."""
     return first + STEPS_A_FAULT * num_faults + STEPS_AFTER
 
 
 class Laboratory:
-    """A folder with a video, its frame store, and the undisturbed runs; a context manager that ends what still runs."""
+    """Folder with a video, its frame store, and undisturbed runs; a context manager that ends running trainings."""
 
     def __init__(self, folder: Path, video: Path) -> None:
         self.folder = folder
@@ -87,7 +87,7 @@ class Laboratory:
             training.kill()
 
     def words(self, steps: int, num_workers: str) -> tuple[str, ...]:
-        """The words of `dora-ray train`."""
+        """Return the arguments of `dora-ray train`."""
         return (
             "tiny",
             *SMALL,
@@ -100,9 +100,9 @@ class Laboratory:
         )
 
     def begin_reference(self, steps: int) -> Training:
-        """Start the run of so many steps that is left alone, in one process, without Ray, unless it was started.
+        """Start the undisturbed run of this length in one process, without Ray, unless already started.
 
-        It goes on beside the other run, whose nodes and workers take long to start.
+        It runs beside the other run, whose nodes and workers take long to start.
         """
         if steps not in self._references:
             run = self.folder / f"undisturbed-{steps}"
@@ -110,7 +110,7 @@ class Laboratory:
         return self._references[steps]
 
     def reference(self, steps: int) -> Path:
-        """The folder of the run that was left alone, once it has ended."""
+        """Return the folder of the undisturbed run, once it has ended."""
         training = self.begin_reference(steps)
         _finish(training)
         return training.run
@@ -118,7 +118,7 @@ class Laboratory:
     def run_live(
         self, name: str, faults: Sequence[str], *, seed: int, quick: bool = False, plain: bool = False
     ) -> Trial:
-        """A run that the faults strike one after the other; `plain`: with Ray Train's own pace of recovery."""
+        """Run with faults injected one after the other; `plain` recovers at Ray Train's own pace."""
         first = QUICK_FIRST_STEP if quick else FIRST_STEP
         steps = num_steps(len(faults), first=first)
         schedule = draw_schedule(faults, seed=seed, first=first, last=steps - STEPS_AFTER)
@@ -126,7 +126,7 @@ class Laboratory:
         return self._run(name, steps, NODES, inflict, settings=PLAIN if plain else (), counted=True)
 
     def run_path(self, name: str) -> Trial:
-        """A run whose number of workers goes down and up again."""
+        """Run with the number of workers going down and up again."""
         walk = partial(walk_path, PATH, first=QUICK_FIRST_STEP, apart=STEPS_A_FAULT)
         return self._run(name, num_steps(3 * len(PATH)), PATH[0], walk)
 
@@ -140,7 +140,7 @@ class Laboratory:
         settings: Sequence[str] = (),
         counted: bool = False,
     ) -> Trial:
-        """A run on so many nodes, with what is inflicted on it and settings of its own; `counted`: its restarts are."""
+        """Run on `num_nodes` nodes with faults and additional settings; `counted` checks the number of restarts."""
         run = self.folder / name
         hits: list[Hit] = []
         problems: list[str] = []
@@ -165,11 +165,11 @@ class Laboratory:
     def _strike(
         self, run: Path, steps: int, num_nodes: int, inflict: Inflict, settings: Sequence[str], hits: list[Hit]
     ) -> None:
-        """Train in the folder to the end, and inflict; the hits are added one by one: those before a stall are told."""
+        """Train to the end while injecting faults; hits are added one by one, so those before a stall are reported."""
         with LocalNodes(num_nodes) as nodes:
             training = Training(run, (*self.words(steps, f"[1, {MOST_WORKERS}]"), *settings), address=nodes.address)
             try:
-                # By then it has filled the frame store, which both use; the other would start a Ray of its own.
+                # By then the frame store, which both share, is filled; otherwise the reference would start its own Ray.
                 training.wait("its plan", (run / CONFIG).exists, seconds=END_SECONDS)
                 self.begin_reference(steps)
                 hits.extend(inflict(training, nodes))
@@ -178,7 +178,7 @@ class Laboratory:
                 training.kill()
 
     def run_alone(self, name: str, *, seed: int) -> Trial:
-        """A run of its own kind, one of schedule.ALONE."""
+        """Run a standalone fault, one of schedule.ALONE."""
         if name == "resize_path":
             return self.run_path(name)
         steps, run = num_steps(0, first=QUICK_FIRST_STEP), self.folder / name
@@ -224,19 +224,19 @@ def _rows(run: Path, reference: Path, hits: Sequence[Hit]) -> list[Row]:
 
 
 def compare(name: str, run: Path, reference: Path, hits: Sequence[Hit]) -> Trial:
-    """A run that has ended, with the one that was left alone."""
+    """Compare a finished run with the undisturbed one."""
     rows = _rows(run, reference, hits)
     difference = weights_difference(resolve_checkpoint(run), resolve_checkpoint(reference))
     problems = [problem for row in rows for problem in limits(row)]
     if read_history(str(run)) != read_history(str(reference)):
-        problems.append("the committed history is not that of the undisturbed run")
+        problems.append("the committed history differs from that of the undisturbed run")
     if difference != 0.0:
         problems.append(f"weights, optimizer state or center differ from the undisturbed run's by up to {difference}")
     return Trial(name, rows, difference, problems)
 
 
 def unprovoked(hits: Sequence[Hit], run: Path) -> list[str]:
-    """Starts of the worker group that no fault accounts for: one that takes a node away may be answered by two."""
+    """Report restarts that no fault accounts for; a fault that takes a node away may cause two."""
     starts = [line["time"] for line in read_events(str(run)) if line["event"] == "start"]
     early = sum(time < min((hit.time for hit in hits), default=math.inf) for time in starts) - 1
     allowed = sum(2 if hit.fault in ("node_kill", "drain") else 1 for hit in hits)
@@ -247,13 +247,13 @@ def unprovoked(hits: Sequence[Hit], run: Path) -> list[str]:
 
 
 def limits(row: Row) -> list[str]:
-    """Name the limits that one fault's cost exceeds, a sentence each."""
+    """Return a sentence for each limit that the cost of a fault exceeds."""
     lost, problems = row.work_lost_seconds, []
     where = f"{row.fault} at step {row.step}"
     if row.recovered_seconds is None:
         problems.append(f"{where}: no step followed")
     elif row.fault == "join" and row.world_sizes[-1] <= row.world_sizes[0]:
-        problems.append(f"{where}: a node joined, and the workers were {' > '.join(map(str, row.world_sizes))}")
+        problems.append(f"{where}: a node joined, but the workers were {' > '.join(map(str, row.world_sizes))}")
     if row.clips_lost or row.clips_repeated:
         problems.append(f"{where}: {row.clips_lost} clips lost, {row.clips_repeated} repeated")
     if row.fault in ANNOUNCED and row.steps_lost:

@@ -1,4 +1,4 @@
-"""The autoscaler on the node types of cluster.yaml: what is made of the file, what is told, and the thing itself."""
+"""Autoscaler with the node types of cluster.yaml: the converted file, the report, and a real run."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_nodes_come_are_replaced_and_go_again(tmp_path: Path):
 
 
 def _of_folder(folder: Path) -> dict[Any, str]:
-    """Living processes whose words or environment name it, with their words."""
+    """Return the living processes whose command line or environment contains a text, with their command lines."""
     found = {}
     for process in psutil().process_iter():
         with suppress(psutil().Error):
@@ -126,7 +126,7 @@ def _of_folder(folder: Path) -> dict[Any, str]:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_told_to_end_the_program_leaves_nothing_behind(number, status, tmp_path):
-    short = Path(tempfile.mkdtemp(prefix="end-"))  # Ray's sockets allow no long path
+    short = Path(tempfile.mkdtemp(prefix="end-"))  # Ray's sockets need a short path
     environment = os.environ | {"TMPDIR": str(short), "RAY_TMPDIR": str(short)}
     command = [sys.executable, "-m", "dora_ray.chaos.autoscaling", "--cluster", str(ROOT / "cluster.yaml")]
     with (tmp_path / "log").open("wb") as log:

@@ -1,4 +1,4 @@
-"""The command: what it prints, its exit status, and three real faults on a real cluster."""
+"""Command `chaos`: its output, its exit status, and three real faults on a real cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GOOD = Trial("worker_kill", rows=[ROW], max_difference=0.0, notes=["a note"])
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """The command with a finished experiment: what it prints."""
+    """Run the command with a finished experiment; return its output."""
 
     def run(*trials: Trial) -> str:
         holds = not any(trial.problems for trial in trials)
@@ -77,7 +77,7 @@ def test_a_kill_a_drain_and_a_join_cost_nothing_but_time(tmp_path):
     assert trial["max_difference"] == 0.0
     kill, drain, join = trial["rows"]
     assert [row["fault"] for row in trial["rows"]] == ["worker_kill", "drain", "join"]
-    # No steps are lost where it strikes on a checkpoint: that there was a restart tells that it was a kill.
+    # No steps are lost if the kill hits a checkpoint; the restart proves that there was one.
     assert kill["world_sizes"] == [2, 2]
     assert (drain["world_sizes"][0], drain["world_sizes"][-1]) == (2, 1)
     assert (join["world_sizes"][0], join["world_sizes"][-1]) == (1, 2)

@@ -1,4 +1,4 @@
-"""Faults in files: what is damaged, and that a trial whose run or comparison fails is told, with the others."""
+"""Faults in files: the damage done, and reports of trials whose run or comparison fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dora_ray.training.inputs import ingest_videos, make_plan
 
 
 class Ended:
-    """A training that ends at once, as it should."""
+    """Training that ends successfully at once."""
 
     def __init__(self, *_: object, **__: object) -> None:
         self.run = Path()
@@ -36,7 +36,7 @@ class Ended:
 
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch) -> Laboratory:
-    """One in which every run ends well but the undisturbed one."""
+    """Laboratory in which every run but the undisturbed one succeeds."""
 
     def reference(self: Laboratory, steps: int) -> Path:
         raise StalledError("it did not end")
@@ -77,16 +77,16 @@ def test_a_cut_checkpoint_must_cost_the_one_before_nothing(tmp_path: Path, monke
     monkeypatch.setattr(damage, "Training", Ended)
     monkeypatch.setattr(damage, "launch", launch)
     if (step, status) == (4, 0):
-        assert "went on from step-00000004" in cut_newest_checkpoint(run, (), seed=0)
+        assert "resumed from step-00000004" in cut_newest_checkpoint(run, (), seed=0)
     else:
-        with pytest.raises(StalledError, match=f"status {status}.*at the steps .{step}.*not the last one at step-0+4"):
+        with pytest.raises(StalledError, match=f"status {status} and did not start at step-0+4.* steps .{step}"):
             cut_newest_checkpoint(run, (), seed=0)
     cut = [path.stat().st_size for path in (run / "checkpoints" / "step-00000008").iterdir()]
     assert sorted(cut) == [50, 50, 100]
 
 
 def hanging_clips(config: Config, store: str, hang: Hang) -> list[int]:
-    """For each step up to the last one, the clips that have no place to be read but the file."""
+    """Return, for each step up to the last one, the number of clips that need the hanging file."""
     video = ingest_videos(config, store)[0]
     plan = make_plan(config, [video])
     (frames,) = (frames for file, frames in damage._files(video) if file == hang.file)

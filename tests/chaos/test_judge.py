@@ -1,4 +1,4 @@
-"""What faults cost, from lines of a journal written by hand; and that every check can fail."""
+"""Cost of faults from handwritten journal lines; every check can fail."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from dora_ray.training.records.journal import read_history, read_lines
 
 
 def journal(*tries: tuple[int, int, range, float]) -> tuple[list, list]:
-    """Lines of metrics.jsonl and events.jsonl of attempts (world size, begin, steps done, time of the start).
+    """Return lines of metrics.jsonl and events.jsonl for attempts (world size, begin, steps done, time of the start).
 
-    The first step is done 10 s after the start, of which it took 6; the others take a second each.
+    The first step ends 10 s after the start, of which it took 6; the others take a second each.
     """
     metrics, events = [], []
     for attempt, (world_size, begin, done, start) in enumerate(tries, 1):
@@ -44,7 +44,7 @@ SLOTS = {step: [step * 10, step * 10 + 1] for step in range(40)}
 
 
 def test_a_kill_takes_back_the_steps_since_the_checkpoint():
-    # 20 steps are done at 100 + 10 + 19 = 129; the checkpoint is of step 15, done at 124.
+    # Steps 1 to 20 end at 100 + 10 + 19 = 129; the checkpoint is of step 15, done at 124.
     tries = attempts(*journal((2, 0, range(1, 21), 100.0), (2, 15, range(16, 41), 145.0)))
     (row,) = judge([Hit("worker_kill", 20, 129.5)], tries, history=SLOTS, reference=SLOTS, clips_per_slot=2)
     assert row.world_sizes == (2, 2)
@@ -104,7 +104,7 @@ def test_clips_are_counted_by_the_fault_that_lost_them():
         *journal((2, 0, range(1, 11), 100.0), (2, 10, range(11, 21), 130.0), (2, 20, range(21, 41), 160.0))
     )
     hits = [Hit("worker_kill", 10, 120.0), Hit("worker_kill", 20, 150.0)]
-    # Step 12 has one slot twice in place of its other one; step 25 is missing.
+    # Step 12 has one slot twice instead of its other one; step 25 is missing.
     ours = {step: slots for step, slots in SLOTS.items() if step != 25} | {12: [120, 120]}
     rows = judge(hits, tries, history=ours, reference=SLOTS, clips_per_slot=2)
     assert [(row.clips_lost, row.clips_repeated) for row in rows] == [(2, 2), (4, 0)]
@@ -132,13 +132,13 @@ def test_what_a_fault_may_cost(fault, steps, seconds, holds):
 
 @pytest.mark.parametrize(("sizes", "holds"), [((1, 2), True), ((2, 1, 3), True), ((2, 2), False), ((2, 3, 2), False)])
 def test_after_a_join_the_world_is_larger(sizes, holds):
-    problems = [] if holds else [f"join at step 30: a node joined, and the workers were {' > '.join(map(str, sizes))}"]
+    problems = [] if holds else [f"join at step 30: a node joined, but the workers were {' > '.join(map(str, sizes))}"]
     assert limits(Row("join", 30, sizes, 12.0, 0, 0.0, 0, 0, {})) == problems
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, store) -> Path:
-    """A finished run of six steps, in this process."""
+    """Run six steps in this process."""
     from tests.conftest import BIKES, SMALL
 
     run = tmp_path_factory.mktemp("runs") / "run"
@@ -161,7 +161,7 @@ def test_a_history_that_was_tampered_with_is_found(trained, tmp_path):
     (run / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_history(str(run)) != read_history(str(trained))
     trial = compare("none", run, trained, ())
-    assert trial.problems == ["the committed history is not that of the undisturbed run"]
+    assert trial.problems == ["the committed history differs from that of the undisturbed run"]
 
 
 @pytest.mark.parametrize(("name", "change"), [("center", 1e-7), ("optimizer", 1e-3), ("step", 1.0)])

@@ -1,4 +1,4 @@
-"""Which fault strikes when: a function of the seed, with room between two of them; and which runs that makes."""
+"""Schedules of faults: a function of the seed, with distance between faults; and the resulting runs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_comparison_that_the_clusters_own_settings_would_decide_is_refused(fau
 def test_an_unknown_fault_is_told_with_those_that_are_known():
     assert check(FAULTS, count=1) == list(FAULTS)
     assert set(LIVE).isdisjoint(ALONE)
-    with pytest.raises(ConfigError, match=r"--faults earthquake: not known; choose from worker_kill, .*hung_decoder"):
+    with pytest.raises(ConfigError, match=r"--faults earthquake: unknown; choose from worker_kill, .*hung_decoder"):
         check(["drain", "earthquake"], count=1)
     with pytest.raises(ConfigError, match="--count 0: each fault must strike at least once"):
         check(["drain"], count=0)
