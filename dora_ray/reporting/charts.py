@@ -79,7 +79,7 @@ def _draw_bar(bar: Bar, scale: Scale, y: float) -> list[str]:
     parts = []
     if bar.chance is not None:
         said = f"{bar.label}: chance {number(bar.chance)}"
-        parts.append(svg.path([(scale.at(bar.chance), y - 7), (scale.at(bar.chance), y + 7)], "tick", said))
+        parts.append(svg.path([(scale.at(bar.chance), y - 5), (scale.at(bar.chance), y + 7)], "tick", said))
     if bar.outer:
         ends = scale.at(bar.value - bar.outer), scale.at(bar.value + bar.outer)
         parts.append(svg.line(ends[0], y, ends[1], y, f"outer {bar.kind}"))
