@@ -68,9 +68,9 @@ class Timeline:
     """Changes of the cluster over time, and the actions taken.
 
     Attributes:
-        moments: in order.
-        events: seconds and words.
-        workers: seconds at which the training began anew, and on how many workers.
+        moments: changes in order.
+        events: (seconds, description).
+        workers: (seconds, number of workers) of each start of training.
         status: exit status of the training; None if it did not end.
     """
 
@@ -127,10 +127,10 @@ def run(cluster: Mapping[str, Any], folder: Path, *, steps: int, kill: bool = Tr
     """Ingest a film and train on it, starting and ending without worker nodes; return the timeline.
 
     Args:
-        cluster: the content of cluster.yaml.
-        folder: for the film, the store and the run.
-        steps: of the training.
-        kill: a decode node, once two are there.
+        cluster: content of cluster.yaml.
+        folder: folder for the film, the store and the run.
+        steps: number of training steps.
+        kill: kill a decode node, once there are two.
 
     Raises:
         ClusterError: the head does not start.
@@ -214,7 +214,7 @@ def _leave() -> None:
 
 
 def _moments(timeline: Timeline, address: str, started: float, training: subprocess.Popen[bytes]) -> Iterator[Moment]:
-    """Note every change, and yield each look, until the training has ended and its nodes are gone."""
+    """Record every change, and yield each observation, until training has ended and its nodes are gone."""
     ended: float | None = None
     while True:
         moment = _look(address, started)
@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the timeline there")
     parser.add_argument("--picture", metavar="FILE", help="write it there as an SVG")
     options = parser.parse_args(arguments)
-    # Ray reads it when it is imported: the head, this process and the training are to have one mode.
+    # Ray reads the mode at import, so it must be set here for the head, this process and the training.
     os.environ.setdefault(AUTH_MODE, "token")
     prepare_ray(starts=True)
     cluster = parse_yaml(Path(options.cluster).read_text(encoding="utf-8"), options.cluster)

@@ -59,7 +59,7 @@ def no_clip(times: NDArray[np.float64], num_frames: int, stride_seconds: float) 
             f"{stride_seconds:g} apart, needs {needed:g} s; lower one of the two"
         )
     return (
-        f"no frames are about {stride_seconds:g} s apart in a row, because many are missing; lower"
+        f"no {num_frames} frames follow one another about {stride_seconds:g} s apart: many are missing; lower"
         " clip.num_frames, or change clip.stride_seconds"
     )
 

@@ -71,23 +71,23 @@ def ingest(
     skip_unreadable: bool = False,
     progress: Progress | None = None,
 ) -> list[StoredVideo]:
-    """Bring the videos into the store and open them, sorted by path; does nothing where everything is stored.
+    """Store the frames of videos and open them, sorted by path; does nothing if everything is stored.
 
     Args:
         videos: patterns of `video.find_videos`.
         store: folder or URI that every node can write.
         decoder: "pyav", "decord" or "torchcodec".
-        form: what is kept of them.
-        segment_seconds: least length of a task's part of a video, rounded up to a key frame.
-        decode_seconds: the longest that ten seconds of video may take before a task's process is ended.
+        form: format of the stored frames.
+        segment_seconds: minimum length of a task's part of a video, rounded up to a key frame.
+        decode_seconds: time limit for decoding ten seconds of video, after which the task's process is killed.
         node_label: value of the node label `role` that tasks are pinned to; None: any node.
-        cache: folder on every node that a dataset is copied into before it is read; None: none.
-        skip_unreadable: leave out videos that cannot be read, with a warning.
-        progress: told at the start and after every segment.
+        cache: folder on every node to which datasets are copied before they are read; None: no copy.
+        skip_unreadable: leave out unreadable videos, with a warning.
+        progress: called at the start and after every segment.
 
     Raises:
-        VideoError: naming all videos that cannot be found, read or decoded at all, or on which the decoder would be
-            wrong; with `skip_unreadable`, only where no video is left.
+        VideoError: names all videos that cannot be found, read or decoded at all, or that the decoder refuses; with
+            `skip_unreadable`, only if no video remains.
         ConfigError: the decoder is not installed.
     """
     store = files.absolute(store)
@@ -116,11 +116,11 @@ def ingest(
 
 
 def find_indexes(videos: Sequence[str], *, store: str, decoder: str, skip_unreadable: bool = False) -> list[VideoIndex]:
-    """Return the videos' indexes, copies of one file counted once.
+    """Return the indexes of the videos, counting copies of one file once.
 
     Raises:
-        VideoError: naming all videos that cannot be found or read, or on which the decoder would be wrong; with
-            `skip_unreadable`, only where none is left.
+        VideoError: names all videos that cannot be found or read, or that the decoder refuses; with
+            `skip_unreadable`, only if no video remains.
         ConfigError: the decoder is not installed.
     """
     library = get_decoder(decoder)
@@ -153,25 +153,25 @@ def ingest_work(
     max_tasks: int | None = None,
     stop: threading.Event | None = None,
 ) -> dict[str, str]:
-    """Decode segments into the store, in that order; see `ingest`.
+    """Decode segments into the store, in order; see `ingest`.
 
     Args:
-        work: the segments; none: no Ray is started.
+        work: the segments; if empty, Ray is not started.
         store: folder or URI that every node can write.
         decoder: "pyav", "decord" or "torchcodec".
-        form: what is kept.
+        form: format of the stored frames.
         node_label: value of the node label `role` that tasks are pinned to.
-        progress: told at the start and after every segment.
-        num_videos: videos of the whole ingest, for its progress.
-        commit_seconds: readers see new frames so often.
-        max_tasks: tasks at a time, where others need CPUs beside them; None: any number.
-        stop: set by another thread that wants no more of it.
+        progress: called at the start and after every segment.
+        num_videos: number of videos of the whole ingest, for its progress.
+        commit_seconds: interval at which readers see new frames.
+        max_tasks: limit of concurrent tasks, to leave CPUs for other work; None: no limit.
+        stop: set by another thread to stop the ingest.
 
     Returns:
-        Why the work on a video failed, by its dataset; nothing of those that went well.
+        {dataset: error} of the videos whose work failed.
 
     Raises:
-        ClusterError: no task has ended for long.
+        ClusterError: no task has ended for a long time.
     """
     if not work:
         return {}
@@ -204,7 +204,7 @@ def _commit_results(
     """Commit the tasks' results as they arrive; after a failure, commit those that have arrived.
 
     Returns:
-        Why the work on a video failed, by its dataset; nothing of those that went well.
+        {dataset: error} of the videos whose work failed.
     """
     start = time.monotonic()
     total = sum(len(part.pts) for part in work)

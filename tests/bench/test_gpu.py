@@ -1,4 +1,4 @@
-"""The check of a GPU: each part ends when it must, what it had measured stays, and the table tells what failed."""
+"""GPU check: each part is killed at its limit, keeps its measurements, and the table reports failures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def event(name: str, category: str, begin: float, duration: float, tid: int = 1)
 
 
 def test_a_trace_tells_kernels_gaps_and_waits() -> None:
-    """Two kernels that overlap, a gap of 30 us, a third; the host waits once inside a part and once outside."""
+    """Two overlapping kernels, a gap of 30 us, a third kernel; the host waits once inside a part and once outside."""
     events = [
         event("gemm", "kernel", 0, 40),
         event("norm", "kernel", 30, 20),
@@ -93,7 +93,7 @@ FINE = "pass"
     ids=["hang", "crash", "fine"],
 )
 def test_a_part_that_hangs_or_crashes_ends_and_keeps_what_it_had(monkeypatch, tmp_path, code: str, state: str) -> None:
-    """Its process group ends with it."""
+    """The part's whole process group is killed."""
     first = f'open({str(tmp_path / "step.jsonl")!r}, \'a\').write(\'{{"name": "exact", "value": 3}}\\n\');'
     monkeypatch.setattr(check, "command", lambda *_, **__: [sys.executable, "-c", first + code])
     settings = check.Settings(
@@ -151,7 +151,7 @@ def test_the_table_puts_the_anchors_beside_the_figures() -> None:
     assert "100.0" in exact
     assert "5.00 x" in exact
     assert "0.25" in exact
-    # Of 989 TFLOP/s.
+    # Share of 989 TFLOP/s.
     assert "30%" in text
     assert "ViT-S 23 %" in text
     assert "RuntimeError: no kernel" in text
@@ -206,7 +206,7 @@ def test_every_step_gets_the_plans_clips_in_order() -> None:
 
 
 def test_a_teacher_is_trained_and_evaluated() -> None:
-    """Equal frames are found again, and a mask that stays is carried on better than by chance."""
+    """Equal frames match, and a static mask is propagated better than by chance."""
     words = (*part_learning.BASE, *part_learning.REHEARSAL, "cluster.num_workers=0", "optim.slots=1")
     config = load_config("tiny", *words, "crops.clip_size=40", "crops.global_size=32", "crops.local_size=16")
     found = part_learning._learn(config, small_kit(), torch.device("cpu"), 0.0)
@@ -222,14 +222,14 @@ def test_a_teacher_is_trained_and_evaluated() -> None:
         (Sequence("still", kit.sequences[0].frames[:1].repeat(5, axis=0), kit.sequences[0].masks),),
     )
     same = part_learning.evaluate(backbone, still, torch.device("cpu"))
-    # All scenes are alike, so each of the five is one in five.
+    # All scenes are alike, so each of the five matches with a chance of one in five.
     assert same["matching"] == pytest.approx(1 / (8 - part_learning.LATER))
     assert same["j"] > 0.7
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A video, labeled images and a sequence of DAVIS."""
+    """Make a video, labeled images and a DAVIS sequence."""
     root = tmp_path_factory.mktemp("data")
     make_video(root / "walk.mp4", width=160, height=96, num_frames=144, frames_per_second=12, seed=0)
     for part in ("train", "test"):
@@ -262,7 +262,7 @@ def test_a_clips_file_is_made_of_folders(folders, tmp_path: Path) -> None:
 
 
 def test_a_long_video_is_taken_in_stretches(folders, tmp_path: Path) -> None:
-    """Of 72 frames of 46 KB 2.7 MB hold 60, which is one stretch."""
+    """With 72 frames of 46 KB, 2.7 MB hold 60, which is one stretch."""
     kit = pack.pack(**vars(folders), out=tmp_path / "clips.npz", limit_mb=2.8)
     assert [len(video.times) for video in kit.videos] == [pack.STRETCH_FRAMES]
 
@@ -281,7 +281,7 @@ def test_every_form_of_the_step_is_measured(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_needs_little_more_than_torch() -> None:
-    """Where the parts run there is no Ray, no decoder, no store and no rich."""
+    """The machine that runs the parts has no Ray, no decoder, no store and no rich."""
     names = "check, kit, part_learning, part_profile, part_step, part_tests"
     code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); from dora_ray.bench.gpu import {names}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -290,7 +290,7 @@ def test_needs_little_more_than_torch() -> None:
 
 @pytest.mark.slow
 def test_the_tests_of_a_gpu_are_rehearsed(tmp_path: Path) -> None:
-    """They skip everywhere else, and would not be seen to be out of date."""
+    """The GPU tests are skipped everywhere else, where their decay would go unnoticed."""
     settings = check.Settings(out=tmp_path, clips=tmp_path / "clips.npz", rehearse=True, factor=15.0)
     found = check.run_part("tests", settings, root=ROOT)
     outcomes = [test["outcome"] for test in found["figures"].values()]

@@ -1,5 +1,5 @@
-"""Everything that a GPU has to answer, in one command of ten minutes: `scripts/gpu_check.py`.
+"""All GPU measurements in one command of ten minutes: `scripts/gpu_check.py`.
 
-It needs torch, torchvision, timm, NumPy, safetensors, PyYAML, pytest and pydantic, and nothing else: no Ray, no
-network, no decoder. Each part runs in a process of its own, under its own time limit, the most valuable one first.
+Needs only torch, torchvision, timm, NumPy, safetensors, PyYAML, pytest and pydantic: no Ray, no network, no decoder.
+Each part runs in its own process, under its own time limit, the most valuable first.
 """

@@ -1,4 +1,4 @@
-"""One part of the check, in a process of its own; begun by `check.run_part`."""
+"""One part of the check in its own process, started by `check.run_part`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running the parts, each in a process of its own, and keeping what each had measured when its time was up."""
+"""Runner of the check's parts: each has its own process and time limit, and keeps what it has measured."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ import torch
 from dora_ray.bench.gpu.figures import read_figures
 from dora_ray.bench.gpu.table import render
 
-# Seconds for each part, in the order of their value. A rehearsal on a CPU that others use takes longer.
+# Seconds for each part, most valuable first. A rehearsal on a shared CPU takes longer.
 LIMITS = {"tests": 60.0, "step": 180.0, "profile": 60.0, "learning": 240.0}
 REHEARSAL_FACTOR = 5.0
-# Of the last part's time, for each of its four trainings; the rest is for evaluating them.
+# Share of the last part's time for each of its four trainings; the rest is for evaluation.
 LEARNING_SHARE = 0.2
 REHEARSED_SECONDS = 4.0
 LOG_CHARACTERS = 1500
@@ -38,8 +38,8 @@ class Settings:
     Attributes:
         out: folder of the results.
         clips: the clips file.
-        rehearse: small sizes, on a CPU.
-        factor: multiplies every part's time.
+        rehearse: use small sizes, on a CPU.
+        factor: multiplier of every part's time limit.
     """
 
     out: Path
@@ -48,15 +48,15 @@ class Settings:
     factor: float
 
     def seconds(self, part: str) -> float:
-        """Time limit of a part."""
+        """Return the time limit of a part."""
         return LIMITS[part] * self.factor
 
 
 def main(words: Sequence[str], *, root: Path) -> int:
-    """Run the parts that the words name, write gpu_check.json and gpu_check.txt, and print the table.
+    """Run the parts named by the words, write gpu_check.json and gpu_check.txt, and print the table.
 
     Returns:
-        0 when every part came to its end and nothing in it failed, else 1.
+        0 if every part finished without failures, else 1.
     """
     options = _parse(words, root)
     rehearse = options.rehearse or not torch.cuda.is_available()
@@ -67,7 +67,7 @@ def main(words: Sequence[str], *, root: Path) -> int:
     for part in options.parts:
         _tell(f"{part}: at most {settings.seconds(part):.0f} s ...")
         result["parts"][part] = run_part(part, settings, root=root)
-        # After each part: what a machine that is taken away has printed and written stays.
+        # Write and print after each part, so that results survive the loss of the machine.
         (settings.out / "gpu_check.json").write_text(json.dumps(result, indent=1) + "\n")
         (settings.out / "gpu_check.txt").write_text(render(result))
         _tell(render({**result, "parts": {part: result["parts"][part]}}, heading=False))
@@ -76,7 +76,7 @@ def main(words: Sequence[str], *, root: Path) -> int:
 
 
 def failures(part: Mapping[str, Any]) -> list[str]:
-    """Names of what failed in a part: figures, tests, or the part itself."""
+    """Return the names of a part's failures: figures, tests, or the part itself."""
     found = [] if part["state"] == "done" else [part["state"]]
     for name, value in part["figures"].items():
         if isinstance(value, dict) and ("failed" in value or value.get("outcome") == "failed"):
@@ -85,7 +85,7 @@ def failures(part: Mapping[str, Any]) -> list[str]:
 
 
 def run_part(part: str, settings: Settings, *, root: Path) -> dict[str, Any]:
-    """Run one part in a process group of its own, and end all of it when its time is up."""
+    """Run one part in its own process group, and kill the whole group when time is up."""
     limit, lines = settings.seconds(part), settings.out / f"{part}.jsonl"
     lines.unlink(missing_ok=True)
     log, began = settings.out / f"{part}.log", time.monotonic()
@@ -113,7 +113,7 @@ def run_part(part: str, settings: Settings, *, root: Path) -> dict[str, Any]:
 
 
 def command(part: str, settings: Settings, *, root: Path) -> list[str]:
-    """Give the command line of a part's process."""
+    """Return the command line of a part's process."""
     words = [sys.executable, "-m", "dora_ray.bench.gpu", part, "--out", str(settings.out), "--root", str(root)]
     training = REHEARSED_SECONDS if settings.rehearse else settings.seconds(part) * LEARNING_SHARE
     words += ["--clips", str(settings.clips), "--seconds", str(training)]
@@ -122,16 +122,16 @@ def command(part: str, settings: Settings, *, root: Path) -> list[str]:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End what is left of the part's process group."""
+    """Kill the rest of a part's process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
 def _environment(root: Path, *, rehearse: bool) -> dict[str, str]:
-    """Return the environment of a part: some of it has to be set before torch begins."""
+    """Return the environment of a part; some variables must be set before torch is imported."""
     paths = [str(root), *sys.path[:1], os.environ.get("PYTHONPATH", "")]
-    # On a machine that others use, threads that wait for each other take many times as long as one.
+    # On a shared machine, synchronized threads are many times slower than a single one.
     alone = {"OMP_NUM_THREADS": "1"} if rehearse else {}
     return (
         os.environ
@@ -147,7 +147,7 @@ def _environment(root: Path, *, rehearse: bool) -> dict[str, str]:
 
 
 def machine(root: Path) -> dict[str, Any]:
-    """Machine and commit that were measured."""
+    """Describe the machine and commit of the measurement."""
     has_gpu = torch.cuda.is_available()
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if has_gpu else f"no GPU; {platform.processor() or platform.machine()}",
@@ -180,13 +180,13 @@ def _output(words: Sequence[str]) -> str | None:
 
 
 def _parse(words: Sequence[str], root: Path) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpu_check.py", description="Everything that a GPU has to answer.")
+    parser = argparse.ArgumentParser(prog="gpu_check.py", description="Run all GPU measurements.")
     kit = root / ".gpu-kit"
-    parser.add_argument("--out", type=Path, default=root / "gpu-check", metavar="DIR", help="the results' folder")
+    parser.add_argument("--out", type=Path, default=root / "gpu-check", metavar="DIR", help="folder of the results")
     parser.add_argument("--clips", type=Path, default=kit / "clips.npz", metavar="FILE", help="made by make gpu-kit")
-    parser.add_argument("--rehearse", action="store_true", help="small sizes; so it is without a GPU")
-    parser.add_argument("--factor", type=float, metavar="X", help="times the parts' limits (1; a rehearsal's 5)")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(LIMITS)}; not given: all, in order")
+    parser.add_argument("--rehearse", action="store_true", help="use small sizes; implied without a GPU")
+    parser.add_argument("--factor", type=float, metavar="X", help="multiplier of time limits (1; in a rehearsal 5)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(LIMITS)}; default: all, in order")
     options = parser.parse_args(words)
     unknown = [part for part in options.parts if part not in LIMITS]
     if unknown:

@@ -1,4 +1,4 @@
-"""Figures that a part of the check has measured so far, in a file: a part that is ended keeps what it had."""
+"""Figures measured by a part of the check, kept in a file, so that a part killed at its time limit loses none."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# How much a part says of an error.
+# Maximum length of an error message.
 MOST_CHARACTERS = 300
 
 
 class Figures:
-    """Writes figures line by line, and tells the log of each.
+    """Writes figures line by line, and logs each.
 
     Args:
-        path: the file; what it held is dropped.
+        path: the file; existing content is dropped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -24,7 +24,7 @@ class Figures:
         path.write_text("")
 
     def put(self, name: str, value: Any) -> None:
-        """Keep a figure, or several as a mapping; what is put later under the same name takes its place."""
+        """Record a figure, or several as a mapping; a later one of the same name replaces it."""
         line = json.dumps({"name": name, "value": value}, allow_nan=True)
         with self._path.open("a") as file:
             file.write(line + "\n")
@@ -32,7 +32,7 @@ class Figures:
         sys.stdout.flush()
 
     def attempt(self, name: str, work: Callable[[], Mapping[str, Any]]) -> None:
-        """Keep what the work gives, or what it raised: the next piece of work is done all the same."""
+        """Record the result of the work, or its error, so that the next piece of work can run."""
         try:
             value = dict(work())
         except Exception as error:  # noqa: BLE001  # torch and its compiler raise many kinds
@@ -41,7 +41,7 @@ class Figures:
 
 
 def read_figures(path: Path) -> dict[str, Any]:
-    """Read the figures of a part; a last line that was cut off is left out."""
+    """Read the figures of a part; a truncated last line is skipped."""
     found: dict[str, Any] = {}
     if not path.exists():
         return found

@@ -1,4 +1,4 @@
-"""The clips file: video frames, labeled images and masked sequences as uint8 arrays, for a machine without decoders.
+"""Clips file: video frames, labeled images and masked sequences as uint8 arrays, for a machine without decoders.
 
 Made by `scripts/gpu_kit.py`. Legend: F frames, M images, H x W pixels.
 """
@@ -24,15 +24,15 @@ from dora_ray.config import Config
 from dora_ray.errors import ConfigError
 
 Pixels = NDArray[np.uint8]
-# Frames at the end of each stretch of video that nothing is trained on: views are matched in them.
+# Share of frames at the end of each stretch of video that is held out from training, for view matching.
 HELD_OUT_SHARE = 0.2
-# Slots that are read ahead.
+# Slots read ahead.
 AHEAD = 8
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayVideo:
-    """A stretch of video in memory, as a plan wants to know it.
+    """Stretch of video in memory; implements `plan.Video`.
 
     Attributes:
         video_id: its name.
@@ -46,42 +46,42 @@ class ArrayVideo:
 
     @property
     def path(self) -> str:
-        """Its name: it has no file."""
+        """Name of the stretch, which has no file."""
         return self.video_id
 
     @property
     def digest(self) -> str:
-        """Hash of its pixels."""
+        """Hash of the pixels."""
         return hashlib.sha256(self.frames.tobytes()).hexdigest()[:16]
 
     @property
     def cuts(self) -> NDArray[np.bool_]:
-        """(F,) a stretch is one shot."""
+        """(F,) all False: a stretch is one shot."""
         return np.zeros(len(self.times), np.bool_)
 
     @property
     def width(self) -> int:
-        """W, pixels."""
+        """Width in pixels."""
         return int(self.frames.shape[2])
 
     @property
     def height(self) -> int:
-        """H, pixels."""
+        """Height in pixels."""
         return int(self.frames.shape[1])
 
     @property
     def edges(self) -> NDArray[np.int64]:
-        """(2,) a stretch is one segment."""
+        """(2,) first frame and F: a stretch is one segment."""
         return np.array([0, len(self.times)])
 
     def part(self, rows: slice) -> ArrayVideo:
-        """Some of its frames."""
+        """Return a part of the stretch."""
         return ArrayVideo(self.video_id, self.frames[rows], self.times[rows])
 
 
 @dataclass(frozen=True, eq=False)
 class Labeled:
-    """Images of one part of a labeled set: (M, H, W, 3), and labels (M,) int64."""
+    """Images of one split of a labeled set, (M, H, W, 3), with labels (M,) int64."""
 
     images: Pixels
     labels: NDArray[np.int64]
@@ -89,7 +89,7 @@ class Labeled:
 
 @dataclass(frozen=True, eq=False)
 class Sequence:
-    """A sequence with a mask for each frame: (F, H, W, 3) and (F, H, W) bool."""
+    """Sequence with a mask for each frame: (F, H, W, 3) and (F, H, W) bool."""
 
     name: str
     frames: Pixels
@@ -98,7 +98,7 @@ class Sequence:
 
 @dataclass(frozen=True, eq=False)
 class Kit:
-    """All that a clips file holds."""
+    """Content of a clips file."""
 
     videos: tuple[ArrayVideo, ...]
     train: Labeled
@@ -106,11 +106,11 @@ class Kit:
     sequences: tuple[Sequence, ...]
 
     def trained_on(self) -> tuple[ArrayVideo, ...]:
-        """The videos without what is held out."""
+        """Return the videos without their held-out ends."""
         return tuple(video.part(slice(0, _num_trained(video))) for video in self.videos)
 
     def held_out(self) -> tuple[ArrayVideo, ...]:
-        """The ends of the videos, which nothing is trained on."""
+        """Return the held-out ends of the videos."""
         return tuple(video.part(slice(_num_trained(video), None)) for video in self.videos)
 
 
@@ -139,7 +139,7 @@ def load_kit(path: Path) -> Kit:
     """Read a clips file.
 
     Raises:
-        ConfigError: there is none, or it is none.
+        ConfigError: the file is missing or invalid.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -187,7 +187,7 @@ def plan_of(videos: tuple[ArrayVideo, ...], config: Config) -> Plan:
 
 
 def read_array_slot(plan: Plan, step: int, slot: int) -> Any:
-    """Cut the clips of one slot out of the videos in memory; what a step needs of a `SlotBatch`."""
+    """Cut the clips of one slot out of the videos in memory; return the fields of `SlotBatch` that a step needs."""
     clips = plan.slot_clips(step, slot)
     boxes = plan.slot_boxes(step, slot, clips)
     pixels = [

@@ -1,4 +1,4 @@
-"""Making the clips file, on a machine that has decoders, from folders of videos, labeled images and DAVIS sequences."""
+"""Packing of the clips file from videos, labeled images and DAVIS sequences, on a machine with decoders."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from dora_ray.video.sources import find_videos
 
 MB = 2**20
 VIDEO_SIDE, FRAMES_PER_SECOND = 144, 6.0
-# How much smaller the file may be than its pixels: tried one after the other until it is small enough.
+# Assumed compression ratios, tried in order until the file is small enough.
 COMPRESSIONS = (1.5, 1.25, 1.0)
-# Where a video has more frames than fit, it is taken in stretches of so many.
+# Number of frames in each stretch of a video that does not fit as a whole.
 STRETCH_FRAMES = 48
 IMAGE_SIDE, MOST_TRAIN, MOST_TEST = 32, 2000, 500
 SEQUENCE_SIDE, SEQUENCE_FRAMES, MOST_SEQUENCES = 120, 20, 4
 
 
 def pack(*, videos: list[str], images: Path, sequences: Path, out: Path, limit_mb: float) -> Kit:
-    """Make a clips file and check its size.
+    """Write a clips file and check its size.
 
     Args:
         videos: files, folders or globs.
         images: FOLDER/train/CLASS/* and FOLDER/test/CLASS/*.
-        sequences: a folder laid out as DAVIS 2016.
+        sequences: a folder in the layout of DAVIS 2016.
         out: the file to write.
-        limit_mb: megabytes that it may have.
+        limit_mb: maximum size in megabytes.
 
     Raises:
-        ConfigError: it would be larger, or the videos are too short; or as the readers of these folders say.
-        VideoError: a video that cannot be read.
+        ConfigError: the file would be too large, a video is too short, or a folder is invalid.
+        VideoError: a video cannot be read.
     """
     train, test = find_splits(images)
     labeled = [_labeled(part, most) for part, most in ((train, MOST_TRAIN), (test, MOST_TEST))]
@@ -67,7 +67,7 @@ def _labeled(part: LabeledImages, most: int) -> Labeled:
 
 
 def _sequence(found: davis.Sequence) -> Sequence:
-    """A sequence, evenly thinned and small; its objects are one, in masks of the frames' size."""
+    """Return a sequence, evenly thinned and downscaled, with all its objects merged into one mask a frame."""
     frames, masks = found.frames, read_masks(found.masks)
     objects = Objects.of(masks[0], found.masks[0], together=True)
     rows = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), SEQUENCE_FRAMES)).round().astype(int))
@@ -84,7 +84,7 @@ def _smaller(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _stretches(indices: list[VideoIndex], budget: float) -> Iterator[ArrayVideo]:
-    """Frames of all videos, alike many of each: all of a short one, stretches of a long one."""
+    """Yield frames of all videos, equally many of each: short videos whole, long ones as stretches."""
     for index in indices:
         kept = index.kept_frames(FRAMES_PER_SECOND)
         scale = min(1.0, VIDEO_SIDE / min(index.width, index.height))
@@ -100,7 +100,7 @@ def _stretches(indices: list[VideoIndex], budget: float) -> Iterator[ArrayVideo]
 
 
 def _rows(count: int, most: int) -> Iterable[np.ndarray]:
-    """Positions among the kept frames: all, or stretches that begin evenly spaced."""
+    """Return positions among the kept frames: all, or stretches with evenly spaced starts."""
     if count <= most:
         return [np.arange(count)]
     stretches = most // STRETCH_FRAMES
@@ -115,7 +115,7 @@ def _decoded(index: VideoIndex, positions: np.ndarray) -> Iterator[Pixels]:
 
 
 def _rgb(frame: DecodedFrame) -> Pixels:
-    """The planes of JPEG as RGB."""
+    """Convert JPEG planes to RGB."""
     size = (frame.width, frame.height)
     planes = [Image.fromarray(frame.y)]
     planes += [Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR) for plane in (frame.u, frame.v)]

@@ -1,4 +1,4 @@
-"""Part d: learning for real, on the clips file: DoRA and what it is compared with, against random encoders.
+"""Part d: real training on the clips file, of DoRA and its baselines, compared with random encoders.
 
 Legend: M images, N scenes, D width.
 """
@@ -43,7 +43,7 @@ BASE = (
     "head.num_outputs=1024",
     "optim.slots=2",
     "optim.clips_per_slot=32",
-    # Half of what `tiny` takes for a network a third as deep, whose teacher collapses at twice that.
+    # Half of the rate of `tiny`, whose network is a third as deep; at twice this rate, this teacher collapses.
     "optim.lr=5.0e-4",
     "optim.teacher_momentum=0.98",
 )
@@ -54,24 +54,24 @@ KINDS: dict[str, tuple[str, ...]] = {
     "naive_tracking": ("tracking.num_iterations=0",),
     "random_masks": ("tracking.kind=random",),
 }
-# Steps that tell how many fit into the time; the first ones choose kernels.
+# Steps that measure the speed; the first ones select kernels.
 TRIAL_STEPS = 12
-# As `tiny`: a fifth of the run.
+# A fifth of the run, as in `tiny`.
 WARMUP_SHARE = 0.2
 NUM_NEIGHBORS = 20
 RANDOM_SEEDS = (0, 1, 2)
-# Frames from a scene to its later view.
+# Frames between a scene and its later view.
 LATER = 3
 
 
 def run(figures: Figures, *, clips: Path, seconds: float, rehearse: bool) -> None:
-    """Train each kind for equal times, and evaluate all of them.
+    """Train each kind for the same time, and evaluate all.
 
     Args:
-        figures: where the figures go.
+        figures: destination of the figures.
         clips: the clips file.
-        seconds: of each training.
-        rehearse: a network that a CPU trains.
+        seconds: time of each training.
+        rehearse: use a network small enough for a CPU.
     """
     kit = load_kit(clips)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,7 +95,7 @@ def run(figures: Figures, *, clips: Path, seconds: float, rehearse: bool) -> Non
 
 
 def _learn(config: Config, kit: Kit, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Train as many steps as fit into the time, the schedules made for them, and evaluate the teacher."""
+    """Train as many steps as fit into the time, with schedules of that length, and evaluate the teacher."""
     trial = initial_state(_of_steps(config, TRIAL_STEPS), device)
     taken = [found for _, found in _train(trial, _of_steps(config, TRIAL_STEPS), kit)]
     each = statistics.median(taken[TRIAL_STEPS // 2 :])
@@ -132,19 +132,19 @@ def _train(state: TrainState, config: Config, kit: Kit) -> Iterator[tuple[dict[s
     for batches in read_steps(plan_of(kit.trained_on(), config), config.optim.steps):
         began = time.perf_counter()
         measures, _ = apply_step(state, sum_slots(state, batches, NO_RECORDS, config, None), config)
-        # So that a trial's steps tell the truth; the loop of a training does not wait here.
+        # Synchronize to time the trial's steps; a real training loop does not wait here.
         synchronize(device)
         yield measures, time.perf_counter() - began
 
 
 @torch.inference_mode()
 def evaluate(backbone: VisionTransformer, kit: Kit, device: torch.device) -> dict[str, float]:
-    """Evaluate an encoder: kNN, scenes found again in a later frame, and J&F of carried masks.
+    """Evaluate an encoder: kNN accuracy, scenes matched in a later frame, and J&F of propagated masks.
 
     Args:
-        backbone: on the device.
-        kit: the clips file's.
-        device: where to compute.
+        backbone: the encoder, on the device.
+        kit: content of the clips file.
+        device: device of the computation.
     """
     backbone.eval()
     size = int(backbone.patch_embed.img_size[0])
@@ -166,7 +166,7 @@ def evaluate(backbone: VisionTransformer, kit: Kit, device: torch.device) -> dic
 
 
 def _scenes(kit: Kit) -> tuple[np.ndarray, np.ndarray]:
-    """(N, S, S, 3) twice: a later frame of each scene, and the scene; the middle squares of frames held out."""
+    """Return (N, S, S, 3) twice, a later frame of each scene and the scene: center squares of held-out frames."""
     pairs = [
         (_square(video, later), _square(video, later - LATER))
         for video in kit.held_out()
@@ -184,7 +184,7 @@ def _square(video: ArrayVideo, row: int) -> np.ndarray:
 
 
 def _features(backbone: VisionTransformer, images: np.ndarray, size: int, device: torch.device) -> Tensor:
-    """(M, D) CLS of square images, resized to 8 / 7 of the size and cut in the middle, as the protocols say."""
+    """Return (M, D) CLS of square images, resized to 8 / 7 of the size and center-cropped, as the protocols require."""
     large, encode, found = round(size * 256 / 224), final_cls(backbone), []
     first = (large - size) // 2
     for some in np.array_split(images, max(1, -(-len(images) // 512))):
@@ -196,7 +196,7 @@ def _features(backbone: VisionTransformer, images: np.ndarray, size: int, device
 
 
 def _propagated(backbone: VisionTransformer, sequence: Sequence, device: torch.device) -> tuple[float, float]:
-    """J and F of a sequence, the first frame's mask carried on; without the first and the last frame."""
+    """Return J and F of a sequence with the first mask propagated, excluding the first and the last frame."""
     patch = int(backbone.patch_embed.patch_size[0])
     height, width = (side // patch * patch for side in sequence.frames.shape[1:3])
 

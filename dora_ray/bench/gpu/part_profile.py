@@ -1,4 +1,4 @@
-"""Part c: where the time of a step goes: kernels, gaps between them, and where the host waits."""
+"""Part c: profile of a step: kernels, gaps between them, and host synchronizations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WARMUP, STEPS = 3, 2
 
 
 def run(figures: Figures, *, folder: Path, rehearse: bool) -> None:
-    """Trace the plain form, then the packed one; the trace of the first is kept, if it is small enough."""
+    """Trace the plain form, then the packed one; keep the trace of the first if it is small enough."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paper = load_config("paper", *(REHEARSAL if rehearse else ()), *ALONE)
     prepare_torch(device, paper.optim, deterministic=paper.run.deterministic)

@@ -1,4 +1,4 @@
-"""Part b: the step in all its forms, the recipe `paper` first, and how far each is from what the GPU can."""
+"""Part b: the step in all forms, the recipe `paper` first, with each form's share of the GPU's rate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dora_ray.method.reference import reference_slot_forward
 from dora_ray.training.numerics import has_fp8, prepare_torch
 from dora_ray.training.step import SlotForward
 
-# A form of the step is timed until one of these is reached, and three times at least.
+# A form is timed until one of these is reached, but at least three times.
 MOST_STEPS, MOST_SECONDS = 10, 4.0
 REHEARSAL = (
     "model.name=vit_tiny_patch16_224",
@@ -39,7 +39,7 @@ LARGER = {"vit_base": "paper-vit-b", "vit_large": "paper-vit-l"}
 
 
 def run(figures: Figures, *, rehearse: bool) -> None:
-    """Measure every form; one that fails is told, and the next is measured."""
+    """Measure every form; report one that fails, and continue with the next."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paper = load_config("paper", *(REHEARSAL if rehearse else ()), *ALONE)
     prepare_torch(device, paper.optim, deterministic=paper.run.deterministic)
@@ -76,7 +76,7 @@ def _setting(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def _exact(figures: Figures, config: Config, device: torch.device) -> dict[str, Any]:
-    """The plain form, and everything that the others are compared with: its products and its parts."""
+    """Measure the plain form and the baseline of all others: its products and its parts."""
     timed = Timed(config, device)
     step = functools.partial(timed.step, config, slot_forward)
     products = record(step)
@@ -89,7 +89,7 @@ def _exact(figures: Figures, config: Config, device: torch.device) -> dict[str, 
 
 
 def _form(config: Config, device: torch.device, forward: SlotForward | None, *, number: int = 0) -> dict[str, Any]:
-    """One form of the step. Without a forward: ours, with masks that keep a stated share of the patches."""
+    """Measure one form of the step; without a forward, ours with masks that keep KEEP_SHARE of the patches."""
     _free(device)
     timed = Timed(config, device)
     if forward is None:
@@ -98,7 +98,7 @@ def _form(config: Config, device: torch.device, forward: SlotForward | None, *, 
 
 
 def _fp8(paper: Config, device: torch.device) -> dict[str, Any]:
-    """The form with a teacher in fp8, which older versions of torch multiply on a GPU alone."""
+    """Measure the form with an fp8 teacher; older versions of torch have fp8 products on GPUs only."""
     try:
         return _form(load_config(paper, "optim.teacher_precision=fp8"), device, slot_forward)
     except NotImplementedError as error:
@@ -108,7 +108,7 @@ def _fp8(paper: Config, device: torch.device) -> dict[str, Any]:
 
 
 def _larger(config: Config, device: torch.device) -> dict[str, Any]:
-    """A larger network, and its share of the rates."""
+    """Measure a larger network and its share of the rates."""
     _free(device)
     timed = Timed(config, device)
     step = functools.partial(timed.step, config, slot_forward)
@@ -118,7 +118,7 @@ def _larger(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def _times(step: Callable[[], float], config: Config, device: torch.device) -> dict[str, Any]:
-    """Seconds and memory of a step; the first call compiles, chooses kernels and asks for memory."""
+    """Return seconds and memory of a step; the first call compiles, selects kernels and allocates memory."""
     first = step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -139,7 +139,7 @@ def _times(step: Callable[[], float], config: Config, device: torch.device) -> d
 
 
 def _rates(products: Products, seconds: float, device: torch.device) -> dict[str, Any]:
-    """Rate of the step, and its share of what its products' own shapes and a large square product reach."""
+    """Return the step's rate, and its share of the rates of its own products alone and of a large square product."""
     by_type, size = products.by_type(), 8192 if device.type == "cuda" else 512
     squares = {kind: square_flops_per_second(size, kind, device) for kind in by_type}
     alone = sum(some.seconds(device) for some in by_type.values())
@@ -154,7 +154,7 @@ def _rates(products: Products, seconds: float, device: torch.device) -> dict[str
 
 
 def _timm(config: Config, device: torch.device) -> dict[str, Any]:
-    """Share of its own shapes' rate that timm's plain ViT reaches, forward and backward."""
+    """Return timm's plain ViT's share of its own products' rate, forward and backward."""
     _free(device)
     plain = Yardstick(config, device, half=device.type == "cuda")
     plain.matmul_share()

@@ -1,4 +1,4 @@
-"""Part a: the tests marked gpu, each with how it ended."""
+"""Part a: the tests marked gpu, with the outcome of each."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pytest
 
 from dora_ray.bench.gpu.figures import MOST_CHARACTERS, Figures
 
-# The one that compiles last: it takes the longest.
+# The compiling one takes longest and runs last.
 FILES = ("test_method.py", "test_step.py", "test_views.py", "test_compile.py")
-# A rehearsal leaves the largest networks out.
+# A rehearsal skips the largest networks.
 SMALL = "equals_the_loop and not large or unlike or collective or views"
 
 
 class _Recorder:
-    """A plugin of pytest that keeps the end of every test."""
+    """Pytest plugin that records the outcome of every test."""
 
     def __init__(self, figures: Figures) -> None:
         self._figures = figures
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Keep a test's outcome when it is called, or when its preparation skips or fails it."""
+        """Record a test's outcome after its call, or after a setup that skips or fails it."""
         if report.when == "call" or (report.when == "setup" and not report.passed):
             name = report.nodeid.partition("::")[2]
             value = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
@@ -43,7 +43,7 @@ def run(figures: Figures, *, root: Path, rehearse: bool) -> None:
     if rehearse:
         os.environ["GPU_TESTS_DEVICE"] = "cpu"
     words = ["-m", "gpu", "-p", "no:cacheprovider", "-q", *(["-k", SMALL] if rehearse else [])]
-    # The project's own settings ask for plugins of pytest that are not here.
+    # The project's settings need pytest plugins that are not installed here.
     settings = ["-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=", "--rootdir", str(root)]
     code = pytest.main(
         [*words, *settings, *(str(root / "tests" / "gpu" / name) for name in FILES)], plugins=[_Recorder(figures)]

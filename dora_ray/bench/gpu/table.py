@@ -1,11 +1,11 @@
-"""The readable table of a check: figures, and beside them what they are measured against."""
+"""Table of a check: figures beside their targets and references."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-# Dense bf16 by the makers' data sheets, TFLOP/s; names as torch gives them contain these words.
+# Dense bf16 TFLOP/s from the vendor's data sheets; torch's device names contain these words.
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0}
 # The best published shares of peak for the training of a ViT.
 PUBLISHED = {"exact": "ViT-S 23 %", "vit_base": "ViT-B 23 %", "vit_large": "ViT-L 36-38 %"}
@@ -26,11 +26,11 @@ LEARNT = ("knn", "matching", "j_and_f")
 
 
 def render(result: Mapping[str, Any], *, heading: bool = True) -> str:
-    """Give the table of a check's result, as plain text."""
+    """Return a check's result as a plain-text table."""
     lines: list[str] = []
     if heading:
         lines += [f"{name}: {value}" for name, value in result["machine"].items()]
-        lines += ["a rehearsal: sizes and times mean nothing"] if result["rehearsal"] else []
+        lines += ["a rehearsal: sizes and times are meaningless"] if result["rehearsal"] else []
     for name, part in result["parts"].items():
         lines += ["", f"== {name}: {part['state']}, {part['seconds']:.0f} s"]
         lines += RENDERERS[name](part["figures"], str(result["machine"]["device"]))
@@ -57,7 +57,7 @@ def _step(figures: Mapping[str, Any], device: str) -> Iterator[str]:
         if "seconds" not in form:
             rows.append([name, str(form.get("failed") or form["skipped"])])
             continue
-        # Of the larger networks there is no reference.
+        # The larger networks have no reference.
         of = {} if name.startswith("vit") else reference
         rows.append(
             [
@@ -72,7 +72,7 @@ def _step(figures: Mapping[str, Any], device: str) -> Iterator[str]:
             ]
         )
     yield from _aligned(rows)
-    yield "speed-up and memory: against the reference, one naive forward a frame and object"
+    yield "speed-up and memory: against the reference, which runs one naive forward per frame and object"
     yield from _rates(figures, device)
     yield TARGETS
     parts = figures.get("parts", {})
@@ -142,7 +142,7 @@ def _learning(figures: Mapping[str, Any], device: str) -> Iterator[str]:
             ]
         )
     yield from _aligned(rows)
-    yield "in brackets: more than the mean of the random encoders"
+    yield "in brackets: difference to the mean of the random encoders"
 
 
 def _against(value: float, random: Sequence[float | None], name: str) -> str:

@@ -1,4 +1,4 @@
-"""Reading a trace of torch.profiler: which kernels take the time, where the GPU waits, where the host does."""
+"""Analysis of a torch.profiler trace: time by kernel, GPU idle time, and host synchronizations."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 
 TOP = 25
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-# Calls in which the host waits for the GPU. cudaMemcpy without Async does, too.
+# Calls in which the host waits for the GPU, including synchronous cudaMemcpy.
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-# What a launch takes when nothing else is in the way, microseconds: a longer gap is one in which the GPU waited.
+# Duration of an unobstructed launch in microseconds; in a longer gap, the GPU was idle.
 LONG_GAP = 10.0
 
 Event = Mapping[str, Any]
 
 
 def summarize(events: Iterable[Event], *, steps: int) -> dict[str, Any]:
-    """Summarize the events of some steps.
+    """Summarize the events of several steps.
 
     Args:
         events: "traceEvents" of a Chrome trace; times in microseconds.
-        steps: number of steps that were traced.
+        steps: number of traced steps.
 
     Returns:
         For each step: kernels, wall_ms from the first kernel's start to the last one's end, busy_ms, gap_share (the
-        time in between without a kernel), long_gaps of over 10 us and what they take; top, the kernels that take the
-        most; parts_ms, the GPU's time under each named part; waits, the host's calls by the part they are in. On a CPU,
-        where there are no kernels, operators in their place, nested ones too.
+        share without a kernel), long_gaps of over 10 us and their time; top, the kernels that take the most time;
+        parts_ms, GPU time by named part; waits, host synchronizations by part. On a CPU, which has no kernels,
+        operators instead, including nested ones.
     """
     complete = [event for event in events if event.get("ph") == "X" and "dur" in event]
     kernels = [event for event in complete if event.get("cat") in ON_GPU]
@@ -96,7 +96,7 @@ def _parts(events: Sequence[Event], steps: int, category: str) -> dict[str, floa
 
 
 def _waits(events: Sequence[Event], steps: int) -> list[dict[str, Any]]:
-    """The host's waits: the call, the part it is in, how often, and how long."""
+    """Return the host's synchronizations: call, enclosing part, number, and duration."""
     annotations = [event for event in events if event.get("cat") == "user_annotation"]
     counts: Counter[tuple[str, str]] = Counter()
     seconds: dict[tuple[str, str], float] = defaultdict(float)
@@ -112,7 +112,7 @@ def _waits(events: Sequence[Event], steps: int) -> list[dict[str, Any]]:
 
 
 def _innermost(annotations: Sequence[Event], event: Event) -> str:
-    """Name of the shortest annotation of the event's thread that it lies in."""
+    """Return the name of the shortest annotation of the same thread around the event."""
     around = [
         one
         for one in annotations
