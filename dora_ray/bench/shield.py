@@ -1,0 +1,98 @@
+"""Cost of the ingest's shield: the same decoding in processes with blanked variables, and in ordinary ones.
+
+`python -m dora_ray.bench.shield [ROUNDS]` prints seconds of both on one film, each in a new Ray, in turn. Ray keeps
+ordinary processes ready and has to start those with variables of their own, which is what is paid for.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dora_ray.bench.films import film
+from dora_ray.config import Config, load_config
+from dora_ray.store import datasets
+from dora_ray.store.ingest import find_indexes
+from dora_ray.store.ray_tasks import ray_cluster, run_tasks
+from dora_ray.store.segments import find_work, ingest_segment
+from dora_ray.store.shield import blanked, memory_limit
+from dora_ray.training.inputs import frame_format
+
+FILM: dict[str, Any] = {"width": 3840, "height": 2160, "frames_per_second": 60, "seconds": 10, "group_size": 250}
+LOOPS, ROUNDS, LIMITS = 6, 3, 10_000
+PATIENCE_SECONDS = 600.0
+
+
+def run(*, rounds: int = ROUNDS, size: Mapping[str, Any] = FILM, loops: int = LOOPS) -> dict[str, Any]:
+    """Return medians of the seconds with and without, what the first is longer, and microseconds of a memory limit.
+
+    Args:
+        rounds: of both.
+        size: of the film's first part, see `films.film`.
+        loops: how often the film repeats it.
+    """
+    path = film(**size, loops=loops)
+    seconds: dict[str, list[float]] = {"shielded": [], "plain": []}
+    for number in range(rounds):
+        for name in sorted(seconds, reverse=number % 2 == 0):
+            seconds[name].append(_ingest_seconds(path, shielded=name == "shielded"))
+    medians = {f"{name}_seconds": statistics.median(each) for name, each in seconds.items()}
+    return {
+        **medians,
+        "film_seconds": size["seconds"] * loops,
+        "extra_seconds": medians["shielded_seconds"] - medians["plain_seconds"],
+        "ratio": medians["shielded_seconds"] / medians["plain_seconds"],
+        "memory_limit_us": 1e6 * _limit_seconds(),
+        "rounds": {name: [round(each, 2) for each in values] for name, values in seconds.items()},
+    }
+
+
+def _ingest_seconds(path: str, *, shielded: bool) -> float:
+    """Seconds from the first task sent to the last result, in a Ray that has just started."""
+    config = load_config("paper", f"data.videos=[{path}]")
+    with tempfile.TemporaryDirectory() as store, ray_cluster():
+        items = _items(config, path, store)
+        task = functools.partial(
+            ingest_segment, store=store, decoder=config.data.decoder, form=frame_format(config.data)
+        )
+        variables = blanked([path, store], {}) if shielded else None
+        started = time.perf_counter()
+        results = list(run_tasks(items, task, node_label=None, patience_seconds=PATIENCE_SECONDS, variables=variables))
+        seconds = time.perf_counter() - started
+    assert len(results) == len(items)
+    assert all(result["frames"] and not result["error"] for result in results), results
+    return seconds
+
+
+def _items(config: Config, path: str, store: str) -> list[str]:
+    """Return the ingest's tasks, a store for them made."""
+    data = config.data
+    work = find_work(
+        find_indexes([path], store=store, decoder=data.decoder),
+        store=store,
+        form=frame_format(data),
+        segment_seconds=FILM["seconds"],
+        decode_seconds=data.decode_seconds,
+    )
+    for uri in sorted({part.uri for part in work}):
+        datasets.create_dataset(uri)
+    return [json.dumps(vars(part)) for part in work]
+
+
+def _limit_seconds() -> float:
+    """Seconds of setting the memory limit and taking it back, once a task."""
+    started = time.perf_counter()
+    for _ in range(LIMITS):
+        with memory_limit():
+            pass
+    return (time.perf_counter() - started) / LIMITS
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(run(rounds=int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS), indent=1) + "\n")

@@ -1,0 +1,19 @@
+"""The measurement of the shield's cost: what it prints, on a film of seconds."""
+
+from __future__ import annotations
+
+import pytest
+
+from dora_ray.bench import shield
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_both_ways_are_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    size = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 4, "group_size": 48}
+    found = shield.run(rounds=1, size=size, loops=2)
+    assert found["film_seconds"] == 8
+    assert found["ratio"] == found["shielded_seconds"] / found["plain_seconds"] > 0
+    assert 0 < found["memory_limit_us"] < 1e5
+    assert {name: len(each) for name, each in found["rounds"].items()} == {"plain": 1, "shielded": 1}
