@@ -29,7 +29,8 @@ MOST = {"decode": 3, "train": 2}
 # that it cannot meet in full, such as an elastic trainer's maximum, so the first node is requested explicitly.
 FEW = {"decode": 3, "train": 1}
 STORE_BYTES = 200_000_000
-IDLE_MINUTES = 0.25
+# A train node waits, idle, for the workers to save before they are resized onto it: half a minute on a busy machine.
+IDLE_MINUTES = 0.75
 END_SECONDS = 30.0
 
 
@@ -170,12 +171,25 @@ def psutil() -> Any:
 
 
 def processes_of(address: str) -> list[tuple[Any, str]]:
-    """Return the cluster's processes with their node types; each raylet comes before its children."""
+    """Return the cluster's processes with their node types; each raylet comes before its children.
+
+    The machine's processes are read in one pass, since this runs every second beside the work of all nodes. `info` of
+    each process has its name and command line.
+    """
     port = address.rpartition(":")[2]
+    below: dict[int, list[Any]] = {}
+    for process in psutil().process_iter(["name", "cmdline", "ppid"]):
+        below.setdefault(process.info["ppid"], []).append(process)
     found = []
-    for raylet in psutil().process_iter(["name", "cmdline"]):
+    for raylet in [process for siblings in below.values() for process in siblings]:
         with suppress(psutil().Error):
             if raylet.info["name"] == "raylet" and any(port in word for word in raylet.info["cmdline"] or ()):
                 kind = raylet.environ().get("RAY_NODE_TYPE_NAME", HEAD_TYPE)
-                found += [(raylet, kind), *((child, kind) for child in raylet.children(recursive=True))]
+                found += [(process, kind) for process in (raylet, *_descendants(raylet.pid, below))]
     return found
+
+
+def _descendants(pid: int, below: Mapping[int, list[Any]]) -> Iterator[Any]:
+    for child in below.get(pid, ()):
+        yield child
+        yield from _descendants(child.pid, below)
