@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Protocol
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 300, 46, 16, 34, 40
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 860, 320, 46, 16, 40
+# The legend, then as many rows of what happened as there must be for no two to touch.
+LEGEND, ROW, LETTER = 18, 16, 6.2
 COLORS = {"decode": "#2f7ebc", "train": "#c2571a"}
 
 
@@ -42,8 +44,11 @@ def picture(timeline: Line) -> str:
     def across(seconds: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * seconds / longest
 
+    labels = _in_rows([(across(seconds), words) for seconds, words in sorted(timeline.events)])
+    top = LEGEND + ROW * (2 + max((row for *_, row in labels), default=0))
+
     def up(count: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * count / highest
+        return HEIGHT - BOTTOM - (HEIGHT - top - BOTTOM) * count / highest
 
     parts = [
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(count):.1f}" y2="{up(count):.1f}" stroke="#8886"/>'
@@ -56,26 +61,35 @@ def picture(timeline: Line) -> str:
         for seconds in range(0, int(longest) + 1, step)
     ]
     for offset, (kind, color) in enumerate(COLORS.items()):
-        path, last = f"M {across(0):.1f} {up(0):.1f}", 0
+        path = f"M {across(0):.1f} {up(0):.1f}"
         for moment in timeline.moments:
             path += f" H {across(moment.seconds):.1f} V {up(moment.count(kind)):.1f}"
-            last = moment.count(kind)
-        path += f" H {across(longest):.1f}"
-        parts.append(f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2.5"/>')
-        parts.append(f'<text x="{LEFT + 130 * offset}" y="18" fill="{color}">{kind} nodes, at the end {last}</text>')
-    for seconds, words in timeline.events:
-        here = across(seconds)
-        anchor = "end" if here > WIDTH / 2 else "start"
+        parts.append(f'<path d="{path} H {across(longest):.1f}" fill="none" stroke="{color}" stroke-width="2.5"/>')
+        parts.append(f'<text x="{LEFT + 110 * offset}" y="{LEGEND}" style="fill:{color}">{kind} nodes</text>')
+    for here, left, words, row in labels:
+        height = LEGEND + ROW * (row + 1)
         parts.append(
-            f'<line x1="{here:.1f}" x2="{here:.1f}" y1="{TOP - 8}" y2="{HEIGHT - BOTTOM}" stroke="#888" '
-            f'stroke-dasharray="3 4"/><text x="{here + (-4 if anchor == "end" else 4):.1f}" y="{TOP + 4}" '
-            f'text-anchor="{anchor}">{escape(words)}</text>'
+            f'<line x1="{here:.1f}" x2="{here:.1f}" y1="{height}" y2="{HEIGHT - BOTTOM}" stroke="#888" '
+            f'stroke-dasharray="3 4"/><text x="{left:.1f}" y="{height + 4}">{escape(words)}</text>'
         )
     style = "text{font:12px sans-serif;fill:#555}@media (prefers-color-scheme:dark){text{fill:#bbb}}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="Decode and train nodes over time"><style>{style}</style>{"".join(parts)}</svg>\n'
     )
+
+
+def _in_rows(marks: Sequence[tuple[float, str]]) -> list[tuple[float, float, str, int]]:
+    """Return mark, left end, words and row of each label: beside its mark, in the first row with room."""
+    placed: list[tuple[float, float, str, int]] = []
+    ends: list[float] = []  # of the last label of each row
+    for here, words in marks:
+        width = LETTER * len(words)
+        left = here + 4 if here + 4 + width < WIDTH else here - 4 - width
+        row = next((row for row, end in enumerate(ends) if end + LETTER < left), len(ends))
+        ends[row:] = [left + width, *ends[row + 1 :]]
+        placed.append((here, left, words, row))
+    return placed
 
 
 def table(timeline: Line) -> str:

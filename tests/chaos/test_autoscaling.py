@@ -94,6 +94,26 @@ def test_the_timeline_as_a_table_and_a_picture():
     assert sum(element.tag.endswith("path") for element in root.iter()) == 2
 
 
+def test_words_of_a_picture_do_not_cover_each_other():
+    events = [
+        (20.0, "training on 1 worker"),
+        (25.0, "decode node 00002 is killed"),
+        (88.0, "ends"),
+        (90.0, "it is over"),
+    ]
+    root = xml.etree.ElementTree.fromstring(picture(Timeline(MADE_UP.moments, events)))
+    boxes = [
+        (float(text.get("x")), float(text.get("x")) + 6.0 * len(text.text), float(text.get("y")))
+        for text in root.iter()
+        if text.tag.endswith("text") and text.get("text-anchor") is None
+    ]
+    assert len(boxes) == len(events) + 2
+    assert max(right for _, right, _ in boxes) <= 860
+    for place, (left, right, height) in enumerate(boxes):
+        for other_left, other_right, other_height in boxes[:place]:
+            assert abs(height - other_height) >= 12 or right < other_left or other_right < left
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.ray
