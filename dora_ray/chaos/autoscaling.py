@@ -33,7 +33,7 @@ from dora_ray.errors import ClusterError
 from dora_ray.video.synthetic import make_video
 
 WORKER_CORES, FEWEST = 3, 1
-START_SECONDS, TRAIN_SECONDS, EMPTY_SECONDS, LOOK_SECONDS = 300.0, 1500.0, 300.0, 1.0
+START_SECONDS, TRAIN_SECONDS, EMPTY_SECONDS, LOOK_SECONDS = 600.0, 1500.0, 300.0, 1.0
 KILLED = "is killed"
 ENDING = (signal.SIGTERM, signal.SIGINT)
 TRAINING = (
