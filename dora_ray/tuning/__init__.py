@@ -1,1 +1,1 @@
-"""Many runs that answer one question (Ray Tune), and the pages that show what runs and sweeps did."""
+"""Sweeps on Ray Tune: many runs that answer one question."""

@@ -1,6 +1,6 @@
-"""The axes of a sweep's space: what a file may say of each, and the keys that it stands for.
+"""Axes of a sweep's space: allowed forms, and the configuration keys that they set.
 
-An axis is one dotted key, or several that change together, joined by " + ", with a list of values for each place:
+An axis is one dotted key, or several that change together, joined by " + ", with a list of values for each point:
 
     tracking.kind + tracking.num_iterations: {grid: [[dora, 30], [dora, 0], [none, 30]]}
 """
@@ -36,13 +36,13 @@ def settings(axis: str, value: Any) -> dict[str, Any]:
 
 
 def value_at(values: Mapping[str, Any], axis: str) -> Any:
-    """Return where a trial stands on an axis: its value, or the values of a joint axis as one text."""
+    """Return a trial's value on an axis; for a joint axis its values as one string."""
     keys = keys_of_axis(axis)
     return values.get(axis) if len(keys) == 1 else ", ".join(str(values.get(key)) for key in keys)
 
 
 def normalize_space(space: Any) -> dict[str, dict[str, list[Any]]]:
-    """Every axis as {kind: values}; a plain list is a grid."""
+    """Return every axis as {kind: values}; a plain list means a grid."""
     if not isinstance(space, Mapping) or not space:
         raise ConfigError(
             "a sweep needs a `space`: dotted keys with values, such as 'tracking.num_objects: {grid: [1, 2, 3]}'"

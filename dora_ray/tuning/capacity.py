@@ -1,9 +1,9 @@
-"""Room for trials, now and as the cluster grows or shrinks.
+"""Number of trials that fit on the cluster, as it grows and shrinks.
 
-A trial's workers are placed by Ray Train when its driver runs already: with more drivers than there is room for, they
-would take each other's decode CPUs and wait for ever. So trials begin only where a whole one fits. On a cluster that
-can grow, a placement group for each trial that waits tells the autoscaler what is missing; it is given up as soon as it
-is there, and goes with this process however that ends.
+Ray Train places a trial's workers only after its driver has started. Too many drivers would take each other's decode
+CPUs and deadlock, so a trial starts only if all of it fits. On a cluster that can grow, a placement group for each
+waiting trial tells the autoscaler what is missing. The group is removed as soon as it is placed; Ray also removes it
+when this process ends.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from dora_ray.config import Config
 from dora_ray.ray_internals import has_node_types
 
-# What Ray reserves for the process that launches a trial's workers and then waits for them.
+# CPUs reserved for a trial's driver, which launches the workers and waits for them.
 DRIVER_CPUS = 0.1
 LOOK_SECONDS = 2.0
-# Trials that room is asked for at once: the autoscaler packs them, and asks for that many nodes at most.
+# Maximum number of trials requested from the autoscaler at once, and so of new nodes: it packs trials onto nodes.
 ASK_AT_ONCE = 16
-# A group that was there at once found room between two decode tasks, not a new node.
+# Pause after a group was placed: it may have found room between two decode tasks rather than on a new node.
 ASK_AGAIN_SECONDS = 30.0
 
 
@@ -30,9 +30,9 @@ class Need:
     """Resources of one trial.
 
     Attributes:
-        workers: how many it trains with; 0 where its driver trains.
+        workers: number of its workers; 0 if the driver itself trains.
         worker: CPUs and GPUs of one worker.
-        decode_cpus: CPUs of its reading of clips.
+        decode_cpus: CPUs for reading its clips.
     """
 
     workers: int
@@ -41,7 +41,7 @@ class Need:
 
     @classmethod
     def of(cls, config: Config) -> Need:
-        """Return what a trial of this configuration needs."""
+        """Return the need of a trial with this configuration."""
         cluster = config.cluster
         worker = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if cluster.use_gpu else {})
         local = cluster.num_workers == 0
@@ -49,7 +49,7 @@ class Need:
 
     @property
     def driver(self) -> dict[str, float]:
-        """Resources that Ray Tune reserves for the driver: nearly none, except where the driver itself trains."""
+        """Resources that Ray Tune reserves for the driver: almost none unless the driver itself trains."""
         return {"CPU": DRIVER_CPUS} if self.workers else dict(self.worker)
 
     @property
@@ -65,12 +65,12 @@ class Need:
 
 
 def largest(configs: Sequence[Config]) -> Need:
-    """The need that no trial exceeds."""
+    """Return the need of the largest trial."""
     return max((Need.of(config) for config in configs), key=lambda need: (need.worker.get("GPU", 0), need.cpus))
 
 
 def trials_that_fit(nodes: Sequence[Mapping[str, float]], need: Need) -> int:
-    """Count the trials that fit beside each other on nodes with these resources."""
+    """Return the number of trials that fit on nodes with these resources at the same time."""
     whole = int(sum(node.get("CPU", 0.0) for node in nodes) / need.cpus + 1e-6)
     parts = need.workers or 1
     places = sum(_places(node, need.worker) for node in nodes)
@@ -82,11 +82,11 @@ def _places(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
 
 
 class Capacity:
-    """Looks at the cluster now and then, and asks an autoscaler for what waiting trials need.
+    """Polls the cluster's resources, and requests more from an autoscaler for waiting trials.
 
     Args:
-        need: of one trial.
-        most: trials at a time that the user allows.
+        need: need of one trial.
+        most: user's limit on concurrent trials.
     """
 
     def __init__(self, need: Need, most: int) -> None:
@@ -97,13 +97,13 @@ class Capacity:
         self._fit = 1
 
     def limit(self, waiting: int) -> int:
-        """Count the trials that may run now, at least one; `waiting` is how many have not ended."""
+        """Return the number of trials that may run now, at least one; `waiting` counts those that have not ended."""
         now = time.monotonic()
         if now - self._looked_at >= LOOK_SECONDS:
             self._looked_at = now
             fit = max(1, self._count())
             if fit > self._fit:
-                self._ask_after = now  # there may be more where this came from
+                self._ask_after = now  # the cluster is growing: request more at once
             self._fit = fit
             if self._grows:
                 self._ask(min(waiting, self._most) - fit, now)
@@ -115,7 +115,7 @@ class Capacity:
         return trials_that_fit([node["Resources"] for node in ray.nodes() if node["Alive"]], self._need)
 
     def _ask(self, missing: int, now: float) -> None:
-        """Keep a pending placement group for each missing trial; give back those that have found room."""
+        """Keep a pending placement group for each missing trial; remove those that were placed."""
         from ray.util import placement_group, remove_placement_group
 
         for group in [group for group in self._asked if group.wait(0)]:
@@ -129,7 +129,7 @@ class Capacity:
             self._asked += [placement_group(self._need.bundles) for _ in range(wanted - len(self._asked))]
 
     def close(self) -> None:
-        """Ask for nothing more."""
+        """Withdraw all requests."""
         from ray.util import remove_placement_group
 
         while self._asked:

@@ -1,4 +1,4 @@
-"""Data that all trials of a sweep share: films, labeled photographs, the store; each made or looked at once."""
+"""Data shared by all trials of a sweep: films, labeled photographs, the frame store; each made or checked once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dora_ray.video.sources import find_videos
 from dora_ray.video.synthetic import make_photo_classes
 from dora_ray.video.tour_files import FACTS, FILM, make_tour
 
-# Fewer clips to measure on have more noise than the effects that are looked for.
+# Shorter held-out films give too few clips: their noise would exceed the effects of interest.
 HELD_OUT_SECONDS = 80.0
 logger = logging.getLogger(__name__)
 
 
 def place(base: Config, spec: SweepSpec, folder: str) -> Config:
-    """The configuration with the sweep's own store, tours and labeled images, where it names none."""
+    """Return the configuration with the sweep's own store, tours and labeled images unless it names others."""
     texts = _tours(base, spec, folder) if spec.tour else []
     if base.data.store is None:
         texts.append(f"data.store={json.dumps(files.join(folder, 'store'))}")
@@ -40,7 +40,7 @@ def place(base: Config, spec: SweepSpec, folder: str) -> Config:
 
 
 def with_absolute_values(spec: SweepSpec) -> SweepSpec:
-    """The sweep with paths among its values from here: Ray Tune has each trial work in a folder of its own."""
+    """Return the sweep with absolute paths in its space: Ray Tune runs each trial in another working directory."""
     space = {
         key: {kind: absolute_paths(values) for kind, values in axis.items()} if key in PATH_KEYS else axis
         for key, axis in spec.space.items()
@@ -49,7 +49,7 @@ def with_absolute_values(spec: SweepSpec) -> SweepSpec:
 
 
 def _tours(base: Config, spec: SweepSpec, folder: str) -> list[str]:
-    """Return the settings that name the sweep's tours, where the file's overrides do not name other videos."""
+    """Return the overrides that select the sweep's tours, except for keys that the file sets itself."""
     if files.is_remote(folder):
         raise ConfigError(
             f"tours cannot be written to {folder}: name data.videos and evaluation.tour, or a local --out"
@@ -61,7 +61,7 @@ def _tours(base: Config, spec: SweepSpec, folder: str) -> list[str]:
 
 
 def tours(spec: SweepSpec, folder: str) -> list[tuple[str, float, int]]:
-    """Return folder, seconds and seed of the film to train on and of the one to measure on; none without `tour`."""
+    """Return (folder, seconds, seed) of the training film and of the held-out film; empty without `tour`."""
     if spec.tour is None:
         return []
     digest = hashlib.sha256(spec.tour.model_dump_json().encode()).hexdigest()[:6]
@@ -70,14 +70,14 @@ def tours(spec: SweepSpec, folder: str) -> list[tuple[str, float, int]]:
 
 
 def make_tours(spec: SweepSpec, folder: str) -> None:
-    """Make the sweep's films, each once."""
+    """Render the sweep's films, each once."""
     for path, seconds, seed in tours(spec, folder):
         tour = spec.tour
         assert tour is not None
         if files.exists(files.join(path, FACTS)):
             continue
-        files.remove(path)  # cut short
-        logger.info("making %s: %g s of %d x %d pixels", path, seconds, tour.width, tour.height)
+        files.remove(path)  # incomplete: rendering was interrupted
+        logger.info("rendering %s: %g s of %d x %d pixels", path, seconds, tour.width, tour.height)
         make_tour(
             path,
             width=tour.width,
@@ -94,18 +94,18 @@ def _images(folder: str) -> str:
 
 
 def make_images(base: Config, folder: str) -> None:
-    """The demo's labeled photographs, where the trials are evaluated on them."""
+    """Write the demo's labeled photographs if the trials are evaluated on them."""
     if base.evaluation.images == _images(folder) and not files.exists(_images(folder)):
         make_photo_classes(_images(folder), seed=0)
 
 
 def distinct_data(configs: Sequence[Config]) -> list[Config]:
-    """One configuration for each way in which the trials read their videos."""
+    """Return one configuration for each distinct combination of data and clip settings."""
     return list({(config.data.model_dump_json(), config.clip.model_dump_json()): config for config in configs}.values())
 
 
 def find_films(configs: Sequence[Config], spec: SweepSpec, folder: str) -> None:
-    """Raise VideoError where a video is missing, before anything is written; the sweep's own are made later."""
+    """Raise VideoError if a video is missing, before anything is written; the sweep's own films are rendered later."""
     own = {files.join(path, FILM) for path, _, _ in tours(spec, folder)}
     for config in configs:
         if not own & set(config.data.videos):
@@ -113,20 +113,20 @@ def find_films(configs: Sequence[Config], spec: SweepSpec, folder: str) -> None:
 
 
 def check_given_weights(configs: Sequence[Config], folder: str) -> None:
-    """Raise CheckpointError where `model.init` cannot be loaded or does not fit, each kind of trial once."""
+    """Raise CheckpointError if `model.init` cannot be loaded or does not fit; each distinct network is checked once."""
     distinct = {(c.model.model_dump_json(), c.crops.global_size, c.head.model_dump_json()): c for c in configs}
     for config in distinct.values():
         with_resolved_init(config, folder, resume=False, overwrite=False)
 
 
 def check_indexes(configs: Sequence[Config]) -> None:
-    """Look at every video once, for all trials: VideoError where one cannot be read or all are too short."""
+    """Index every video once for all trials; raise VideoError if one cannot be read or all are too short."""
     for config in configs:
         check_videos(config, store=config.data.store)
 
 
 def ingest_all(configs: Sequence[Config], on_ingest: Callable[[IngestProgress], None] | None = None) -> None:
-    """Bring the videos into the store before the first trial, once for all of them."""
+    """Ingest the videos into the store once for all trials, before the first one starts."""
     for config in configs:
         assert config.data.store is not None
         ingest_videos(config, config.data.store, on_ingest)

@@ -1,8 +1,8 @@
-"""One trial inside Ray Tune: what its actor runs, and how Ray Tune hears of it.
+"""One trial inside Ray Tune: the function that its actor runs, and its reports.
 
-Every line of the trial's metrics is a `tune.report`. A trial that is run again, after its driver was lost or in a
-resumed sweep, first reports the lines that it has, so that Ray Tune's books are complete, and then goes on from its
-run's checkpoint.
+Every line of the trial's metrics becomes a `tune.report`. A trial that runs again (its driver was lost, or the sweep
+was resumed) first reports its existing lines, so that Ray Tune's results are complete, then resumes from its run's
+checkpoint.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from dora_ray.video.sources import find_videos
 logger = logging.getLogger(__name__)
 
 SPEC, BASE = "sweep.yaml", "base.yaml"
-# In a report: this trial has failed for a reason that trying again does not change.
+# Key of a report: the trial has failed, and a retry would not help.
 FAILED = "failed"
-# Ray Tune gives the thread of a trial that has ended so long until it begins another one in the same process; the
-# default of 2 s is too little on a machine that is shared, and the other trial would fail.
+# Time that Ray Tune waits for a finished trial's thread before it starts another trial in the same process. Its default
+# of 2 s is too short on a shared machine: the next trial would fail.
 THREAD_SECONDS = 120
 
 
 def trainable(folder: str) -> Callable[[dict[str, Any]], None]:
     """Return the function that Ray Tune runs for a sweep's trials.
 
-    With it, Ray Tune's own advice can be followed: Tuner.restore("<sweep>/tune", trainable=trainable("<sweep>")).
+    It also restores Ray Tune's own folder: Tuner.restore("<sweep>/tune", trainable=trainable("<sweep>")).
     """
     return functools.partial(drive, folder=folder)
 
@@ -47,8 +47,8 @@ def drive(point: dict[str, Any], *, folder: str) -> None:
     """Run one trial of the sweep in a folder.
 
     Raises:
-        Exception: what ended the trial; it is written down too. Ray's own errors and those of disks and networks are
-            worth another try, and are not.
+        Exception: the error that ended the trial, which is also written to its error file. Ray errors and OSErrors are
+            worth a retry and are not written.
     """
     from ray import tune
     from ray.exceptions import RayError
@@ -74,14 +74,14 @@ def drive(point: dict[str, Any], *, folder: str) -> None:
 
 
 def _draw_objects(trial: Trial, run: str) -> None:
-    """Draw one clip as the trial's teacher sees it, the same for all trials: the report puts them side by side."""
+    """Draw the teacher's objects in one clip, the same for all trials: the report shows them side by side."""
     pictures = files.join(run, "pictures")
     if files.is_remote(run) or files.exists(files.join(pictures, "clip-0.png")):
         return
     try:
         show(run, find_videos(trial.config.data.videos)[0], out=pictures, num_clips=1)
     except (DoRAError, OSError, RuntimeError) as error:
-        logger.warning("the objects of %s are not drawn: %s", trial.name, error)
+        logger.warning("the objects of %s could not be drawn: %s", trial.name, error)
 
 
 def _figures(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,6 +90,6 @@ def _figures(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_error(folder: str, name: str, error: BaseException) -> None:
-    """Keep what ended a trial: its first line is the report's, the rest says where."""
+    """Write the error that ended a trial: first the line that the report shows, then the traceback."""
     text = "".join(traceback.format_exception(error))
     files.write_text(error_file(folder, name), f"{type(error).__name__}: {error}\n\n{text}")

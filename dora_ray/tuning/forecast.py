@@ -1,4 +1,4 @@
-"""Forecast of a sweep: trials, workers, disk, and time by a step that is measured here."""
+"""Forecast of a sweep: trials, workers, disk space, and time from steps measured on this machine."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from dora_ray.tuning.space import SweepSpec, Trial, base_config, expand, load_sw
 from dora_ray.tuning.sweep import check_folder, known_trials
 from dora_ray.video.tour_files import FILM
 
-# Points whose step is measured, evenly spaced over all: a step's cost depends on what is varied.
+# Number of points to measure a step of, evenly spaced: a step's cost depends on the varied settings.
 MEASURED_POINTS = 4
-# JPEG at the store's quality, measured on the streets of the demo: bytes a pixel.
+# Bytes per pixel of JPEG at the store's quality, measured on the demo's streets.
 JPEG_BYTES = 0.2
 ASPECT = 16 / 9
 
@@ -41,12 +41,12 @@ def forecast(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Return what `sweep` would do, after its checks and without writing anything.
+    """Run the checks of `sweep` and forecast its cost, without writing anything.
 
     Returns:
-        sweep, trials, done_already, points, seeds, workers_per_trial, cpus_per_trial, gpus_per_trial, trials_at_a_time
-        (on this machine), checkpoints_mb, store_mb, step_seconds (measured; the least and the most of the points), and
-        hours, which leaves out starts and evaluations.
+        Label -> value, for printing: number of trials, points and seeds; resources per trial; concurrent trials on this
+        machine; measured seconds per step (fastest and slowest point); total time, without startup and evaluations;
+        disk space of checkpoints and frames.
     """
     folder = files.absolute(out if out is not None else "runs/sweep-<time>")
     spec = load_sweep(source, *overrides)
@@ -66,16 +66,16 @@ def forecast(
     return {
         "sweep": folder,
         "trials": spec.count,
-        "done already": len(done),
+        "already done": len(done),
         "points": spec.count // len(spec.seeds),
         "seeds": list(spec.seeds),
-        "workers a trial": need.workers or "its driver",
-        "CPUs a trial": need.cpus,
-        "GPUs a trial": need.worker.get("GPU", 0) * max(1, need.workers),
-        "trials at a time": f"{at_a_time} on this machine",
-        "steps a trial": base.optim.steps,
-        "seconds a step": f"{min(seconds):.3g} to {max(seconds):.3g}, measured here on {len(seconds)} points",
-        "time": f"{datetime.timedelta(seconds=round(total))}, and starts and evaluations of {left} trials",
+        "workers per trial": need.workers or "its driver",
+        "CPUs per trial": need.cpus,
+        "GPUs per trial": need.worker.get("GPU", 0) * max(1, need.workers),
+        "concurrent trials": f"{at_a_time} on this machine",
+        "steps per trial": base.optim.steps,
+        "seconds per step": f"{min(seconds):.3g} to {max(seconds):.3g}, measured here on {len(seconds)} points",
+        "time": f"{datetime.timedelta(seconds=round(total))}, plus startup and evaluations of {left} trials",
         "disk": f"{snapshot * base.run.keep_checkpoints * spec.count:,.0f} MB of checkpoints, {videos / MB:,.0f} MB "
         f"of frames in {base.data.store}",
     }
@@ -86,7 +86,7 @@ def _is_done(folder: str, trial: Trial) -> bool:
 
 
 def _store_bytes(config: Config, spec: SweepSpec, folder: str) -> float:
-    """Bytes of the frames that a store would keep."""
+    """Return the bytes of frames that a store would hold."""
     own = {files.join(path, FILM): length for path, length, _ in tours(spec, folder)}
     if unmade := [own[path] for path in config.data.videos if path in own and not files.exists(path)]:
         seconds = sum(unmade)
@@ -96,7 +96,7 @@ def _store_bytes(config: Config, spec: SweepSpec, folder: str) -> float:
 
 
 def _spread(trials: Sequence[Trial]) -> list[Trial]:
-    """A few of the points, one seed each."""
+    """Return a few evenly spaced points, with one seed each."""
     first = trials[0].values[SEED_KEY]
     points = [trial for trial in trials if trial.values[SEED_KEY] == first]
     step = max(1, (len(points) - 1) // (MEASURED_POINTS - 1)) if len(points) > 1 else 1
@@ -104,7 +104,7 @@ def _spread(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _measured(configs: Sequence[Config]) -> list[float]:
-    """Return the seconds of a step of each, and show how far that is: a large network takes minutes."""
+    """Return the seconds per step of each configuration; show progress, as a large network takes minutes."""
     with Progress("measure", unit="points") as progress:
         seconds = list[float]()
         for config in configs:
@@ -115,9 +115,9 @@ def _measured(configs: Sequence[Config]) -> list[float]:
 
 
 def step_seconds(config: Config) -> float:
-    """Return the seconds of one step, all its slots, on one device of this machine: the better of two, after a first.
+    """Return the seconds of one step with all its slots on one device of this machine: best of two after a warm-up.
 
-    The clips are noise, and are there: what reading them would take beside the training is not counted.
+    The clips are noise in memory, so the time to read clips during training is not included.
     """
     device = torch.device("cuda" if config.cluster.use_gpu is not False and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(config.cluster.threads_per_worker)

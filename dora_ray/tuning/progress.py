@@ -1,4 +1,4 @@
-"""Progress of a sweep: trials, and the steps within them. Its status.json, and what `dora-ray status` says of it."""
+"""Progress of a sweep in trials and steps: its status.json, and the summary for `dora-ray status`."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ ENDS = ("done", "stopped", "failed")
 
 @dataclass
 class SweepProgress:
-    """Trials and steps of a sweep, as this process sees them.
+    """Progress of a sweep, as seen by this process.
 
     Attributes:
-        folder: the sweep's.
-        trials: how many there are to be.
-        steps: how many all trials have together.
+        folder: the sweep's folder.
+        trials: total number of trials.
+        steps: total number of steps of all trials.
         trial_steps: steps of each trial.
-        reached: trial -> step that it has come to, in this process or before.
+        reached: trial -> last step reached, in this process or an earlier one.
         ended: trial -> done, stopped or failed.
-        waiting: trials that have begun in this process and reported no step: they start, or read their first clips.
+        waiting: trials that have started in this process but reported no step yet.
     """
 
     folder: str
@@ -48,7 +48,7 @@ class SweepProgress:
     _written: float = 0.0
 
     def find(self, names: list[str], ended: Mapping[str, str]) -> None:
-        """Take over what an earlier process has done, which says nothing of the speed of this one."""
+        """Load the progress of earlier processes; it does not count towards this process's speed."""
         self.ended = dict(ended)
         for name in names:
             lines = [] if name in ended else read_metrics(trial_folder(self.folder, name))
@@ -56,7 +56,7 @@ class SweepProgress:
 
     @property
     def steps_done(self) -> int:
-        """Steps that need not be done any more; a trial that has ended needs none."""
+        """Number of steps done; a trial that has ended counts in full."""
         open_steps = sum(step for name, step in self.reached.items() if name not in self.ended)
         return open_steps + sum(self._steps_of(name) for name in self.ended)
 
@@ -64,24 +64,24 @@ class SweepProgress:
         return self.trial_steps.get(name, self.steps // max(1, self.trials))
 
     def start(self, name: str) -> None:
-        """Note that a trial begins, or begins again."""
+        """Record that a trial has started or restarted."""
         self.waiting.add(name)
 
     def step(self, name: str, step: int) -> None:
-        """Note that a trial has come to a step; what it reports again is no news."""
+        """Record a trial's step; repeated reports of earlier steps are ignored."""
         self.waiting.discard(name)
         self._began = self._began or (time.monotonic(), self.steps_done)
         self.reached[name] = max(step, self.reached.get(name, 0))
 
     def end(self, name: str, status: str) -> None:
-        """Note a trial's end."""
+        """Record the end of a trial."""
         self.waiting.discard(name)
         self._began = self._began or (time.monotonic(), self.steps_done)
         self.ended[name] = status
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds to the end at the speed of this process; None before it has done anything."""
+        """Seconds to the end at this process's speed; None before its first step."""
         if self._began is None:
             return None
         since, first = self._began
@@ -89,7 +89,7 @@ class SweepProgress:
         return (self.steps - done) * (time.monotonic() - since) / (done - first) if done > first else None
 
     def facts(self) -> dict[str, Any]:
-        """Return what status.json holds."""
+        """Return the progress fields of status.json."""
         counts = Counter(self.ended.values())
         eta = self.eta_seconds
         return {
@@ -114,16 +114,16 @@ class SweepProgress:
         try:
             write_status(self.folder, state=state, **self.facts(), running=trials)
         except (OSError, DoRAError) as error:
-            logger.warning("%s cannot be written just now: %s", files.join(self.folder, STATUS), error)
+            logger.warning("%s could not be written: %s", files.join(self.folder, STATUS), error)
 
 
 def summarize_sweep(folder: str) -> dict[str, Any]:
-    """Describe a sweep, in the order in which one asks; what is unknown is left out.
+    """Summarize a sweep, most important facts first; unknown ones are left out.
 
     Returns:
-        sweep, state (starting, running, done, failed when a trial failed, interrupted, or unknown; "dead" in place of
-        running when its process is gone), trials, done, stopped, failed, steps_done, steps, eta_seconds, running (trial
-        -> its progress), written_seconds (since the last word).
+        sweep, state (starting, running, done, failed if a trial failed, interrupted, or unknown; "dead" in place of
+        starting or running if its process is gone), trials, done, stopped, failed, steps_done, steps, eta_seconds,
+        running (trial -> its progress), written_seconds (since the last write).
     """
     path = files.absolute(folder)
     try:
@@ -144,7 +144,7 @@ def summarize_sweep(folder: str) -> dict[str, Any]:
 
 
 def read_points(folder: str) -> list[dict[str, Any]]:
-    """The values of the trials that Optuna has proposed so far, in their order, seeds included."""
+    """Return the values, seeds included, of the trials that Optuna has proposed so far, in order."""
     path = files.join(folder, POINTS)
     if not files.exists(path):
         return []

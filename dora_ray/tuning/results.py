@@ -1,4 +1,4 @@
-"""Results of runs and sweeps, read back from their folders: metrics by step, a trial's final figures, results.csv."""
+"""Results of sweeps, read from their folders: trial status, final metrics, results.csv and results.parquet."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Row:
 
     Attributes:
         name: the trial's name.
-        values: dotted key -> value of what was varied, run.seed included.
+        values: varied key (dotted) -> value, run.seed included.
         status: done, stopped (by the scheduler), failed or missing.
-        metrics: final figures, see `final_metrics`.
+        metrics: final metrics, see `final_metrics`.
         path: the run's folder, relative to the sweep's.
-        error: first line of what ended it; empty when nothing did.
+        error: first line of the error that ended it; empty without one.
     """
 
     name: str
@@ -46,17 +46,17 @@ class Row:
 
     @property
     def short_id(self) -> str:
-        """The end of the name, which tells the trials apart."""
+        """Unique id at the end of the name."""
         return self.name.rsplit("_", 1)[-1]
 
     @property
     def point(self) -> tuple[tuple[str, Any], ...]:
-        """The values without the seed: trials that share them are repetitions."""
+        """Values without the seed; trials with the same point are repetitions."""
         return tuple((key, value) for key, value in self.values.items() if key != SEED_KEY)
 
 
 def final_metrics(lines: Sequence[Line]) -> dict[str, float]:
-    """Final figures: the mean over the last tenth of the steps, or the last value of what is measured rarely."""
+    """Return the final metrics: means over the last tenth of the steps, or the last value of a rare measure."""
     if not lines:
         return {}
     newest = lines[-1]["step"]
@@ -68,7 +68,7 @@ def final_metrics(lines: Sequence[Line]) -> dict[str, float]:
 
 
 def _cost(lines: Sequence[Line]) -> dict[str, float]:
-    """Seconds of training, starts and evaluations left out: of the steps, and times the workers."""
+    """Return the seconds of all steps, and these times the number of workers; startup and evaluations excluded."""
     before = [0, *(line["step"] for line in lines)]
     steps = [(line["step"] - last, line) for last, line in zip(before, lines, strict=False)]
     seconds = [(count * line.get("step_seconds", 0.0), line.get("world_size", 1)) for count, line in steps]
@@ -84,22 +84,22 @@ def _finite(lines: Iterable[Line], name: str) -> list[float]:
 
 
 def trial_folder(sweep: str, name: str) -> str:
-    """A trial's run folder."""
+    """Return a trial's run folder."""
     return files.join(sweep, "trials", name)
 
 
 def error_file(sweep: str, name: str) -> str:
-    """Where the error that ended a trial is kept."""
+    """Return the path of the error that ended a trial."""
     return files.join(sweep, "errors", f"{name}.txt")
 
 
 def stopped_file(sweep: str, name: str) -> str:
-    """The mark of a trial that the scheduler stopped early."""
+    """Return the path of the marker of a trial that the scheduler stopped early."""
     return files.join(sweep, "stopped", name)
 
 
 def trial_status(sweep: str, name: str) -> str:
-    """Row.status of a trial, from what its folders hold."""
+    """Return a trial's `Row.status`, from the sweep's folder."""
     if read_status(trial_folder(sweep, name)).get("state") == "done":
         return "done"
     if files.exists(stopped_file(sweep, name)):
@@ -108,7 +108,7 @@ def trial_status(sweep: str, name: str) -> str:
 
 
 def collect(sweep: str, trials: Sequence[Trial]) -> list[Row]:
-    """One row a trial, in their order."""
+    """Return one row per trial, in order."""
     return [_collect_one(sweep, trial) for trial in trials]
 
 
@@ -130,7 +130,7 @@ def _first_line(path: str) -> str:
 
 
 def write_csv(path: str, rows: Sequence[Row]) -> None:
-    """results.csv: name, the varied keys, status, the metrics, path, error."""
+    """Write results.csv, with the columns name, varied keys, status, metrics, path, error."""
     keys, metrics = _union(row.values for row in rows), sorted(_union(row.metrics for row in rows))
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
@@ -143,7 +143,7 @@ def write_csv(path: str, rows: Sequence[Row]) -> None:
 
 
 def write_parquet(path: str, rows: Sequence[Row]) -> None:
-    """results.parquet: the same columns as results.csv, numbers as numbers."""
+    """Write results.parquet, with the columns of results.csv, numbers as numbers."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -169,7 +169,7 @@ def write_parquet(path: str, rows: Sequence[Row]) -> None:
 
 
 def _column(values: list[Any]) -> list[Any]:
-    """Values of one type: text where a factor mixes numbers and words."""
+    """Convert a column to one type; to text if it mixes numbers and words."""
     kinds = {type(value) for value in values if value is not None}
     if kinds <= {int, float}:
         return [None if value is None else float(value) for value in values] if float in kinds else values
@@ -177,7 +177,7 @@ def _column(values: list[Any]) -> list[Any]:
 
 
 def read_csv(path: str) -> list[Row]:
-    """The rows of results.csv. A varied key has a dot in its name, a metric has none."""
+    """Read the rows of results.csv. Varied keys have a dot in their name, metrics have none."""
     rows = []
     for cells in csv.DictReader(io.StringIO(files.read_text(path))):
         fixed = {name: cells.pop(name) for name in ("name", "status", "path", "error")}
@@ -192,17 +192,17 @@ def _union(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def write_spec(path: str, spec: SweepSpec) -> None:
-    """The sweep's file as it was understood, overrides included: `load_sweep` reads it back."""
+    """Write the parsed sweep file, overrides included, so that `load_sweep` can read it back."""
     files.write_text(path, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
 
 
 def read_spec(folder: str) -> SweepSpec:
-    """Return the sweep's file as its folder has it."""
+    """Read the sweep file that is saved in a sweep's folder."""
     return load_sweep(parse_yaml(files.read_text(files.join(folder, "sweep.yaml")), "sweep.yaml"))
 
 
 def best_point(rows: Sequence[Row], metric: str, mode: str) -> list[Row]:
-    """The trials of the point whose mean over seeds is best; empty when no trial has the metric."""
+    """Return the trials of the point with the best mean over seeds; empty if no trial has the metric."""
     groups = group_points(rows, metric)
     if not groups:
         return []
@@ -211,7 +211,7 @@ def best_point(rows: Sequence[Row], metric: str, mode: str) -> list[Row]:
 
 
 def group_points(rows: Sequence[Row], metric: str) -> dict[tuple[tuple[str, Any], ...], list[Row]]:
-    """Trials that finished and have the metric, by point."""
+    """Group the finished trials that have the metric by point."""
     groups: dict[tuple[tuple[str, Any], ...], list[Row]] = {}
     for row in rows:
         if row.status == "done" and metric in row.metrics:
@@ -220,5 +220,5 @@ def group_points(rows: Sequence[Row], metric: str) -> dict[tuple[tuple[str, Any]
 
 
 def hashable(point: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
-    """Return a point whose lists are tuples, so that it can be a key."""
+    """Return a point with tuples in place of lists, usable as a key."""
     return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in point)

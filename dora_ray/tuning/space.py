@@ -1,8 +1,8 @@
-"""A sweep's file, and the trials that follow from it: pure, the same at every call, nothing started.
+"""Sweep files and the trials that they define; pure and deterministic.
 
-Trials are the product of all grids, times `num_samples` draws of what is drawn, times the seeds. Every grid point sees
-the same draws, so that grid values are compared like with like. A trial is named by its values, so that a sweep that
-grows keeps the trials it has.
+Trials are the product of all grids, times `num_samples` draws of the random axes, times the seeds. Every grid point
+gets the same draws, so that grid values are comparable. A trial's name follows from its values, so that a sweep can
+grow and keep its trials.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ NAME_LENGTH = 100
 
 
 class TourSpec(Section):
-    """The labeled tours of a sweep: a film that all trials train on, and one of another seed that they are measured on.
+    """Labeled tours of a sweep: a film to train on, and a held-out film with another seed to evaluate on.
 
-    They are made once, as by `dora-ray data synth tour`; see there.
+    They are rendered once, as by `dora-ray data synth tour`; see there.
     """
 
     seconds: Positive = 60.0
-    """Length of the film to train on; the other one is a quarter as long, at least 80 seconds."""
+    """Length of the training film; the held-out film is a quarter as long, at least 80 seconds."""
     width: Count = 320
     """Pixels."""
     height: Count = 180
@@ -46,47 +46,47 @@ class TourSpec(Section):
     frames_per_second: Count = 12
     """Frames a second."""
     num_objects: Count = 4
-    """Objects that move at a time."""
+    """Objects that move at the same time."""
     seed: Natural = 0
-    """Seed of the film to train on; the other one's is the next."""
+    """Seed of the training film; the held-out film uses the next one."""
 
 
 class SweepSpec(Section):
-    """Contents of a sweep's file."""
+    """Contents of a sweep file."""
 
     question: str = ""
-    """The question that the sweep answers, as one sentence; the report repeats it."""
+    """Question that the sweep answers, in one sentence; shown in the report."""
     base: str = "tiny"
     """Recipe or YAML file that every trial starts from."""
     overrides: tuple[str, ...] = ()
-    """Changes that all trials make to it: "section.key=value", or nested mappings."""
+    """Changes to the base for all trials: "section.key=value", or nested mappings."""
     space: dict[str, dict[str, list[Any]]]
     """Dotted key, or several joined by " + " -> {grid: [...]}, {choice: [...]}, {uniform: [low, high]} or {loguniform:
     [low, high]}."""
     metric: str = "loss"
-    """Measure of metrics.jsonl that ranks the trials, such as loss or knn."""
+    """Metric in metrics.jsonl that ranks the trials, such as loss or knn."""
     mode: Literal["min", "max"] = "min"
-    """Direction that is better: less or more."""
+    """Better direction of the metric: less or more."""
     num_samples: Count = 1
-    """Draws for everything in the space that is not a grid."""
+    """Number of draws for all axes that are not a grid."""
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
-    """Values of run.seed for each point: two or more show how much is chance."""
+    """Values of run.seed for each point; two or more show how much is chance."""
     max_concurrent_trials: Count | None = None
-    """Trials at a time; not set: as many as the cluster holds workers for."""
+    """Maximum number of concurrent trials; default: as many as fit on the cluster."""
     photographs: bool = False
-    """Where evaluation.images is not set: kNN on crops of ten photographs that packages of the extra `demo` ship."""
+    """Evaluate kNN on crops of ten photographs from packages of the extra `demo`, unless evaluation.images is set."""
     tour: TourSpec | None = None
-    """Train on a labeled tour made for the sweep, and measure objects and views on another one, where data.videos,
-    evaluation.tour and evaluation.video say nothing else (extra: demo)."""
+    """Train on a labeled tour rendered for the sweep, and evaluate objects and views on a held-out one, unless
+    data.videos, evaluation.tour and evaluation.video name others (extra: demo)."""
     scheduler: Literal["none", "asha"] = "none"
-    """asha stops the worse trials early; it needs a metric that is reported at every step."""
+    """asha stops the worse trials early; it needs a metric that is reported in every line."""
     search: Literal["all", "tpe"] = "all"
-    """all: every point of the space. tpe: Optuna proposes `num_samples` points, each after those that ended before it;
-    a grid is then a choice (extra: optuna)."""
+    """all: every point of the space. tpe: Optuna proposes `num_samples` points, using the results so far; a grid then
+    acts as a choice (extra: optuna)."""
 
     @property
     def count(self) -> int:
-        """Trials of the sweep."""
+        """Number of trials of the sweep."""
         if self.search == "tpe":
             return self.num_samples * len(self.seeds)
         grids = [len(axis["grid"]) for axis in self.space.values() if "grid" in axis]
@@ -97,9 +97,9 @@ class Trial(Section):
     """One run of a sweep.
 
     Attributes:
-        name: its folder under trials/: the values in words, and the id.
-        values: what distinguishes it: dotted key -> value, run.seed included.
-        config: its whole configuration.
+        name: its folder under trials/, made of its values and its id.
+        values: varied key (dotted) -> value, run.seed included.
+        config: its complete configuration.
     """
 
     name: str
@@ -108,19 +108,19 @@ class Trial(Section):
 
     @property
     def short_id(self) -> str:
-        """Six hexadecimal digits that follow from the values alone."""
+        """Six hexadecimal digits, a hash of the values."""
         return self.name.rsplit("_", 1)[-1]
 
 
 def load_sweep(source: str | Path | Mapping[str, Any], *overrides: str) -> SweepSpec:
-    """A checked sweep file.
+    """Load and check a sweep file.
 
     Args:
         source: the file, or its content as a mapping.
         overrides: "section.key=value" for the configuration of all trials; "metric=knn" and the like for the sweep.
 
     Raises:
-        ConfigError: naming the key, what it got, and what is allowed.
+        ConfigError: a value is invalid; the message names the key, the value and what is allowed.
     """
     values = dict(source) if isinstance(source, Mapping) else parse_yaml(_read(Path(source)), str(source))
     own = [text for text in overrides if _key_of(text) in SweepSpec.model_fields]
@@ -138,7 +138,7 @@ def base_config(spec: SweepSpec) -> Config:
     """Return the configuration that every trial starts from.
 
     Raises:
-        ConfigError: it cannot be used, or sets a key that the sweep varies.
+        ConfigError: the configuration is invalid, or sets a key that the sweep varies.
     """
     axes = {key: axis for axis in spec.space for key in keys_of_axis(axis)}
     swept = [text for text in spec.overrides if _key_of(text) in {*axes, SEED_KEY}]
@@ -146,17 +146,17 @@ def base_config(spec: SweepSpec) -> Config:
         name = axes.get(_key_of(swept[0]), "")
         axis = f"space: {name}: {spec.space[name]}" if name else "seeds"
         raise ConfigError(
-            f"{swept[0]} sets a key that this sweep varies ({axis}), so it would be without effect. "
-            "Leave it out, or change the space in the sweep's file; seeds are set with seeds=[0,1]."
+            f"{swept[0]} sets a key that this sweep varies ({axis}), so it would have no effect. "
+            "Leave it out, or change the space in the sweep file; set seeds with seeds=[0,1]."
         )
     return load_config(spec.base, *spec.overrides)
 
 
 def expand(spec: SweepSpec) -> list[Trial]:
-    """All trials, each with its checked configuration; with search=tpe one for each value of the space, as a check.
+    """Return all trials with checked configurations; with search=tpe one for each value of the space, as a check.
 
     Raises:
-        ConfigError: a value that the configuration refuses, or workers that may change their number.
+        ConfigError: the configuration refuses a value, or the number of workers is a range.
     """
     base = base_config(spec)
     points = _samples(spec) if spec.search == "tpe" else _points(spec)
@@ -164,22 +164,22 @@ def expand(spec: SweepSpec) -> list[Trial]:
 
 
 def _samples(spec: SweepSpec) -> Iterator[dict[str, Any]]:
-    """Each value, or end, of every axis once."""
+    """Yield points that cover each value, or end of an interval, of every axis once."""
     first = {key: values[0] for key, axis in spec.space.items() for values in axis.values()}
     for key, axis in spec.space.items():
-        for value in next(iter(axis.values())):  # a joint axis is refused
+        for value in next(iter(axis.values())):  # joint axes are refused with search=tpe
             yield {**first, key: value, SEED_KEY: spec.seeds[0]}
 
 
 def with_seed(point: Mapping[str, Any], spec: SweepSpec) -> dict[str, Any]:
-    """The values of a trial that Ray Tune proposes: its own, or Optuna's, whose repetitions are numbered."""
+    """Return the values of a trial proposed by Ray Tune; Optuna's numbered repetitions become seeds."""
     values = dict(point)
     repetition = values.pop(REPETITION, None)
     return values if repetition is None else {**values, SEED_KEY: spec.seeds[repetition]}
 
 
 def _points(spec: SweepSpec) -> Iterator[dict[str, Any]]:
-    """The values of every trial: draws, then grids, then seeds."""
+    """Yield the values of every trial: by draw, then grid point, then seed."""
     grids = {key: axis["grid"] for key, axis in spec.space.items() if "grid" in axis}
     for sample in range(spec.num_samples):
         drawn = {key: _draw(key, axis, sample) for key, axis in spec.space.items() if "grid" not in axis}
@@ -191,7 +191,7 @@ def _points(spec: SweepSpec) -> Iterator[dict[str, Any]]:
 
 
 def _draw(key: str, axis: Mapping[str, list[Any]], sample: int) -> Any:
-    """The value number `sample` of a drawn key: a function of both, so that a resumed sweep draws the same."""
+    """Return draw number `sample` of an axis: a function of both, so that a resumed sweep draws the same value."""
     rng = np.random.default_rng((zlib.crc32(key.encode()), sample))
     ((kind, values),) = axis.items()
     if kind == "choice":
@@ -203,10 +203,10 @@ def _draw(key: str, axis: Mapping[str, list[Any]], sample: int) -> Any:
 
 
 def make_trial(base: Config, values: Mapping[str, Any]) -> Trial:
-    """The trial of these values.
+    """Return the trial with these values.
 
     Raises:
-        ConfigError: the configuration refuses one, or lets the number of workers change.
+        ConfigError: the configuration refuses a value, or the number of workers is a range.
     """
     texts = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     try:
@@ -215,14 +215,14 @@ def make_trial(base: Config, values: Mapping[str, Any]) -> Trial:
         raise ConfigError(f"the sweep's point {', '.join(texts)} cannot be run: {error}") from error
     if not isinstance(config.cluster.num_workers, int):
         raise ConfigError(
-            f"cluster.num_workers={list(config.cluster.num_workers)} lets a trial change its size, "
-            "and trials would take each other's workers. Give all a fixed number, such as cluster.num_workers=1."
+            f"cluster.num_workers={list(config.cluster.num_workers)} is a range: trials would take each other's "
+            "workers. Set a fixed number, such as cluster.num_workers=1."
         )
     return Trial(name=name_of(values), values=dict(values), config=config)
 
 
 def name_of(values: Mapping[str, Any]) -> str:
-    """A trial's name: its values in words, cut where they are many, and an id that tells all trials apart."""
+    """Return a trial's name: its values, truncated if too long, and a unique id."""
     words = [f"{key.rsplit('.', 1)[-1].replace('_', '-')}-{_word(value)}" for key, value in values.items()]
     digest = hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:6]
     text = "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", word) for word in words)
@@ -259,15 +259,15 @@ def _as_overrides(values: Any) -> list[str]:
 
 
 def _validate(values: Mapping[str, Any]) -> SweepSpec:
-    spec = checked(SweepSpec, values, "key of a sweep's file:")
+    spec = checked(SweepSpec, values, "key of a sweep file:")
     lists = [key for key, axis in spec.space.items() if any(isinstance(v, list) for v in next(iter(axis.values())))]
     if spec.search == "tpe" and lists:
-        raise ConfigError(f"space: {lists[0]}: search=tpe cannot choose among lists: use search=all")
+        raise ConfigError(f"space: {lists[0]}: search=tpe does not support values that are lists: use search=all")
     if spec.search == "tpe" and spec.scheduler != "none":
-        raise ConfigError(f"search=tpe compares whole trials: scheduler={spec.scheduler} would stop them early")
+        raise ConfigError(f"search=tpe needs complete trials, but scheduler={spec.scheduler} would stop some early")
     if spec.search == "all" and spec.num_samples > 1 and all("grid" in axis for axis in spec.space.values()):
         raise ConfigError(
-            f"num_samples={spec.num_samples} would repeat the same points, since all of the space is grids. "
+            f"num_samples={spec.num_samples} would repeat the same points, because every axis is a grid. "
             "To see how much is chance, list more `seeds`."
         )
     return spec

@@ -1,8 +1,8 @@
-"""Statistics of a sweep's figures: points, differences, effects, each with an interval.
+"""Statistics of a sweep: point means, differences and effects, each with a confidence interval.
 
-The model is y = point + seed + noise: trials of one seed share their initial weights and their clips' order, so what
-they have in common drops out of differences between points, but not out of a point's own mean. All variances are pooled
-over the points, which is what makes two or three seeds a point worth something. Pure: no files, no Ray.
+The model is y = point + seed + noise. Trials with the same seed share initial weights and clip order, so the seed's
+effect cancels in differences between points, but not in a point's own mean. Variances are pooled over all points, which
+makes two or three seeds per point useful. Pure: no files, no Ray.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 LEVEL = 0.95
-# A winner is named after all points were looked at, so it has to be surer than one interval beside others: all its
-# differences together at this level.
+# Simultaneous confidence level for a winner. The winner is chosen after seeing all points, so its differences to all
+# others must hold together.
 WINNER_LEVEL = 0.99
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the half width of its 95 % interval, which is infinite where nothing was repeated."""
+    """A value with the half width of its 95 % confidence interval, infinite without repetitions."""
 
     value: float
     half: float
@@ -42,7 +42,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Observation:
-    """One trial: its point, its seed, its figure."""
+    """One trial: point, seed and metric value."""
 
     point: Hashable
     seed: int
@@ -51,13 +51,13 @@ class Observation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All points of a sweep, best first.
+    """Ranking of the points of a sweep, best first.
 
     Attributes:
         points: point -> mean over its seeds.
-        behind: point -> how much worse than the first it is, with a 95 % interval; without the first.
-        tied: the points that cannot be told from the first.
-        repeated: whether any point has two seeds.
+        behind: point -> difference to the best point, with a 95 % interval; without the best.
+        tied: points that are not significantly worse than the best.
+        repeated: True if any point has two seeds.
     """
 
     points: dict[Hashable, Estimate]
@@ -67,20 +67,20 @@ class Comparison:
 
     @property
     def winner(self) -> Hashable | None:
-        """The point that is better than all others beyond doubt; None where there is none."""
+        """Point that is significantly better than all others; None if there is none."""
         return next(iter(self.points)) if self.behind and self.repeated and not self.tied else None
 
 
 @dataclass(frozen=True)
 class Level:
-    """One value of a factor: how much better or worse than the mean its trials are, all else averaged."""
+    """One value of a factor and its effect: the deviation from the mean, averaged over all other factors."""
 
     value: Any
     effect: Estimate
 
 
 def t_quantile(probability: float, degrees: float) -> float:
-    """Return Student's quantile (Hill's expansion, exact for one and two degrees; off by at most 0.01 otherwise)."""
+    """Return the quantile of Student's t (Hill's expansion; exact for 1 and 2 degrees, else off by at most 0.01)."""
     if degrees <= 0:
         return math.inf
     if degrees < 1.5:
@@ -99,17 +99,17 @@ def t_quantile(probability: float, degrees: float) -> float:
 
 
 def share_half(share: float, total: int) -> float:
-    """Return the half width of a share's 95 % interval over test images (Wilson's)."""
+    """Return the half width of the 95 % interval of a share of `total` test images (Wilson's score interval)."""
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
     return z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
 
 
 class Model:
-    """Least squares of points and seeds.
+    """Least-squares fit of y = point + seed + noise.
 
     Attributes:
-        noise: variance of what neither explains.
-        degrees: degrees of freedom of the noise.
+        noise: residual variance.
+        degrees: degrees of freedom of the residuals.
     """
 
     def __init__(self, observations: Sequence[Observation]) -> None:
@@ -130,7 +130,7 @@ class Model:
         self.means = self.of_point.T @ self.values / self.counts
 
     def point_variance(self) -> tuple[float, float]:
-        """Variance of one trial's figure about its point's mean, seed included, and its degrees of freedom."""
+        """Return the variance of a trial about its point's mean, seed effect included, and its degrees of freedom."""
         within = self.values - self.of_point @ self.means
         degrees = len(self.values) - len(self.points)
         if degrees == 0:
@@ -139,14 +139,14 @@ class Model:
         count, seeds = len(self.points), len(self.seeds)
         if self.degrees == 0 or seeds < 2 or len(self.values) != count * seeds:
             return pooled, degrees
-        # Seeds are shared by all points, so the pooled squares are not independent of each other (Satterthwaite).
+        # All points share the seeds, so the pooled squares are not independent: use Satterthwaite's approximation.
         of_seeds = max(0.0, float(within @ within) - self.noise * self.degrees) / (seeds - 1)
         parts = (of_seeds / count, (count - 1) * self.noise / count)
         spread = parts[0] ** 2 / (seeds - 1) + parts[1] ** 2 / self.degrees
         return sum(parts), sum(parts) ** 2 / spread if spread > 0 else degrees
 
     def contrast(self, weights: np.ndarray, level: float) -> Estimate:
-        """A difference of points, by weights that add to nothing, with its interval."""
+        """Return a contrast of points (weights that sum to 0) with its confidence interval."""
         vector = np.concatenate([weights, np.zeros(len(self.seeds))])
         error = math.sqrt(max(0.0, self.noise * float(vector @ self._spread @ vector))) if self.degrees else math.inf
         factor = t_quantile(0.5 + level / 2, self.degrees)
@@ -154,10 +154,10 @@ class Model:
 
 
 def compare(observations: Sequence[Observation], *, mode: str) -> Comparison:
-    """Rank the points of a sweep, and say which of them cannot be told from the best.
+    """Rank the points of a sweep, and find those that are not significantly worse than the best.
 
     Args:
-        observations: the trials that have the figure.
+        observations: the trials that have the metric.
         mode: "min" or "max".
     """
     if not observations:
@@ -176,9 +176,9 @@ def compare(observations: Sequence[Observation], *, mode: str) -> Comparison:
     for point in list(ranked)[1:]:
         weights = np.array([sign * ((other == best) - float(other == point)) for other in model.points])
         behind[point] = model.contrast(weights, LEVEL)
-        # Which pair is looked at is chosen by the figures themselves, so all pairs count.
+        # The best point is chosen from the data, so correct for all pairs (Bonferroni).
         sure = model.contrast(weights, 1 - (1 - WINNER_LEVEL) / pairs)
-        # Figures that are all equal leave a difference of rounding, and no noise to compare it with.
+        # If all values are equal, rounding leaves a tiny difference but no noise to compare it with.
         if not sure.low > ROUNDING * max(abs(means[best].value), abs(means[point].value)):
             tied.append(point)
     return Comparison(ranked, behind, tuple(tied), repeated=degrees > 0)
@@ -187,14 +187,14 @@ def compare(observations: Sequence[Observation], *, mode: str) -> Comparison:
 def effects(
     observations: Sequence[Observation], factors: Mapping[str, Callable[[Hashable], Any]]
 ) -> dict[str, list[Level]]:
-    """Estimate how each value of each factor moves the figure, all other factors held: an additive model.
+    """Estimate the effect of each value of each factor on the metric with an additive model.
 
-    A factor with more than eight numbers is taken as a straight line, and told at its ends. The error is that of
-    repetitions where there are any; what the model leaves out is then no part of it.
+    A factor with more than eight numeric values is modeled as a straight line and reported at its two ends. With
+    repetitions, the error comes from them alone, so it does not include the model's lack of fit.
 
     Args:
         observations: the trials.
-        factors: name -> the factor's value at a point.
+        factors: name -> function that returns the factor's value at a point.
     """
     columns: list[np.ndarray] = []
     told: dict[str, list[tuple[Any, dict[int, float]]]] = {}
@@ -261,18 +261,18 @@ def _is_line(levels: Sequence[Any]) -> bool:
 
 
 def _scale(values: Sequence[Any]) -> np.ndarray:
-    """Numbers as they are, or their logarithms where they span more than a decade."""
+    """Return the numbers, or their logarithms if they span at least a decade."""
     numbers = np.array(values, float)
     wide = numbers.min() > 0 and numbers.max() / numbers.min() >= 10
     return np.log(numbers) if wide else numbers
 
 
 def pareto(points: Mapping[Hashable, tuple[float, float]], *, mode: str) -> list[Hashable]:
-    """Return the points that no other beats in both cost and quality, by cost.
+    """Return the Pareto front of cost and quality, by increasing cost.
 
     Args:
         points: point -> (cost, quality).
-        mode: "max" where more quality is better, else "min".
+        mode: "max" if higher quality values are better, else "min".
     """
     sign = 1 if mode == "max" else -1
     front: list[Hashable] = []

@@ -1,22 +1,22 @@
-"""A sweep: many runs of the same `train`, side by side on one Ray cluster, and what they found.
+"""A sweep: many runs of `train` side by side on one Ray cluster, with tables and pages of their results.
 
     <sweep>/
-        sweep.yaml      the file as it was understood, overrides included
-        base.yaml       the configuration that all trials start from
-        trials/NAME/    a run's folder each
-        trials.jsonl    the points that Optuna has proposed, in their order
-        errors/NAME.txt what ended a trial that failed
-        stopped/NAME    the mark of a trial that the scheduler stopped
-        images/  tours/ labeled photographs and films, where the file asks for them
+        sweep.yaml      parsed sweep file, overrides included
+        base.yaml       configuration that all trials start from
+        trials/NAME/    run folder of each trial
+        trials.jsonl    points proposed by Optuna, in order
+        errors/NAME.txt error of a failed trial
+        stopped/NAME    marker of a trial that the scheduler stopped
+        images/  tours/ labeled photographs and films, if the sweep file asks for them
         store/          one frame store for all trials, unless data.store names another
-        status.json     how far it is; heartbeat.json: that it lives
-        results.csv     a line a trial; results.parquet, report.md
+        status.json     progress; heartbeat.json shows that the sweep is alive
+        results.csv     one line per trial; also results.parquet, report.md
         report.html     and trials/NAME/report.html for each trial
         tune/           Ray Tune's own folder: ResultGrid, ExperimentAnalysis, TensorBoard
 
-Ray Tune starts the trials, as many at a time as the cluster has room for, and stops the worse ones if asked to. What is
-done and what is missing is decided by the folders above, so that a sweep resumes after any kind of end, and grows: all
-its trials are given to Ray Tune again, and those that have ended report what they had reported.
+Ray Tune starts the trials, as many at a time as fit on the cluster, and may stop the worse ones early. The folders
+above alone decide what is done and what is missing, so a sweep can resume after any failure, and grow: all its trials
+are given to Ray Tune again, and finished ones repeat their reports.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ class Sweep:
     """A finished sweep.
 
     Attributes:
-        path: its folder.
-        results: one row a trial, failed ones included.
-        best: the trials of the best point, one a seed; empty when none has the metric.
+        path: the sweep's folder.
+        results: one row per trial, failed ones included.
+        best: the trials of the best point, one per seed; empty if no trial has the metric.
     """
 
     path: str
@@ -99,19 +99,19 @@ def sweep(
     on_progress: OnProgress | None = None,
     on_ingest: OnIngest | None = None,
 ) -> Sweep:
-    """Run all trials of a sweep's file that have not been run.
+    """Run all trials of a sweep file that are not done yet.
 
     Args:
         source: the file, or its content as a mapping.
         overrides: "section.key=value" for all trials, or "metric=knn" and the like for the sweep itself.
-        out: folder or URI, reachable from every node; not given: runs/sweep-<time>.
-        resume: run what is missing, new or failed in the sweep that is in `out`.
-        on_progress: called in this process with every news of a trial.
+        out: folder or URI, reachable from every node. Default: runs/sweep-<time>.
+        resume: run the missing, new or failed trials of the sweep in `out`.
+        on_progress: called in this process with every update of a trial.
         on_ingest: called in this process while videos are ingested, before the first trial.
 
     Raises:
-        ConfigError, VideoError, ClusterError: before any trial is started.
-        KeyboardInterrupt: interrupted; what is there is in the report, and the rest can be resumed.
+        ConfigError, VideoError, ClusterError: raised before any trial starts.
+        KeyboardInterrupt: interrupted; finished trials are in the report, the rest can be resumed.
     """
     if resume and out is None:
         raise ConfigError("--resume needs the sweep's folder: name it with --out")
@@ -144,7 +144,7 @@ def _run(
     on_progress: OnProgress | None,
     on_ingest: OnIngest | None,
 ) -> Sweep:
-    """Everything that is written after the checks, on a cluster that is there."""
+    """Ingest, run the trials and write the results, after all checks and with Ray connected."""
     progress = _progress(folder, spec, base, trials)
     progress.write("starting", [], force=True)
     state = "failed"
@@ -170,21 +170,21 @@ def _run(
     finally:
         progress.write(state, [], force=True)
     if missing:
-        # Ray Tune catches Ctrl-C and returns what it has.
+        # Ray Tune catches Ctrl-C and returns its partial results.
         logger.warning("%d of %d trials are missing: run them with --resume --out %s", missing, progress.trials, folder)
         raise KeyboardInterrupt
     return finished
 
 
 def check_folder(folder: str, spec: SweepSpec, *, resume: bool) -> None:
-    """Refuse a folder in use, and a resume of another sweep; a sweep may grow by seeds, values and samples."""
+    """Refuse a folder in use, and a resume with another sweep file; it may add seeds, values and samples."""
     names = files.list_names(folder)
     if not names:
         if resume:
-            logger.warning("%s holds no sweep yet: nothing to resume, it begins", folder)
+            logger.warning("%s holds no sweep yet, so there is nothing to resume: the sweep starts", folder)
         return
     if SPEC in names and "trials" not in names:
-        return  # checks or videos ended it before its first trial
+        return  # it failed before its first trial
     if not resume:
         raise ConfigError(_holds(folder, names))
     if SPEC not in names:
@@ -194,13 +194,13 @@ def check_folder(folder: str, spec: SweepSpec, *, resume: bool) -> None:
     before = read_spec(folder)
     if differences := _differences(spec, before):
         raise ConfigError(
-            f"{folder} holds another sweep: {', '.join(differences)}. Give the same file, with more seeds, values or "
-            "samples if you like, or another --out."
+            f"{folder} holds another sweep: {', '.join(differences)}. Give the same file, perhaps with more seeds, "
+            "values or samples, or another --out."
         )
 
 
 def _holds(folder: str, names: Sequence[str]) -> str:
-    """Say what a folder holds that a new sweep was to have, and what to do."""
+    """Return the error message for a folder in use."""
     if SPEC not in names:
         return f"{folder} is not empty ({', '.join(names[:4])}) and holds no sweep: choose another --out."
     known = summarize_sweep(folder)
@@ -212,7 +212,7 @@ def _holds(folder: str, names: Sequence[str]) -> str:
 
 
 def _differences(spec: SweepSpec, before: SweepSpec) -> list[str]:
-    """In words, what keeps the trials of `before` from being trials of `spec`, or makes them another experiment."""
+    """Describe the differences that make `before` another experiment than `spec`."""
     found = [
         f"{key} was {getattr(before, key)!r} and is {getattr(spec, key)!r}"
         for key in ("base", "overrides", "photographs", "tour", "scheduler", "search")
@@ -238,7 +238,7 @@ def _largest(trials: Sequence[Trial]) -> Config:
 
 
 def _cluster(trials: Sequence[Trial]) -> Config:
-    """The configuration that a cluster started here must have room for: the largest trial, and its driver."""
+    """Return the configuration that a local cluster must fit: the largest trial and its driver."""
     config = _largest(trials)
     return load_config(
         config,
@@ -248,7 +248,7 @@ def _cluster(trials: Sequence[Trial]) -> Config:
 
 
 def _progress(folder: str, spec: SweepSpec, base: Config, trials: Sequence[Trial]) -> SweepProgress:
-    """Progress with what is done already; the errors of trials that are to be tried again are removed."""
+    """Return the progress so far; remove the errors of failed trials, which will be retried."""
     known = [*known_trials(folder, spec, base, trials)]
     steps = {trial.name: trial.config.optim.steps for trial in trials}
     total = spec.count * base.optim.steps if spec.search == "tpe" else sum(steps.values())
@@ -263,26 +263,26 @@ def _progress(folder: str, spec: SweepSpec, base: Config, trials: Sequence[Trial
 
 
 def known_trials(folder: str, spec: SweepSpec, base: Config, trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that the file says, or those that Optuna has proposed so far."""
+    """Return the trials of the sweep file, or with search=tpe those that Optuna has proposed so far."""
     if spec.search == "all":
         return list(trials)
     return [make_trial(base, values) for values in read_points(folder)]
 
 
 def _write_pages(folder: str, trials: Sequence[Trial]) -> list[Row]:
-    """Write the tables and the pages as they are now."""
+    """Write the tables and pages in their current state."""
     rows = collect(folder, trials)
     write_csv(files.join(folder, "results.csv"), rows)
     write_parquet(files.join(folder, "results.parquet"), rows)
     try:
         report(folder)
-    except Exception as error:  # noqa: BLE001  a page that cannot be drawn must not end a night's trials
-        logger.warning("the report cannot be written: %s", "".join(traceback.format_exception(error)))
+    except Exception as error:  # noqa: BLE001  a failing report must not end the sweep
+        logger.warning("the report could not be written: %s", "".join(traceback.format_exception(error)))
     return rows
 
 
 def _finish(folder: str, spec: SweepSpec, trials: Sequence[Trial]) -> Sweep:
-    """Write the tables and the page, and return what they say."""
+    """Write the tables and pages, and return the results."""
     base = load_config(parse_yaml(files.read_text(files.join(folder, BASE)), BASE))
     rows = _write_pages(folder, known_trials(folder, spec, base, trials))
     return Sweep(folder, rows, best_point(rows, spec.metric, spec.mode))

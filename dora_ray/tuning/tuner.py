@@ -1,4 +1,4 @@
-"""The sweep's trials as Ray Tune sees them: param space, search, scheduler, and its own folder."""
+"""Run a sweep's trials with Ray Tune: parameter space, search algorithm, scheduler."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dora_ray.tuning.space import SweepSpec, Trial
 
 logger = logging.getLogger(__name__)
 
-# ASHA compares trials first after this share of their steps; earlier, warm-up is all there is to see.
+# ASHA first compares trials after this share of their steps, when warm-up is over.
 GRACE_SHARE = 0.25
 OnProgress = Callable[[SweepProgress], None]
 
 
 def _distinct_clusters(trials: Sequence[Trial]) -> list[Trial]:
-    """One trial for each way in which they ask for resources."""
+    """Return one trial for each distinct cluster configuration."""
     return list({trial.config.cluster.model_dump_json(): trial for trial in trials}.values())
 
 
@@ -40,19 +40,20 @@ def run_trials(
     *,
     on_progress: OnProgress | None,
 ) -> None:
-    """Let Ray Tune run the trials; how they ended is in their folders afterwards.
+    """Run the trials with Ray Tune; their folders hold the results afterwards.
 
     Args:
-        folder: the sweep's.
-        spec: the sweep's.
+        folder: the sweep's folder.
+        spec: the sweep's file.
         base: configuration that all trials start from.
-        trials: of the sweep, those that have ended too; with search=tpe a sample of them.
-        progress: kept up to date.
-        write_pages: called now and then, at trials' ends.
-        on_progress: called with every news.
+        trials: all trials of the sweep, finished ones included; with search=tpe a sample of them.
+        progress: updated while trials run.
+        write_pages: called now and then when a trial ends.
+        on_progress: called with every update.
     """
-    # Ray Tune's newer output prints a box to standard output whatever `verbose` says; results alone belong there. An
-    # accuracy is not in every line of metrics. That its loop was slow for a second on a busy machine is no news.
+    # Ray Tune's new output prints a box to stdout regardless of `verbose`, but stdout is for results. Strict metric
+    # checking is off because an accuracy is not in every line of metrics. On a busy machine a slow loop is normal, so
+    # its warning threshold is raised.
     os.environ |= {
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -74,7 +75,7 @@ def run_trials(
         write_pages=write_pages,
         on_progress=on_progress,
     )
-    # An older attempt's books are replaced: all trials report again.
+    # Discard Ray Tune's state of an earlier attempt: all trials report again.
     files.remove(files.join(folder, "tune"))
     tuner = tune.Tuner(
         tune.with_resources(trainable(folder), need.driver),
@@ -85,8 +86,8 @@ def run_trials(
             search_alg=search,
             scheduler=_scheduler(spec, base),
             num_samples=spec.count if spec.search == "tpe" else 1,
-            # A process that imports torch anew takes seconds of a core, for a trial that may take half a minute. One
-            # whose trial was stopped early is not done with it.
+            # Importing torch in a new process costs seconds of a core, and a trial may take only half a minute. After
+            # an early stop the old trial still runs in the process, so it cannot be reused.
             reuse_actors=spec.scheduler == "none",
             trial_name_creator=_folder_of_tune,
             trial_dirname_creator=_folder_of_tune,
@@ -106,9 +107,9 @@ def run_trials(
 
 
 def run_through_lost_memory(run: Callable[[], None], most: int) -> None:
-    """Call `run`, and again where Ray has ended a trial's process for its node's memory, at most so often.
+    """Call `run`; repeat it, at most `most` times, if Ray kills a trial's process because its node is out of memory.
 
-    Ray Tune tries a trial again whose process has died, but takes that error for one of its own and ends the sweep.
+    Ray Tune retries a trial whose process died, but treats this error as its own and ends the sweep.
     """
     from ray.exceptions import OutOfMemoryError
 
@@ -119,8 +120,8 @@ def run_through_lost_memory(run: Callable[[], None], most: int) -> None:
             if not left or not any(isinstance(cause, OutOfMemoryError) for cause in _causes(error)):
                 raise
             logger.warning(
-                "a trial's process was ended, since its node had no memory left; the trials that are missing are run "
-                "again. max_concurrent_trials in the sweep's file runs fewer at a time"
+                "Ray killed a trial's process because its node was out of memory; the missing trials run again. Set "
+                "max_concurrent_trials in the sweep file to run fewer at a time"
             )
         else:
             return
@@ -133,7 +134,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _param_space(spec: SweepSpec, trials: Sequence[Trial]) -> dict[str, Any]:
-    """Dotted keys and values: a point a trial, which keeps what belongs together; for Optuna the space itself."""
+    """Return Ray Tune's parameter space: one grid of complete trials, or for Optuna the space itself."""
     from ray import tune
 
     if spec.search == "all":
@@ -149,7 +150,7 @@ def _param_space(spec: SweepSpec, trials: Sequence[Trial]) -> dict[str, Any]:
 
 
 def _search(folder: str, spec: SweepSpec) -> Any:
-    """Ray Tune's search algorithm; its `max_concurrent` is set anew as the cluster grows or shrinks."""
+    """Return Ray Tune's search algorithm; `Watch` updates its `max_concurrent` as the cluster grows or shrinks."""
     if spec.search == "all":
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
@@ -160,7 +161,7 @@ def _search(folder: str, spec: SweepSpec) -> Any:
     points = [{key: value for key, value in values.items() if key != SEED_KEY} for values in read_points(folder)]
     before = list({json.dumps(point): point for point in points}.values())
     try:
-        # Points that are given draw no numbers: with the same seed the first new one would be the first of all again.
+        # Given points consume no random numbers: with a fixed seed the first new point would repeat the very first one.
         seed = len(before)
         optuna = OptunaSearch(metric=spec.metric, mode=spec.mode, points_to_evaluate=before or None, seed=seed)
     except AssertionError as error:
@@ -169,7 +170,7 @@ def _search(folder: str, spec: SweepSpec) -> Any:
 
 
 def _folder_of_tune(trial: Any) -> str:
-    """A trial's name and folder in Ray Tune's books: its values are in its configuration."""
+    """Return a trial's name and folder for Ray Tune: just its id, as the values are in its configuration."""
     return str(trial.trial_id)
 
 

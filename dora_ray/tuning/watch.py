@@ -1,4 +1,4 @@
-"""The sweep's own callback of Ray Tune: room, progress, failures, and the page that shows them."""
+"""Ray Tune callback of a sweep: concurrency limit, progress, failures, report page."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from dora_ray.tuning.space import SweepSpec, name_of, with_seed
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[SweepProgress], None]
-# The page is written at a trial's end, not more often than this, and at most a tenth of the time: meanwhile Ray Tune's
-# loop waits, and with it each trial that has a line to report.
+# The page is written when a trial ends, at most this often and for at most a tenth of the time: it blocks Ray Tune's
+# loop, and with it every trial that has a line to report.
 PAGE_SECONDS, PAGE_REST = 30.0, 9.0
 
 
@@ -29,13 +29,13 @@ class Watch(tune.Callback):
     """Follows the trials of one sweep.
 
     Args:
-        folder: the sweep's.
-        spec: the sweep's.
-        search: Ray Tune's search algorithm, whose number of trials at a time follows the cluster.
-        capacity: of the cluster.
-        progress: kept up to date.
-        write_pages: called at trials' ends.
-        on_progress: called with every news.
+        folder: the sweep's folder.
+        spec: the sweep's file.
+        search: Ray Tune's search algorithm; its `max_concurrent` follows the cluster.
+        capacity: the cluster's capacity for trials.
+        progress: updated while trials run.
+        write_pages: called when trials end.
+        on_progress: called with every update.
     """
 
     def __init__(
@@ -53,22 +53,22 @@ class Watch(tune.Callback):
         self._capacity, self._progress = capacity, progress
         self._write_pages, self._on_progress = write_pages, on_progress
         self._running: dict[str, None] = {}
-        # Optuna's points alone are to be noted: all others follow from the sweep's file.
+        # Only Optuna's points need to be saved: all others follow from the sweep file.
         self._points = files.LineFile(files.join(folder, POINTS)) if spec.search == "tpe" else None
         self._known = {name_of(values) for values in read_points(folder)}
         self._page_after = time.monotonic() + PAGE_SECONDS
 
     def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
-        """Return a callback that does nothing: what Ray Tune keeps, for a restore without this process."""
+        """Pickle as an empty callback, so that Ray Tune can restore its state without this process."""
         return tune.Callback, ()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Every turn of Ray Tune's loop."""
+        """Update the concurrency limit and status.json on every iteration of Ray Tune's loop."""
         self._search.max_concurrent = self._capacity.limit(self._progress.trials - len(self._progress.ended))
         self._progress.write("running", list(self._running))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial begins, or begins again."""
+        """Record that a trial starts or restarts."""
         name, values = self._name(trial), with_seed(trial.config, self._spec)
         self._running[name] = None
         if self._points is not None and name not in self._known:
@@ -81,7 +81,7 @@ class Watch(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A line of a trial's metrics; or its last word, after which it is not tried again."""
+        """Record a line of a trial's metrics, or its failure report, after which it is not retried."""
         if result.get(FAILED):
             trial.max_failures = 0
         elif "step" in result:
@@ -89,23 +89,23 @@ class Watch(tune.Callback):
             self._tell()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial's driver was lost, and is started again."""
+        """Log that a trial's driver was lost and restarts."""
         logger.warning(
-            "trial %s lost its driver (%s of %s): it goes on from its checkpoint",
+            "trial %s lost its driver (%s of %s): it continues from its checkpoint",
             self._name(trial),
             trial.run_metadata.num_failures,
             trial.max_failures,
         )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial is done, or was stopped by the scheduler."""
+        """Record that a trial is done or was stopped by the scheduler."""
         name = self._name(trial)
         if trial_status(self._folder, name) != "done":
             files.write_text(stopped_file(self._folder, name), "")
         self._end(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has failed for good."""
+        """Record that a trial has failed for good."""
         name = self._name(trial)
         if trial_status(self._folder, name) == "missing":
             write_error(self._folder, name, trial.get_pickled_error() or RuntimeError("its process was lost"))

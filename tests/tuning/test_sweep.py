@@ -179,7 +179,7 @@ def test_an_override_of_a_swept_key_is_refused(small, tmp_path):
     spec = {"overrides": list(small), "space": {"tracking.num_objects": [1, 2]}}
     with pytest.raises(ConfigError, match=r"tracking\.num_objects=3 sets a key that this sweep varies"):
         sweep(spec, "tracking.num_objects=3", out=tmp_path / "sweep")
-    with pytest.raises(ConfigError, match=r"seeds are set with seeds="):
+    with pytest.raises(ConfigError, match=r"set seeds with seeds="):
         sweep(spec, "run.seed=3", out=tmp_path / "sweep")
 
 
