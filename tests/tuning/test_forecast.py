@@ -28,7 +28,7 @@ def test_a_forecast_counts_trials_and_measures_a_step(small, tmp_path):
     assert (facts["trials"], facts["points"], facts["already done"]) == (12, 6, 0)
     assert facts["workers per trial"] == "its driver"
     assert "measured here on 4 points" in facts["seconds per step"]
-    assert "starts and evaluations of 12 trials" in facts["time"]
+    assert "startup and evaluations of 12 trials" in facts["time"]
     assert "MB of checkpoints" in facts["disk"]
     assert not (tmp_path / "sweep").exists()
 
