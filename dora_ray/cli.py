@@ -1,7 +1,7 @@
-"""The command line: words -> Config -> one call of the API. Imports neither torch nor ray before a command needs them.
+"""Command line: words -> Config -> one call of the API. Imports torch and ray only when a command needs them.
 
 Exit status: 0 done, 1 failed, 2 bad configuration or usage, 3 bad data, 4 bad checkpoint, 5 not enough resources,
-130 Ctrl-C. An error that we foresaw is one message; any other is a bug of ours and keeps its traceback.
+130 Ctrl-C. Expected errors (DoRAError) print one message; any other error is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, function = options.handler.split(".")
     handler: Handler = getattr(import_module(f"dora_ray.commands.{module}"), function)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text in the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may not fit the terminal's encoding
     try:
         handler(options)
         sys.stdout.flush()
@@ -49,15 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"dora-ray: {str(interrupt) or 'interrupted'}\n")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has gone. Python would complain once more when it flushes standard output.
+        # The reader (head, less) has exited. Without this, Python would raise again when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, where words such as key=value may stand before, between and after them.
+    """Parse the arguments; positional words such as key=value may come before, between and after options.
 
-    argparse takes a list of words at one place alone; what it leaves over is appended to the command's list.
+    argparse accepts a list of words in one place only; the leftover words are appended to the command's list.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -70,7 +70,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _log_to_stderr(*, verbose: bool) -> None:
-    """Our own messages to standard error, which leaves standard output to results."""
+    """Send log messages to stderr; stdout is for results."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("dora_ray")
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"dora-ray {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print debug messages to stderr")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (
         _add_train,
@@ -110,67 +110,59 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = _command(
-        commands, "train", "train an encoder; videos that are not ingested yet are ingested first", spill="words"
-    )
+    parser = _command(commands, "train", "train an encoder; ingests the videos first if needed", spill="words")
     parser.add_argument(
         "words",
         nargs="*",
         metavar="RECIPE | FILE.yaml | VIDEO | key=value",
-        help=f"a recipe or a YAML file, videos, then {_OVERRIDES}. Quote what the shell would read: "
-        "'data.videos=[a.mp4, \"b [1].mp4\"]'. With videos alone, this machine decides on the recipe",
+        help=f"a recipe or a YAML file, videos, and {_OVERRIDES}. Quote special characters: "
+        "'data.videos=[a.mp4, \"b [1].mp4\"]'. Without a recipe, one is chosen for this machine",
     )
-    parser.add_argument("--out", metavar="DIR", help="folder or URI of the run; not given: runs/<time>")
+    parser.add_argument("--out", metavar="DIR", help="folder or URI of the run (default: runs/<time>)")
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
-    existing.add_argument("--overwrite", action="store_true", help="remove the run in DIR first")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print what would be done, write nothing"
-    )
+    existing.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in DIR")
+    existing.add_argument("--overwrite", action="store_true", help="delete the run in DIR first")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and describe the run; write nothing")
 
 
 def _add_sweep(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = _command(
-        commands, "sweep", "run the trials of a sweep's file and report what they found", spill="overrides"
-    )
-    parser.add_argument("file", metavar="FILE.yaml", help="the sweep, such as sweeps/objects.yaml")
+    parser = _command(commands, "sweep", "run the trials of a sweep file and report the results", spill="overrides")
+    parser.add_argument("file", metavar="FILE.yaml", help="sweep file such as sweeps/objects.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help=f"for all trials: {_OVERRIDES}; or metric=knn, seeds=[0,1]"
     )
-    parser.add_argument("--out", metavar="DIR", help="folder or URI of the sweep; not given: runs/sweep-<time>")
-    parser.add_argument("--resume", action="store_true", help="run what is missing, new or failed in DIR")
+    parser.add_argument("--out", metavar="DIR", help="folder or URI of the sweep (default: runs/sweep-<time>)")
+    parser.add_argument("--resume", action="store_true", help="run the missing, new and failed trials in DIR")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print trials, workers, disk and time by a measured step; write nothing"
+        "--dry-run", action="store_true", help="forecast trials, disk and time from measured steps; write nothing"
     )
 
 
 def _add_show(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "show", "draw what a checkpoint's teacher discovers and tracks in a video")
+    parser = _command(commands, "show", "draw the objects that a checkpoint's teacher discovers and tracks in a video")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=ENCODER)
     parser.add_argument("video", metavar="VIDEO")
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="folder of the pictures; not given: the run's own `pictures`, which its report shows, and there too what "
-        "its first and a middle checkpoint saw",
+        help="folder of the pictures (default: the run's own `pictures`, shown by its report, with pictures of its "
+        "first and a middle checkpoint too)",
     )
-    parser.add_argument("--clips", type=int, metavar="N", help="clips to draw")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the clips and the attention heads")
+    parser.add_argument("--clips", type=int, metavar="N", help="number of clips to draw")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the clips and the attention heads")
 
 
 def _add_embed(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "embed", "write an encoder's features of images or of a video's frames")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=ENCODER)
     parser.add_argument("data", metavar="DATA", help="an image, a video, or a folder of them")
-    parser.add_argument("--out", metavar="FILE", required=True, help="FILE.parquet or FILE.npz, new")
-    parser.add_argument("--patches", action="store_true", help="write the patch tokens beside CLS")
-    parser.add_argument("--whole", action="store_true", help="see each picture whole, not its center square")
-    parser.add_argument(
-        "--size", type=int, metavar="PIXELS", help="side of what the encoder sees; not given: as trained"
-    )
-    parser.add_argument("--fps", type=float, default=1.0, metavar="N", help="frames a second of a video (1)")
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="such as cuda (cpu)")
-    parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--out", metavar="FILE", required=True, help="new FILE.parquet or FILE.npz")
+    parser.add_argument("--patches", action="store_true", help="also write the patch tokens")
+    parser.add_argument("--whole", action="store_true", help="use the whole picture instead of its center square")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="input size of the encoder (default: as trained)")
+    parser.add_argument("--fps", type=float, default=1.0, metavar="N", help="frames per second of a video (1)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="device such as cuda (cpu)")
+    parser.add_argument("--skip-unreadable", action="store_true", help="skip images that cannot be read")
 
 
 def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -185,40 +177,42 @@ def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_completion(commands: Commands[argparse.ArgumentParser], whole: argparse.ArgumentParser) -> None:
-    parser = _command(commands, "completion", 'print completion for a shell: eval "$(dora-ray completion bash)"')
+    parser = _command(commands, "completion", 'print a shell completion script: eval "$(dora-ray completion bash)"')
     parser.add_argument("shell", choices=("bash", "zsh"))
     parser.set_defaults(parser=whole)
 
 
 def _add_config(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "config", "print a whole configuration, every key with its meaning", spill="words")
+    parser = _command(commands, "config", "print a complete configuration with the meaning of every key", spill="words")
     parser.add_argument(
-        "words", nargs="*", metavar="RECIPE | FILE.yaml | key=value", help="not given: the recipe paper, all defaults"
+        "words", nargs="*", metavar="RECIPE | FILE.yaml | key=value", help="configuration (default: the recipe paper)"
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--schema", action="store_true", help="print the JSON schema instead")
     instead.add_argument(
-        "--important", action="store_true", help="print the ten settings that matter, in order, and what they cost"
+        "--important", action="store_true", help="print the ten most important settings and their costs"
     )
 
 
 def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "bench", "measure this machine on our path and on a naive one", spill="words")
-    parser.add_argument("what", choices=("data", "step", "stream"), help="reading clips, the step, or the stream")
+    parser = _command(commands, "bench", "benchmark this machine against a naive implementation", spill="words")
+    parser.add_argument(
+        "what", choices=("data", "step", "stream"), help="reading clips, the training step, or the clip stream"
+    )
     parser.add_argument(
         "words",
         nargs="*",
         metavar="RECIPE | FILE.yaml | key=value",
-        help="what the step trains; not given: the recipe paper on a GPU, a smaller network on a CPU",
+        help="configuration of the step (default: the recipe paper on a GPU, a smaller network on a CPU)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="of the step; not given: a GPU where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="device of the step (default: a GPU if there is one)")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     _add_json(parser)
 
 
 def _add_status(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "status", "tell how a run or a sweep is doing")
-    parser.add_argument("run", metavar="RUN_OR_SWEEP", help="the folder or URI of the run or sweep")
+    parser = _command(commands, "status", "print the status of a run or a sweep")
+    parser.add_argument("run", metavar="RUN_OR_SWEEP", help="folder or URI of the run or sweep")
     _add_json(parser)
 
 
@@ -228,15 +222,15 @@ def _add_chaos(commands: Commands[argparse.ArgumentParser]) -> None:
         "--faults",
         metavar="NAME,...",
         help="worker_kill, node_kill, drain, join, checkpoint_kill, stall, resize_path, truncate, "
-        "corrupt_segment, hung_decoder; not given: all, a run each",
+        "corrupt_segment, hung_decoder (default: all, one run each)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the steps and the victims (0)")
-    parser.add_argument("--count", type=int, default=1, metavar="N", help="times that each fault strikes its run (1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the steps and the victims (0)")
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="injections of each fault per run (1)")
     parser.add_argument(
-        "--quick", action="store_true", help="one run for all; not given which: worker_kill, drain and join"
+        "--quick", action="store_true", help="one run for all faults (default faults: worker_kill, drain, join)"
     )
     parser.add_argument(
-        "--compare", action="store_true", help="each fault of a worker also at Ray Train's own pace of recovery"
+        "--compare", action="store_true", help="also measure each worker fault with Ray Train's default recovery"
     )
     _add_json(parser)
 

@@ -229,7 +229,7 @@ def test_a_film_alone_is_trained_on_with_the_recipe_that_fits_the_machine(caplog
     with caplog.at_level("INFO"):
         config = load_words(["a [1].mp4", "b.MKV", "optim.lr=0.5"])
     assert config == load_config(recipe, {"data.videos": ["a [1].mp4", "b.MKV"]}, "optim.lr=0.5")
-    assert f"No recipe was named: {recipe}, as this machine has" in caplog.text
+    assert f"No recipe was given: using {recipe}, as this machine has" in caplog.text
     caplog.clear()
     assert load_words(["released", "a.mp4"]).tracking.block == -1
     assert caplog.text == ""
@@ -264,7 +264,7 @@ def test_the_important_settings_are_ten_existing_keys_with_this_configurations_c
     assert [int(title[:2]) for title in titles] == list(range(1, 11))
     named = re.findall(r"\w+\.\w+", " ".join(title.partition("=")[0] for title in titles))
     assert set(named) <= set(keys_of(Config))
-    assert "Cost: time in proportion: 800 clips in all." in out
+    assert "Cost: proportional time: 800 clips in total." in out
     assert "Cost: 0% of the patches that the networks see." in out, "no local views"
     assert "75% of the patches that the networks see; each object adds 72 a clip" in out
 
@@ -310,7 +310,7 @@ def test_a_synthetic_video_can_be_indexed(run, tmp_path):
     assert (video["frames"], video["size"], video["seconds"]) == (20, "96x64", 2.0)
     status, _, err = run("data", "synth", "video", path)
     assert status == 2
-    assert "exists already" in err
+    assert "already exists" in err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="the photographs are not installed")

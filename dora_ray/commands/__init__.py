@@ -1,4 +1,4 @@
-"""The commands of the command line: one call of the API each, and the printing of its result.
+"""Commands of the command line, one module each: call the API and print the result.
 
-A module for each command. Results go to standard output, progress and messages to standard error.
+Results go to stdout, progress and messages to stderr.
 """

@@ -13,13 +13,13 @@ from dora_ray.progress import Stages
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, and print what was measured."""
+    """Run a benchmark and print its result."""
     result = _measure(options)
     write_json(options.json, result)
     parts = {f"  {name}": seconds for name, seconds in result.get("parts", {}).items()}
     write_facts({name: value for name, value in result.items() if name != "parts"})
     if parts:
-        write_facts({"seconds of its parts": "", **parts})
+        write_facts({"seconds by part": "", **parts})
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -39,5 +39,5 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.words:
         raise ConfigError(f"bench {options.what} takes no configuration ({' '.join(options.words)}); bench step does")
     if options.device:
-        raise ConfigError(f"bench {options.what} runs on CPUs alone: --device={options.device} is for bench step")
+        raise ConfigError(f"bench {options.what} runs on CPUs only: --device={options.device} is for bench step")
     return dict(bench.run(quick=options.quick))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Inject faults, print what they cost, and fail unless all holds."""
+    """Inject faults, print their cost, and fail unless all checks pass."""
     from rich.console import Console
 
     from dora_ray.chaos.run import chaos
@@ -44,12 +44,12 @@ def run(options: argparse.Namespace) -> None:
         write("\n".join(notes))
     if problems:
         write("\n".join(problems))
-        raise DoRAError(f"{len(problems)} of the checks do not hold; what the runs left is in {result['folder']}")
-    write("All holds.")
+        raise DoRAError(f"{len(problems)} checks failed; the runs' files are in {result['folder']}")
+    write("All checks passed.")
 
 
 def _recoveries(trial: dict[str, Any]) -> list[str]:
-    """Say how the time without a step was spent, a sentence for each fault that the run reported it for."""
+    """Return a line for each recovery: the time without a step, by part."""
     return [
         f"step {row['step']}, {row['fault']}, {row['recovered_seconds']:.1f} s: "
         + ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in row["parts"].items())
@@ -59,7 +59,7 @@ def _recoveries(trial: dict[str, Any]) -> list[str]:
 
 
 def table(trials: list[dict[str, Any]]) -> Table:
-    """A row for each fault; a run without any has one of its own."""
+    """Return a table with a row for each fault; a run without faults gets one row."""
     from rich.table import Table
 
     columns = (

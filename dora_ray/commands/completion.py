@@ -1,4 +1,4 @@
-"""dora-ray completion: a shell's script that completes commands, options, recipes and keys."""
+"""dora-ray completion: a shell script that completes commands, options, recipes and configuration keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from dora_ray.commands.output import write
 
-# $path grows by each word that is a command below it; what it does not know (a file, a value) changes nothing.
+# $path grows by each word that is a subcommand; other words (files, values) leave it unchanged.
 _SCRIPT = """\
 _dora_ray_words() {{
     case "$1" in
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def script(parser: argparse.ArgumentParser) -> str:
-    """Return the script for bash of a parser and all commands below it."""
+    """Return the bash script for a parser and all its subcommands."""
     cases = [
         f"        {shlex.quote(path)}) echo {shlex.quote(' '.join(words))} ;;" for path, words in _known(parser, "")
     ]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print a configuration with its meanings, or the schema."""
+    """Print an explained configuration, the important settings, or the JSON schema."""
     from dora_ray.config import Config
 
     if options.schema:
@@ -37,7 +37,7 @@ def _in_words(number: int, setting: Setting) -> str:
 
 
 def _explained(config: Config) -> Iterable[str]:
-    """YAML that `load_config` reads back, each key under a comment with its meaning."""
+    """Yield the lines of a YAML file for `load_config`, each key with a comment that explains it."""
     for section, values in config.model_dump(mode="json").items():
         part = getattr(config, section)
         yield f"{section}:  # {(type(part).__doc__ or '').strip()}"

@@ -1,4 +1,4 @@
-"""dora-ray data: index, ingest, analyze, fetch, and videos and images to try things on."""
+"""dora-ray data: index, ingest, analyze, fetch, and synthetic videos and images."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dora_ray.config_source import VIDEOS
 from dora_ray.errors import ConfigError, VideoError
 from dora_ray.progress import Stages
 
-# A line of the terminal holds so many values of lightness.
+# Number of lightness values that fit on a terminal line.
 SHOWN_VALUES = 12
 
 
 def run_index(options: argparse.Namespace) -> None:
-    """Print what one pass over each video tells."""
+    """Index videos, in one pass each, and print their properties."""
     from dora_ray.store.indexes import load_index
     from dora_ray.store.losses import stored_frames
     from dora_ray.video.index import find_videos, index_video
@@ -60,7 +60,7 @@ def run_index(options: argparse.Namespace) -> None:
 
 
 def run_ingest(options: argparse.Namespace) -> None:
-    """Bring videos into a frame store."""
+    """Ingest videos into a frame store."""
     from dora_ray.config import load_config
     from dora_ray.store.losses import losses
     from dora_ray.training.inputs import ingest_videos
@@ -75,25 +75,26 @@ def run_ingest(options: argparse.Namespace) -> None:
     missing = losses(stored)
     frames = {v.path: f"{len(v)} frames" + (f"; {missing[v.path]}" if v.path in missing else "") for v in stored}
     data = config.data
-    kept = f"{data.frames_per_second:g} frames a second, short side {data.short_side}, quality {data.jpeg_quality}"
+    kept = f"{data.frames_per_second:g} frames per second, short side {data.short_side}, quality {data.jpeg_quality}"
     again = ["dora-ray", "train", options.recipe, *videos, f"data.store={options.store}", *overrides]
     write_facts({"store": files.absolute(options.store)} | frames | {"kept": f"{kept} (recipe {options.recipe})"})
     write(
-        f"\nNext, with these frames: {shlex.join(again)}\nAnother recipe keeps others: ingest again with --recipe NAME."
+        f"\nTrain on these frames: {shlex.join(again)}\nAnother recipe may need other frames: ingest again with "
+        "--recipe NAME."
     )
 
 
 def _videos_of(options: argparse.Namespace, command: str) -> tuple[list[str], list[str]]:
-    """Videos and overrides among a command's words.
+    """Split a command's words into videos and overrides.
 
     Raises:
-        ConfigError: no video, or videos as a setting.
+        ConfigError: no video is given, or the videos are given as data.videos=.
     """
     videos, overrides = split(options.words)
     given = next((word for word in overrides if word.startswith(f"{VIDEOS}=")), None)
     if given is not None:
         raise ConfigError(
-            f"{given} is not taken here: name the videos as words, such as `dora-ray data {command} a.mp4 b.mp4"
+            f"{given} is not accepted here: name the videos as words, such as `dora-ray data {command} a.mp4 b.mp4"
             f" --store {options.store}`"
         )
     if not videos:
@@ -127,21 +128,21 @@ def run_analyze(options: argparse.Namespace) -> None:
         light, shots = facts["lightness"], facts["shots"]
         write_facts(
             {name: facts[name] for name in ("video", "seconds", "frames", "missing")}
-            | {"lightness": light["mean"], f"lightness, each {options.interval:g} s": _few(light["by_interval"])}
-            | {f"change from one {options.interval:g} s to the next": light["change"]}
-            | {"shot changes": shots["changes"], "shot changes a minute": shots["per_minute"]}
+            | {"lightness": light["mean"], f"lightness per {options.interval:g} s": _few(light["by_interval"])}
+            | {f"lightness change between intervals of {options.interval:g} s": light["change"]}
+            | {"shot changes": shots["changes"], "shot changes per minute": shots["per_minute"]}
         )
     write_json(options.json, found)
 
 
 def _few(values: list[float]) -> str:
-    """Write down the first values of a list, and how many there are."""
+    """Format the first values of a list, and its length."""
     shown = ", ".join(f"{value:.3f}" for value in values[:SHOWN_VALUES])
     return shown if len(values) <= SHOWN_VALUES else f"{shown}, ... ({len(values)}; all with --json)"
 
 
 def run_fetch(options: argparse.Namespace) -> None:
-    """Download videos of a data set, or name them."""
+    """Download the videos of a data set, or list them."""
     from dora_ray.video.walking_tours import LICENSE, fetch_tours, find_tours
 
     tours = find_tours(options.names)
@@ -158,7 +159,7 @@ def run_fetch(options: argparse.Namespace) -> None:
 
 
 def run_synth_video(options: argparse.Namespace) -> None:
-    """Make a video."""
+    """Write a synthetic video."""
     from dora_ray.video.synthetic import make_video
 
     width, height = options.size
@@ -167,7 +168,7 @@ def run_synth_video(options: argparse.Namespace) -> None:
     num_frames = round(options.seconds * options.fps)
     if not 2 <= num_frames <= 65536:
         raise ConfigError(
-            f"--seconds {options.seconds:g} --fps {options.fps:g} are {num_frames} frames: 2 to 65536 can be made"
+            f"--seconds {options.seconds:g} --fps {options.fps:g} make {num_frames} frames; 2 to 65536 are allowed"
         )
     _refuse_existing(options.out)
     cuts = [round(second * options.fps) for second in options.cuts]
@@ -184,7 +185,7 @@ def run_synth_video(options: argparse.Namespace) -> None:
 
 
 def run_synth_tour(options: argparse.Namespace) -> None:
-    """Make a labeled tour."""
+    """Write a labeled tour."""
     from dora_ray.video.cutouts import photographs_of
     from dora_ray.video.tour_files import make_tour
 
@@ -211,7 +212,7 @@ def run_synth_tour(options: argparse.Namespace) -> None:
 
 
 def run_synth_photos(options: argparse.Namespace) -> None:
-    """Make labeled images."""
+    """Write labeled images."""
     from dora_ray.video.synthetic import make_photo_classes
 
     _refuse_existing(options.out)
@@ -221,4 +222,4 @@ def run_synth_photos(options: argparse.Namespace) -> None:
 
 def _refuse_existing(path: str) -> None:
     if Path(path).exists():
-        raise ConfigError(f"{path} exists already: give another name")
+        raise ConfigError(f"{path} already exists: give another name")

@@ -9,7 +9,7 @@ from dora_ray.progress import Stages
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write features."""
+    """Write the features of images or of a video."""
     from dora_ray.evaluation.embedding import embed
 
     with Stages() as stages:

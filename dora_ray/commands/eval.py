@@ -13,7 +13,7 @@ RANDOM = "random:"
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate encoders and newly drawn ones of the same architectures, and print them as a table."""
+    """Evaluate encoders, and random ones of the same architectures, and print a table."""
     from dora_ray.config_source import parse_override
     from dora_ray.evaluation import evaluate
     from dora_ray.evaluation.options import parse_options
@@ -43,10 +43,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _sources(checkpoints: list[str], *, random_init: bool) -> dict[str, str]:
-    """Return where each encoder is, by its word; all are looked for before the first one is evaluated.
+    """Return the location of each encoder, by its word; all are resolved before the first one is evaluated.
 
     Raises:
-        CheckpointError: One of them is not there, or timm cannot fetch it.
+        CheckpointError: an encoder does not exist, or timm cannot fetch it.
     """
     from dora_ray.checkpoints import TIMM, resolve_checkpoint
     from dora_ray.weights import load_backbone
@@ -61,7 +61,7 @@ def _sources(checkpoints: list[str], *, random_init: bool) -> dict[str, str]:
 def _random_encoders(
     named: dict[str, dict[str, Any]], task: str, data: str, settings: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate a newly drawn encoder of each architecture that has none yet, by its name."""
+    """Evaluate a random encoder for each architecture that has none yet; return the results by name."""
     from dora_ray.evaluation import evaluate
 
     drawn = {evaluation["encoder"] for evaluation in named.values() if evaluation["settings"]["random_init"]}

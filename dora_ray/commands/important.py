@@ -1,4 +1,4 @@
-"""The ten settings that matter most, in the order in which to decide on them, with what each costs."""
+"""The ten most important settings, in the order in which to decide on them, with their costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Setting(NamedTuple):
-    """One setting of a configuration: its keys, its value there, what to know, and what it costs."""
+    """One setting of a configuration: keys, value, advice, cost."""
 
     keys: str
     value: str
@@ -18,7 +18,7 @@ class Setting(NamedTuple):
 
 
 def important(config: Config) -> list[Setting]:
-    """Return the ten settings, most important first; costs are those of this configuration."""
+    """Return the ten settings, most important first, with the costs for this configuration."""
     return [*_of_the_run(config), *_of_the_method(config)]
 
 
@@ -29,32 +29,32 @@ def _of_the_run(config: Config) -> list[Setting]:
         Setting(
             "data.videos",
             ", ".join(data.videos) or "none yet",
-            "Hours of unbroken walking; variety of video matters more than any number below.",
-            "each is decoded once; `dora-ray plan` with your videos says how long and how much disk",
+            "Hours of continuous walking; the variety of video matters more than any number below.",
+            "each is decoded once; `dora-ray plan` with your videos estimates time and disk space",
         ),
         Setting(
             "optim.steps",
             f"{optim.steps:,}",
-            "Try a tenth first: warm-up is a share of the run and follows.",
-            f"time in proportion: {optim.steps * batch:,} clips in all",
+            "Try a tenth first: warm-up is a share of the run and scales with it.",
+            f"proportional time: {optim.steps * batch:,} clips in total",
         ),
         Setting(
             "cluster.num_workers",
             str(cluster.num_workers),
-            "One for each GPU, or [fewest, most] where machines come and go; it never changes what is learnt.",
+            "One per GPU, or [fewest, most] if machines come and go; it does not change the result.",
             f"a GPU or {cluster.cpus_per_worker:g} CPUs each; at most optim.slots={optim.slots}",
         ),
         Setting(
             "optim.slots x optim.clips_per_slot",
             f"{optim.slots} x {optim.clips_per_slot}",
-            "The batch is their product. Out of memory: fewer clips a slot and more slots are the same batch.",
-            f"{batch} clips a step; memory in proportion to clips_per_slot alone",
+            "The batch is their product. Out of memory: fewer clips per slot and more slots keep the same batch.",
+            f"{batch} clips per step; memory proportional to clips_per_slot alone",
         ),
         Setting(
             "optim.lr",
             f"{optim.lr:g}",
             f"Scale it with the batch ({optim.num_warmup_steps:,} warm-up steps); lower it if losses are not finite.",
-            "no time; too high, and the teacher gives every image the same output",
+            "no time; if too high, the teacher gives every image the same output",
         ),
     ]
 
@@ -68,38 +68,38 @@ def _of_the_method(config: Config) -> list[Setting]:
         Setting(
             "model.name",
             f"{model.name}, width {model.width}, depth {model.depth}",
-            "ViT-S is the paper's; the recipe paper-vit-b is four times the arithmetic.",
-            "time in proportion to depth and to the square of the width",
+            "The paper uses ViT-S; the recipe paper-vit-b needs four times the compute.",
+            "time proportional to the depth and to the square of the width",
         ),
         Setting(
             "tracking.num_objects",
             str(tracking.num_objects),
-            "The paper's k: 3. More than the encoder's heads are refused; sweeps/objects.yaml asks for yours.",
-            f"{seen['objects'] / total:.0%} of the patches that the networks see; each object adds {whole:,} a clip",
+            "The paper uses k = 3; at most the encoder's number of heads. sweeps/objects.yaml finds the best for you.",
+            f"{seen['objects'] / total:.0%} of the patches that the networks see; each object adds {whole:,} per clip",
         ),
         Setting(
             "clip.num_frames, clip.stride_seconds",
             f"{clip.num_frames}, {clip.stride_seconds:g} s",
-            "Objects are tracked through so many frames, so far apart; 2 frames are the cheapest.",
-            "time and memory in proportion to the frames",
+            "Number of frames to track objects through, and their distance; 2 frames are the cheapest.",
+            "time and memory proportional to the frames",
         ),
         Setting(
             "crops.num_locals",
             str(crops.num_locals),
-            "Small views are cheap, and keep the teacher from giving every image the same output.",
+            "Small views are cheap, and help to prevent collapse.",
             f"{seen['locals'] / total:.0%} of the patches that the networks see",
         ),
         Setting(
             "data.frames_per_second, data.short_side",
             f"{data.frames_per_second:g}, {data.short_side} pixels",
-            "Frames kept of the video; a change means another ingest.",
-            "disk in proportion to the first and to the square of the second",
+            "Frames kept in the store; a change requires another ingest.",
+            "disk proportional to the first and to the square of the second",
         ),
     ]
 
 
 def _patches(config: Config) -> dict[str, int]:
-    """Patches of a clip that student and teacher see, by kind of view, object views counted whole."""
+    """Return a clip's patches seen by student and teacher, by kind of view; object views count in full."""
     crops, patch, frames = config.crops, config.model.patch_size, config.clip.num_frames
     whole = frames * (crops.global_size // patch) ** 2
     kinds: dict[str, Any] = {"globals": whole * config.num_globals}

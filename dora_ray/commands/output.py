@@ -1,4 +1,4 @@
-"""Printing of results, to standard output."""
+"""Print results to stdout."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dora_ray.errors import ConfigError
 
 
 def write(text: str) -> None:
-    """To standard output, with a line end."""
+    """Write a text to stdout, with a newline."""
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
 
 
 def write_facts(facts: Mapping[str, Any]) -> None:
-    """Names and values, aligned."""
+    """Write names and values in aligned columns."""
     width = max((len(name) for name in facts), default=0)
     write("\n".join(f"{name:<{width}}  {_plain(value)}" for name, value in facts.items()))
 
@@ -31,7 +31,7 @@ def _plain(value: Any) -> str:
 
 
 def write_json(path: str | None, content: Any) -> None:
-    """To the file that --json names, if any."""
+    """Write the content to the file given by --json, if any."""
     if path is not None:
         try:
             files.write_text(path, json.dumps(content, indent=2) + "\n")

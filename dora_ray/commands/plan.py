@@ -11,7 +11,7 @@ from dora_ray.errors import ConfigError
 
 
 def run(options: argparse.Namespace) -> None:
-    """Say what a training would need and take, without running anything."""
+    """Estimate the resources and time of a training, without running anything."""
     from dora_ray.planning.figures import load_figures
     from dora_ray.planning.model import Cluster
     from dora_ray.planning.report import GIB, Question, gpu_memory, load_prices, long_form, plan_of, this_machine
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     films = [parse_film(text) for text in options.film] or [film_of(index) for index in check_videos(config)]
     gpus = options.gpus if options.gpus is not None else (config.max_workers if config.cluster.use_gpu else 0)
     if gpus < 0 or (options.cpus is not None and options.cpus <= 0):
-        raise ConfigError(f"--gpus {gpus} --cpus {options.cpus}: a number of machines is at least 0, of cores above 0")
+        raise ConfigError(f"--gpus {gpus} --cpus {options.cpus}: --gpus must be at least 0, and --cpus above 0")
     cluster = Cluster(
         workers=gpus or config.max_workers,
         gpus=gpus > 0,

@@ -11,7 +11,7 @@ from dora_ray.commands.output import write
 
 
 def run(options: argparse.Namespace) -> None:
-    """Draw what a teacher sees; of a run also what it saw at its first and at a middle checkpoint that are kept."""
+    """Draw a teacher's attention and objects; for a run also those of its first and a middle kept checkpoint."""
     from dora_ray.evaluation.pictures import show
 
     chosen = {"num_clips": options.clips, "seed": options.seed}
@@ -29,11 +29,11 @@ def _is_run(folder: str) -> bool:
 
 
 def _pictures_of(checkpoint: str) -> str:
-    """Where the report of the checkpoint's run looks for pictures; for any other folder, `pictures` here."""
+    """Return the folder where a run's report looks for pictures; for anything else, `pictures` in this folder."""
     return files.join(checkpoint, "pictures") if _is_run(checkpoint) else "pictures"
 
 
 def _earlier(checkpoint: str) -> list[str]:
-    """The first and a middle one of a run's complete checkpoints, the last one left out."""
+    """Return the first and a middle one of a run's complete checkpoints, without the last one."""
     kept = [*complete_checkpoints(files.join(checkpoint, CHECKPOINTS))][::-1] if _is_run(checkpoint) else []
     return [kept[index] for index in sorted({0, len(kept) // 2}) if index < len(kept) - 1]

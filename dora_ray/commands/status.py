@@ -10,7 +10,7 @@ from dora_ray.commands.output import write, write_facts, write_json
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print how a run or a sweep is doing, and what to do when it was killed."""
+    """Print the status of a run or sweep, and the next command if it was killed."""
     if files.exists(files.join(options.run, "sweep.yaml")):
         _sweep(options)
     else:
@@ -27,11 +27,11 @@ def _run(options: argparse.Namespace) -> None:
     }
     shown = facts | ages
     write_facts({name.replace("_", " ").removesuffix(" seconds"): value for name, value in shown.items()})
-    go_on = f"Go on with: dora-ray train --resume --out {options.run}"
+    go_on = f"Continue: dora-ray train --resume --out {options.run}"
     if facts["state"] == "dead":
         write(f"\nThe process that launched the run is gone: it was killed. {go_on}")
     elif facts["state"] == "silent":
-        write(f"\nNothing has been heard for {facts['written_seconds']:.0f} s: the run was probably killed. {go_on}")
+        write(f"\nNothing was written for {facts['written_seconds']:.0f} s: the run was probably killed. {go_on}")
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -48,6 +48,6 @@ def _sweep(options: argparse.Namespace) -> None:
     write_facts({name.replace("_", " "): value for name, value in shown.items()} | running)
     go_on = f"dora-ray sweep FILE.yaml --resume --out {options.run}"
     if facts["state"] == "dead":
-        write(f"\nThe process that ran the sweep is gone: it was killed. Go on with: {go_on}")
+        write(f"\nThe process that ran the sweep is gone: it was killed. Continue: {go_on}")
     elif facts["state"] in ("interrupted", "failed"):
-        write(f"\nRun what is missing or failed with: {go_on}")
+        write(f"\nRun the missing and failed trials: {go_on}")

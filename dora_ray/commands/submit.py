@@ -14,15 +14,15 @@ from dora_ray.errors import ConfigError, DoRAError
 
 
 class JobError(DoRAError):
-    """A job that ended with a status of its own."""
+    """A job ended with an exit status other than 0."""
 
     def __init__(self, name: str, status: int) -> None:
-        super().__init__(f"the job {name} ended with status {status}; what it said is above (ray job logs {name})")
+        super().__init__(f"the job {name} ended with status {status}; its log is above (ray job logs {name})")
         self.exit_status = status
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run a command on a cluster, show what it prints, end as it ended."""
+    """Run a command on a cluster, show its output, and exit with its status."""
     from dora_ray.cluster.jobs import DEFAULT_ADDRESS, Jobs, new_name, prepare_command
 
     parser = submit_options(argparse.ArgumentParser(prog="dora-ray submit", add_help=False, allow_abbrev=False))
@@ -45,14 +45,14 @@ def run(options: argparse.Namespace) -> None:
     try:
         status = jobs.follow(name, Log().show)
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nThe job goes on. Stop it, with a checkpoint: ray job stop {where} {name}\n")
+        sys.stderr.write(f"\nThe job keeps running. To save a checkpoint and stop it: ray job stop {where} {name}\n")
         raise
     if status:
         raise JobError(name, status)
 
 
 def _check(words: list[str], working_dir: str) -> None:
-    """Find mistakes in a training's configuration before anything is uploaded; files are named from the folder."""
+    """Check a training's configuration before the upload; paths are relative to the working directory."""
     before = os.getcwd()
     os.chdir(working_dir)
     try:
@@ -66,14 +66,14 @@ def _values_of_options(words: list[str]) -> set[str]:
 
 
 class Log:
-    """A job's log on this terminal: lines of progress take each other's place."""
+    """Prints a job's log on this terminal; progress lines overwrite each other."""
 
     def __init__(self) -> None:
         self._rest = ""
         self._over = False
 
     def show(self, text: str) -> None:
-        """Write the whole lines of what has come."""
+        """Write the complete lines received so far."""
         from dora_ray.cluster.jobs import PROGRESS
 
         *lines, self._rest = (self._rest + text).split("\n")

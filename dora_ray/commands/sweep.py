@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run a sweep and print its best point; or, with --dry-run, what it would take.
+    """Run a sweep and print its verdict; with --dry-run print a forecast instead.
 
     Raises:
-        DoRAError: a trial has failed; the others are in the table.
+        DoRAError: a trial has failed; the results of the others are written.
     """
     if options.dry_run:
         _dry_run(options)
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         again = shlex.join(["dora-ray", "sweep", options.file, *options.overrides, "--resume", "--out", result.path])
         raise DoRAError(
             f"{counts['failed']} of {len(result.results)} trials failed. The first, {first.name}: {first.error}. "
-            f"Try them again with: {again}"
+            f"Run them again: {again}"
         )
 
 

@@ -13,14 +13,14 @@ from dora_ray.errors import ConfigError
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, or say what training would do."""
+    """Train, or with --dry-run describe the training."""
     from dora_ray.config import load_config
     from dora_ray.training.launch import check, saved_config, train
 
     names, overrides = split(options.words)
     if options.resume and not names:
         if options.out is None:
-            raise ConfigError("--resume needs the run to go on with: --out DIR")
+            raise ConfigError("--resume needs the run to continue: --out DIR")
         config = load_config(saved_config(files.absolute(options.out)), *overrides)
     else:
         found = load(options.words)

@@ -1,4 +1,4 @@
-"""The words of a command: a recipe or files, videos, and overrides of the form key=value."""
+"""Positional words of a command: recipe or file names, videos, and overrides of the form key=value."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ OVERRIDE = re.compile(r"[A-Za-z_]+(\.[A-Za-z_]+)*=")
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names, and overrides of the form key=value; a file that is there is a name, whatever it is called."""
+    """Split words into names and overrides of the form key=value; an existing file is always a name."""
     overrides = [word for word in words if OVERRIDE.match(word) and not os.path.isfile(word)]
     return [word for word in words if word not in overrides], overrides
 
 
 def load(words: Sequence[str]) -> Config | None:
-    """The configuration that a command's words name; None when they name none.
+    """Return the configuration given by a command's words; None if they name none.
 
-    Names that end like videos are the videos of the run. Without a recipe beside them, the machine decides.
+    Names with a video suffix are the run's videos. Without a recipe, the machine decides.
     """
     from dora_ray.config import load_config
 
@@ -42,12 +42,12 @@ def load(words: Sequence[str]) -> Config | None:
         hint = f"; to name videos, {QUOTED_VIDEOS}" if any(word.startswith(VIDEOS) for word in overrides) else ""
         raise ConfigError(
             f"{len(names)} recipes or files were given ({', '.join(names)}): "
-            f"give one, and changes to it as section.key=value{hint}"
+            f"give one, and change it with section.key=value{hint}"
         )
     if not names and not videos and overrides:
         raise ConfigError(
-            f"{overrides[0]} changes a configuration, but none was named: "
-            "begin with a recipe (paper, released, tiny) or a YAML file"
+            f"{overrides[0]} changes a configuration, but none was given: "
+            "start with a recipe (paper, released, tiny) or a YAML file"
         )
     if videos:
         names = names or [_recipe_for_this_machine()]
@@ -56,14 +56,14 @@ def load(words: Sequence[str]) -> Config | None:
 
 
 def _refuse_videos_twice(videos: Sequence[str], overrides: Sequence[str]) -> None:
-    """Raise ConfigError for data.videos where the command's own words are the videos."""
+    """Raise ConfigError if videos are given both as words and as data.videos."""
     given = [word for word in overrides if word.startswith(f"{VIDEOS}=")]
     if given and videos:
-        raise ConfigError(f"{given[0]} beside {' '.join(videos)}: name all videos the same way, as words (A.mp4 B.mp4)")
+        raise ConfigError(f"{given[0]} and {' '.join(videos)}: name all videos the same way, as words (A.mp4 B.mp4)")
 
 
 def _refuse_parts_of_a_name(words: Sequence[str]) -> None:
-    """Raise ConfigError where several words together are the name of a file, which was not quoted."""
+    """Raise ConfigError if several words together are the name of a file that was not quoted."""
     joined = " ".join(words)
     if len(words) > 1 and os.path.isfile(joined):
         raise ConfigError(
@@ -78,17 +78,17 @@ def _is_video(name: str) -> bool:
 
 
 def _recipe_for_this_machine() -> str:
-    """Return `paper` where there is a GPU, else `tiny`, and say so."""
+    """Return `paper` if there is a GPU, else `tiny`, and log the choice."""
     import torch
 
     if torch.cuda.is_available():
         logger.info(
-            "No recipe was named: paper, as this machine has a GPU (309,000 steps; `dora-ray plan` with the same words "
-            "estimates the time, `tiny` before the video takes minutes)."
+            "No recipe was given: using paper, as this machine has a GPU (309,000 steps). `dora-ray plan` with the "
+            "same words estimates the time; the recipe `tiny` takes minutes."
         )
         return "paper"
     logger.info(
-        "No recipe was named: tiny, as this machine has no GPU (minutes on two cores, a small network; `paper` before "
-        "the video is the paper's)."
+        "No recipe was given: using tiny, as this machine has no GPU (a small network, minutes on two cores). The "
+        "paper's recipe is `paper`."
     )
     return "tiny"

@@ -1,6 +1,6 @@
-"""Evaluation of a checkpoint's encoder: one function for every protocol, each of which has its own file.
+"""Evaluation of a checkpoint's encoder: one function for all protocols.
 
-`tasks` lists them; nothing here imports torch before an encoder is evaluated.
+Each protocol has its own module, listed in `tasks`. Torch is imported only when an encoder is evaluated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def evaluate(
     progress: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint's teacher, frozen.
+    """Evaluate a checkpoint's frozen teacher.
 
     Args:
         checkpoint: A checkpoint, a run's folder (its newest checkpoint), an exported encoder, a file of weights (.pth)
@@ -40,12 +40,12 @@ def evaluate(
         data: The data's folder: train/CLASS/* and test/CLASS/* for knn and linear, images and boxes for corloc (Pascal
             VOC's layout, or images/ and boxes.json), DAVIS's layout for vos, DAVIS 2017's or a labeled tour for
             objects, any video, labeled tour or folder of frames for views.
-        progress: Show how far it is: a bar on a terminal, else lines in the log.
+        progress: Show progress: a bar on a terminal, else lines in the log.
         **options: The task's settings; `dora_ray.evaluation.options` lists them with their defaults.
 
     Returns:
-        task, checkpoint, encoder (its architecture in words), data, settings (all options as used) and results (shares
-        in [0, 1]); ready for JSON. The evaluation of a run's checkpoint is kept in the run's evaluations.jsonl.
+        JSON-serializable: task, checkpoint, encoder (description of its architecture), data, settings (all options as
+        used) and results (shares in [0, 1]). For a run's checkpoint it is also added to the run's evaluations.jsonl.
 
     Raises:
         ConfigError: An unknown task or option, or data in another layout.
@@ -81,7 +81,7 @@ def evaluate(
 
 
 def _complete(parsed: Options, source: str, backbone: VisionTransformer) -> dict[str, Any]:
-    """Return all options, those that were not set being the encoder's own."""
+    """Return all options; unset ones take the encoder's own values."""
     from dora_ray.weights import read_origin
 
     settings = parsed.model_dump()
@@ -102,7 +102,7 @@ def _run(
     progress: bool,
     title: str,
 ) -> dict[str, Any]:
-    """Carry a task out, and show how far it is."""
+    """Run a task and show its progress."""
     accepted = {name: value for name, value in settings.items() if name not in NOT_OF_THE_TASK}
     if not progress:
         return task.run(backbone, data, progress=None, **accepted)
@@ -117,7 +117,7 @@ def _run(
 def _beside(
     run: Callable[..., dict[str, Any]], source: str, settings: dict[str, Any], results: dict[str, Any]
 ) -> dict[str, Any]:
-    """Put the results of newly drawn encoders beside those of a trained one."""
+    """Add the results of random encoders to those of a trained one."""
     from dora_ray.evaluation.beside import beside_random
     from dora_ray.weights import random_backbone
 
@@ -128,10 +128,10 @@ def _beside(
 
 
 def _image_size(backbone: VisionTransformer, asked: int | None) -> int:
-    """Return the side of the images that the encoder is shown, pixels.
+    """Return the encoder's input size in pixels.
 
     Raises:
-        ConfigError: It is no multiple of the encoder's patches.
+        ConfigError: The size is not a multiple of the encoder's patch size.
     """
     from dora_ray.evaluation.features import training_size
 
@@ -139,15 +139,15 @@ def _image_size(backbone: VisionTransformer, asked: int | None) -> int:
     if size % patch:
         below, above = size // patch * patch, (size // patch + 1) * patch
         near = f"{below} or {above}" if below else str(above)
-        raise ConfigError(f"image_size={size} is no multiple of the encoder's patch of {patch} px; use {near}.")
+        raise ConfigError(f"image_size={size} is not a multiple of the encoder's patch size of {patch} px; use {near}.")
     return size
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name.
+    """Return the device with this name.
 
     Raises:
-        ConfigError: No device has that name here.
+        ConfigError: The device does not exist on this machine.
     """
     import torch
 
@@ -155,5 +155,5 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device={name!r} cannot be used here ({str(error).splitlines()[0]}). Use cpu.") from error
+        raise ConfigError(f"device={name!r} is not available ({str(error).splitlines()[0]}). Use cpu.") from error
     return device

@@ -1,4 +1,4 @@
-"""A measure beside the same measure of newly drawn encoders, on the same clips, with intervals over these."""
+"""Comparison of a measure with that of random encoders on the same clips, with intervals over the clips."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dora_ray.evaluation.intervals import mean_interval
 
 
 def beside_random(trained: dict[str, Any], random: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Add intervals, and what random encoders reach.
+    """Add confidence intervals and the comparison with random encoders.
 
     Args:
-        trained: Results with `samples`, the values of each clip by the measure's name, which are taken out.
-        random: The same of other encoders, on the same clips.
+        trained: Results with `samples`, the values per clip by measure.
+        random: The same for random encoders, on the same clips.
 
     Returns:
-        trained; NAME_interval for each measure with samples, 95 % over clips; and with random encoders
-        random_NAME (mean over them), NAME_gain (trained less that) and NAME_gain_interval, over clips, paired.
+        trained without `samples`; NAME_interval for each measure with samples, 95 % over clips; and with random
+        encoders random_NAME (their mean), NAME_gain (trained minus random) and NAME_gain_interval (paired over clips).
     """
     results = {name: value for name, value in trained.items() if name != "samples"}
     for name, values in trained["samples"].items():

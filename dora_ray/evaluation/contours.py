@@ -1,4 +1,4 @@
-"""The measures of DAVIS for a mask beside the true one: J for its region, F for its contour, and their statistics.
+"""DAVIS measures of a mask against ground truth: J (region), F (contour), and their statistics.
 
 Legend: H x W pixels, T frames.
 """
@@ -15,13 +15,13 @@ _QUARTERS = 4
 
 
 def region_similarity(mask: np.ndarray, truth: np.ndarray) -> float:
-    """J: intersection over union of two (H, W) bool masks; 1 where both are empty."""
+    """Return J, the intersection over union of two (H, W) bool masks; 1 if both are empty."""
     union = int((mask | truth).sum())
     return int((mask & truth).sum()) / union if union else 1.0
 
 
 def boundary_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
-    """F: harmonic mean of the shares of each (H, W) mask's boundary within 0.8 % of the diagonal of the other's."""
+    """Return F, the harmonic mean of the shares of each mask's boundary within 0.8 % of the diagonal of the other's."""
     tolerance = int(np.ceil(BOUNDARY_TOLERANCE * np.hypot(*mask.shape)))
     ours, theirs = boundary(mask), boundary(truth)
     if not ours.any() or not theirs.any():
@@ -32,14 +32,14 @@ def boundary_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a mask (H, W) bool that differ from the right, the lower or the lower right neighbor."""
+    """Return the pixels of a mask (H, W) bool that differ from their right, lower or lower right neighbor."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     changes: np.ndarray = (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
     return changes
 
 
 def dilate(mask: np.ndarray, *, radius: int) -> np.ndarray:
-    """All pixels at most `radius` from a pixel of the mask (H, W) bool."""
+    """Dilate a mask (H, W) bool by a disk of `radius` pixels."""
     height, width = mask.shape
     result = np.zeros_like(mask)
     for dy in range(-radius, radius + 1):
@@ -52,14 +52,14 @@ def dilate(mask: np.ndarray, *, radius: int) -> np.ndarray:
 
 
 def statistics(values: Sequence[float]) -> dict[str, float]:
-    """Return the mean of one object's J or F over its frames, its recall and its decay.
+    """Return mean, recall and decay of one object's J or F over its frames.
 
     Args:
-        values: T numbers in [0, 1], in the order of the frames.
+        values: T numbers in [0, 1], by frame.
 
     Returns:
-        mean; recall, the share of frames above 0.5; decay, the mean of the first quarter less that of the last one, the
-        quarters sharing the frames at their borders (as DAVIS computes it).
+        mean; recall, the share of frames above 0.5; decay, the mean of the first quarter minus that of the last, where
+        adjacent quarters share their border frames (as in DAVIS).
     """
     numbers = np.asarray(values, np.float64)
     ends = np.round(np.linspace(1, len(numbers), _QUARTERS + 1) + 1e-10).astype(int) - 1

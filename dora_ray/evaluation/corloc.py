@@ -1,10 +1,10 @@
-"""Object discovery without labels: does one box, found in an image by the encoder alone, hit one of its objects?
+"""Object discovery without labels: the encoder proposes one box per image, which should hit an object (CorLoc).
 
-Legend: h x w patches, N = h w, D width, H heads. A box is (left, top, right, bottom) in pixels, the right and the lower
-edge excluded.
+Legend: h x w patches, N = h w, D width, H heads. A box is (left, top, right, bottom) in pixels, right and bottom
+exclusive.
 
-CorLoc is the share of images whose box has an intersection over union of at least 0.5 with a ground-truth box. Two
-ways to a box: `attention`, the CLS attention of the last block, mean over heads; and `lost` (Simeoni et al., BMVC
+CorLoc is the share of images whose box has an intersection over union of at least 0.5 with a ground-truth box. There
+are two methods: `attention`, the CLS attention of the last block averaged over heads; and `lost` (Simeoni et al., BMVC
 2021), from the keys of the last block.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 Method = Literal["attention", "lost"]
-# More patches of an image cannot be compared with each other: attention takes 2.4 GB with 6 heads.
+# Limit on the patches of an image, all pairs of which are compared: attention takes 2.4 GB with 6 heads.
 MOST_PATCHES = 10_000
 LAYOUT = (
     "Pascal VOC's (FOLDER/JPEGImages/*.jpg, FOLDER/Annotations/*.xml, and FOLDER/ImageSets/Main/trainval.txt if there "
@@ -44,10 +44,10 @@ LAYOUT = (
 
 
 def find_boxes(folder: str | os.PathLike[str]) -> list[tuple[Path, list[Box]]]:
-    """The images and their ground-truth boxes, by name; images without a box are left out.
+    """Return the images and their ground-truth boxes, by name; images without a box are left out.
 
     Raises:
-        ConfigError: Another layout, an annotation that cannot be read, or no box at all.
+        ConfigError: The layout is unknown, an annotation cannot be read, or there is no box.
     """
     root = Path(folder)
     if (root / "boxes.json").is_file():
@@ -63,7 +63,7 @@ def find_boxes(folder: str | os.PathLike[str]) -> list[tuple[Path, list[Box]]]:
         for left, top, right, bottom in boxes:
             if not (left < right and top < bottom):
                 box = f"left {left:g}, top {top:g}, right {right:g}, bottom {bottom:g}"
-                raise ConfigError(f"{path} has a box without an area ({box}); correct its annotation.")
+                raise ConfigError(f"{path} has an empty box ({box}); correct its annotation.")
     found = [(path, boxes) for path, boxes in found if boxes]
     if not found:
         raise ConfigError(f"{root} names no image with a box. Use {LAYOUT}.")
@@ -92,7 +92,7 @@ def _voc_names(root: Path) -> list[str]:
 
 
 def _voc_boxes(path: Path) -> list[Box]:
-    """Every object's box; VOC counts pixels from 1 and includes the last one."""
+    """Return the boxes of all objects; VOC counts pixels from 1 and includes the last one."""
     try:
         boxes = [entry.find("bndbox") for entry in ElementTree.parse(path).getroot().iter("object")]
         sides = [
@@ -108,7 +108,7 @@ def _voc_boxes(path: Path) -> list[Box]:
 
 
 def box_iou(first: Box, second: Box) -> float:
-    """Intersection over union of two boxes."""
+    """Return the intersection over union of two boxes."""
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     shared = max(0.0, width) * max(0.0, height)
@@ -117,22 +117,22 @@ def box_iou(first: Box, second: Box) -> float:
 
 
 def is_hit(box: Box, truths: Sequence[Box]) -> bool:
-    """Tell a box that overlaps with a true one by half of their union, or more."""
+    """Return whether a box has an intersection over union of at least 0.5 with a ground-truth box."""
     return max(box_iou(box, truth) for truth in truths) >= 0.5
 
 
 def attention_patches(attention: Tensor) -> tuple[Tensor, int]:
-    """From CLS attention (H, N): patches (N,) bool above the mean, heads being averaged, and the largest patch."""
+    """Return the patches (N,) bool whose CLS attention (H, N), averaged over heads, exceeds its mean, and the peak."""
     mean = attention.mean(dim=0)
     return mean > mean.mean(), int(mean.argmax())
 
 
 def lost_patches(key: Tensor, *, num_seeds: int) -> tuple[Tensor, int]:
-    """From keys (N, D): the patches (N,) bool of one object, and its seed.
+    """Return the patches (N,) bool of one object, and its seed, from keys (N, D) (LOST).
 
-    The seed is the patch that correlates positively with the fewest others: objects are smaller than their background.
-    It is joined by those of the `num_seeds` such patches that correlate positively with it; the object is every patch
-    that correlates positively with their sum.
+    The seed is the patch with the lowest degree, which correlates positively with the fewest others: objects are
+    smaller than their background. Those of the `num_seeds` patches of lowest degree that correlate positively with the
+    seed join it. The object is every patch that correlates positively with their sum.
     """
     correlation = key @ key.T
     degree = (correlation > 0).sum(dim=-1)
@@ -143,7 +143,7 @@ def lost_patches(key: Tensor, *, num_seeds: int) -> tuple[Tensor, int]:
 
 
 def component(patches: np.ndarray, start: tuple[int, int]) -> np.ndarray:
-    """The patches (h, w) bool that are connected with `start` by their sides, `start` included."""
+    """Return the 4-connected component of patches (h, w) bool that contains `start`; `start` is always included."""
     height, width = patches.shape
     found = np.zeros_like(patches)
     waiting = [start]
@@ -158,7 +158,7 @@ def component(patches: np.ndarray, start: tuple[int, int]) -> np.ndarray:
 
 
 def patch_box(patches: np.ndarray, *, width: int, height: int) -> Box:
-    """The box around patches (h, w) bool, in pixels of the image that they divide into equal parts."""
+    """Return the bounding box of patches (h, w) bool in pixels of an image of this size."""
     rows, columns = np.flatnonzero(patches.any(axis=1)), np.flatnonzero(patches.any(axis=0))
     y, x = height / patches.shape[0], width / patches.shape[1]
     return (float(columns[0] * x), float(rows[0] * y), float((columns[-1] + 1) * x), float((rows[-1] + 1) * y))
@@ -174,28 +174,28 @@ def discover_box(
     num_seeds: int,
     device: str,
 ) -> Box:
-    """The box of the object that the encoder finds in an image.
+    """Return the box of the object that the encoder discovers in an image.
 
     Args:
         vit: On `device`, in evaluation mode.
         image: RGB.
         method: "attention" or "lost".
-        short_side: Of what the encoder sees, pixels; None: the image's own, or less, so that its long side is at most
-            `long_side`. Sides are rounded to whole patches.
-        long_side: Pixels.
+        short_side: Short side of the encoder's input, pixels; None: the image's own, reduced so that the long side is
+            at most `long_side`. Sides are rounded to whole patches.
+        long_side: Limit of the long side, pixels.
         num_seeds: As `lost_patches`.
-        device: Of the encoder.
+        device: Device of the encoder.
 
     Raises:
-        ConfigError: The image has so many patches at this size that comparing them all takes gigabytes.
+        ConfigError: The image has more than MOST_PATCHES patches at this size.
     """
     patch = int(vit.patch_embed.patch_size[0])
     shown = short_side or min(image.size) * min(1.0, long_side / max(image.size))
     width, height = whole_size(image.size, short_side=shown, patch_size=patch)
     if width * height > MOST_PATCHES * patch**2:
         raise ConfigError(
-            f"{width}x{height} pixels are {width * height // patch**2:,} patches of {patch} px, and {MOST_PATCHES:,} "
-            f"can be compared; lower {'short_side' if short_side else 'long_side'}."
+            f"{width}x{height} pixels are {width * height // patch**2:,} patches of {patch} px; at most "
+            f"{MOST_PATCHES:,} are allowed: lower {'short_side' if short_side else 'long_side'}."
         )
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).copy()
     frames = normalize(torch.from_numpy(pixels)[None].to(device))[None]
@@ -223,7 +223,7 @@ def evaluate_corloc(
     skip_unreadable: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Share of a folder's images in which the encoder finds an object.
+    """Evaluate CorLoc on a folder of images and boxes.
 
     Args:
         backbone: On `device`, in evaluation mode.
@@ -232,17 +232,17 @@ def evaluate_corloc(
         short_side: As `discover_box`.
         long_side: As `discover_box`.
         num_seeds: As `lost_patches`.
-        max_images: The first ones of the list; None: all.
+        max_images: Use only the first images of the list; None: all.
         device: Where the encoder runs.
         skip_unreadable: Leave out images that cannot be read, with a warning.
-        progress: Told the number of images that are done, and of all.
+        progress: Called with the number of images done and the total.
 
     Returns:
-        corloc in [0, 1] and its 95 % interval; whole_image, the same share for the box around the whole image, to
-        compare with; num_images.
+        corloc in [0, 1] and its 95 % interval; whole_image, the CorLoc of a box around the whole image, as a baseline;
+        num_images; num_unreadable.
 
     Raises:
-        ConfigError: As `find_boxes`, or images that cannot be read.
+        ConfigError: As `find_boxes`, or an image cannot be read.
     """
     discover = functools.partial(
         discover_box,

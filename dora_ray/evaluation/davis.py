@@ -1,10 +1,10 @@
-"""Videos with a mask for each object and frame, laid out as DAVIS 2016 or 2017.
+"""Videos with object masks for each frame, in the layout of DAVIS 2016 or 2017.
 
 Legend: H x W pixels of a mask.
 
-A mask's pixel says which object it is: 0 is the background, other values number the objects. They may stand in gray
-levels, in a palette's numbers or in colors; a single object is mostly 255 or 1. Beside other objects, 255 marks pixels
-that count for nobody (DAVIS 2017).
+Each pixel of a mask holds an object's number, 0 for the background. Numbers may be stored as gray levels, palette
+indices or colors; a single object is usually 255 or 1. If there are several objects, 255 marks void pixels, which are
+not scored (DAVIS 2017).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ LAYOUT = (
     "FOLDER/JPEGImages/480p/SEQUENCE/00000.jpg, FOLDER/Annotations/480p/SEQUENCE/00000.png, and FOLDER/ImageSets/"
     "2017/val.txt or FOLDER/ImageSets/2016/val.txt if there is one"
 )
-# The lists of the sequences that published scores are of: for the year, and as DAVIS 2016 was first given out.
+# Validation lists, on which published scores are computed; DAVIS 2016 also in its first release's place.
 LISTS = {"2017": ("2017/val.txt",), "2016": ("2016/val.txt", "480p/val.txt")}
 VOID = 255
-COLOR = 1 << 24  # above every gray level; a color's number is this and its red, green and blue
-# Numbers of objects end far below: what has more is a picture, or a mask with soft edges.
+COLOR = 1 << 24  # offset of numbers made from colors (plus red, green and blue), above every gray level
+# Real masks have far fewer objects: a file with more is a picture, or a mask with soft edges.
 MOST_OBJECTS = 100
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """A sequence's frames and masks, one mask a frame."""
+    """Frames and masks of a sequence, one mask per frame."""
 
     name: str
     frames: tuple[Path, ...]
@@ -43,11 +43,11 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The sequences that are scored.
+    """Sequences to score.
 
     Attributes:
-        sequences: In the order of their names.
-        averaged: What the scores are means over, for people.
+        sequences: Sorted by name.
+        averaged: Description, for the user, of the sequences that the scores are averaged over.
     """
 
     sequences: tuple[Sequence, ...]
@@ -60,19 +60,19 @@ def find_sequences(folder: str | os.PathLike[str], *, year: str | None = None) -
 
 
 def choose_sequences(folder: str | os.PathLike[str], *, year: str | None = None) -> Chosen:
-    """Return the sequences of the folder's validation list, or all that have frames and masks where it has none.
+    """Return the sequences of the folder's validation list; without a list, all that have frames and masks.
 
     Args:
-        folder: Laid out as DAVIS.
-        year: "2016" or "2017", whose list must be there; None: the newest list that is there.
+        folder: Folder in the DAVIS layout.
+        year: "2016" or "2017" for that year's list, which must exist; None: the newest list that exists.
 
     Raises:
-        ConfigError: Another layout, no list of that year, none of the listed sequences, or a sequence with unequal
-            numbers of frames and masks, or with fewer than 3.
+        ConfigError: The layout is unknown, the year's list or all of its sequences are missing, or a sequence has
+            unequal numbers of frames and masks, or fewer than 3.
     """
     images, annotations = Path(folder, "JPEGImages", "480p"), Path(folder, "Annotations", "480p")
     if not images.is_dir() or not annotations.is_dir():
-        raise ConfigError(f"{folder} is not laid out as DAVIS: {LAYOUT}.")
+        raise ConfigError(f"{folder} does not have the DAVIS layout: {LAYOUT}.")
     present = sorted(
         entry.name for entry in images.iterdir() if not is_hidden(entry.name) and (annotations / entry.name).is_dir()
     )
@@ -91,21 +91,21 @@ def choose_sequences(folder: str | os.PathLike[str], *, year: str | None = None)
 
 
 def _list_file(folder: Path, year: str | None) -> Path | None:
-    """Return the validation list: of the year, or the newest.
+    """Return the validation list of the year, or the newest one.
 
     Raises:
-        ConfigError: A year was named that has no list here.
+        ConfigError: The list of the given year is missing.
     """
     years = LISTS if year is None else {year: LISTS[year]}
     paths = [folder / "ImageSets" / name for names in years.values() for name in names]
     found = next((path for path in paths if path.is_file()), None)
     if found is None and year is not None:
-        raise ConfigError(f"year={year} asks for the sequences of {paths[0]}, which is not there; leave year out.")
+        raise ConfigError(f"year={year} needs {paths[0]}, which does not exist; leave year out.")
     return found
 
 
 def _listed_names(path: Path) -> set[str]:
-    """Return the names in a list: one a line, or, as in DAVIS 2016, the paths of a frame and its mask."""
+    """Read the names in a list: one per line or, as in DAVIS 2016, the paths of a frame and its mask."""
     words = (line.split()[0] for line in path.read_text().splitlines() if line.strip())
     return {Path(word).parent.name if "/" in word else word for word in words}
 
@@ -118,8 +118,8 @@ def _read_sequence(name: str, images: Path, annotations: Path) -> Sequence:
     frames, masks = _visible(images, (".jpg", ".jpeg", ".png")), _visible(annotations, (".png",))
     if [path.stem for path in frames] != [path.stem for path in masks] or len(frames) < 3:
         raise ConfigError(
-            f"{images} has {len(frames)} frames and {len(masks)} masks: a mask for each frame is needed, "
-            "and 3 frames or more."
+            f"{images} has {len(frames)} frames and {len(masks)} masks: it needs a mask for each frame, "
+            "and at least 3 frames."
         )
     return Sequence(name, frames, masks)
 
@@ -129,7 +129,7 @@ def _visible(folder: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
 
 
 def read_masks(paths: Items[Path]) -> list[np.ndarray]:
-    """Return the masks of a sequence, their values agreeing: where some are known by their colors alone, all are.
+    """Read the masks of a sequence with consistent values: if some need to be read by color, all are.
 
     Raises:
         ConfigError: As `read_mask`.
@@ -142,14 +142,14 @@ def read_masks(paths: Items[Path]) -> list[np.ndarray]:
 
 
 def read_mask(path: Path, *, by_color: bool = False) -> np.ndarray:
-    """Return a mask's values as (H, W) int32: gray levels, numbers of a palette, or for each color a number of its own.
+    """Read a mask's values as (H, W) int32: gray levels, palette indices, or a distinct number for each color.
 
     Args:
         path: The file.
-        by_color: Take the colors where there are numbers, too.
+        by_color: Use colors even if the file has indices.
 
     Raises:
-        ConfigError: The file cannot be read as an image, or its values are not those of a mask.
+        ConfigError: The file cannot be read as an image, or is not a mask.
     """
     try:
         with Image.open(path) as image:
@@ -162,16 +162,16 @@ def read_mask(path: Path, *, by_color: bool = False) -> np.ndarray:
     if len(found) > MOST_OBJECTS or len(soft):
         shown = ", ".join(map(str, (soft if len(soft) else found)[:5].tolist()))
         raise ConfigError(
-            f"{path} holds {len(found)} values ({shown} ...), which are no numbers of objects (soft edges, JPEG?). "
-            "Give 0 for the background and 1, 2 ... for the objects, or 255 for a single one."
+            f"{path} holds {len(found)} values ({shown} ...), too many for object numbers (soft edges, JPEG?). "
+            "Use 0 for the background and 1, 2 ... for the objects, or 255 for a single one."
         )
     return values
 
 
 def _is_numbered(image: Image.Image) -> bool:
-    """Tell masks whose values are numbers of objects from those that are pictures of them.
+    """Return whether the pixel values are object numbers rather than colors.
 
-    A palette may be no more than a way to store colors: then black has any number but 0.
+    A palette may be a mere encoding of colors: then black has an index other than 0.
     """
     if image.mode != "P":
         return image.mode in ("1", "L") or image.mode.startswith("I")
@@ -181,7 +181,7 @@ def _is_numbered(image: Image.Image) -> bool:
 
 
 def _colors(image: Image.Image) -> np.ndarray:
-    """Return (H, W) int32 values: one for each color, 0 for black and for what is transparent."""
+    """Return (H, W) int32 values, one per color; 0 for black and transparent pixels."""
     pixels = np.asarray(image.convert("RGBA")).astype(np.int32)
     red, green, blue, alpha = np.moveaxis(pixels, -1, 0)
     color = (red << 16) + (green << 8) + blue
@@ -190,11 +190,11 @@ def _colors(image: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects of a sequence: those of its first mask.
+    """Objects of a sequence, defined by its first mask.
 
     Attributes:
-        values: The value of each object in the masks; where they are together, of all that are in the first mask.
-        together: All objects count as one (DAVIS 2016).
+        values: Values of the objects in the masks.
+        together: Treat all objects as one (DAVIS 2016).
     """
 
     values: tuple[int, ...]
@@ -205,27 +205,27 @@ class Objects:
         """Return the objects of a first mask (H, W).
 
         Raises:
-            ConfigError: It has none.
+            ConfigError: The mask is empty.
         """
         found = [int(value) for value in np.unique(first) if value != 0]
         values = [value for value in found if value != VOID] or found
         if not values:
-            raise ConfigError(f"{path} shows no object, and it is the mask that the objects are taken from.")
+            raise ConfigError(f"{path} shows no object, but the first mask defines the objects of its sequence.")
         return cls(tuple(values), together)
 
     @property
     def names(self) -> list[str]:
-        """The objects for people: their numbers or colors in the masks, or "all"."""
+        """Names for the user: the objects' numbers or colors in the masks, or "all"."""
         names = [str(value) if value < COLOR else f"#{value - COLOR:06x}" for value in self.values]
         return ["all"] if self.together else names
 
     def split(self, mask: np.ndarray) -> np.ndarray:
-        """Turn a mask's values (H, W) into (K, H, W) bool, a mask for each object."""
+        """Split a mask's values (H, W) into one mask per object, (K, H, W) bool."""
         if self.together:
             return np.stack([(mask != 0) & ~self.void(mask)])
         return np.stack([mask == value for value in self.values])
 
     def void(self, mask: np.ndarray) -> np.ndarray:
-        """Return the pixels (H, W) bool that count for nobody."""
+        """Return the void pixels (H, W) bool, which are not scored."""
         nobody: np.ndarray = mask == (VOID if VOID not in self.values else -1)
         return nobody

@@ -1,4 +1,4 @@
-"""Drawing with Pillow and NumPy alone: heat maps, masks over frames, a grid with labels, a short H.264 movie.
+"""Drawing with Pillow and NumPy: heat maps, mask overlays, labeled grids, short H.264 movies.
 
 Legend: K objects, h x w patches of a map, H x W pixels.
 """
@@ -24,12 +24,12 @@ FONT_SIZE = 15
 STRIPE = 7
 BAR_WIDTH = 240
 _PALETTE = ((235, 70, 60), (40, 170, 90), (60, 120, 245), (245, 180, 30), (190, 80, 215), (30, 195, 210))
-# Dark violet to yellow with steadily rising lightness: order is seen in gray print and by color-blind people as well.
+# Dark violet to yellow with monotonic lightness: readable in gray print and with color blindness.
 _HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
 
 
 def object_color(index: int) -> tuple[int, int, int]:
-    """The color of object number `index`: a fixed palette, then hues a golden angle apart."""
+    """Return the color of object `index`: from a fixed palette, then hues a golden angle apart."""
     if index < len(_PALETTE):
         return _PALETTE[index]
     red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1.0, 0.75, 0.9)
@@ -37,14 +37,14 @@ def object_color(index: int) -> tuple[int, int, int]:
 
 
 def heat_colors(values: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1] (...) to colors (..., 3) uint8; what lies outside is clipped."""
+    """Map numbers in [0, 1] (...), clipped, to colors (..., 3) uint8."""
     position = np.clip(values, 0.0, 1.0) * (len(_HEAT) - 1)
     channels = [np.interp(position, np.arange(len(_HEAT)), _HEAT[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 def enlarge(cells: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    """(h, w) or (h, w, 3) to (H, W) or (H, W, 3): each patch becomes a rectangle, so that patches stay visible."""
+    """Enlarge (h, w) or (h, w, 3) to (H, W) or (H, W, 3) by nearest neighbor, so that patches stay visible."""
     rows = np.arange(height) * cells.shape[0] // height
     columns = np.arange(width) * cells.shape[1] // width
     large: np.ndarray = cells[rows[:, None], columns[None, :]]
@@ -52,12 +52,12 @@ def enlarge(cells: np.ndarray, *, height: int, width: int) -> np.ndarray:
 
 
 def overlay(frame: np.ndarray, masks: np.ndarray, *, strength: float) -> np.ndarray:
-    """Objects' colors over a frame whose background is dimmed, striped where objects overlap, so that each shows.
+    """Draw objects in color over a frame with a dimmed background; overlaps are striped, so that each object shows.
 
     Args:
         frame: (H, W, 3) uint8.
         masks: (K, h, w) in [0, 1].
-        strength: Share of the objects' color, the rest being the frame's.
+        strength: Weight of the objects' color; the rest is the frame's.
 
     Returns:
         (H, W, 3) uint8.
@@ -76,7 +76,7 @@ def overlay(frame: np.ndarray, masks: np.ndarray, *, strength: float) -> np.ndar
 
 
 def _striped_choice(covering: np.ndarray) -> np.ndarray:
-    """(K, H, W) bool to (H, W): at each pixel one of the objects that cover it, changing along diagonal stripes."""
+    """Choose for each pixel (H, W) one of the objects that cover it (K, H, W), alternating in diagonal stripes."""
     rows, columns = np.indices(covering.shape[1:])
     turn = (rows + columns) // STRIPE % np.maximum(covering.sum(axis=0), 1)
     chosen: np.ndarray = (covering & (covering.cumsum(axis=0) == turn + 1)).argmax(axis=0)
@@ -84,7 +84,7 @@ def _striped_choice(covering: np.ndarray) -> np.ndarray:
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a mask (H, W) bool with a neighbor outside it, the picture's border not counting."""
+    """Return the pixels of a mask (H, W) bool with a neighbor outside it; the image border does not count."""
     inner = mask.copy()
     inner[1:] &= mask[:-1]
     inner[:-1] &= mask[1:]
@@ -95,13 +95,13 @@ def outline(mask: np.ndarray) -> np.ndarray:
 
 
 def resize(frame: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    """A frame (H', W', 3) uint8 at another size, antialiased."""
+    """Resize a frame (H', W', 3) uint8, antialiased."""
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a grid: its label, the label's color, and its cells; None leaves a cell empty."""
+    """Row of a grid: label, label color, cells; None leaves a cell empty."""
 
     label: str
     color: tuple[int, int, int]
@@ -111,14 +111,14 @@ class Row:
 def grid(
     rows: Sequence[Row], *, titles: Sequence[str], heading: Sequence[str], notes: Sequence[str], scale: tuple[str, str]
 ) -> Image.Image:
-    """Cells of one size with a title above each column and a label before each row, and one color bar for all.
+    """Draw a grid of equal cells with column titles, row labels and one color bar.
 
     Args:
-        rows: Their cells are (H, W, 3) uint8.
-        titles: Of the columns.
+        rows: Rows with cells (H, W, 3) uint8.
+        titles: Column titles.
         heading: Lines above the grid, the first one larger.
-        notes: Lines below it.
-        scale: Words at the two ends of the bar of `heat_colors`, which is drawn below the notes.
+        notes: Lines below the grid.
+        scale: Labels of the two ends of the `heat_colors` bar, which is drawn below the notes.
     """
     font, large = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE + 5)
     height, width = next(cell for row in rows for cell in row.cells if cell is not None).shape[:2]
@@ -154,7 +154,7 @@ def grid(
 
 
 def _color_bar(canvas: Image.Image, top: int, scale: tuple[str, str]) -> None:
-    """The colors of `heat_colors` from left to right, between the words at their ends."""
+    """Draw a bar of `heat_colors` with labels at both ends."""
     font, draw = ImageFont.load_default(FONT_SIZE), ImageDraw.Draw(canvas)
     left = MARGIN + int(font.getlength(scale[0])) + GAP
     colors = heat_colors(np.linspace(0, 1, BAR_WIDTH))
@@ -164,7 +164,7 @@ def _color_bar(canvas: Image.Image, top: int, scale: tuple[str, str]) -> None:
 
 
 def write_movie(path: str | os.PathLike[str], frames: Sequence[np.ndarray], *, frames_per_second: float) -> None:
-    """Frames (H, W, 3) uint8 as an H.264 file that browsers play; an odd last row or column is cut off."""
+    """Write frames (H, W, 3) uint8 as an H.264 file for browsers; an odd last row or column is cut off."""
     height, width = (side // 2 * 2 for side in frames[0].shape[:2])
     rate = Fraction(frames_per_second).limit_denominator(1000)
     with av.open(os.fspath(path), "w", options={"movflags": "+faststart"}) as container:

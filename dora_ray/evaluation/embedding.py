@@ -1,4 +1,4 @@
-"""Features of images and of a video's frames, written to a file: Parquet, or NumPy's .npz.
+"""Write an encoder's features of images or of a video's frames to a Parquet or NumPy .npz file.
 
 Legend: M images or frames, D width, N patches of an image, S side in pixels.
 """
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUM_READERS = 4
-# A stretch of video that is decoded from one key frame on, seconds: between two wanted frames there may be many.
+# Length in seconds of a stretch of video that is decoded from one key frame: wanted frames may be far apart.
 DECODED_SECONDS = 1.0
-Progress = Callable[[int, int], None]  # told how many are done, and of how many
+Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image or a frame, as the encoder sees it.
+    """An image or a frame, ready for the encoder.
 
     Attributes:
         path: its file.
-        seconds: of a frame, from the video's start; None for an image.
-        pixels: (H, W, 3) uint8, sides of whole patches.
+        seconds: time of a frame from the video's start; None for an image.
+        pixels: (H, W, 3) uint8; H and W are multiples of the patch size.
     """
 
     path: str
@@ -75,30 +75,30 @@ def embed(
     """Write an encoder's features of images, or of a video's frames.
 
     Args:
-        checkpoint: What `load_backbone` takes.
-        data: An image, a video, or a folder of images or of videos, searched to its bottom.
-        out: FILE.parquet or FILE.npz, new. A .npz is gathered in memory, and its images must have one size.
-        patches: Write the patch tokens beside CLS.
-        whole: See each picture whole, its short side being `image_size`; else the center square of the kNN protocol.
-        image_size: S, a multiple of the patch size; None: what the encoder was trained on.
-        frames_per_second: Of a video: the frames on screen at 0, 1 / r, 2 / r ... seconds, each once.
-        batch_size: Pictures a forward pass.
+        checkpoint: Any checkpoint that `load_backbone` accepts.
+        data: An image, a video, or a folder of images or videos, searched recursively.
+        out: New FILE.parquet or FILE.npz. A .npz is collected in memory, and its patch grids must be equal.
+        patches: Also write the patch tokens.
+        whole: Use the whole picture, with short side `image_size`; else the center square of the kNN protocol.
+        image_size: S, a multiple of the patch size; None: the encoder's training size.
+        frames_per_second: Sampling rate r of a video: the frames shown at 0, 1 / r, 2 / r ... seconds, each once.
+        batch_size: Pictures per forward pass.
         device: Where the encoder runs.
         skip_unreadable: Leave out images that cannot be read, with a warning.
-        progress: Told how many pictures are done, and of how many.
+        progress: Called with the number of pictures done and the total.
 
     Returns:
         out, checkpoint, rows, width (D), image_size and missing (frames and images that could not be read).
 
     Raises:
-        ConfigError: `out` exists or has another ending, or there is nothing to embed.
+        ConfigError: `out` exists or has another suffix, or there is nothing to embed.
         CheckpointError: As `load_backbone`.
         VideoError: A video cannot be read.
     """
     target = check_target(out)
     if not frames_per_second > 0 or batch_size < 1:
         raise ConfigError(
-            f"frames_per_second={frames_per_second:g}, batch_size={batch_size}: use more than 0, and 1 at least."
+            f"frames_per_second={frames_per_second:g} must be above 0, and batch_size={batch_size} at least 1."
         )
     source = resolve_checkpoint(checkpoint)
     images, videos = find_pictures(data)
@@ -124,9 +124,9 @@ def embed(
             if progress is not None:
                 progress(done, total)
         if not done:
-            raise VideoError(f"{os.fspath(data)}: no frame of it could be decoded; get the file again")
+            raise VideoError(f"{os.fspath(data)}: no frame could be decoded; get the file again")
     if done < total:
-        logger.warning("%d of %d pictures could not be read: %s lacks them", total - done, total, target)
+        logger.warning("%d of %d pictures could not be read and are missing in %s", total - done, total, target)
     return {
         "out": target,
         "checkpoint": source,
@@ -138,11 +138,11 @@ def embed(
 
 
 def find_pictures(data: str | os.PathLike[str]) -> tuple[list[Path], list[str]]:
-    """Return the images and the videos that `data` names: a file, a folder, or what `data.videos` takes.
+    """Return the images and videos in `data`: a file, a folder, or any value of `data.videos`.
 
     Raises:
-        ConfigError: a folder holds neither.
-        VideoError: there is nothing.
+        ConfigError: the folder holds neither.
+        VideoError: nothing was found.
     """
     place = files.absolute(data)
     if os.path.isdir(place):
@@ -160,7 +160,7 @@ def find_pictures(data: str | os.PathLike[str]) -> tuple[list[Path], list[str]]:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Cuts pictures as the encoder is to see them."""
+    """Resizes and crops pictures for the encoder."""
 
     size: int
     patch_size: int
@@ -168,7 +168,7 @@ class _Cut:
 
     @property
     def short_side(self) -> int:
-        """Short side of a frame before it is cut, pixels."""
+        """Short side of a frame before cropping, pixels."""
         return self.size if self.whole else round(self.size * 256 / 224)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
@@ -179,10 +179,10 @@ class _Cut:
 
 
 def _read_images(paths: list[Path], cut: _Cut, *, skip_unreadable: bool) -> Iterator[Picture]:
-    """Yield images in their order; some are read ahead in threads, since Pillow decodes outside the interpreter's lock.
+    """Yield images in order, prefetched in threads, since Pillow decodes without the GIL.
 
     Raises:
-        ConfigError: after the last one, naming all that cannot be read.
+        ConfigError: some images cannot be read; raised after the last one, naming all of them.
     """
     failures: list[str] = []
     with ThreadPoolExecutor(NUM_READERS) as pool:
@@ -200,7 +200,7 @@ def _read_images(paths: list[Path], cut: _Cut, *, skip_unreadable: bool) -> Iter
 
 
 def _read_frames(index: VideoIndex, frames_per_second: float, cut: _Cut) -> Iterator[Picture]:
-    """Yield the kept frames of a video that can be decoded, from one key frame after the other."""
+    """Yield the kept frames of a video that can be decoded, key frame by key frame."""
     wanted = index.pts[index.kept_frames(frames_per_second)]
     for segment in index.segments(DECODED_SECONDS):
         here = wanted[(wanted >= segment.start_pts) & (wanted < segment.stop_pts)]
@@ -212,7 +212,7 @@ def _read_frames(index: VideoIndex, frames_per_second: float, cut: _Cut) -> Iter
 
 
 def _batches(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:
-    """Group successive pictures of one size."""
+    """Batch successive pictures of equal size."""
     for _, alike in itertools.groupby(pictures, key=lambda picture: picture.pixels.shape):
         yield from (list(batch) for batch in _chunks(alike, batch_size))
 

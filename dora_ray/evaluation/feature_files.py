@@ -1,10 +1,10 @@
-"""Files of features: Parquet, or NumPy's .npz.
+"""Feature files: Parquet or NumPy .npz.
 
 Legend: M images or frames, D width, N patches of an image.
 
-Columns of the Parquet file, and arrays of the .npz: path, seconds (from the video's start; null, or not a number, for
-an image), cls (D) after the final norm; with patches also patches (N x D, row by row of the grid) and patch_rows and
-patch_columns, whose product is N. The metadata `dora_ray` says in JSON which encoder and which preparation they are of.
+Parquet columns and .npz arrays: path, seconds (from the video's start; null or NaN for an image), cls (D) after the
+final norm; with patches also patches (N x D, row-major), patch_rows and patch_columns, whose product is N. The metadata
+`dora_ray` holds the encoder and the preprocessing as JSON.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FORMATS = (".parquet", ".npz")
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """Features of pictures of one size.
+    """Features of a batch of pictures of equal size.
 
     Attributes:
-        paths, seconds: M of them.
+        paths, seconds: M values each.
         cls: (M, D) float32.
-        patches: (M, N, D) float32; None where they were not asked for.
+        patches: (M, N, D) float32; None if not requested.
         grid: rows and columns of patches.
     """
 
@@ -46,22 +46,22 @@ class Embedded:
 
 
 def check_target(out: str | os.PathLike[str]) -> str:
-    """Return the absolute name of a new file of features.
+    """Return the absolute path of a new feature file.
 
     Raises:
-        ConfigError: it exists, or has another ending.
+        ConfigError: the file exists, or has another suffix.
     """
     target = files.absolute(out)
     if not target.endswith(FORMATS):
         raise ConfigError(f"{target}: features are written to FILE.parquet or FILE.npz.")
     if files.exists(target):
-        raise ConfigError(f"{target} exists already. Give another name.")
+        raise ConfigError(f"{target} already exists. Give another name.")
     return target
 
 
 @contextmanager
 def new_file(target: str) -> Iterator[str]:
-    """Give the name of a temporary file, which gets the target's name when all went well."""
+    """Yield the path of a temporary file; rename it to the target on success."""
     beside = None if files.is_remote(target) else os.path.dirname(target)
     if beside is not None:
         os.makedirs(beside, exist_ok=True)
@@ -78,23 +78,23 @@ def new_file(target: str) -> Iterator[str]:
 
 
 class Sink(Protocol):
-    """Takes features, batch by batch; a context that writes what is left at its end."""
+    """Context manager that writes features batch by batch; exiting finishes the file."""
 
     def __enter__(self) -> Sink: ...
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
     def add(self, rows: Embedded) -> None:
-        """Take a batch."""
+        """Add a batch."""
 
 
 def open_sink(partial: str, target: str, facts: dict[str, Any]) -> Sink:
-    """Open the kind of file that the target's name asks for, under another name."""
+    """Open a sink for `partial` in the format given by the target's suffix."""
     return _ParquetSink(partial, facts) if target.endswith(".parquet") else _NumpySink(partial, facts)
 
 
 class _ParquetSink:
-    """Writes a group of rows a batch."""
+    """Writes one row group per batch."""
 
     def __init__(self, path: str, facts: dict[str, Any]) -> None:
         self._path, self._facts = path, facts
@@ -132,7 +132,7 @@ class _ParquetSink:
 
 
 class _NumpySink:
-    """Gathers all in memory and writes it at the end."""
+    """Collects everything in memory and writes it at the end."""
 
     def __init__(self, path: str, facts: dict[str, Any]) -> None:
         self._path, self._facts = path, facts
@@ -159,14 +159,14 @@ class _NumpySink:
             cast(Any, np.savez)(file, **arrays)
 
     def add(self, rows: Embedded) -> None:
-        """Keep a batch.
+        """Add a batch.
 
         Raises:
-            ConfigError: its patches are of another grid than those before.
+            ConfigError: its patch grid differs from that of earlier batches.
         """
         if rows.patches is not None and self._rows and rows.grid != self._rows[0].grid:
             raise ConfigError(
                 f"{rows.paths[0]} has {rows.grid[0]} x {rows.grid[1]} patches, others have "
-                f"{self._rows[0].grid[0]} x {self._rows[0].grid[1]}: write unlike patches to FILE.parquet."
+                f"{self._rows[0].grid[0]} x {self._rows[0].grid[1]}: write patches of different grids to FILE.parquet."
             )
         self._rows.append(rows)

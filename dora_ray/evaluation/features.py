@@ -1,10 +1,9 @@
-"""Labeled images of a folder, and a frozen encoder's features of them.
+"""Labeled images in a folder, and a frozen encoder's features of them.
 
 Legend: M images, D width, S size of a square image in pixels.
 
-Protocol (DINO's, for kNN and linear probes): the image's short side is resized to S x 256 / 224 (bicubic,
-antialiased), its center S x S is cut out and normalized with ImageNet's mean and standard deviation; one view an
-image, no augmentation.
+Protocol (DINO's, for kNN and linear probes): resize the short side to S x 256 / 224 (bicubic, antialiased), crop the
+center S x S, normalize with ImageNet's mean and standard deviation; one view per image, no augmentation.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ __all__ = ["LabeledImages", "extract", "extract_splits", "find_splits", "normali
 
 logger = logging.getLogger(__name__)
 
-# What data sets call the folder beside their classes, letters alone.
+# Common names (letters only) of folders with unlabeled images beside the classes.
 UNLABELED = frozenset(
     ("unlabeled", "unlabelled", "unlabel", "nolabel", "nolabels", "withoutlabels", "unsup", "unsupervised")
 )
@@ -49,8 +48,8 @@ class LabeledImages:
     Attributes:
         paths: M files.
         labels: (M,) int64, indices into `classes`.
-        classes: Names of the classes, sorted.
-        num_unreadable: Files that were left out because they cannot be read.
+        classes: Class names, sorted.
+        num_unreadable: Number of files left out because they cannot be read.
     """
 
     paths: tuple[Path, ...]
@@ -59,50 +58,50 @@ class LabeledImages:
     num_unreadable: int = 0
 
     def thinned(self, max_images: int | None) -> LabeledImages:
-        """At most `max_images` of them, evenly spaced over the list, so that every class keeps its share; None: all."""
+        """Keep at most `max_images`, evenly spaced over the list, so that every class keeps its share; None: all."""
         if max_images is None or max_images >= len(self.paths):
             return self
         return self.only([index * len(self.paths) // max_images for index in range(max_images)])
 
     def only(self, kept: Sequence[int]) -> LabeledImages:
-        """Return those with the given places."""
+        """Return the images at the given indices."""
         return LabeledImages(tuple(self.paths[index] for index in kept), self.labels[list(kept)], self.classes)
 
 
 def find_images(folder: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> LabeledImages:
-    """The images of FOLDER/CLASS/, searched below each class too.
+    """Find the images of FOLDER/CLASS/, searched recursively.
 
     Args:
-        folder: The folder of the classes' folders.
-        classes: Names that define the labels; None: the folder's own.
+        folder: Folder with one subfolder per class.
+        classes: Class names that define the labels; None: the folder's own.
 
     Raises:
-        ConfigError: No folder, no class, a class without images, or a class that is not in `classes`.
+        ConfigError: There is no folder, no class, a class without images, or a class that is not in `classes`.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ConfigError(f"No folder {root}. Labeled images are laid out as {LAYOUT}.")
     found = _class_folders(root)
     if not found:
-        raise ConfigError(f"{root} has no folder of a class in it. Labeled images are laid out as {LAYOUT}.")
+        raise ConfigError(f"{root} has no class folders. Labeled images are laid out as {LAYOUT}.")
     names = tuple(found if classes is None else classes)
     unknown = [name for name in found if name not in names]
     if unknown:
-        raise ConfigError(f"{root} has classes that the training part lacks: {', '.join(unknown[:8])}.")
+        raise ConfigError(f"{root} has classes that the training split lacks: {', '.join(unknown[:8])}.")
     by_class = {name: visible_files(root / name, SUFFIXES) for name in found}
     empty = [name for name, paths in by_class.items() if not paths]
     if empty:
-        raise ConfigError(f"{root / empty[0]} has no image in it; images end in {', '.join(SUFFIXES)}.")
+        raise ConfigError(f"{root / empty[0]} has no images; supported suffixes: {', '.join(SUFFIXES)}.")
     labels = [names.index(name) for name, paths in by_class.items() for _ in paths]
     paths = tuple(path for paths in by_class.values() for path in paths)
     return LabeledImages(paths, torch.tensor(labels, dtype=torch.int64), names)
 
 
 def _class_folders(root: Path) -> list[str]:
-    """Return the names of the classes' folders, without links that lead back to where we are.
+    """Return the names of the class folders, without symbolic links that lead back to a parent.
 
     Raises:
-        ConfigError: One of them says by its name that it is no class.
+        ConfigError: A folder's name says that it holds unlabeled images.
     """
     above = {root.resolve(), *root.resolve().parents}
     found = [entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name)]
@@ -110,17 +109,17 @@ def _class_folders(root: Path) -> list[str]:
     for name in names:
         if re.sub(r"[^a-z]", "", name.lower()) in UNLABELED:
             raise ConfigError(
-                f"{root / name} looks like images without labels, and would be scored as one more class. "
-                f"Move it out of {root}, or give it another name if it is a class."
+                f"{root / name} looks like unlabeled images, which would be scored as another class. "
+                f"Move it out of {root}, or rename it if it is a class."
             )
     return names
 
 
 def find_splits(folder: str | os.PathLike[str]) -> tuple[LabeledImages, LabeledImages]:
-    """The training and the test part of a labeled folder; labels are the training part's.
+    """Return the training and test splits of a labeled folder; the training split defines the labels.
 
     Raises:
-        ConfigError: The layout is another one, or as `find_images`.
+        ConfigError: As `find_images`, or the layout is unknown.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -132,8 +131,8 @@ def find_splits(folder: str | os.PathLike[str]) -> tuple[LabeledImages, LabeledI
     train = find_images(root / "train")
     if len(train.classes) < 2:
         raise ConfigError(
-            f"{root / 'train'} has one class, {train.classes[0]}, so every answer would be right. "
-            f"Give a folder for each class: {LAYOUT}."
+            f"{root / 'train'} has a single class, {train.classes[0]}, so every answer would be right. "
+            f"Provide a folder for each class: {LAYOUT}."
         )
     asked = find_images(test, classes=train.classes)
     _warn_of_a_class_like_no_labels(root / "train", train, asked)
@@ -141,20 +140,20 @@ def find_splits(folder: str | os.PathLike[str]) -> tuple[LabeledImages, LabeledI
 
 
 def _warn_of_a_class_like_no_labels(folder: Path, train: LabeledImages, test: LabeledImages) -> None:
-    """Name a class that is never asked for and outnumbers all others: it votes, and can only be wrong."""
+    """Warn of a class with most of the training images and no test image: its votes can only be wrong."""
     sizes = torch.bincount(train.labels, minlength=len(train.classes)).tolist()
     asked = set(test.labels.tolist())
     for number, name in enumerate(train.classes):
         if number not in asked and sizes[number] > len(train.labels) / 2:
             logger.warning(
-                "%s has %d of %d training images and none to test: it looks like images without labels, and can only "
-                "mislead the others; move it out if it is no class",
+                "%s has %d of %d training images and no test image: it looks like unlabeled images, which can only "
+                "lower the score; move it out if it is not a class",
                 folder / name, sizes[number], len(train.labels),
             )  # fmt: skip
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """(M, S, S, 3) uint8 to (M, 3, S, S) float32 with ImageNet's mean and standard deviation."""
+    """Normalize (M, S, S, 3) uint8 to (M, 3, S, S) float32 with ImageNet's mean and standard deviation."""
     mean = torch.tensor(IMAGENET_MEAN, device=pixels.device)
     std = torch.tensor(IMAGENET_STD, device=pixels.device)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
@@ -162,10 +161,10 @@ def normalize(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images that were read together.
+    """A batch of images.
 
     Attributes:
-        numbers: Their places in the list of files.
+        numbers: Indices in the list of files.
         pixels: (M, S, S, 3) uint8.
     """
 
@@ -176,14 +175,14 @@ class ImageBatch:
 def image_batches(
     paths: Sequence[Path], *, size: int, batch_size: int, num_workers: int, skip_unreadable: bool = False
 ) -> Iterator[ImageBatch]:
-    """Yield batches in the order of `paths`; the next batch is read while the last one is used.
+    """Yield batches in the order of `paths`; the next batch is prefetched while the current one is used.
 
     Raises:
-        ConfigError: After the last batch, naming all files that cannot be read; with `skip_unreadable`, which leaves
-            them out, only where no file is left.
+        ConfigError: Some files cannot be read; raised after the last batch, naming all of them. With `skip_unreadable`
+            they are left out, and the error is raised only if no file is left.
     """
     failures: list[str] = []
-    # Threads are enough: Pillow decodes and resizes outside the interpreter's lock, and a Ray worker must not fork.
+    # Threads are enough, as Pillow decodes and resizes without the GIL; a Ray worker must not fork.
     with ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
         waiting: list[tuple[int, Future[np.ndarray]]] = []
         for start in range(0, len(paths) + batch_size, batch_size):
@@ -197,7 +196,7 @@ def image_batches(
 def _readable(
     waiting: Sequence[tuple[int, Future[np.ndarray]]], failures: list[str], *, skip_unreadable: bool
 ) -> Iterator[ImageBatch]:
-    """Yield the images of a batch that can be read; none once a failure has decided that all was in vain."""
+    """Yield the readable images of a batch; nothing after a failure that will raise an error in the end."""
     read = {}
     for number, future in waiting:
         try:
@@ -209,16 +208,16 @@ def _readable(
 
 
 def report_unreadable(failures: Sequence[str], num_files: int, *, skip_unreadable: bool) -> None:
-    """Name the files that could not be read: in a warning where they are left out, else in an error.
+    """Report files that could not be read: as a warning if they are skipped, else as an error.
 
     Raises:
-        ConfigError: There are some, and they are not to be left out, or they are all.
+        ConfigError: Some files are unreadable and not skipped, or all files are unreadable.
     """
     unreadable.report_unreadable(failures, num_files, skip=skip_unreadable, option="skip_unreadable", kind=ConfigError)
 
 
 def training_size(vit: VisionTransformer) -> int:
-    """The size of square images that the encoder was trained on, in pixels."""
+    """Return the size of the square images that the encoder was trained on, in pixels."""
     return int(vit.patch_embed.img_size[0])
 
 
@@ -234,20 +233,20 @@ def extract(
     skip_unreadable: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, LabeledImages]:
-    """Return the features of image files, in their order, and the images that they are of.
+    """Return the features of image files, in order, and the images that were read.
 
     Args:
-        encode: (M, 3, S, S) normalized float32 on `device` to (M, D).
+        encode: Maps (M, 3, S, S) normalized float32 on `device` to (M, D).
         images: M image files.
         size: S.
-        batch_size: Images a forward pass.
+        batch_size: Images per forward pass.
         num_workers: Threads that read images.
-        device: Where `encode` lives.
+        device: Device of `encode`.
         skip_unreadable: Leave out files that cannot be read, with a warning.
-        progress: Told the number of images after each batch.
+        progress: Called with the number of images after each batch.
 
     Returns:
-        (M, D) float32 on the CPU, and the images without those that were left out.
+        (M, D) float32 on the CPU, and the images without skipped ones.
 
     Raises:
         ConfigError: As `image_batches`.
@@ -269,7 +268,7 @@ def extract(
     return torch.cat(features), left
 
 
-Progress = Callable[[int, int], None]  # told how many are done, and of how many
+Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 def extract_splits(
@@ -280,20 +279,20 @@ def extract_splits(
     progress: Progress | None,
     **options: Any,
 ) -> tuple[tuple[Tensor, LabeledImages], tuple[Tensor, LabeledImages]]:
-    """Return the features and the images of the training part and of the test part of a labeled folder.
+    """Return the features and images of the training and test splits of a labeled folder.
 
     Args:
         encode: As `extract`.
         data: FOLDER/train/CLASS/* and FOLDER/test/CLASS/*.
-        max_images: Images of each part, evenly spaced over its list; None: all.
-        progress: Told the number of images after each batch.
+        max_images: Images per split, evenly spaced over its list; None: all.
+        progress: Called with the number of images after each batch.
         **options: The other arguments of `extract`.
 
     Raises:
         ConfigError: As `find_splits` and `extract`.
     """
     train, test = (part.thinned(max_images) for part in find_splits(data))
-    # In one go, so that the unreadable files of both are named together.
+    # Extract both together, so that one error names all unreadable files.
     both = LabeledImages((*train.paths, *test.paths), torch.cat([train.labels, test.labels]), train.classes)
     done, total = 0, len(both.paths)
 
@@ -317,7 +316,7 @@ def extract_splits(
 
 
 def counts(train: LabeledImages, test: LabeledImages) -> dict[str, int]:
-    """Return the numbers of images and classes that a score is of."""
+    """Return the numbers of images and classes behind a score."""
     return {
         "num_train": len(train.paths),
         "num_test": len(test.paths),
@@ -327,12 +326,12 @@ def counts(train: LabeledImages, test: LabeledImages) -> dict[str, int]:
 
 
 def final_cls(vit: VisionTransformer) -> Callable[[Tensor], Tensor]:
-    """(M, 3, S, S) to (M, D): the CLS token after the final norm."""
+    """Return a function from (M, 3, S, S) to the CLS tokens (M, D) after the final norm."""
     return lambda images: vit.forward_features(images)[:, 0]
 
 
 def last_cls(vit: VisionTransformer, *, num_blocks: int) -> Callable[[Tensor], Tensor]:
-    """(M, 3, S, S) to (M, num_blocks x D): CLS of the last blocks, each after the final norm, side by side."""
+    """Return a function from (M, 3, S, S) to the last blocks' normed CLS tokens, concatenated: (M, blocks x D)."""
 
     def encode(images: Tensor) -> Tensor:
         outputs = vit.get_intermediate_layers(images, n=num_blocks, return_prefix_tokens=True, norm=True)

@@ -1,9 +1,9 @@
-"""Read one image file the way a viewer shows it, in 8-bit RGB, or refuse it in a sentence with its name.
+"""Read an image file in 8-bit RGB as a viewer shows it, or raise an error that names the file.
 
 Legend: S side of a square image, H x W pixels.
 
-Beyond `Image.convert`: gray levels of 16 bits and floating point are scaled (Pillow would cut them off at 255, which
-makes nearly every picture white), the camera's orientation is applied, and transparent parts show white.
+In addition to `Image.convert`: 16-bit and floating-point gray levels are scaled (Pillow would clip them at 255, making
+nearly every picture white), EXIF orientation is applied, and transparent parts become white.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"),
     *(".gif", ".pgm", ".ppm", ".pbm", ".jp2", ".avif"),
 )
-# Pillow refuses more than this as a possible attack, and warns from half of it on; photographs reach the half.
+# Pillow's limit against decompression bombs. Pillow warns from half of it on, which large photographs reach.
 LARGEST_PIXELS = 2 * 89_478_485
-# Fewer gray levels than this are left of a 16-bit picture that uses a small part of its range, as 12-bit cameras do.
+# Fewest 8-bit gray levels that must be left of a 16-bit picture; 12-bit cameras use only part of the range.
 FEWEST_LEVELS = 16
-# The center crop of a strip looks no farther along it than this many times its short side.
+# Before the center crop, the long side of an image is cut to this many times its short side.
 LONGEST_STRIP = 4
 _INTEGERS_ARE_16_BIT = ("PNG", "PPM")
 _open_lock = threading.Lock()
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Return an image file, decoded, upright, in RGB.
+    """Read an image file as upright RGB.
 
     Raises:
-        ConfigError: The file cannot be read as an image, or its values have no known white.
+        ConfigError: The file cannot be read as an image, or the range of its values is unknown.
     """
     try:
         with _open_header(path) as image:
@@ -45,15 +45,15 @@ def open_rgb(path: Path) -> Image.Image:
 
 
 def unreadable(path: Path, error: Exception) -> str:
-    """Return the sentence about a file that is no image; for errors of any reader."""
+    """Return the message for a file that cannot be read as an image."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"{path} cannot be read as an image ({reason[:200]}). Repair or remove it."
 
 
 def _open_header(path: Path) -> Image.Image:
-    """Open a file without decoding it, under our own limit of pixels, which gives no warning below it.
+    """Open a file without decoding it, with our own pixel limit, which gives no warnings below it.
 
-    Pillow's limit is one for all threads: another one, amid a crop, may read it in between, so it stays a number.
+    Pillow's limit is global, and another thread may read it meanwhile in a crop, so it must stay a number (not None).
     """
     with _open_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, sys.maxsize
@@ -64,7 +64,7 @@ def _open_header(path: Path) -> Image.Image:
     if image.width * image.height > LARGEST_PIXELS:
         size = f"{image.width}x{image.height}"
         image.close()
-        raise ValueError(f"{size} pixels are more than the {LARGEST_PIXELS:,} that are read; make it smaller")
+        raise ValueError(f"{size} pixels exceed the limit of {LARGEST_PIXELS:,}; make it smaller")
     return image
 
 
@@ -72,7 +72,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(gray_levels(np.asarray(image), wide=_is_16_bit(image))).convert("RGB")
-    if image.mode in ("RGBa", "La"):  # colors multiplied by their opacity
+    if image.mode in ("RGBa", "La"):  # premultiplied alpha
         image = image.convert("RGBA")
     if "A" in image.getbands() or "transparency" in image.info:
         seen = image.convert("RGBA")
@@ -82,32 +82,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    """Tell 16-bit integers, which Pillow opens as I;16 or, from some formats, as 32-bit ones."""
+    """Return whether an image has 16-bit integers, which Pillow opens as I;16 or, for some formats, as 32-bit."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in _INTEGERS_ARE_16_BIT)
 
 
 def gray_levels(values: np.ndarray, *, wide: bool) -> np.ndarray:
-    """Scale gray values to 8 bits by their type's own range: never by a picture's own, which would change its light.
+    """Scale gray values to 8 bits by the range of their type, not of the picture, which would change its brightness.
 
     Args:
         values: (H, W) integers or floating point.
-        wide: Integers are of 16 bits, white being 65535.
+        wide: Integers have 16 bits; white is 65535.
 
     Returns:
         (H, W) uint8.
 
     Raises:
-        ValueError: White is not known, or hardly any levels would be left.
+        ValueError: The range is unknown, or hardly any levels would be left.
     """
     low, high = float(values.min()), float(values.max())
     if values.dtype.kind == "f":
-        if not (low >= 0 and high <= 1):  # not a number, too
-            raise ValueError(f"floating-point values from {low:g} to {high:g}, where black is 0 and white 1; {_SAVE}")
+        if not (low >= 0 and high <= 1):  # also true for NaN
+            raise ValueError(f"floating-point values from {low:g} to {high:g}, not 0 (black) to 1 (white); {_SAVE}")
         return np.round(values * 255).astype(np.uint8)
     if not wide:
-        raise ValueError(f"32-bit integers from {low:g} to {high:g}, which have no agreed white; {_SAVE}")
+        raise ValueError(f"32-bit integers from {low:g} to {high:g}, whose white level is unknown; {_SAVE}")
     if 0 < high < FEWEST_LEVELS * 257 and high > low:
-        raise ValueError(f"16-bit values end at {high:g} of 65535, which shows as black; {_SAVE}")
+        raise ValueError(f"16-bit values reach only {high:g} of 65535, which is almost black; {_SAVE}")
     return np.round(values / 257).astype(np.uint8)
 
 
@@ -115,7 +115,7 @@ _SAVE = "save it with 8 bits"
 
 
 def read_image(path: Path, *, size: int) -> np.ndarray:
-    """Return one image, resized and cut as the protocol says: (S, S, 3) uint8.
+    """Read an image, resized and cropped by the protocol, as (S, S, 3) uint8.
 
     Raises:
         ConfigError: As `open_rgb`.
@@ -124,7 +124,7 @@ def read_image(path: Path, *, size: int) -> np.ndarray:
 
 
 def center_crop(image: Image.Image, *, size: int) -> Image.Image:
-    """Return the center S x S of the image whose short side was resized to S x 256 / 224."""
+    """Resize the short side to S x 256 / 224 and return the center S x S."""
     image = _shortened(image)
     short = round(size * 256 / 224)
     scale = short / min(image.size)
@@ -134,7 +134,7 @@ def center_crop(image: Image.Image, *, size: int) -> Image.Image:
 
 
 def _shortened(image: Image.Image) -> Image.Image:
-    """Cut the ends off a strip: resized whole, one of 10 x 20000 pixels would take gigabytes."""
+    """Cut the ends off a very long image: resizing 10 x 20000 pixels as a whole would take gigabytes."""
     longest = LONGEST_STRIP * min(image.size)
     if max(image.size) <= longest:
         return image
@@ -144,7 +144,7 @@ def _shortened(image: Image.Image) -> Image.Image:
 
 
 def whole_size(size: tuple[int, int], *, short_side: float, patch_size: int) -> tuple[int, int]:
-    """The (width, height) in whole patches nearest to `size` scaled to that short side, for images seen whole."""
+    """Return the (width, height) in whole patches nearest to `size` scaled to `short_side`."""
     scale = short_side / min(size)
     width, height = (max(1, round(side * scale / patch_size)) * patch_size for side in size)
     return width, height

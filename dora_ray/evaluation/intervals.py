@@ -1,4 +1,4 @@
-"""95 % intervals of a mean over images, clips or objects that were drawn independently of each other."""
+"""95 % confidence intervals of means over independent images, clips or objects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def share_interval(right: float, total: int) -> list[float]:
-    """Give Wilson's interval of the share right / total: [low, high], inside [0, 1] even at the ends."""
+    """Return Wilson's score interval [low, high] of the share right / total; it always stays within [0, 1]."""
     share, z2 = right / total, _Z**2 / total
     middle = (share + z2 / 2) / (1 + z2)
     half = _Z * (share * (1 - share) / total + z2 / (4 * total)) ** 0.5 / (1 + z2)
@@ -19,7 +19,7 @@ def share_interval(right: float, total: int) -> list[float]:
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> list[float]:
-    """Give the bootstrap's interval of a mean, [low, high]: 2000 resamples of the values, percentiles 2.5 and 97.5."""
+    """Return the bootstrap interval [low, high] of a mean: percentiles 2.5 and 97.5 of 2000 resamples."""
     numbers = np.asarray(values, np.float64)
     picks = np.random.default_rng(seed).integers(len(numbers), size=(RESAMPLES, len(numbers)))
     low, high = np.quantile(numbers[picks].mean(axis=1), [0.025, 0.975])

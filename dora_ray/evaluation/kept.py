@@ -1,4 +1,4 @@
-"""Keep evaluations with the run whose encoder they are of: a line of JSON each, in its evaluations.jsonl."""
+"""Store evaluations in their run's evaluations.jsonl, one line of JSON each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dora_ray.checkpoints import CHECKPOINTS
 logger = logging.getLogger(__name__)
 
 EVALUATIONS = "evaluations.jsonl"
-_RUN_MARK = "config.yaml"  # what makes a folder a run's
+_RUN_MARK = "config.yaml"  # identifies a run's folder
 
 
 def run_of(checkpoint: str) -> str | None:
@@ -27,13 +27,13 @@ def run_of(checkpoint: str) -> str | None:
 
 
 def keep(evaluation: dict[str, Any]) -> str | None:
-    """Add an evaluation to its run's file; a run that cannot be written is only warned of.
+    """Append an evaluation to its run's file; log a warning if that fails.
 
     Args:
-        evaluation: As `evaluate` returns it.
+        evaluation: Result of `evaluate`.
 
     Returns:
-        The file; None where there is no run, or it cannot be written.
+        The file; None without a run, or if writing failed.
     """
     run = run_of(evaluation["checkpoint"])
     if run is None:
@@ -45,18 +45,18 @@ def keep(evaluation: dict[str, Any]) -> str | None:
         lines.append(json.dumps({"time": now, **evaluation}))
         lines.flush()
     except OSError as error:
-        logger.warning("the evaluation is not kept: %s cannot be written (%s)", path, error.strerror or error)
+        logger.warning("the evaluation was not saved: %s cannot be written (%s)", path, error.strerror or error)
         return None
     return path
 
 
 def read_evaluations(run: str) -> list[dict[str, Any]]:
-    """Return a run's evaluations, oldest first; lines that were cut off are left out."""
+    """Read a run's evaluations, oldest first; incomplete lines are skipped."""
     path = files.join(run, EVALUATIONS)
     found = []
     for line in files.read_text(path).splitlines() if files.exists(path) else ():
         try:
             found.append(json.loads(line))
         except ValueError:
-            logger.warning("%s holds a line that was cut off; it is left out", path)
+            logger.warning("%s holds an incomplete line, which is skipped", path)
     return found

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbors: how well an encoder's features group the images of a class, without any training.
+"""Weighted nearest neighbors: measures how well frozen features group the images of a class, without training.
 
 Legend: M training images, Q test images, D width, C classes, k neighbors.
 """
@@ -33,7 +33,7 @@ def knn_accuracy(
     k: int,
     temperature: float,
 ) -> float:
-    """Share of the test images whose class wins the vote of their k nearest training images.
+    """Return the share of test images whose class wins the vote of their k nearest training images.
 
     A neighbor votes for its class with weight exp(cosine similarity / temperature) (Wu et al. 2018; DINO).
 
@@ -44,12 +44,12 @@ def knn_accuracy(
             right += argmax(votes) == label of z
 
     Args:
-        train_features: (M, D), normalized here.
+        train_features: (M, D), normalized by this function.
         train_labels: (M,) int64.
-        test_features: (Q, D), normalized here.
+        test_features: (Q, D), normalized by this function.
         test_labels: (Q,) int64.
-        k: Neighbors, at most M.
-        temperature: Of the votes' weights.
+        k: Number of neighbors, at most M.
+        temperature: Temperature of the votes.
 
     Returns:
         Accuracy in [0, 1].
@@ -71,7 +71,7 @@ def knn_accuracies(
     neighbors: Sequence[int],
     temperature: float,
 ) -> dict[int, float]:
-    """`knn_accuracy` for several k, from one comparison of all features."""
+    """Compute `knn_accuracy` for several k from one comparison of all features."""
     num_train, most = len(train_features), max(neighbors)
     if min(neighbors) < 1 or most > num_train:
         raise ConfigError(f"k={list(neighbors)} with {num_train} training images: each k must be in 1..{num_train}.")
@@ -87,8 +87,8 @@ def knn_accuracies(
 
 
 def neighbor_votes(similarity: Tensor, labels: Tensor, num_classes: int, *, temperature: float) -> Tensor:
-    """Votes of each image's neighbors: similarity (Q, k) and labels (Q, k) to (Q, C)."""
-    # One factor a row scales all its votes and keeps exp(1 / temperature) from overflowing; the winner stays the same.
+    """Sum the votes of each image's neighbors: similarity (Q, k) and labels (Q, k) to (Q, C)."""
+    # One factor for all votes of a row keeps exp(1 / temperature) from overflowing and does not change the winner.
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
     return weights.new_zeros(len(labels), num_classes).scatter_add_(1, labels, weights)
 
@@ -107,28 +107,28 @@ def evaluate_knn(
     skip_unreadable: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Weighted nearest neighbors on a folder of labeled images.
+    """Evaluate weighted nearest neighbors on a folder of labeled images.
 
     Args:
         backbone: On `device`, in evaluation mode.
         data: FOLDER/train/CLASS/* and FOLDER/test/CLASS/*.
         image_size: Side of the square images, pixels.
-        neighbors: Values of k, the first one being the headline (chosen beforehand, not on the test images); those
-            above the number of training images are lowered to it, which the result tells.
-        temperature: Of the votes' weights.
-        max_images: Images of each part, evenly spaced over its list; None: all.
-        batch_size: Images a forward pass.
+        neighbors: Values of k; the first gives the headline score (fixed beforehand, not selected on test images).
+            Values above the number of training images are lowered to it, which the result reports.
+        temperature: Temperature of the votes.
+        max_images: Images per split, evenly spaced over its list; None: all.
+        batch_size: Images per forward pass.
         num_workers: Threads that read images.
-        device: Where the features are compared.
+        device: Device of the encoder and of the comparison.
         skip_unreadable: Leave out images that cannot be read, with a warning.
-        progress: Told the number of images that are done, and of all.
+        progress: Called with the number of images done and the total.
 
     Returns:
         top1, its 95 % interval and its k, top1_by_k, temperature, k_lowered_to (or None), chance (share of the most
         frequent test class) and counts.
 
     Raises:
-        ConfigError: As `find_splits`, or images that cannot be read.
+        ConfigError: As `find_splits`, or an image cannot be read.
     """
     (train_features, train), (test_features, test) = extract_splits(
         final_cls(backbone),
@@ -164,5 +164,5 @@ def evaluate_knn(
 
 
 def most_frequent_share(labels: Tensor) -> float:
-    """Accuracy of always answering the most frequent class: (Q,) int64 to a share."""
+    """Return the accuracy of always answering the most frequent class, from labels (Q,) int64."""
     return int(torch.bincount(labels).max()) / len(labels)

@@ -1,4 +1,4 @@
-"""Clips whose objects are known: frames and palette masks as DAVIS 2017 and `data synth tour` lay them out.
+"""Labeled clips: frames and object masks in the layout of DAVIS 2017 and `data synth tour`.
 
 Legend: T frames, H x W pixels of a frame.
 """
@@ -21,13 +21,13 @@ LAYOUT = "FOLDER/JPEGImages/480p/SEQUENCE/00000.jpg and FOLDER/Annotations/480p/
 
 @dataclass(frozen=True)
 class ClipFiles:
-    """The files of one clip: T frames and T masks."""
+    """Files of one clip: T frames and T masks."""
 
     frames: tuple[Path, ...]
     masks: tuple[Path, ...]
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Read frames (T, H, W, 3) uint8 and ids (T, H, W) uint8, 0 where no object is.
+        """Read frames (T, H, W, 3) uint8 and object ids (T, H, W) uint8, 0 for the background.
 
         Raises:
             ConfigError: A file cannot be read, or the sizes differ.
@@ -36,23 +36,23 @@ class ClipFiles:
         ids = _read_ids(self.masks)
         sizes = {picture.shape[:2] for picture in (*frames, *ids)}
         if len(sizes) > 1:
-            raise ConfigError(f"{self.frames[0].parent}: frames and masks have the sizes {sorted(sizes)}, not one")
+            raise ConfigError(f"{self.frames[0].parent}: frames and masks must have one size, but have {sorted(sizes)}")
         return np.stack(frames), np.stack(ids)
 
 
 def find_clips(
     folder: str | os.PathLike[str], *, num_frames: int, stride: int, max_clips: int | None
 ) -> list[ClipFiles]:
-    """Find clips of `num_frames` labeled frames, `stride` labeled frames apart, that share no frame.
+    """Find non-overlapping clips of `num_frames` labeled frames, `stride` labeled frames apart.
 
     Args:
-        folder: DAVIS's layout, or a tour with it in its folder davis.
+        folder: Folder in the DAVIS layout, or a tour, which has one in its subfolder davis.
         num_frames: T.
-        stride: 1 takes every labeled frame.
-        max_clips: Evenly spaced over all there are; None: all.
+        stride: Step in labeled frames; 1 takes every one.
+        max_clips: Number of clips, evenly spaced over all; None: all.
 
     Raises:
-        ConfigError: Another layout, frames without masks, or no sequence that is long enough.
+        ConfigError: The layout is unknown, a frame has no mask, or no sequence is long enough.
     """
     root = davis_folder(folder)
     images, annotations = root / "JPEGImages" / "480p", root / "Annotations" / "480p"
@@ -70,12 +70,12 @@ def find_clips(
 
 
 def davis_folder(folder: str | os.PathLike[str]) -> Path:
-    """Give the folder in DAVIS's layout: a labeled tour has it inside."""
+    """Return the folder in the DAVIS layout; a labeled tour has it as a subfolder."""
     return Path(folder, "davis") if Path(folder, "davis").is_dir() else Path(folder)
 
 
 def batched_clips(clips: list[ClipFiles], *, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Read clips in batches of one size of frame: (B, T, H, W, 3) and (B, T, H, W) uint8."""
+    """Read clips in batches of equal frame size: (B, T, H, W, 3) and (B, T, H, W) uint8."""
     waiting: list[tuple[np.ndarray, np.ndarray]] = []
     for clip in clips:
         read = clip.read()
@@ -93,7 +93,7 @@ def _stack(clips: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.n
 
 
 def _sequence_names(root: Path, images: Path) -> list[str]:
-    """Return those that the list of the validation part names, where there is one, else all."""
+    """Return the sequences of the validation list, or all if there is no list."""
     listed = root / "ImageSets" / "2017" / "val.txt"
     names = listed.read_text().split() if listed.is_file() else [entry.name for entry in images.iterdir()]
     return sorted(name for name in names if (images / name).is_dir())
@@ -114,13 +114,13 @@ def _mask_of(frame: Path, images: Path, annotations: Path) -> Path:
 
 
 def _read_ids(paths: Sequence[Path]) -> list[np.ndarray]:
-    """Read the masks of a clip, (H, W) uint8 each: 0 where no object is, and where pixels count for nobody."""
+    """Read the masks of a clip, (H, W) uint8 each: 0 for background and void pixels."""
     masks = read_masks(paths)
     found = sorted({int(value) for mask in masks for value in np.unique(mask)} - {0})
     objects = [value for value in found if value != VOID] or found
     if not objects or objects[-1] < VOID:
         return [np.where(mask == VOID, 0, mask).astype(np.uint8) for mask in masks]
-    # Colors, or a single object in 255, do not fit: they are numbered.
+    # Colors, or a single object with value 255, are renumbered from 1.
     numbered = [np.zeros(mask.shape, np.uint8) for mask in masks]
     for ids, mask in zip(numbered, masks, strict=True):
         for number, value in enumerate(objects, start=1):

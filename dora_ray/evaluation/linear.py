@@ -1,10 +1,9 @@
-"""A linear classifier on frozen features.
+"""Linear probe: a linear classifier on frozen features.
 
 Legend: M training images, Q test images, D width, C classes.
 
-Deviation from the usual protocol (DINO's): the features of each image are computed once, on its center crop. There is
-no random crop or flip during the classifier's training, which costs some accuracy and makes a probe take seconds in
-place of hours.
+Deviation from DINO's protocol: the features of each image are computed once, from its center crop, without random crops
+or flips. This costs some accuracy, but a probe takes seconds instead of hours.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def linear_probe(
     batch_size: int,
     seed: int,
 ) -> dict[str, float]:
-    """Train a linear classifier and test it: SGD with momentum 0.9, no weight decay, half a cosine to 0.
+    """Train and test a linear classifier: SGD with momentum 0.9, no weight decay, cosine schedule to 0.
 
     Args:
         train_features: (M, D), not normalized.
@@ -49,12 +48,12 @@ def linear_probe(
         test_labels: (Q,) int64.
         num_classes: C.
         epochs: Passes over the training features.
-        lr: Learning rate for 256 images a batch; the rate used is lr x batch_size / 256.
-        batch_size: Images a batch; a batch larger than M is M.
-        seed: Of the order of the images; the classifier starts at 0.
+        lr: Learning rate for a batch of 256; the rate used is lr x batch_size / 256.
+        batch_size: Images per batch, limited to M.
+        seed: Seed of the order of the images; the classifier is initialized with zeros.
 
     Returns:
-        top1, top5 and train_top1 as shares in [0, 1]; top5 counts the min(5, C) best.
+        top1, top5 and train_top1 as shares in [0, 1]; top5 uses the min(5, C) best classes.
     """
     batch_size = min(batch_size, len(train_features))
     classifier = _zero_classifier(train_features.shape[1], num_classes, device=train_features.device)
@@ -90,7 +89,7 @@ def _zero_classifier(width: int, num_classes: int, *, device: torch.device) -> n
 
 
 def top_share(logits: Tensor, labels: Tensor, *, best: int) -> float:
-    """Share of the rows of logits (Q, C) whose label (Q,) is among the `best` largest; among all, where C is less."""
+    """Return the top-`best` accuracy of logits (Q, C) for labels (Q,); with fewer classes, all of them count."""
     top = logits.topk(min(best, logits.shape[1]), dim=-1).indices
     return int((top == labels[:, None]).any(dim=-1).sum()) / len(labels)
 
@@ -112,29 +111,29 @@ def evaluate_linear(
     skip_unreadable: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """A linear probe on a folder of labeled images, on the CLS tokens of the last blocks, side by side.
+    """Evaluate a linear probe on labeled images, on the concatenated CLS tokens of the last blocks.
 
     Args:
         backbone: On `device`, in evaluation mode.
         data: FOLDER/train/CLASS/* and FOLDER/test/CLASS/*.
         image_size: Side of the square images, pixels.
-        num_blocks: Blocks whose CLS tokens make the feature (4 for ViT-S), at most the encoder's depth.
+        num_blocks: Number of last blocks whose CLS tokens form the feature (4 for ViT-S), at most the encoder's depth.
         epochs: As `linear_probe`.
         lr: As `linear_probe`.
         probe_batch_size: The `batch_size` of `linear_probe`.
         probe_seed: The `seed` of `linear_probe`.
-        max_images: Images of each part, evenly spaced over its list; None: all.
-        batch_size: Images a forward pass.
+        max_images: Images per split, evenly spaced over its list; None: all.
+        batch_size: Images per forward pass.
         num_workers: Threads that read images.
-        device: Where the classifier is trained.
+        device: Device of the encoder and the classifier.
         skip_unreadable: Leave out images that cannot be read, with a warning.
-        progress: Told the number of images that are done, and of all.
+        progress: Called with the number of images done and the total.
 
     Returns:
         top1 and its 95 % interval, top5, train_top1, chance (share of the most frequent test class) and counts.
 
     Raises:
-        ConfigError: As `find_splits`, or images that cannot be read.
+        ConfigError: As `find_splits`, or an image cannot be read.
     """
     num_blocks = min(num_blocks, len(backbone.blocks))
     encode = last_cls(backbone, num_blocks=num_blocks)

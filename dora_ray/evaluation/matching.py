@@ -1,4 +1,4 @@
-"""Measures without labels: is a scene found again among others, and how many directions do features use?
+"""Measures without labels: view matching, and the effective rank of features (RankMe).
 
 Legend: N scenes, M features, D width.
 """
@@ -13,23 +13,23 @@ _RANK_EPSILON = 1e-7
 
 
 def match_views(queries: Tensor, gallery: Tensor) -> Tensor:
-    """Tell which scenes are found again by cosine similarity: held-out view matching.
+    """Return which scenes are retrieved by cosine similarity (held-out view matching).
 
         for each scene i:
             similar = [cosine(queries[i], gallery[j]) for j in range(N)]
-            found[i] = similar[i] == max(similar), shared equally with those that tie with it
+            found[i] = similar[i] == max(similar), divided by the number of ties
 
-    The mean over scenes has chance 1 / N, which is also what features get that are all equal.
+    The chance level of the mean over scenes is 1 / N, which constant features also get.
 
     Args:
-        queries: (N, D) another view of each scene, such as a later frame or a local crop.
-        gallery: (N, D) the scenes themselves, in the same order.
+        queries: (N, D), another view of each scene, such as a later frame or a local crop.
+        gallery: (N, D), the scenes themselves, in the same order.
 
     Returns:
         (N,) float32 in [0, 1], on the features' device.
 
     Raises:
-        ValueError: The two differ in shape.
+        ValueError: The shapes differ.
     """
     if queries.shape != gallery.shape or queries.ndim != 2:
         raise ValueError(f"queries {tuple(queries.shape)} and gallery {tuple(gallery.shape)} must both be (N, D)")
@@ -39,13 +39,13 @@ def match_views(queries: Tensor, gallery: Tensor) -> Tensor:
 
 
 def rank_me(features: Tensor) -> float:
-    """Count the directions that features use: RankMe (Garrido et al., ICML 2023).
+    """Return the effective rank of features: RankMe (Garrido et al., ICML 2023).
 
-    It is exp(-sum_k p_k log p_k) with p_k = s_k / sum(s) + 1e-7, s being the singular values: min(M, D) when all
-    directions are used alike, 1 when there is only one.
+    It is exp(-sum_k p_k log p_k) with p_k = s_k / sum(s) + 1e-7 and s the singular values: min(M, D) if all directions
+    are used equally, 1 if there is only one.
 
     Args:
-        features: (M, D), as the encoder gives them: neither centered nor normalized.
+        features: (M, D), the encoder's output, neither centered nor normalized.
     """
     values = torch.linalg.svdvals(features.double())
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny) + _RANK_EPSILON

@@ -1,13 +1,13 @@
-"""Do the method's own object masks show the objects that are there, and follow them?
+"""Evaluation of the method's own object masks: discovery and tracking of labeled objects.
 
 Legend: B clips, T frames, K masks, M true objects, P pixels, H heads, h x w patches.
 
-object_iou: the K masks of a clip's first frame are matched with its M true objects, each with one at most, so that the
-sum of the intersections over union is largest. An object without a mask counts 0. Mean over objects, then over clips.
-tracking_iou: the pairs of the first frame are kept. Mean over the objects of their mean over the later frames that
-show them, then over clips.
-Both rise with the number and the area of the masks, so they are read beside their chance: as many masks of the same
-areas at random patches (random_masks), and the same masks moved by half a frame down and across (moved_masks).
+object_iou: the K masks of a clip's first frame are matched one-to-one with its M true objects so that the sum of
+intersections over union is maximal. An object without a mask counts as 0. Mean over objects, then over clips.
+tracking_iou: keeps the pairs of the first frame. For each object, the mean over the later frames that show it; then
+mean over objects, then over clips.
+Both rise with the number and area of the masks, so compare them with two chance levels: as many masks of equal area at
+random patches (random_masks), and the same masks shifted by half a frame in both directions (moved_masks).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Scores = dict[str, float]
 
 
 def mask_overlaps(masks: Tensor, truths: Tensor) -> Tensor:
-    """Intersections over union of masks (K, P) and true objects (M, P), bool: (K, M) float32, 0 of two empty ones."""
+    """Return the intersections over union (K, M) of masks (K, P) and true objects (M, P), bool; 0 if both are empty."""
     first, second = masks.float(), truths.float()
     shared = first @ second.T
     union = first.sum(dim=1, keepdim=True) + second.sum(dim=1) - shared
@@ -47,15 +47,15 @@ def mask_overlaps(masks: Tensor, truths: Tensor) -> Tensor:
 
 
 def best_assignment(scores: Sequence[Sequence[float]]) -> list[int | None]:
-    """Match rows and columns, each with one at most, so that the sum of the scores is largest.
+    """Match rows and columns one-to-one so that the sum of the scores is maximal.
 
-    The Hungarian method with potentials (Kuhn 1955; shortest augmenting paths).
+    Uses the Hungarian method with potentials (Kuhn 1955; shortest augmenting paths).
 
     Args:
         scores: (K, M).
 
     Returns:
-        The row of each of the M columns; None where there are fewer rows than columns and it has none.
+        The row of each of the M columns; None for a column without a row, if there are fewer rows than columns.
     """
     num_rows, num_columns = len(scores), len(scores[0]) if len(scores) else 0
     if num_rows > num_columns:
@@ -69,7 +69,7 @@ def best_assignment(scores: Sequence[Sequence[float]]) -> list[int | None]:
 
 
 def _rows_of_columns(scores: Sequence[Sequence[float]]) -> list[int]:
-    """Match each row, with as many columns or more; index 0 is the method's own, rows count from 1, 0 means none."""
+    """Match every row; needs at least as many columns. Both count from 1: index 0 is internal, value 0 means none."""
     num_rows, num_columns = len(scores), len(scores[0])
     of_row, of_column = [0.0] * (num_rows + 1), [0.0] * (num_columns + 1)
     row_of = [0] * (num_columns + 1)
@@ -106,12 +106,12 @@ def clip_scores(masks: Tensor, ids: Tensor, *, least_area: float) -> tuple[float
 
     Args:
         masks: (K, T, P) bool.
-        ids: (T, P) integers: the true object of each pixel, 0 for none.
-        least_area: Objects that cover less than this share of a frame are left out there.
+        ids: (T, P) integers: true object of each pixel, 0 for the background.
+        least_area: Objects that cover less than this share of a frame are ignored in it.
 
     Returns:
-        object_iou and tracking_iou, the latter None where no object of the first frame is seen again; None where the
-        first frame shows no object.
+        object_iou and tracking_iou, the latter None if no object of the first frame is visible again; None if the first
+        frame shows no object.
     """
     least = least_area * ids.shape[-1]
     known = [
@@ -128,7 +128,7 @@ def clip_scores(masks: Tensor, ids: Tensor, *, least_area: float) -> tuple[float
 
 
 def _follow(masks: Tensor, ids: Tensor, number: int, row: int | None, least: float) -> float | None:
-    """Mean overlap of mask `row` with an object over the later frames that show it; None where none does."""
+    """Return the mean overlap of mask `row` with an object over the later frames that show it; None if none does."""
     values = []
     for frame in range(1, len(ids)):
         truth = ids[frame] == number
@@ -139,7 +139,7 @@ def _follow(masks: Tensor, ids: Tensor, number: int, row: int | None, least: flo
 
 
 def enlarge_masks(masks: Tensor, *, size: tuple[int, ...]) -> Tensor:
-    """Masks (B, K, T, h, w) in [0, 1] to bool pixels (B, K, T, H W): a pixel is its patch's, where that is over 1/2."""
+    """Upsample masks (B, K, T, h, w) in [0, 1] to pixels (B, K, T, H W) by nearest neighbor; True above 1/2."""
     large = F.interpolate(masks.flatten(0, 1).float(), size=size, mode="nearest-exact")
     return torch.unflatten(large > 0.5, 0, masks.shape[:2]).flatten(-2)
 
@@ -165,33 +165,33 @@ def evaluate_objects(
     device: str,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score the objects that the encoder discovers and tracks in labeled clips, as a training step does.
+    """Score the objects that the encoder discovers and tracks in labeled clips, as in a training step.
 
     Args:
         backbone: On `device`, in evaluation mode.
         data: As `find_clips`.
-        image_size: Short side of the frames that the encoder sees, pixels; they are seen whole.
+        image_size: Short side of the encoder's input, pixels; frames are not cropped.
         num_frames: T.
-        stride: Labeled frames from one frame of a clip to the next.
-        num_draws: Times that heads are drawn for each clip; its scores are their means.
+        stride: Step between the frames of a clip, in labeled frames.
+        num_draws: Number of draws of heads per clip; the clip's scores are means over them.
         max_clips: As `find_clips`.
         least_area: As `clip_scores`.
-        draw_seed: Of the drawn heads and of the random masks.
-        num_objects: K; at most the encoder's heads.
+        draw_seed: Seed of the heads and the random masks.
+        num_objects: K, at most the encoder's number of heads.
         block: As `tracked_features`.
         normalize_patches: As `track_objects`.
         num_iterations: As `track_objects`.
         epsilon: As `track_objects`.
         threshold: As `track_objects`.
         device: Where the encoder runs.
-        progress: Told the number of clips that are done, and of all.
+        progress: Called with the number of clips done and the total.
 
     Returns:
-        object_iou and tracking_iou, each with its two chances (..._random_masks and ..._moved_masks), num_clips, and
-        samples: the scores' values of each clip.
+        object_iou and tracking_iou, each with two chance levels (..._random_masks and ..._moved_masks), num_clips, and
+        samples: the scores of each clip.
 
     Raises:
-        ConfigError: As `find_clips`, or more objects than heads, or no clip shows an object at its beginning.
+        ConfigError: As `find_clips`, or more objects than heads, or no clip shows an object in its first frame.
     """
     num_heads = int(cast(Any, backbone.blocks[0]).attn.num_heads)
     if num_objects > num_heads:
@@ -224,14 +224,14 @@ def evaluate_objects(
         if progress is not None:
             progress(done, len(clips))
     if not rows:
-        raise ConfigError(f"{data}: no clip shows an object of {least_area:.1%} of the frame at its beginning")
+        raise ConfigError(f"{data}: no clip's first frame shows an object of at least {least_area:.1%} of the frame")
     samples = {name: [row[name] for row in rows if name in row] for name in SCORES}
     means = _mean(rows)
     return means | {"num_clips": len(rows), "samples": samples}
 
 
 def with_chances(masks: Tensor, noise: Tensor, *, grid: tuple[int, ...], size: tuple[int, ...]) -> dict[str, Tensor]:
-    """Put the two chances beside masks (B, K, T, N) of h x w patches: bool pixels (B, K, T, H W) by suffix."""
+    """Return masks (B, K, T, N) of h x w patches and their two chance levels as pixels (B, K, T, H W), by suffix."""
     moved = torch.unflatten(masks, -1, grid).roll((grid[0] // 2, grid[1] // 2), (-2, -1))
     kinds = {
         "": torch.unflatten(masks, -1, grid),
@@ -242,7 +242,7 @@ def with_chances(masks: Tensor, noise: Tensor, *, grid: tuple[int, ...], size: t
 
 
 def _as_images(vit: VisionTransformer, frames: np.ndarray, *, image_size: int, device: str) -> Tensor:
-    """Whole frames (B, T, H, W, 3) uint8, of that short side in whole patches, normalized: (B, T, 3, H', W')."""
+    """Resize frames (B, T, H, W, 3) uint8 to this short side in whole patches, and normalize: (B, T, 3, H', W')."""
     size = (frames.shape[3], frames.shape[2])
     width, height = whole_size(size, short_side=image_size, patch_size=int(vit.patch_embed.patch_size[0]))
     small = [
@@ -253,7 +253,7 @@ def _as_images(vit: VisionTransformer, frames: np.ndarray, *, image_size: int, d
 
 
 def _scores(kinds: dict[str, Tensor], ids: Tensor, least_area: float) -> list[Scores]:
-    """Give one clip's scores by name, without those that it does not have; nothing for a clip without objects."""
+    """Return a list with one clip's available scores by name; empty for a clip without objects."""
     row: Scores = {}
     for kind, masks in kinds.items():
         found = clip_scores(masks, ids, least_area=least_area)
@@ -264,6 +264,6 @@ def _scores(kinds: dict[str, Tensor], ids: Tensor, least_area: float) -> list[Sc
 
 
 def _mean(rows: Sequence[Scores]) -> Scores:
-    """Mean of each score over the rows that have it."""
+    """Average each score over the rows that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}

@@ -1,4 +1,4 @@
-"""Pictures of what a checkpoint sees in a video: the attention that discovers objects, and the objects as tracked.
+"""Pictures of a checkpoint's objects in a video: the attention that discovers them, and their tracked maps and masks.
 
 Legend: T frames, K objects, H x W pixels of a frame, h x w patches of it, N = h w.
 """
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 
 CELL_HEIGHT, CELL_WIDTH = 150, 230
 MASK_STRENGTH = 0.55
-# The PNG text by which a folder's own pictures are known, and may be replaced.
+# PNG text that marks pictures drawn by `show`, which a later `show` may replace.
 MARK = "Software"
 
 
 @dataclass(frozen=True, eq=False)
 class Tracks:
-    """The objects of a shot.
+    """Tracked objects of a shot.
 
     Attributes:
         heads: (K,) attention heads that discovered them.
-        attention: (K, h, w) their CLS attention in frame 0.
-        maps: (K, T, h, w) the tracked maps T' (equation 4), each summing to 1.
+        attention: (K, h, w), CLS attention of these heads in frame 0.
+        maps: (K, T, h, w), tracked maps T' (equation 4), each summing to 1.
         masks: (K, T, h, w) in [0, 1].
     """
 
@@ -70,27 +70,27 @@ def show(
 ) -> dict[str, Any]:
     """Draw the objects that a checkpoint's teacher discovers and tracks in a video.
 
-    For each clip: clip-0.png, with the frames, the attention of the heads that discovered the objects, the tracked maps
-    and the masks; and clip-0.mp4, the same objects followed through all that lies between.
+    For each clip it writes clip-0.png, with the frames, the attention of the heads that discovered the objects, the
+    tracked maps and the masks; and clip-0.mp4, which follows the objects through all frames in between.
 
     Args:
-        checkpoint: What `load_backbone` takes. A run's own configuration says how objects are tracked; for other
-            encoders, the recipe `released` does.
+        checkpoint: Any checkpoint that `load_backbone` accepts. Tracking settings come from a run's configuration; for
+            other encoders from the recipe `released`.
         video: A video file.
         out: Folder of the pictures.
-        seed: Of the clips' places in the video and of the heads.
-        num_clips: Clips to draw.
-        num_frames: Frames of a picture, `clip.stride_seconds` apart; fewer where the video is too short.
+        seed: Seed of the clips' positions in the video and of the heads.
+        num_clips: Number of clips to draw.
+        num_frames: Frames per picture, `clip.stride_seconds` apart; fewer if the video is too short.
         num_objects: K; None: as trained.
-        image_size: Short side of what the encoder sees, pixels (a multiple of its patch size); None: as trained.
-        device: Where the encoder runs.
+        image_size: Short side of the encoder's input, pixels (a multiple of its patch size); None: as trained.
+        device: Device of the encoder.
 
     Returns:
         pictures and movies (lists of paths), and clips: seconds, heads and has_cut of each.
 
     Raises:
-        ConfigError: A number that cannot work, or a file in `out` that is in the way; what an earlier `show` drew
-            there is replaced.
+        ConfigError: A number is out of range, or `out` holds a file with the same name that `show` did not draw; files
+            that an earlier `show` drew are replaced.
         CheckpointError: The checkpoint cannot be loaded.
         VideoError: The video cannot be read, or is shorter than two frames of a clip.
     """
@@ -121,7 +121,7 @@ def show(
 def _check_numbers(
     config: dict[str, Any], num_objects: int | None, image_size: int | None, *, num_clips: int, num_frames: int
 ) -> tuple[int, int]:
-    """Image size and number of objects, as given or as trained."""
+    """Return the image size and the number of objects, as given or as trained."""
     model = config["model"]
     size = config["crops"]["global_size"] if image_size is None else image_size
     objects = config["tracking"]["num_objects"] if num_objects is None else num_objects
@@ -142,15 +142,15 @@ def _free_paths(out: Path, num_clips: int) -> list[tuple[Path, Path]]:
     ours = {path for picture in old for path in (picture, picture.with_suffix(".mp4"))}
     used = [str(path) for pair in paths for path in pair if path.exists() and path not in ours]
     if used:
-        raise ConfigError(f"{used[0]} exists already, and `show` did not draw it. Give another folder.")
-    for path in ours:  # all of them: a clip of an older checkpoint beside new ones would mislead
+        raise ConfigError(f"{used[0]} already exists, and `show` did not draw it. Give another folder.")
+    for path in ours:  # remove all: clips of an older checkpoint beside new ones would be misleading
         path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     return paths
 
 
 def _is_ours(picture: Path) -> bool:
-    """Tell a picture that `show` has drawn by its mark."""
+    """Return whether `show` has drawn this picture."""
     try:
         with Image.open(picture) as image:
             return image.info.get(MARK) == __name__
@@ -165,7 +165,7 @@ def _marked() -> PngInfo:
 
 
 def tracking_arguments(tracking: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that `track` takes of a section `tracking`."""
+    """Return the arguments of `track` from a `tracking` section."""
     names = ("block", "normalize_patches", "num_iterations", "epsilon", "threshold")
     return {name: tracking[name] for name in names}
 
@@ -184,14 +184,14 @@ def track(
     epsilon: float,
     threshold: Threshold,
 ) -> Tracks:
-    """Discover objects in the first frame and track them through all, as a training step does with one clip.
+    """Discover objects in the first frame and track them through all, as a training step does for one clip.
 
     Args:
         vit: The teacher's encoder, on `device`.
-        frames: (T, H, W, 3) uint8; the encoder sees them whole, the short side being `image_size` pixels.
+        frames: (T, H, W, 3) uint8; not cropped.
         heads: (K,) attention heads.
-        image_size: In pixels.
-        device: Of the encoder.
+        image_size: Short side of the encoder's input, pixels.
+        device: Device of the encoder.
         block: As `tracked_features`.
         normalize_patches: As `track_objects`.
         num_iterations: As `track_objects`.
@@ -221,7 +221,7 @@ def track(
 
 
 def _column_times(shot: Shot, stride_seconds: float) -> np.ndarray:
-    """Times of the picture's columns: the shot's first frame, and one every stride, seconds."""
+    """Return the times of the picture's columns in seconds: every stride from the shot's first frame on."""
     return np.arange(shot.times[0], shot.times[-1] + stride_seconds / 2, stride_seconds)
 
 
@@ -237,22 +237,22 @@ def _heading(origin: Origin, index: VideoIndex, shot: Shot) -> list[str]:
 
 
 def cell_size(frame: np.ndarray) -> tuple[int, int]:
-    """Height and width of a picture's cell for frames (H, W, 3): their shape, as large as a cell may be."""
+    """Return the height and width of a cell for frames (H, W, 3), with their aspect ratio, as large as allowed."""
     height, width = frame.shape[:2]
     scale = min(CELL_HEIGHT / height, CELL_WIDTH / width)
     return round(height * scale), round(width * scale)
 
 
 def figure(shot: Shot, tracks: Tracks, columns: np.ndarray, *, heading: list[str]) -> Image.Image:
-    """One picture of a shot: time runs to the right, starting with the attention that each object was discovered by.
+    """Draw a shot as one picture, with time from left to right after a first column for the attention.
 
-    Rows: the frames; all objects' masks over them; and for each object its head's CLS attention in the first frame and
-    its tracked maps, then what the student sees of it (equation 5).
+    Rows: the frames; the masks of all objects over them; and for each object two rows: its head's CLS attention in the
+    first frame with its tracked maps, and its object view, the student's input (equation 5).
 
     Args:
         shot: The frames.
-        tracks: Their objects.
-        columns: Numbers of the frames to draw.
+        tracks: The objects.
+        columns: Indices of the frames to draw.
         heading: Lines above the picture.
     """
     height, width = cell_size(shot.frames[0])
@@ -281,14 +281,14 @@ def _heat(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _object_view(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The frame (H, W, 3) where the mask (h, w) is 1 and the mean color, which the encoder sees as 0, where it is 0."""
+    """Return the frame (H, W, 3) where the mask (h, w) is 1, else the mean color (0 after normalization)."""
     kept = drawing.enlarge(mask, height=frame.shape[0], width=frame.shape[1])[..., None]
     pixels: np.ndarray = kept * frame + (1 - kept) * 255 * np.array(IMAGENET_MEAN)
     return pixels.round().astype(np.uint8)
 
 
 def movie_frames(shot: Shot, tracks: Tracks) -> Iterator[np.ndarray]:
-    """The frames beside the same frames with the objects on them: (H, 2 W + gap, 3) uint8."""
+    """Yield each frame side by side with its object overlay, (H, 2 W + gap, 3) uint8."""
     gap = np.full((shot.frames.shape[1], 2 * drawing.GAP, 3), 255, dtype=np.uint8)
     for t, frame in enumerate(shot.frames):
         yield np.concatenate([frame, gap, drawing.overlay(frame, tracks.masks[:, t], strength=MASK_STRENGTH)], axis=1)

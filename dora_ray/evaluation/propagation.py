@@ -1,6 +1,6 @@
-"""Carry labels from earlier frames of a video on to the next one, by like patches.
+"""Label propagation: transfer labels from earlier frames of a video to the next one by patch similarity.
 
-Legend: H x W pixels, h x w patches, D width, C frames that labels come from, L labels (background and K objects).
+Legend: H x W pixels, h x w patches, D width, C context frames, L labels (background and K objects).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-_TILE = 8  # side of what is compared at a time, patches
+_TILE = 8  # side of a tile that is compared at once, patches
 
 
 def propagate(
     features: Tensor, labels: Tensor, target: Tensor, *, radius: int, num_neighbors: int, temperature: float
 ) -> Tensor:
-    """Labels of a frame's patches from those of earlier frames.
+    """Compute the labels of a frame's patches from those of earlier frames.
 
         for each patch p of the target:
             near = patches of the context frames at most `radius` rows and columns from p
@@ -28,19 +28,19 @@ def propagate(
             label[p] = mean of their labels, weighted by exp(<feature, target[p]> / temperature)
 
     Args:
-        features: (C, h, w, D) of the context frames, L2-normalized.
-        labels: (C, h, w, L) shares of each label.
+        features: (C, h, w, D), context frames, L2-normalized.
+        labels: (C, h, w, L), shares of each label.
         target: (h, w, D), L2-normalized.
-        radius: In patches.
-        num_neighbors: Fewer at the border of very small frames.
-        temperature: Of the weights.
+        radius: Largest distance in rows and in columns, patches.
+        num_neighbors: Number of patches to average over; fewer in very small frames.
+        temperature: Temperature of the weights.
 
     Returns:
         (h, w, L), each patch summing to 1 where the labels do.
     """
     height, width, num_labels = *target.shape[:2], labels.shape[-1]
     result = labels.new_zeros(height, width, num_labels)
-    # Tiles, because comparing a whole frame with all it could look at would mostly be thrown away.
+    # Work in tiles: most similarities of a whole frame would be out of the radius and discarded.
     for y, x in itertools.product(range(0, height, _TILE), range(0, width, _TILE)):
         tile = target[y : y + _TILE, x : x + _TILE]
         top, left = max(0, y - radius), max(0, x - radius)
@@ -58,7 +58,7 @@ def propagate(
 
 
 def _far(start: int, length: int, near_start: int, near_length: int, *, radius: int, device: torch.device) -> Tensor:
-    """(length, near_length) bool: whether two positions along one axis are more than the radius apart."""
+    """Return (length, near_length) bool: True if two positions along an axis are more than the radius apart."""
     ours = torch.arange(start, start + length, device=device)
     theirs = torch.arange(near_start, near_start + near_length, device=device)
     return (ours[:, None] - theirs[None, :]).abs() > radius
@@ -73,18 +73,18 @@ def segment(
     num_neighbors: int,
     temperature: float,
 ) -> Iterator[np.ndarray]:
-    """Yield the objects' masks of all frames but the first.
+    """Yield the objects' masks of all frames except the first.
 
     Args:
-        features: T of (h, w, D), L2-normalized.
-        first_masks: (K, H, W) bool, of which no two share a pixel.
-        num_frames: Earlier frames beside the first that labels come from.
+        features: T tensors (h, w, D), L2-normalized.
+        first_masks: (K, H, W) bool, disjoint.
+        num_frames: Number of previous frames, besides the first, that labels are propagated from.
         radius: As `propagate`.
         num_neighbors: As `propagate`.
         temperature: As `propagate`.
 
     Yields:
-        T - 1 of (K, H, W) bool, of which no two share a pixel.
+        T - 1 arrays (K, H, W) bool, disjoint.
     """
     first = next(features)
     height, width = first_masks.shape[1:]
@@ -99,7 +99,7 @@ def segment(
 
 
 def patch_labels(masks: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    """Reduce masks (K, H, W) bool to labels of patches (h, w, 1 + K) float32: each patch has its middle pixel's."""
+    """Reduce masks (K, H, W) bool to patch labels (h, w, 1 + K) float32; each patch takes its central pixel's label."""
     size, nearest = (width, height), Image.Resampling.NEAREST
     objects = np.stack([np.asarray(Image.fromarray(mask).resize(size, nearest)) for mask in masks], axis=-1)
     background = ~objects.any(axis=-1, keepdims=True)
@@ -107,7 +107,7 @@ def patch_labels(masks: np.ndarray, *, height: int, width: int) -> np.ndarray:
 
 
 def enlarge_labels(labels: Tensor, *, height: int, width: int) -> np.ndarray:
-    """Turn (h, w, 1 + K) shares into (K, H, W) bool: all enlarged, each stretched to [0, 1], the largest one wins."""
+    """Turn shares (h, w, 1 + K) into masks (K, H, W) bool: upsample, rescale each label to [0, 1], take the largest."""
     size = (height, width)
     large = F.interpolate(labels.permute(2, 0, 1)[None], size=size, mode="bilinear", align_corners=False)[0]
     low, high = large.amin(dim=(1, 2), keepdim=True), large.amax(dim=(1, 2), keepdim=True)

@@ -1,4 +1,4 @@
-"""Where in a video to look: a stretch of successive frames that no shot cut runs through.
+"""Draw a shot from a video: successive frames without a shot cut.
 
 Legend: T frames, H x W pixels of a frame.
 """
@@ -28,7 +28,7 @@ class Shot:
     Attributes:
         frames: (T, H, W, 3) uint8 RGB.
         times: (T,) seconds from the video's start.
-        cuts: (T,) bool, where a new shot starts.
+        cuts: (T,) bool, True where a new shot starts.
     """
 
     frames: np.ndarray
@@ -37,29 +37,29 @@ class Shot:
 
     @property
     def has_cut(self) -> bool:
-        """True if a shot cut runs through it: objects cannot be tracked across one."""
+        """True if the frames contain a shot cut, across which objects cannot be tracked."""
         return bool(self.cuts.any())
 
     @property
     def seconds(self) -> float:
-        """From the first frame to the last."""
+        """Duration from the first frame to the last."""
         return float(self.times[-1] - self.times[0])
 
 
 def draw_shot(index: VideoIndex, rng: np.random.Generator, *, num_frames: int, stride_seconds: float) -> Shot:
-    """Frames from a random place of the video that no shot cut runs through.
+    """Draw a shot without a cut from a random position of the video.
 
-    A few places are tried. Where a cut runs through, the longest part between cuts will do when it is half as long as
-    asked for; when no place has that, the longest part of all places is taken.
+    Try a few positions. If a window contains cuts, its longest part between cuts is accepted if it is at least half as
+    long as requested; if no position has one, return the longest part of all positions.
 
     Args:
-        index: Of the video.
-        rng: Draws the places.
-        num_frames: The shot lasts (num_frames - 1) x stride_seconds at most.
-        stride_seconds: Time between the frames of a clip, at least what the shot lasts where that can be.
+        index: Index of the video.
+        rng: Generator of the positions.
+        num_frames: Limits the shot to (num_frames - 1) x stride_seconds.
+        stride_seconds: Time between the frames of a clip; the shot is at least this long if possible.
 
     Raises:
-        VideoError: The video is shorter than one stride, or nothing of it can be decoded.
+        VideoError: The video is shorter than one stride, or nothing in it can be decoded.
     """
     length = float(index.times[-1])
     span = min((num_frames - 1) * stride_seconds, length // stride_seconds * stride_seconds)
@@ -76,12 +76,12 @@ def draw_shot(index: VideoIndex, rng: np.random.Generator, *, num_frames: int, s
         if best is None or (not shot.has_cut, shot.seconds) > (not best.has_cut, best.seconds):
             best = shot
     if best is None:
-        raise VideoError(f"{index.path}: no two frames of it could be decoded; get the file again")
+        raise VideoError(f"{index.path}: fewer than two frames could be decoded; get the file again")
     return best
 
 
 def read_window(index: VideoIndex, *, start: float, span: float) -> Shot | None:
-    """Ten frames a second from `start` to `start + span`, seconds; None where fewer than two can be decoded."""
+    """Read ten frames per second from `start` to `start + span`, seconds; None if fewer than two can be decoded."""
     wanted = np.arange(start, start + span + 1e-6, 1 / FRAMES_PER_SECOND)
     positions = np.unique(np.searchsorted(index.times, wanted + 1e-9, side="right") - 1)
     decoded = list(PyAVDecoder().decode(index, index.pts[positions].tolist(), short_side=SHORT_SIDE))
@@ -93,7 +93,7 @@ def read_window(index: VideoIndex, *, start: float, span: float) -> Shot | None:
 
 
 def _longest_part(window: Shot, *, at_least: float) -> Shot:
-    """The longest part of the window without a cut; the whole window where no part lasts `at_least` seconds."""
+    """Return the longest part of the window without a cut; the whole window if no part lasts `at_least` seconds."""
     edges = [0, *np.flatnonzero(window.cuts).tolist(), len(window.times)]
     parts = [
         Shot(window.frames[first:last], window.times[first:last], window.cuts[first:last] & False)
@@ -104,7 +104,7 @@ def _longest_part(window: Shot, *, at_least: float) -> Shot:
 
 
 def rgb(frame: DecodedFrame) -> np.ndarray:
-    """A decoded frame as (H, W, 3) uint8."""
+    """Convert a decoded frame to (H, W, 3) uint8 RGB."""
     size = (frame.width, frame.height)
     chroma = [Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR) for plane in (frame.u, frame.v)]
     return np.asarray(Image.merge("YCbCr", [Image.fromarray(frame.y), *chroma]).convert("RGB"))

@@ -1,4 +1,4 @@
-"""Show evaluations to people: one table of several encoders, with random ones and chance below. Imports no torch."""
+"""Format evaluations as a table of encoders, random encoders and chance. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def show_evaluations(named: Mapping[str, dict[str, Any]], random: Mapping[str, d
     """Return a heading, the protocol, a table, and notes.
 
     Args:
-        named: Evaluations of one task on one folder, by the encoder's name.
-        random: The same of newly drawn encoders.
+        named: Evaluations of one task on one folder, by encoder name.
+        random: The same for random encoders.
     """
     first = next(iter(named.values()))
     task, results = TASKS[first["task"]], first["results"]
@@ -41,7 +41,7 @@ def show_evaluations(named: Mapping[str, dict[str, Any]], random: Mapping[str, d
 
 
 def _columns(task: Task, results: Results) -> dict[str, tuple[str, ...]]:
-    """Return the place in the results of each column's values; a mapping there gives a column for each entry."""
+    """Return the path of each column's values in the results; a mapping makes one column per entry."""
     found: dict[str, tuple[str, ...]] = {}
     for header, key in task.columns.items():
         if isinstance(results[key], Mapping):
@@ -64,18 +64,18 @@ def _score(results: Results, where: Sequence[str]) -> str:
 
 
 def _chance(results: Results, places: Mapping[str, str], column: str, where: Sequence[str]) -> str:
-    """Return one cell of a line that needs no encoder: a column of a mapping has the place of its beginning."""
+    """Return one cell of a baseline row; columns of a mapping are looked up by their common header."""
     header = column.removesuffix(where[-1]) if len(where) > 1 else column
     return percent(results.get(places[header])) if header in places else ""
 
 
 def percent(share: float | None) -> str:
-    """Return a share of 1 as a number of percent, without the sign; nothing for None."""
+    """Format a share as a percentage without the sign; empty for None."""
     return "" if share is None else f"{100 * share:.1f}"
 
 
 def aligned(lines: Lines) -> str:
-    """Return the lines with their cells in columns, the first to the left and numbers to the right."""
+    """Align cells in columns, the first column left, the others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     shown = []
     for line in lines:
@@ -89,11 +89,11 @@ def aligned(lines: Lines) -> str:
 
 def _protocol(task: Task, evaluation: dict[str, Any]) -> str:
     text = task.protocol.format_map({**evaluation["settings"], **evaluation["results"]})
-    return textwrap.fill(f"{text}; all figures in percent", LINE)
+    return textwrap.fill(f"{text}; all values in percent", LINE)
 
 
 def _parts_of(task: Task, results: Results) -> str:
-    """Return the table of what the scores are means over, such as sequences."""
+    """Return a table of the parts that the scores are averaged over, such as sequences."""
     if task.parts is None:
         return ""
     header, key, columns = task.parts
@@ -109,13 +109,13 @@ def _notes(named: Mapping[str, dict[str, Any]]) -> list[str]:
     for name, evaluation in named.items():
         results = evaluation["results"]
         if results.get("num_unreadable"):
-            notes.append(f"{name}: {results['num_unreadable']} files that cannot be read are left out.")
+            notes.append(f"{name}: skipped {results['num_unreadable']} unreadable files.")
         if results.get("k_lowered_to"):
             notes.append(f"{name}: k is at most {results['k_lowered_to']}, the number of training images.")
     return notes
 
 
 def name_encoder(given: str, source: str) -> str:
-    """Return an encoder's name for the table: as it was given, and which checkpoint of a run that was."""
+    """Return an encoder's name for the table: the given name, and for a run its checkpoint."""
     checkpoint = PurePosixPath(source).name
     return given if given.rstrip("/").endswith(checkpoint) else f"{given} ({checkpoint})"

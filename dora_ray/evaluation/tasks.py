@@ -1,4 +1,4 @@
-"""The evaluation tasks: their options, what they read, and how their results are shown. Imports no torch."""
+"""Evaluation tasks: options, data, and display of results. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dora_ray.evaluation.options import (
     VosOptions,
 )
 
-# Options of the evaluation, which the tasks' functions do not see.
+# Options handled by `evaluate`, not passed to the tasks' functions.
 NOT_OF_THE_TASK = ("random_init", "seed", "random_encoders")
 
 
@@ -30,19 +30,18 @@ class Task:
     """One evaluation protocol.
 
     Attributes:
-        title: A few words for people.
+        title: Short title for the user.
         options: Class of its options.
-        function: Where it is carried out, as module.function below dora_ray.evaluation. It takes the encoder, the
-            folder, every option but those in NOT_OF_THE_TASK, and `progress`, which is told (done, of how many); it
-            returns results that are ready for JSON.
-        data: Kind of folder that it reads, such as "labeled images".
-        unit: Things that progress counts, in the plural.
-        protocol: One line that says how the score came about; names in braces are options or results.
-        columns: The table's columns, and where their values are in the results; a mapping there gives a column for each
-            of its entries.
-        chance: Lines of the table that need no encoder: name, and where the value of each column is in the results.
-        parts: Table of the parts that the scores are means over: name of a part, where they are in the results, and the
-            columns, as above, in each part.
+        function: Its function, as module.function below dora_ray.evaluation. It takes the encoder, the folder, every
+            option except those in NOT_OF_THE_TASK, and `progress`, which is called with (done, total); it returns
+            JSON-serializable results.
+        data: Kind of data that it reads, such as "labeled images".
+        unit: Unit of the progress, plural.
+        protocol: One-line description of the protocol; names in braces are options or results.
+        columns: Columns of the table: header -> key in the results; a mapping makes one column per entry.
+        chance: Baseline rows of the table: name -> (header -> key in the results).
+        parts: Table of the parts that the scores are averaged over: name of a part, key in the results, and the columns
+            within each part.
     """
 
     title: str
@@ -57,12 +56,12 @@ class Task:
 
     @property
     def beside(self) -> bool:
-        """Tell a task that measures random encoders itself, on the same clips."""
+        """True if the task itself evaluates random encoders on the same clips."""
         return issubclass(self.options, BesideOptions)
 
     @property
     def run(self) -> Callable[..., dict[str, Any]]:
-        """The function."""
+        """The task's function."""
         module, name = self.function.split(".")
         function: Callable[..., dict[str, Any]] = getattr(import_module(f"dora_ray.evaluation.{module}"), name)
         return function
@@ -98,8 +97,8 @@ TASKS: dict[str, Task] = {
         function="corloc.evaluate_corloc",
         data="VOC folder",
         unit="images",
-        protocol="{num_images} images; one box each by {method}, right where its overlap with an object's is "
-        "0.5 or more",
+        protocol="{num_images} images; one box per image by {method}, correct if its IoU with an object's box is "
+        "at least 0.5",
         columns={"CorLoc": "corloc"},
         chance={"box around the image": {"CorLoc": "whole_image"}},
     ),
@@ -120,7 +119,7 @@ TASKS: dict[str, Task] = {
             "F recall": "f_recall",
             "F decay": "f_decay",
         },
-        chance={"first mask kept still": {"J&F": "still_j_and_f", "J": "still_j_mean", "F": "still_f_mean"}},
+        chance={"first mask repeated": {"J&F": "still_j_and_f", "J": "still_j_mean", "F": "still_f_mean"}},
         parts=("sequence", "sequences", {"J": "j", "F": "f", "frames": "num_frames"}),
     ),
     "objects": Task(
@@ -138,7 +137,7 @@ TASKS: dict[str, Task] = {
                 "object IoU": "object_iou_random_masks",
                 "tracking IoU": "tracking_iou_random_masks",
             },
-            "masks moved aside": {"object IoU": "object_iou_moved_masks", "tracking IoU": "tracking_iou_moved_masks"},
+            "masks shifted": {"object IoU": "object_iou_moved_masks", "tracking IoU": "tracking_iou_moved_masks"},
         },
     ),
     "views": Task(
@@ -166,7 +165,7 @@ TASKS: dict[str, Task] = {
 
 
 def describe_options(only: str | None = None) -> str:
-    """Return the options of one task, or of all, with their defaults and meanings, for `dora-ray eval --help`."""
+    """Return the options of one task or all tasks, with defaults and descriptions, for `dora-ray eval --help`."""
     general = set(Options.model_fields)
     parts = ["options of all tasks, as option=value:", *_option_lines(Options, set())]
     for name, task in TASKS.items() if only is None else [(only, TASKS[only])]:

@@ -1,10 +1,10 @@
-"""Held-out view matching on any video: does the encoder know a scene again, in a later frame or in a small part of it?
+"""Held-out view matching on any video: retrieve a scene from a later frame or from a small crop of it.
 
-Legend: N scenes, S side of what the encoder sees, D width.
+Legend: N scenes, S side of the encoder's input, D width.
 
-N frames, evenly spaced over the film, are the scenes. Each is looked for among all N by another view of it: the center
-of a frame some time later (later), or a small crop of the frame itself (local). Every view gets a random contrast and
-brightness, so that how light a picture is finds nothing. Chance is 1 / N.
+The scenes are N frames, evenly spaced over the film. Each one is retrieved among all N from another view of it: the
+center of a frame some time later (later), or a small crop of the frame itself (local). Every view gets a random
+contrast and brightness, so that brightness alone does not help. Chance is 1 / N.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from dora_ray.video.tour_files import FILM
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
-SHORT_SIDE = 360  # of the decoded frames, pixels
+SHORT_SIDE = 360  # short side of the decoded frames, pixels
 LEAST_SCENES = 4
 SCENE, LATER, LOCAL = range(3)
 
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """The views of N scenes, each (N, S, S, 3) uint8: the scenes, later frames, local crops."""
+    """Views of N scenes, each (N, S, S, 3) uint8: the scenes, later frames, local crops."""
 
     scenes: np.ndarray
     later: np.ndarray
@@ -62,17 +62,17 @@ def read_views(
     """Read the views of a film's scenes.
 
     Args:
-        data: A video file, a tour's folder (its film), or a folder of frames, in the order of their names.
-        num_scenes: N, at most; fewer where later frames would be nearer to the next scene than to their own.
-        gap_seconds: From a scene to its later frame, in a video.
-        gap_frames: The same, in a folder of frames.
+        data: A video file, a tour's folder (its film), or a folder of frames, sorted by name.
+        num_scenes: Maximum N; fewer if later frames would be nearer to the next scene than to their own.
+        gap_seconds: Time from a scene to its later frame, in a video.
+        gap_frames: Number of frames from a scene to its later frame, in a folder of frames.
         local_scale: Side of a local crop, as a share of the frame's short side.
         size: S.
-        seed: Of the crops' places and of the light.
-        progress: Told the number of scenes that were read, and of all that are wanted.
+        seed: Seed of the crops' positions and the lighting.
+        progress: Called with the number of scenes read and the number requested.
 
     Raises:
-        ConfigError: A folder without frames, or too few frames for 4 scenes.
+        ConfigError: The folder has no frames, or too few for 4 scenes.
         VideoError: The video cannot be read, or is too short for 4 scenes.
     """
     pairs = _pairs(os.fspath(data), num_scenes=num_scenes, gap_seconds=gap_seconds, gap_frames=gap_frames)
@@ -102,25 +102,25 @@ def _pairs(
 
 
 def find_film(data: str | os.PathLike[str]) -> str:
-    """Give the absolute path or URI of a video, of a tour's film, or of a folder of frames.
+    """Return the absolute path or URI of a video, of a tour's film, or of a folder of frames.
 
     Raises:
-        ConfigError: A glob that matches several videos.
-        VideoError: Nothing is there.
+        ConfigError: A glob matches several videos.
+        VideoError: Nothing was found.
     """
     path = files.absolute(data)
     if not files.is_remote(path) and Path(path).is_dir():
         return str(Path(path, FILM)) if Path(path, FILM).is_file() else path
     found = find_videos([os.fspath(data)])
     if len(found) > 1:
-        raise ConfigError(f"{os.fspath(data)} names {len(found)} videos: give one of them")
+        raise ConfigError(f"{os.fspath(data)} matches {len(found)} videos: give one of them")
     return found[0]
 
 
 def _pairs_of_folder(folder: Path, *, num_scenes: int, gap: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
-        raise ConfigError(f"{folder} has no frames in it: give a video, a tour's folder or a folder of images")
+        raise ConfigError(f"{folder} has no frames: give a video, a tour's folder or a folder of images")
     starts = scene_starts(len(paths) - 1, gap=gap, num_scenes=num_scenes)
     if starts is None:
         raise ConfigError(f"{folder} has {len(paths)} frames: {LEAST_SCENES} scenes need more, or a smaller gap_frames")
@@ -137,7 +137,7 @@ def _pairs_of_video(index: VideoIndex, *, num_scenes: int, gap: float) -> Iterat
         )
     decoder = PyAVDecoder()
     for start in starts:
-        # Half a tick more, so that rounded times fall on their frames.
+        # Add half a tick, so that rounded times fall on their frames.
         wanted = np.array([start, start + gap]) + index.tick / 2
         pts = index.pts[np.searchsorted(index.times, wanted, side="right") - 1].tolist()
         decoded = [rgb(frame) for frame in decoder.decode(index, pts, short_side=SHORT_SIDE)]
@@ -146,13 +146,13 @@ def _pairs_of_video(index: VideoIndex, *, num_scenes: int, gap: float) -> Iterat
 
 
 def scene_starts(last: float, *, gap: float, num_scenes: int) -> np.ndarray | None:
-    """Place scenes evenly from 0 to `last` - `gap`, at least twice the gap apart; None where 4 do not fit."""
+    """Place scenes evenly from 0 to `last` - `gap`, at least twice the gap apart; None if 4 do not fit."""
     fitting = min(num_scenes, int((last - gap) // (2 * gap)) + 1)
     return np.linspace(0, last - gap, fitting) if fitting >= LEAST_SCENES else None
 
 
 def _local_crop(frame: Image.Image, scale: float, size: int, rng: np.random.Generator) -> Image.Image:
-    """A square crop from a random place, enlarged or reduced to S x S."""
+    """Return a square crop from a random position, resized to S x S."""
     side = scale * min(frame.size)
     left, top = rng.uniform(0, 1, 2) * (np.array(frame.size) - side)
     return frame.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
@@ -168,7 +168,7 @@ def relight(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @torch.inference_mode()
 def measure_views(backbone: VisionTransformer, views: Views, *, batch_size: int, device: str) -> dict[str, Any]:
-    """Match views that were read; what `evaluate_views` returns."""
+    """Match the given views; return the results of `evaluate_views`."""
     scenes, later, local = (
         _features(backbone, pictures, batch_size=batch_size, device=device)
         for pictures in (views.scenes, views.later, views.local)
@@ -204,7 +204,7 @@ def evaluate_views(
     device: str,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Match the views of a video's scenes.
+    """Evaluate view matching on a video's scenes.
 
     Args:
         backbone: On `device`, in evaluation mode.
@@ -214,14 +214,14 @@ def evaluate_views(
         gap_seconds: As `read_views`.
         gap_frames: As `read_views`.
         local_scale: As `read_views`.
-        draw_seed: Of the crops' places and of the light.
-        batch_size: Views a forward pass.
+        draw_seed: Seed of the crops' positions and the lighting.
+        batch_size: Views per forward pass.
         device: Where the encoder runs.
         progress: As `read_views`.
 
     Returns:
-        view_matching, the mean of view_matching_later and view_matching_local; their chance; rankme, of the scenes'
-        features; num_scenes; and samples: the matches of each scene.
+        view_matching, the mean of view_matching_later and view_matching_local; their chance level; rankme of the
+        scenes' features; num_scenes; and samples: the matches of each scene.
 
     Raises:
         ConfigError: As `read_views`.

@@ -1,4 +1,4 @@
-"""Video object segmentation without training: the first frame's masks are carried on by like patches (DAVIS).
+"""Video object segmentation without training: propagate the first frame's masks by patch similarity (DAVIS).
 
 Legend: T frames, H x W pixels, h x w patches, D width, K objects.
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_vos", "find_sequences", "read_mask"]
 
 Carry = Callable[[Iterator[Tensor], np.ndarray], Iterator[np.ndarray]]
-_SHAPE_SLACK = 0.02  # relative difference of width / height that rounding may make
+_SHAPE_SLACK = 0.02  # tolerance for rounding, as a relative difference of width / height
 
 
 def frame_features(vit: VisionTransformer, path: Path, *, short_side: int, device: str) -> Tensor:
@@ -66,29 +66,29 @@ def evaluate_vos(
     skip_unreadable: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Label propagation on the sequences of a folder laid out as DAVIS.
+    """Evaluate label propagation on the sequences of a folder in the DAVIS layout.
 
     Args:
         backbone: On `device`, in evaluation mode.
         data: The folder.
         year: As `choose_sequences`; "2016" also scores all objects of a sequence as one.
-        short_side: Of the frames that the encoder sees, pixels.
+        short_side: Short side of the encoder's input, pixels.
         num_frames: As `segment`.
         radius: As `propagate`.
         num_neighbors: As `propagate`.
         temperature: As `propagate`.
-        max_frames: Of each sequence, from its start; None: all.
-        device: Where the encoder and the propagation run.
-        skip_unreadable: Leave out sequences with a frame or mask that cannot be read or scored, with a warning.
-        progress: Told the number of frames that are done, and of all.
+        max_frames: Frames of each sequence, from its start; None: all.
+        device: Device of the encoder and the propagation.
+        skip_unreadable: Skip sequences with a frame or mask that cannot be read or scored, with a warning.
+        progress: Called with the number of frames done and the total.
 
     Returns:
-        j_and_f; j_mean, j_recall, j_decay and the same of f, means over objects, in [0, 1]; still_*: the means of a
-        first mask that stays where it is; averaged: the sequences and objects that they are means over; and the
-        scores of each sequence and object.
+        j_and_f; j_mean, j_recall, j_decay and the same for f, means over objects, in [0, 1]; still_*: the baseline that
+        repeats the first mask; averaged: description of the sequences and objects averaged over; and the scores of each
+        sequence and object.
 
     Raises:
-        ConfigError: As `choose_sequences`, or a frame or mask that cannot be read or scored.
+        ConfigError: As `choose_sequences`, or a frame or mask cannot be read or scored.
     """
     chosen = choose_sequences(data, year=year)
     done, total = 0, sum(len(sequence.frames[:max_frames]) for sequence in chosen.sequences)
@@ -117,7 +117,7 @@ def evaluate_vos(
 
 
 def _all_unreadable(sequence: Sequence) -> list[str]:
-    """Return a sentence for each file of a sequence that cannot be read; scoring ends at the first one."""
+    """Return a message for every unreadable file of a sequence; scoring itself stops at the first one."""
     found = []
     readers: tuple[tuple[Callable[[Path], Any], tuple[Path, ...]], ...] = (
         (open_rgb, sequence.frames),
@@ -135,17 +135,17 @@ def _all_unreadable(sequence: Sequence) -> list[str]:
 def score_sequence(
     sequence: Sequence, encode: Callable[[Path], Tensor], carry: Carry, *, together: bool
 ) -> dict[str, Any]:
-    """Carry a sequence's first mask on, and score each object.
+    """Propagate a sequence's first mask, and score each object.
 
     Args:
-        sequence: Its frames and masks.
-        encode: A frame's file to (h, w, D), L2-normalized.
-        carry: Turns the features of all frames and the first masks (K, H, W) into the masks of the other frames.
-        together: All objects are one.
+        sequence: Frames and masks.
+        encode: Maps a frame's file to (h, w, D), L2-normalized.
+        carry: Maps the features of all frames and the first masks (K, H, W) to the masks of the other frames.
+        together: Treat all objects as one.
 
     Returns:
-        j, f (means over objects), num_frames and objects: for each j and f statistics, and those of the first mask
-        that stays where it is.
+        j, f (means over objects), num_frames, and objects: for each the statistics of j and f, and those of the
+        baseline that repeats the first mask.
 
     Raises:
         ConfigError: A frame or mask cannot be read or scored.
@@ -156,8 +156,8 @@ def score_sequence(
     first, scored = objects.split(masks[0]), masks[1:-1]
     if not any(objects.split(mask).any() for mask in scored):
         raise ConfigError(
-            f"{sequence.masks[0].parent}: no object of the first mask ({', '.join(objects.names)}) is in a later one "
-            "that is scored; all masks must number the objects alike."
+            f"{sequence.masks[0].parent}: no object of the first mask ({', '.join(objects.names)}) appears in a scored "
+            "later mask; all masks must use the same object numbers."
         )
     values: list[dict[str, list[float]]] = [defaultdict(list) for _ in objects.names]
     for found, mask in zip(carry(_alike(sequence, encode), first), [*scored, None], strict=True):
@@ -178,7 +178,7 @@ def score_sequence(
 
 
 def _measure(measures: dict[str, list[float]], truth: np.ndarray, *, found: np.ndarray, still: np.ndarray) -> None:
-    """Add one frame's J and F of one object: of the found mask (H, W) bool, and of the first one."""
+    """Add one object's J and F in one frame: for the propagated mask (H, W) bool and for the first one."""
     for prefix, mask in (("", found), ("still_", still)):
         measures[f"{prefix}j"].append(region_similarity(mask, truth))
         measures[f"{prefix}f"].append(boundary_accuracy(mask, truth))
@@ -188,36 +188,36 @@ def _alike(sequence: Sequence, encode: Callable[[Path], Tensor]) -> Iterator[Ten
     """Yield the features of the frames.
 
     Raises:
-        ConfigError: A frame is of another shape than the first one.
+        ConfigError: A frame's size differs from the first one's.
     """
     first: Tensor | None = None
     for path in sequence.frames:
         features = encode(path)
         first = features if first is None else first
         if features.shape != first.shape:
-            raise ConfigError(f"{path} is of another shape than {sequence.frames[0]}; a sequence has one size.")
+            raise ConfigError(f"{path} differs in size from {sequence.frames[0]}; all frames must have one size.")
         yield features
 
 
 def _check_shapes(sequence: Sequence, masks: list[np.ndarray]) -> None:
-    """Refuse masks of several sizes, and frames that are not of the masks' shape, before anything is computed.
+    """Check, before anything is computed, that all masks have one size and the frames their aspect ratio.
 
     Raises:
-        ConfigError: Naming the file.
+        ConfigError: A file differs; the message names it.
     """
     height, width = masks[0].shape
     for path, mask in zip(sequence.masks, masks, strict=True):
         if mask.shape != (height, width):
             raise ConfigError(
-                f"{path} has {mask.shape[1]}x{mask.shape[0]} pixels, and the sequence's first mask {width}x{height}."
+                f"{path} has {mask.shape[1]}x{mask.shape[0]} pixels, but the sequence's first mask {width}x{height}."
             )
     path, size = sequence.frames[0], open_rgb(sequence.frames[0]).size
     if abs(size[0] / size[1] / (width / height) - 1) > _SHAPE_SLACK:
-        raise ConfigError(f"{path} has {size[0]}x{size[1]} pixels, and its mask another shape, {width}x{height}.")
+        raise ConfigError(f"{path} has {size[0]}x{size[1]} pixels, but its mask another shape, {width}x{height}.")
 
 
 def _means(scored: dict[str, dict[str, Any]], averaged: str, *, num_left_out: int) -> dict[str, Any]:
-    """Return the means over all objects of all sequences, beside each sequence's own scores."""
+    """Return the means over all objects of all sequences, and each sequence's own scores."""
     objects = [score for sequence in scored.values() for score in sequence["objects"].values()]
     means = {name: float(np.mean([score[name] for score in objects])) for name in objects[0]}
     left_out = f", {num_left_out} left out" if num_left_out else ""

@@ -1,1 +1,1 @@
-"""Pages about runs and sweeps."""
+"""HTML and Markdown reports of runs and sweeps."""

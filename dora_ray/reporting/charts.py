@@ -1,4 +1,4 @@
-"""The drawings of a sweep's page: points with intervals, effects, interactions, cost against quality, parallel axes."""
+"""Charts of a sweep's page: intervals, interaction heat maps, cost against quality, parallel coordinates."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LABEL_SHARE = 0.42
 
 @dataclass(frozen=True)
 class Bar:
-    """One line of a chart of intervals.
+    """One row of an interval chart.
 
     Attributes:
-        label: what it is.
+        label: text beside the row.
         value: the estimate.
         half: half width of the interval over seeds; may be infinite.
-        outer: half width of the interval over test images; 0 where there is none.
-        kind: class of its mark.
+        outer: half width of the interval over test images; 0 without one.
+        kind: CSS class of the mark.
         random: figure of random encoders with the same settings, where each line has its own.
         chance: likewise of guessing.
     """
@@ -40,9 +40,9 @@ class Bar:
 def intervals(
     bars: Sequence[Bar], *, title: str, label: str, references: Sequence[tuple[str, float]] = (), zero: bool = False
 ) -> str:
-    """Draw estimates with their intervals, one below the other, and named lines to compare them with."""
+    """Draw estimates with their intervals, one below the other, and labeled reference lines."""
     longest = max((len(bar.label) for bar in bars), default=0) * svg.FONT_WIDTH + 8
-    # Labels that are too long to stand beside the bars stand above them.
+    # Labels that are too long to fit beside the bars go above them.
     stacked = longest > WIDTH * LABEL_SHARE
     left, row = (4.0, STACKED_ROW) if stacked else (longest, ROW)
     own = _legend_of_own_marks(bars)
@@ -109,7 +109,7 @@ def _with(bar: Bar) -> str:
 
 
 def heat_map(cells: Mapping[tuple[Any, Any], float], *, rows: str, columns: str, metric: str) -> str:
-    """Draw the mean of each pair of two factors' values; the number stands in each cell."""
+    """Draw a heat map of the mean for each pair of values of two factors, with the number in each cell."""
     firsts, seconds = (ordered([pair[index] for pair in cells]) for index in (0, 1))
     low, high = min(cells.values()), max(cells.values())
     left = min(WIDTH * 0.3, max(len(_word(value)) for value in firsts) * svg.FONT_WIDTH + 12)
@@ -158,7 +158,7 @@ class Costed:
 
 
 def cost_and_quality(points: Sequence[Costed], *, metric: str, cost: str) -> str:
-    """Draw each point's cost and figure; those that none beats in both are joined, and numbered from the cheapest."""
+    """Draw each point's cost and metric; connect the Pareto front and number it from the cheapest point."""
     ends = [end for point in points for end in (point.value - point.half, point.value + point.half)]
     costs = Scale.of((point.cost for point in points), 52, WIDTH - 10)
     values = Scale.of([*(end for end in ends if math.isfinite(end)), *(point.value for point in points)], 216, 10)
@@ -188,7 +188,7 @@ def front_of(points: Sequence[Costed]) -> list[Costed]:
 
 
 def parallel(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], *, metric: str, mode: str) -> str:
-    """Draw one line a trial across an axis a factor, the figure being the last axis; the better ones are stronger."""
+    """Draw parallel coordinates: a line per trial, an axis per factor and last the metric; the best fifth is bold."""
     names = [*axes, metric]
     places = [30 + (WIDTH - 60) * index / (len(names) - 1) for index in range(len(names))]
     scales = {name: _axis([row[name] for row in rows]) for name in names}
@@ -215,7 +215,7 @@ def parallel(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], *, metric: 
 
 
 def _axis(values: Sequence[Any]) -> tuple[Any, list[tuple[float, str]]]:
-    """From a value to its height, and the labels beside the axis."""
+    """Return a function from value to height, and the labels of the axis."""
     distinct = ordered(values)
     if len(distinct) <= 6:
         step = 182 / max(1, len(distinct) - 1)
@@ -229,7 +229,7 @@ def _axis(values: Sequence[Any]) -> tuple[Any, list[tuple[float, str]]]:
 
 
 def ordered(values: Sequence[Any]) -> list[Any]:
-    """Return the distinct values, numbers by size and words as they come."""
+    """Return the distinct values; numbers sorted, others in order of appearance."""
     found = list({str(value): value for value in values}.values())
     numbers = all(isinstance(value, int | float) for value in found)
     return sorted(found) if numbers else found

@@ -1,4 +1,4 @@
-"""Curves over steps: those of one run, and those of a sweep's trials overlaid, colored by one factor at a time."""
+"""Curves over steps: of one run, or of a sweep's trials overlaid and colored by one factor at a time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dora_ray.reporting import svg
 from dora_ray.reporting.svg import COLORS, WIDTH, Scale, number
 
 Line = dict[str, Any]
-# Points of a curve: of a run's own page, and of one trial among many.
+# Maximum number of points of a curve, on a run's page and for one of many overlaid trials.
 MAX_POINTS, MAX_OVERLAID_POINTS = 240, 60
 LEFT, RIGHT, TOP, BOTTOM = 52, WIDTH - 10, 10, 186
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart of a run's page: its measures (name, label) and the sentence under its title."""
+    """One chart of a run's page: its measures (name, label), and a caption."""
 
     title: str
     measures: tuple[tuple[str, str], ...]
@@ -31,7 +31,7 @@ PANELS = (
     Panel(
         "Loss",
         (("loss", "loss"),),
-        "Against the run's own teacher: it shows whether training moves, not how good the encoder is.",
+        "Measured against the run's own teacher: shows that training moves, not how good the encoder is.",
     ),
     Panel(
         "Teacher-student agreement",
@@ -45,66 +45,67 @@ PANELS = (
             ("teacher_kl_uniform", "distance to uniform"),
             ("teacher_diversity", "diversity"),
         ),
-        "Nats. Diversity near 0: every image gets one target, which is collapse. Distance near 0: targets say nothing.",
+        "Nats. Diversity near 0: all images get one target (collapse). Distance near 0: targets carry no information.",
     ),
     Panel(
         "Objects",
         (("mask_area", "mask area"), ("object_overlap", "overlap (IoU)")),
-        "Share of patches that an object's mask keeps, and how much two objects' masks share.",
+        "Share of patches that an object's mask keeps, and overlap of two objects' masks.",
     ),
     Panel(
         "Sinkhorn residual",
         (("sinkhorn_residual", "residual"),),
-        "How far the objects are from equal shares after the last iteration.",
+        "Deviation of the objects from equal shares after the last iteration.",
     ),
     Panel(
         "Center norm",
         (("center_norm", "norm"),),
-        "Of the teacher's output center. A norm that grows without end comes before collapse.",
+        "Norm of the teacher's output center. Unbounded growth precedes collapse.",
     ),
-    Panel("kNN accuracy", (("knn", "kNN"),), "Top 1 on the labeled folder, the encoder frozen.", smooth=False),
+    Panel("kNN accuracy", (("knn", "kNN"),), "Top 1 on the labeled folder, with the encoder frozen.", smooth=False),
     Panel(
         "Label propagation",
         (("j_and_f", "J&F"),),
-        "The first masks of the labeled tour, carried through its frames by the encoder's features alone.",
+        "The first masks of the labeled tour, propagated through its frames by the encoder's features alone.",
         smooth=False,
     ),
     Panel(
-        "Objects against the truth",
+        "Objects against ground truth",
         (("object_iou", "object IoU"), ("tracking_iou", "tracking IoU")),
-        "The teacher's own masks against the labeled tour's, in the first frame and over all of them.",
+        "The teacher's own masks against the labeled tour's, in the first frame and over all frames.",
         smooth=False,
     ),
     Panel(
         "Without labels",
         (("view_matching", "view matching"),),
-        "Share of held-out clips found again among the others from another view.",
+        "Share of held-out clips that are retrieved among the others from another view.",
         smooth=False,
     ),
-    Panel("RankMe", (("rankme", "RankMe"),), "Dimensions that the features use, in effect.", smooth=False),
-    Panel("Throughput", (("clips_per_second", "clips/s"),), "Clips that all workers trained on in a second."),
+    Panel("RankMe", (("rankme", "RankMe"),), "Effective number of dimensions of the features.", smooth=False),
+    Panel("Throughput", (("clips_per_second", "clips/s"),), "Clips per second of all workers together."),
     Panel(
-        "Where a step's time goes",
+        "Step time",
         (("step_seconds", "step"), ("exposed_wait_seconds", "waiting for data")),
-        "Seconds. Waiting, of the worker that waits longest, near 0: the decoders keep up.",
+        "Seconds. Waiting is that of the slowest worker; near 0 the decoders keep up.",
     ),
     Panel(
-        "Where that worker waits",
+        "Data wait by stage",
         tuple(
             (f"blocked_{stage.replace(' ', '_')}_seconds", stage)
             for stage in ("production wait", "data transfer", "batching", "format", "collate", "finalize")
         ),
-        "Seconds a step in each stage of Ray Data. Production: more CPUs that decode; transfer: the network.",
+        "Seconds per step of the slowest worker, by stage of Ray Data. Long production wait: add decode CPUs; long "
+        "transfer: the network is the bottleneck.",
     ),
-    Panel("Workers", (("world_size", "workers"),), "Train workers at each step.", smooth=False),
-    Panel("Learning rate", (("lr", "lr"),), "Warm-up, then half a cosine.", smooth=False),
-    Panel("Weight decay", (("weight_decay", "weight decay"),), "A half cosine of the step.", smooth=False),
-    Panel("Teacher momentum", (("teacher_momentum", "momentum"),), "A half cosine of the step.", smooth=False),
+    Panel("Workers", (("world_size", "workers"),), "Training workers at each step.", smooth=False),
+    Panel("Learning rate", (("lr", "lr"),), "Warm-up, then cosine schedule.", smooth=False),
+    Panel("Weight decay", (("weight_decay", "weight decay"),), "Cosine schedule.", smooth=False),
+    Panel("Teacher momentum", (("teacher_momentum", "momentum"),), "Cosine schedule.", smooth=False),
 )
 
 
 def thin(steps: Sequence[float], values: Sequence[float], most: int = MAX_POINTS) -> tuple[list[float], list[float]]:
-    """At most `most` points: means over equal runs of neighbors, so that no peak is picked at random."""
+    """Reduce a curve to at most `most` points by averaging equal groups of neighbors."""
     size = -(-len(values) // most)
     if size <= 1:
         return list(map(float, steps)), list(values)
@@ -113,19 +114,19 @@ def thin(steps: Sequence[float], values: Sequence[float], most: int = MAX_POINTS
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Centered mean over `window` values, narrower at the ends."""
+    """Return the centered running mean over `window` values; the window shrinks at the ends."""
     half = window // 2
     return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def series(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one measure, where it was measured."""
+    """Return steps and values of one measure, at the steps where it was measured."""
     found = [(line["step"], float(line[name])) for line in lines if isinstance(line.get(name), int | float)]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def draw_panel(panel: Panel, lines: Sequence[Line]) -> str | None:
-    """The panel as SVG with its legend; None when nothing of it was measured."""
+    """Draw a panel as SVG with a legend; return None if none of its measures is present."""
     curves = {label: series(lines, name) for name, label in panel.measures}
     curves = {label: found for label, found in curves.items() if found[1]}
     if not curves:
@@ -152,7 +153,7 @@ def _places(x: Sequence[float], y: Sequence[float], steps: Scale, values: Scale)
 
 
 def legend(names: Sequence[str]) -> str:
-    """Return names beside their colors."""
+    """Return a legend as HTML."""
     keys = "".join(
         f'<span class="key"><i class="c{index % COLORS}"></i>{escape(name)}</span>' for index, name in enumerate(names)
     )
@@ -162,12 +163,12 @@ def legend(names: Sequence[str]) -> str:
 def overlay(
     curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], groups: Mapping[str, Mapping[str, int]], metric: str
 ) -> str:
-    """Draw one measure of all trials over each other.
+    """Draw one measure of all trials in one chart.
 
     Args:
         curves: trial -> steps and values.
-        groups: factor -> trial -> number of its value, which is its color where that factor is chosen.
-        metric: its name.
+        groups: factor -> trial -> index of its value; selects the color if the reader chooses that factor.
+        metric: name of the measure.
     """
     thinned = {name: thin(*found, MAX_OVERLAID_POINTS) for name, found in curves.items()}
     steps = Scale.of((step for x, _ in thinned.values() for step in x), LEFT, RIGHT, margin=0)

@@ -1,4 +1,4 @@
-"""report.html of a run or of a sweep: one file that holds everything it shows, so that it opens anywhere, offline."""
+"""Write report.html of a run or sweep: a single self-contained file that opens anywhere, offline."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PAGE = "report.html"
 
 
 def report(path: str | os.PathLike[str]) -> Path:
-    """Write report.html into a run's or a sweep's folder; a sweep gets report.md, and a page for each trial too.
+    """Write report.html into the folder of a run or sweep; for a sweep also report.md and a page for each trial.
 
     Args:
-        path: the folder, local or a URI.
+        path: local folder or URI.
 
     Returns:
-        The file's path.
+        Path of report.html.
 
     Raises:
         ConfigError: the folder is neither a run nor a sweep.
@@ -38,7 +38,7 @@ def report(path: str | os.PathLike[str]) -> Path:
         found = ", ".join(files.list_names(folder)[:6]) or "nothing"
         raise ConfigError(
             f"{folder} is neither a run nor a sweep: it holds {found}. "
-            "Give the folder that `dora-ray train` or `dora-ray sweep` wrote."
+            "Give a folder written by `dora-ray train` or `dora-ray sweep`."
         )
     target = files.join(folder, PAGE)
     files.write_text(target, html)
@@ -46,7 +46,7 @@ def report(path: str | os.PathLike[str]) -> Path:
 
 
 def _write_trials(folder: str) -> None:
-    """Write the pages of the trials that have ended and have none yet."""
+    """Write the missing pages of ended trials."""
     table = files.join(folder, "results.csv")
     for row in read_csv(table) if files.exists(table) else []:
         run = files.join(folder, row.path)

@@ -1,4 +1,4 @@
-"""Parts that the pages of runs and sweeps share: the template, pictures, times, the environment."""
+"""Shared parts of the pages: templates, pictures, number and time formats, the environment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dora_ray import files
 
 PICTURE_TYPES = {".png", ".jpg", ".jpeg"}
 VIDEO_TYPES = {".mp4": "video/mp4", ".webm": "video/webm"}
-# A page has to stay small enough to be mailed: pictures are shown this wide, and videos up to this size.
+# Limits that keep a page small enough to e-mail: picture widths in pixels, and the largest embedded video.
 PICTURE_WIDTH, THUMBNAIL_WIDTH, JPEG_QUALITY = 1000, 560, 78
 MAX_PICTURES, MAX_VIDEO_BYTES = 12, 900_000
 PACKAGES = ("torch", "ray", "timm", "av", "pylance", "numpy")
@@ -28,14 +28,14 @@ PACKAGES = ("torch", "ray", "timm", "av", "pylance", "numpy")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture or a short video inside a page.
+    """A picture or short video embedded in a page.
 
     Attributes:
-        uri: its content.
-        alt: what it shows, for those who do not see it.
-        caption: the line below it.
-        video: whether it moves.
-        link: page that shows more of it; empty where there is none.
+        uri: data URI of its content.
+        alt: alternative text.
+        caption: caption below it.
+        video: True for a video.
+        link: page with more detail; empty without one.
     """
 
     uri: str
@@ -46,7 +46,7 @@ class Picture:
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a page."""
+    """Render a page from a template."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         _templates()
@@ -67,7 +67,7 @@ def _templates() -> jinja2.Environment:
 
 @functools.cache
 def describe_machine() -> dict[str, str]:
-    """Return what wrote the page: machine, system and versions; pages are shown around, so not the kernel's release."""
+    """Return the machine, system and package versions; no kernel release, as pages may be shared."""
     versions = {name: _version(name) for name in PACKAGES}
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
@@ -85,28 +85,28 @@ def _version(name: str) -> str:
 
 
 def figure(value: Any) -> str:
-    """Return a number for reading: four significant digits."""
+    """Format a number with four significant digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def moment(value: Any) -> str:
-    """Return a time, seconds since the epoch or ISO's words, as date and clock."""
+    """Format a time (seconds since the epoch or ISO 8601) as date and time of day, UTC."""
     if not isinstance(value, int | float):
         return str(value or "").replace("T", " ").removesuffix("+00:00")
     return f"{datetime.datetime.fromtimestamp(value, datetime.UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def duration(seconds: float) -> str:
-    """Return a time span in the units that fit it."""
+    """Format a duration in a suitable unit."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def read_pictures(folder: str) -> list[Picture]:
-    """Return a run's pictures and short videos: of earlier checkpoints, which have subfolders, then of the last one."""
+    """Return a run's pictures and short videos: of earlier checkpoints (in subfolders), then of the last one."""
     names = files.list_names(folder)
     steps = [name for name in names if name.startswith("step-")]
     kept = [steps[index] for index in sorted({0, len(steps) // 2, len(steps) - 1})] if steps else []
@@ -145,7 +145,7 @@ def _shows(path: str) -> str:
 
 
 def shrink(content: bytes, width: int) -> str:
-    """Return a picture as a data URI, JPEG, no wider than asked for."""
+    """Return a picture as a JPEG data URI, at most `width` pixels wide."""
     with Image.open(io.BytesIO(content)) as picture:
         rgb = picture.convert("RGB")
     if rgb.width > width:

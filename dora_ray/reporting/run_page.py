@@ -1,4 +1,4 @@
-"""The page of one run: whether it is healthy, what its encoder is worth, and how it came to that."""
+"""Report page of one run: health, evaluations of its encoder, curves, events, configuration."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from dora_ray.tuning.statistics import share_half
 MAX_EVENTS = 200
 EVENT_FIELDS = frozenset({"time", "event"})
 Health = tuple[str, str, str]
-# Above these, a reader should look twice: IoU of two objects' masks, share of a step's time.
+# Thresholds for a warning: IoU of two objects' masks, share of the step time spent waiting for data.
 MUCH_OVERLAP, MUCH_WAITING = 0.8, 0.15
 NO_DIVERSITY = 0.02
 
 
 def run_page(folder: str) -> str:
-    """Return the page of the run in a folder."""
+    """Return the report page of a run as HTML."""
     lines, status = read_metrics(folder), _status(folder)
     config = _read_config(folder)
     events = read_events(folder)
@@ -71,7 +71,7 @@ def _status(folder: str) -> dict[str, Any]:
 
 
 def _worth_drawing(panel: Panel, lines: Sequence[Line]) -> bool:
-    """A world size that never changed, and what was measured once, at the end, are tiles, not charts."""
+    """Return whether a panel needs a chart; a constant world size or a single measurement is shown as a tile."""
     if panel.title == "Workers":
         return len({line.get("world_size") for line in lines}) > 1
     return len(lines) < 2 or any(len(series(lines, name)[1]) > 1 for name, _ in panel.measures)
@@ -83,13 +83,13 @@ def _read_config(folder: str) -> dict[str, Any]:
 
 
 def _changed(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List the settings that differ from the recipe `paper`: key, the run's value, paper's."""
+    """List the settings that differ from the recipe `paper` as (key, the run's value, paper's value)."""
     default = flatten(Config().model_dump(mode="json"))
     return [(key, value, default.get(key)) for key, value in flatten(config).items() if value != default.get(key)]
 
 
 def _health(lines: Sequence[Line], events: Sequence[Line], config: dict[str, Any]) -> list[Health]:
-    """Say in a sentence each whether the run collapsed, what its objects share, and whether it waited for data."""
+    """Check the run for collapse, overlapping objects and waiting for data; return a finding for each."""
     if not lines:
         return [("", "Nothing measured yet", "The first line of metrics is missing.")]
     final = final_metrics(lines)
@@ -109,8 +109,8 @@ def _collapse(final: dict[str, float], events: Sequence[Line], config: dict[str,
             f"The teacher gives nearly every image the same output (diversity {diversity:.2g} nats).",
         )
     warned = sum(line.get("event") == "warning" for line in events)
-    more = f" {warned} warnings on the way are listed below." if warned > 1 else ""
-    more = " A warning on the way is listed below." if warned == 1 else more
+    more = f" {warned} warnings during training are listed below." if warned > 1 else ""
+    more = " One warning during training is listed below." if warned == 1 else more
     return "good", "No collapse", f"The teacher's outputs differ between images (diversity {diversity:.2f} nats).{more}"
 
 
@@ -129,14 +129,14 @@ def _waiting(lines: Sequence[Line]) -> Health | None:
     if not waits or not steps:
         return None
     share = sum(waits) / max(sum(steps), 1e-9)
-    said = f"Steps waited for clips {100 * share:.1f} % of their time."
+    said = f"Steps spent {100 * share:.1f} % of their time waiting for clips."
     if share > MUCH_WAITING:
         return "bad", "Waits for data", f"{said} More decode CPUs or a store would speed it up."
     return "good", "Data keeps up", said
 
 
 def _tiles(lines: Sequence[Line], status: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The figures at the top: label, figure, a remark."""
+    """Return the tiles at the top as (label, value, remark)."""
     if not lines:
         return [("steps", "0", "nothing measured yet")]
     final = final_metrics(lines)
@@ -161,7 +161,7 @@ def _tiles(lines: Sequence[Line], status: dict[str, Any]) -> list[tuple[str, str
     if "clips_per_second" in final:
         tiles.append(("throughput", f"{final['clips_per_second']:.1f}", "clips/s"))
     if "train_seconds" in final:
-        tiles.append(("trained for", duration(final["train_seconds"]), "steps alone"))
+        tiles.append(("trained for", duration(final["train_seconds"]), "steps only"))
     sizes = sorted({line["world_size"] for line in lines if "world_size" in line})
     if sizes:
         span = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
@@ -170,7 +170,7 @@ def _tiles(lines: Sequence[Line], status: dict[str, Any]) -> list[tuple[str, str
 
 
 def _measured(folder: str, lines: Sequence[Line]) -> list[tuple[str, Markup]]:
-    """Accuracies of this run's evaluations beside random encoders of its architecture, where both were measured."""
+    """Draw this run's accuracies beside those of random encoders of its architecture, if both were evaluated."""
     found = [line for line in read_evaluations(folder) if line["task"] in ("knn", "linear")]
     drawn = []
     for task in dict.fromkeys(line["task"] for line in found):
@@ -196,7 +196,7 @@ def _bar(line: dict[str, Any]) -> Bar:
 
 
 def _evaluations(folder: str) -> list[dict[str, str]]:
-    """Each evaluation that was made of the run: when, its task, its headline figures, its data."""
+    """List the run's evaluations: time, task, main results, data."""
     rows = []
     for line in read_evaluations(folder):
         numbers = {
@@ -216,7 +216,7 @@ def _evaluations(folder: str) -> list[dict[str, str]]:
 
 
 def _events(events: Sequence[Line]) -> list[tuple[str, str, str]]:
-    """List the events, newest last: date and time, event, all else that was noted. Warnings have their own list."""
+    """List the events except warnings, newest last, as (time, event, details)."""
     rows = []
     for line in [line for line in events if line.get("event") != "warning"][-MAX_EVENTS:]:
         detail = ", ".join(f"{key} {figure(value)}" for key, value in line.items() if key not in EVENT_FIELDS)

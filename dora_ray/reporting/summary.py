@@ -1,4 +1,4 @@
-"""report.md: what a sweep found, as text to paste."""
+"""Summary of a sweep as Markdown (report.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dora_ray.tuning.results import read_csv, read_spec
 
 
 def summarize(folder: str) -> str:
-    """Return the sweep in a folder as Markdown: verdict, points, effects, failures, environment."""
+    """Return a sweep's summary as Markdown: verdict, points, effects, failures, environment."""
     spec = read_spec(folder)
     table = files.join(folder, "results.csv")
     rows = read_csv(table) if files.exists(table) else []
@@ -48,10 +48,10 @@ def _importance(found: Analysis) -> str:
 
 
 def _points(found: Analysis) -> list[str]:
-    """The table of points, best first."""
+    """Return the table of points, best first."""
     cost = costs(found)
     lines = [
-        f"| point | {found.spec.metric} | 95 %, seeds | 95 %, test images | trials | cost a trial |",
+        f"| point | {found.spec.metric} | 95 %, seeds | 95 %, test images | trials | cost per trial |",
         "|---|---|---|---|---|---|",
     ]
     sizes = {

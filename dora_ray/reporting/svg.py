@@ -1,4 +1,4 @@
-"""Inline SVG: axes and marks. Colors are classes of the page's style: one drawing serves light, dark and print."""
+"""Inline SVG: axes and marks. Colors are CSS classes, so that one drawing works in light, dark and print styles."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from html import escape
 
 WIDTH = 420
 COLORS = 8
-FONT_WIDTH = 6.6  # of a character at the page's 12 units, for room beside labels
+FONT_WIDTH = 6.6  # approximate width of a character at the page's font size of 12 units
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers to places along one side of a drawing.
+    """Mapping from numbers to coordinates along one axis.
 
     Attributes:
-        low: number at `start`.
-        high: number at `end`.
-        start: place of `low`.
-        end: place of `high`.
-        log: equal ratios are equal distances.
+        low: number at `start` (its logarithm on a log scale).
+        high: number at `end` (its logarithm on a log scale).
+        start: coordinate of `low`.
+        end: coordinate of `high`.
+        log: use a logarithmic scale.
     """
 
     low: float
@@ -32,7 +32,7 @@ class Scale:
 
     @classmethod
     def of(cls, values: Iterable[float], start: float, end: float, *, log: bool = False, margin: float = 0.05) -> Scale:
-        """Return a scale that holds all values, with a margin on both sides."""
+        """Return a scale that covers all values, with a margin on both sides."""
         found = [value for value in values if math.isfinite(value) and (not log or value > 0)]
         low, high = (min(found), max(found)) if found else (1.0, 2.0)
         if log:
@@ -41,13 +41,13 @@ class Scale:
         return cls(low - room, high + room, start, end, log)
 
     def at(self, value: float) -> float:
-        """Return the place of a number, kept inside."""
+        """Return the coordinate of a number, clamped to the axis."""
         place = math.log(value) if self.log else value
         share = min(1.0, max(0.0, (place - self.low) / (self.high - self.low)))
         return self.start + share * (self.end - self.start)
 
     def ticks(self, most: int = 5) -> list[float]:
-        """Return round numbers on the scale."""
+        """Return round tick values."""
         if self.log:
             return _log_ticks(math.exp(self.low), math.exp(self.high), most)
         step = (self.high - self.low) / most
@@ -69,36 +69,36 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Return a number for an axis or a table, four significant digits."""
+    """Format a number with four significant digits."""
     return f"{value:.4g}"
 
 
 def text(x: float, y: float, content: str, *, anchor: str = "start", kind: str = "") -> str:
-    """Return a text; `kind` is a class of the page's style."""
+    """Return a text element; `kind` is its CSS class."""
     name = f' class="{kind}"' if kind else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{name}>{escape(content)}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    """Return a straight line."""
+    """Return a line element."""
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
 def dot(x: float, y: float, kind: str, title: str = "", radius: float = 4.0) -> str:
-    """Return a circle; its title is what a pointer or a screen reader is told."""
+    """Return a circle; `title` is its tooltip, also read by screen readers."""
     inner = f"<title>{escape(title)}</title>" if title else ""
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="{kind}">{inner}</circle>'
 
 
 def path(points: Sequence[tuple[float, float]], kind: str, title: str = "", data: str = "") -> str:
-    """Return an open line through points; `data` is more attributes."""
+    """Return a polyline through points; `data` holds additional attributes."""
     steps = " ".join(f"{x:.0f},{y:.1f}" for x, y in points)
     inner = f"<title>{escape(title)}</title>" if title else ""
     return f'<polyline points="{steps}" class="{kind}"{data}>{inner}</polyline>'
 
 
 def drawing(parts: Iterable[str], *, height: float, label: str, width: float = WIDTH) -> str:
-    """Return the whole picture; `label` says in a sentence what it shows, for those who do not see it."""
+    """Return the complete SVG; `label` is its description for screen readers."""
     body = "".join(parts)
     return (
         f'<svg class="plot" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label, quote=True)}">'
@@ -107,7 +107,7 @@ def drawing(parts: Iterable[str], *, height: float, label: str, width: float = W
 
 
 def x_axis(scale: Scale, bottom: float, top: float, title: str, labels: Sequence[tuple[float, str]] = ()) -> str:
-    """Return ticks, grid and title below a drawing."""
+    """Return the ticks, grid lines and title of the x axis."""
     ticks = labels or [(value, number(value)) for value in scale.ticks()]
     parts = [line(scale.at(value), top, scale.at(value), bottom, "rule") for value, _ in ticks]
     parts += [text(scale.at(value), bottom + 15, label, anchor="middle") for value, label in ticks]
@@ -116,7 +116,7 @@ def x_axis(scale: Scale, bottom: float, top: float, title: str, labels: Sequence
 
 
 def y_axis(scale: Scale, left: float, right: float) -> str:
-    """Return ticks and grid at the left of a drawing."""
+    """Return the ticks and grid lines of the y axis."""
     parts = []
     for value in scale.ticks(4):
         parts.append(line(left, scale.at(value), right, scale.at(value), "rule"))

@@ -46,12 +46,12 @@ def test_the_table_tells_what_a_fault_cost(call):
     ]  # fmt: skip
     assert "detection 1.0, worker start 15.9" in out
     assert "a note" in out
-    assert out.endswith("All holds.\n")
+    assert out.endswith("All checks passed.\n")
 
 
 def test_what_does_not_hold_is_printed_and_ends_with_status_1(call, capsys):
     bad = replace(GOOD, max_difference=0.25, problems=["weights differ"], rows=[replace(ROW, recovered_seconds=None)])
-    with pytest.raises(DoRAError, match="1 of the checks do not hold; what the runs left is in /runs") as caught:
+    with pytest.raises(DoRAError, match="1 checks failed; the runs' files are in /runs") as caught:
         call(GOOD, bad)
     assert caught.value.exit_status == 1
     out = capsys.readouterr().out

@@ -191,5 +191,5 @@ def test_all_unreadable_images_are_named_and_can_be_left_out(listed, tmp_path_fa
 
 def test_a_box_without_an_area_is_named(listed):
     (listed / "boxes.json").write_text(json.dumps({"a.png": [[5, 5, 5, 9]]}))
-    with pytest.raises(ConfigError, match=r"a\.png has a box without an area \(left 5, top 5, right 5"):
+    with pytest.raises(ConfigError, match=r"a\.png has an empty box \(left 5, top 5, right 5"):
         find_boxes(listed)

@@ -147,7 +147,7 @@ def test_what_is_no_mask_is_named(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     for name, says in (
         ("photo", "256 values"),
-        ("soft", r"\(140 \.\.\.\), which are no numbers"),
+        ("soft", r"\(140 \.\.\.\), too many for object numbers"),
         ("text", "cannot be read"),
     ):
         with pytest.raises(ConfigError, match=rf"{name}\.png.*{says}"):

@@ -134,7 +134,7 @@ def test_unlike_images_seen_whole_go_to_parquet_alone(checkpoint: Path, images: 
         for rows, columns in zip(*(table[n].to_pylist() for n in ("patch_rows", "patch_columns")), strict=True)
     ]
     assert [len(patches) for patches in table["patches"].to_pylist()] == counts
-    with pytest.raises(ConfigError, match=r"write unlike patches to FILE\.parquet"):
+    with pytest.raises(ConfigError, match=r"write patches of different grids to FILE\.parquet"):
         embed(checkpoint, images, out=tmp_path / "whole.npz", patches=True, whole=True)
     assert [path.name for path in tmp_path.iterdir()] == ["whole.parquet"]
 
@@ -231,7 +231,7 @@ def test_the_command_prints_what_it_wrote(checkpoint: Path, images: Path, tmp_pa
     assert "rows        7" in printed.out
     assert "embed: 7/7 pictures (100%)" in printed.err
     assert main(arguments) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_an_object_store_gets_the_whole_file(checkpoint: Path, images: Path) -> None:

@@ -94,8 +94,12 @@ def test_fewer_images_and_another_size_can_be_asked_for(checkpoint, images):
         ("knn", {"neighbors": (0,)}, "neighbors"),
         ("linear", {"lr": -1}, "lr=-1"),
         ("knn", {"device": "toaster"}, "device='toaster'"),
-        ("knn", {"image_size": 50}, "image_size=50 is no multiple of the encoder's patch of 8 px; use 48 or 56"),
-        ("linear", {"image_size": 3}, "patch of 8 px; use 8"),
+        (
+            "knn",
+            {"image_size": 50},
+            "image_size=50 is not a multiple of the encoder's patch size of 8 px; use 48 or 56",
+        ),
+        ("linear", {"image_size": 3}, "patch size of 8 px; use 8"),
     ],
 )
 def test_what_is_not_known_or_allowed_is_refused(checkpoint, images, task, options, message):

@@ -86,7 +86,7 @@ def test_layout_errors_explain_the_layout(labeled):
     with pytest.raises(ConfigError, match="no folder of a class"):
         find_images(labeled / "train" / "dark")
     (labeled / "test" / "blue").mkdir()
-    with pytest.raises(ConfigError, match="training part lacks: blue"):
+    with pytest.raises(ConfigError, match="training split lacks: blue"):
         find_splits(labeled)
     (labeled / "train" / "blue").mkdir()
     with pytest.raises(ConfigError, match=r"blue has no image"):
@@ -157,7 +157,7 @@ def test_hidden_files_are_no_images(labeled):
 @pytest.mark.parametrize("name", ["unlabeled", "Unlabelled", "no_label", "unsup"])
 def test_a_folder_of_images_without_labels_is_named(labeled, name):
     paint(labeled / "train" / name / "a.png", (9, 9, 9))
-    with pytest.raises(ConfigError, match=rf"train/{name} looks like images without labels"):
+    with pytest.raises(ConfigError, match=rf"train/{name} looks like unlabeled images"):
         find_splits(labeled)
 
 
@@ -201,5 +201,5 @@ def test_a_large_class_that_is_never_asked_for_is_named(labeled, caplog):
         for number in range(9):
             paint(labeled / "train" / "misc" / f"{number}.png", (9, 9, 9))
         train, test = find_splits(labeled)
-    assert "train/misc has 9 of 17 training images and none to test" in caplog.text
+    assert "train/misc has 9 of 17 training images and no test image" in caplog.text
     assert (len(train.paths), len(test.paths)) == (17, 4)

@@ -42,8 +42,8 @@ def test_wide_gray_levels_are_those_of_8_bits(tmp_path, name, values):
 @pytest.mark.parametrize(
     ("name", "values", "says"),
     [
-        ("camera.png", GRAY.astype(np.uint16) * 16, "16-bit values end at 40"),
-        ("heat.tif", GRAY.astype(np.float32), "floating-point values from .* where black is 0 and white 1"),
+        ("camera.png", GRAY.astype(np.uint16) * 16, "16-bit values reach only 40"),
+        ("heat.tif", GRAY.astype(np.float32), r"floating-point values from .* not 0 \(black\) to 1 \(white\)"),
         ("hole.tif", np.where(GRAY > 90, np.nan, 0.5).astype(np.float32), "floating-point values from nan"),
         ("scan.tif", GRAY.astype(np.int32) - 1024, "32-bit integers from -10"),
     ],

@@ -97,7 +97,7 @@ def test_show_replaces_its_own_pictures_and_no_others(checkpoint, video, tmp_pat
     assert {path.name for path in out.iterdir()} == {"clip-0.png", "clip-0.mp4", "mine.png"}, "no clip of the last time"
     assert second["clips"] != first["clips"][:1]
     Image.new("RGB", (8, 8)).save(out / "clip-0.png")
-    with pytest.raises(ConfigError, match=r"clip-0\.png exists already, and `show` did not draw it"):
+    with pytest.raises(ConfigError, match=r"clip-0\.png already exists, and `show` did not draw it"):
         show(checkpoint, video, out=out)
 
 

@@ -48,7 +48,7 @@ def test_several_encoders_a_random_one_and_chance_stand_in_one_table():
 
 def test_what_was_left_out_or_lowered_is_noted():
     text = show_evaluations({"a": knn(0.5, lowered=36, unreadable=2)}, {})
-    assert "a: 2 files that cannot be read are left out." in text
+    assert "a: skipped 2 unreadable files." in text
     assert "a: k is at most 36, the number of training images." in text
 
 

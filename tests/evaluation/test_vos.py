@@ -162,7 +162,7 @@ def test_masks_that_would_give_a_meaningless_score_are_errors(checkpoint, tmp_pa
             (empty_first, r"00000\.png shows no object"),
             (np.zeros_like(vanished), r"00000\.png shows no object"),
             (vanished, r"no object of the first mask \(1, 2\) is in a later one"),
-            (renumbered, "must number the objects alike"),
+            (renumbered, "must use the same object numbers"),
             (cut, r"00002\.png has 64x44 pixels.*64x48"),
         )
     ):
@@ -173,11 +173,11 @@ def test_masks_that_would_give_a_meaningless_score_are_errors(checkpoint, tmp_pa
 
 def test_frames_of_another_shape_are_named(checkpoint, tmp_path):
     write_sequence(tmp_path / "all", two_objects(), size=(64, 64))
-    with pytest.raises(ConfigError, match=r"00000\.jpg has 64x64 pixels, and its mask another shape, 64x48"):
+    with pytest.raises(ConfigError, match=r"00000\.jpg has 64x64 pixels, but its mask another shape, 64x48"):
         evaluate(checkpoint, "vos", data=tmp_path / "all", short_side=48)
     write_sequence(tmp_path / "one", two_objects())
     Image.new("RGB", (64, 96)).save(tmp_path / "one" / "JPEGImages" / "480p" / "s" / "00003.jpg")
-    with pytest.raises(ConfigError, match=r"00003\.jpg is of another shape"):
+    with pytest.raises(ConfigError, match=r"00003\.jpg differs in size from"):
         evaluate(checkpoint, "vos", data=tmp_path / "one", short_side=48)
 
 
