@@ -112,7 +112,7 @@ def test_bad_usage_is_status_2_with_usage(run, words):
         (["train", "tiny"], 2, "no video is named: give yours as a word, `dora-ray train tiny walk.mp4`"),
         (["plan", "tour"], 2, "no video is named"),
         (["train", "tiny", "paper"], 2, "2 recipes or files were given"),
-        (["train", "optim.lr=1"], 2, "begin with a recipe"),
+        (["train", "optim.lr=1"], 2, "start with a recipe"),
         (["train", "tiny", "data.videos=[a.mp4", "b.mp4]"], 2, "quote the whole word"),
         (["train", "tiny", "a.mp4", "data.videos=b.mp4"], 2, "name all videos the same way"),
         (["train", "tiny", "missing.mp4", "--dry-run"], 3, "'missing.mp4': no such file"),
@@ -131,7 +131,7 @@ def test_bad_usage_is_status_2_with_usage(run, words):
         (["data", "index", "missing.mp4"], 3, "missing.mp4"),
         (["data", "ingest", "data.short_side=9", "--store", "s"], 2, "no video was given"),
         (["data", "synth", "video", "v.mp4", "--size", "33x20"], 2, "both must be even"),
-        (["data", "synth", "video", "v.mp4", "--seconds", "0"], 2, "are 0 frames"),
+        (["data", "synth", "video", "v.mp4", "--seconds", "0"], 2, "make 0 frames"),
         (["data", "synth", "tour", "t", "--size", "33x20"], 2, "both sides must be even"),
         (["data", "synth", "tour", "t", "--photographs", "nowhere"], 2, "not a folder of photographs"),
         (["show", "nothing", "missing.mp4"], 4, "nothing"),
@@ -266,7 +266,7 @@ def test_the_important_settings_are_ten_existing_keys_with_this_configurations_c
     assert set(named) <= set(keys_of(Config))
     assert "Cost: proportional time: 800 clips in total." in out
     assert "Cost: 0% of the patches that the networks see." in out, "no local views"
-    assert "75% of the patches that the networks see; each object adds 72 a clip" in out
+    assert "75% of the patches that the networks see; each object adds 72 per clip" in out
 
 
 def test_the_schema_is_json_that_knows_all_sections(run):

@@ -45,7 +45,7 @@ def test_the_validation_list_says_which_sequences_are_scored(davis):
 
 
 def test_lists_that_cannot_be_used_are_named(davis):
-    with pytest.raises(ConfigError, match=r"year=2017 asks for .*2017/val\.txt, which is not there"):
+    with pytest.raises(ConfigError, match=r"year=2017 needs .*2017/val\.txt, which does not exist"):
         choose_sequences(davis, year="2017")
     write_list(davis, "2017/val.txt", "elsewhere\n")
     with pytest.raises(ConfigError, match="lists 1 sequences, none of which"):
@@ -53,7 +53,7 @@ def test_lists_that_cannot_be_used_are_named(davis):
 
 
 def test_other_layouts_are_refused_and_hidden_files_do_not_count(davis, tmp_path_factory):
-    with pytest.raises(ConfigError, match="not laid out as DAVIS"):
+    with pytest.raises(ConfigError, match="does not have the DAVIS layout"):
         find_sequences(tmp_path_factory.mktemp("empty"))
     (davis / "JPEGImages" / "480p" / "a" / "._00000.jpg").write_bytes(b"-")
     (davis / "JPEGImages" / "480p" / ".cache").mkdir()

@@ -83,7 +83,7 @@ def test_layout_errors_explain_the_layout(labeled):
         find_splits(labeled / "nothing")
     with pytest.raises(ConfigError, match=r"holds dark, light.*train/CLASS"):
         find_splits(labeled / "train")
-    with pytest.raises(ConfigError, match="no folder of a class"):
+    with pytest.raises(ConfigError, match="no class folders"):
         find_images(labeled / "train" / "dark")
     (labeled / "test" / "blue").mkdir()
     with pytest.raises(ConfigError, match="training split lacks: blue"):
@@ -164,7 +164,7 @@ def test_a_folder_of_images_without_labels_is_named(labeled, name):
 def test_a_single_class_is_refused(labeled):
     for part in ("train", "test"):
         (labeled / part / "light").rename(labeled / f"light-{part}")
-    with pytest.raises(ConfigError, match="one class, dark"):
+    with pytest.raises(ConfigError, match="a single class, dark"):
         find_splits(labeled)
 
 

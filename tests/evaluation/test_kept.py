@@ -54,4 +54,4 @@ def test_a_run_that_cannot_be_written_gives_its_score_all_the_same(run, images, 
     (run / EVALUATIONS).mkdir()
     with caplog.at_level("WARNING"):
         assert json.dumps(evaluate(run, "knn", data=images)["results"])
-    assert "is not kept" in caplog.text
+    assert "was not saved" in caplog.text

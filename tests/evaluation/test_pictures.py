@@ -103,7 +103,7 @@ def test_show_replaces_its_own_pictures_and_no_others(checkpoint, video, tmp_pat
 
 def test_show_overwrites_nothing(checkpoint, video, tmp_path):
     (tmp_path / "clip-1.mp4").write_text("mine")
-    with pytest.raises(ConfigError, match=r"clip-1\.mp4 exists"):
+    with pytest.raises(ConfigError, match=r"clip-1\.mp4 already exists"):
         show(checkpoint, video, out=tmp_path)
     assert not (tmp_path / "clip-0.png").exists()
     with pytest.raises(ConfigError, match="local folder"):

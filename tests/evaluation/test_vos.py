@@ -161,7 +161,7 @@ def test_masks_that_would_give_a_meaningless_score_are_errors(checkpoint, tmp_pa
         (
             (empty_first, r"00000\.png shows no object"),
             (np.zeros_like(vanished), r"00000\.png shows no object"),
-            (vanished, r"no object of the first mask \(1, 2\) is in a later one"),
+            (vanished, r"no object of the first mask \(1, 2\) appears in a scored"),
             (renumbered, "must use the same object numbers"),
             (cut, r"00002\.png has 64x44 pixels.*64x48"),
         )
