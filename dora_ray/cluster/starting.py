@@ -133,4 +133,6 @@ def explain_refusal(address: str, error: BaseException) -> ClusterError:
             f"the cluster at {address} refuses this machine: {had}. Copy the head's ~/.ray/auth_token to "
             f"~/.ray/auth_token here, or set {TOKEN_PATH} to it, with {AUTH_MODE}=token"
         )
-    return ClusterError(f"no Ray cluster answers at {address}: {text[:300] or type(error).__name__}")
+    reason = text[:300].rstrip(".") or type(error).__name__
+    tunnel = ". Is the tunnel to its dashboard open (ray dashboard, ssh -L)?" if address.startswith("http") else ""
+    return ClusterError(f"no Ray cluster answers at {address}: {reason}{tunnel}")

@@ -7,7 +7,19 @@ import os
 
 from dora_ray.commands.output import write, write_json
 from dora_ray.commands.words import load
+from dora_ray.config_source import VIDEOS, recipe_names
 from dora_ray.errors import ConfigError
+
+# Smallest value of each number, and whether that value itself is allowed.
+LEAST = {
+    "gpus": (0, True),
+    "cpus": (0, False),
+    "gpus_per_node": (1, True),
+    "node_memory": (0, False),
+    "gpu_memory": (0, False),
+    "interruptions": (0, True),
+    "announced": (0, True),
+}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -20,11 +32,15 @@ def run(options: argparse.Namespace) -> None:
 
     config = load(options.words)
     if config is None:
-        raise ConfigError("no configuration was given: name a recipe (paper, released, tiny) or a YAML file")
+        raise ConfigError(f"no configuration was given: name a recipe ({', '.join(recipe_names())}) or a YAML file")
+    _check_numbers(options)
+    if not (options.film or config.data.videos):
+        raise ConfigError(
+            f"no video is named: give yours as {VIDEOS}=[walk.mp4], or describe one that you do not have yet, "
+            "--film 6600s,3840x2160,60,vp9"
+        )
     films = [parse_film(text) for text in options.film] or [film_of(index) for index in check_videos(config)]
     gpus = options.gpus if options.gpus is not None else (config.max_workers if config.cluster.use_gpu else 0)
-    if gpus < 0 or (options.cpus is not None and options.cpus <= 0):
-        raise ConfigError(f"--gpus {gpus} --cpus {options.cpus}: --gpus must be at least 0, and --cpus above 0")
     cluster = Cluster(
         workers=gpus or config.max_workers,
         gpus=gpus > 0,
@@ -42,3 +58,13 @@ def run(options: argparse.Namespace) -> None:
     ]
     write(long_form(plan, cluster, taken=taken, currency=str(prices.get("currency", "cost"))))
     write_json(options.json, plan)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    for name, (least, itself) in LEAST.items():
+        value = getattr(options, name)
+        if value is not None and (value < least or (value == least and not itself)):
+            allowed = f"at least {least}" if itself else f"above {least}"
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be {allowed}")
+    if options.announced > 1:
+        raise ConfigError(f"--announced {options.announced} is a share: from 0, none of the interruptions, to 1, all")

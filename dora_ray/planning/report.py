@@ -73,7 +73,7 @@ def load_prices(path: str) -> dict[str, Any]:
     try:
         found = parse_yaml(files.read_text(path), path)
     except OSError as error:
-        raise ConfigError(f"--price-file {path} cannot be read: {error}") from error
+        raise ConfigError(f"--price-file {path} cannot be read: {error.strerror or error}") from error
     unknown = set(found) - set(PRICES)
     wrong = [name for name in PRICES[1:] if not isinstance(found.get(name, 0.0), int | float)]
     if unknown or wrong:

@@ -31,6 +31,13 @@ def test_a_token_that_is_not_the_clusters_is_named(tmp_path, monkeypatch):
     assert str(tmp_path / "token") in said
 
 
+@pytest.mark.parametrize(("address", "asked"), [("http://127.0.0.1:8265", True), ("10.0.0.1:6379", False)])
+def test_a_closed_tunnel_is_thought_of_where_there_is_one(address, asked):
+    said = str(starting.explain_refusal(address, RuntimeError("Failed to connect to Ray.")))
+    assert said.startswith(f"no Ray cluster answers at {address}: Failed to connect to Ray")
+    assert ("ssh -L" in said) is asked
+
+
 def test_another_version_is_named():
     error = RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.60.0\nThis process: 2.59.0")
     said = str(starting.explain_refusal("head:6379", error))

@@ -9,6 +9,7 @@ import pytest
 
 import dora_ray
 from dora_ray.cli import main
+from dora_ray.config_source import recipe_names
 from dora_ray.errors import ConfigError
 from dora_ray.planning.figures import load_figures, rates_of_bench
 from dora_ray.planning.model import Rates
@@ -51,6 +52,36 @@ def test_what_nobody_gave_is_said(plan):
     said = plan("paper", "--film", TOUR, "--gpus", "8", "--interruptions", "0.5")[1]
     assert "--cpus and --node-memory not given: this machine's were taken" in said
     assert "0.5 interruptions a node and hour, which take 0.1% of the time" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gpus", "-1"], "--gpus -1 must be at least 0"),
+        (["--cpus", "0"], "--cpus 0.0 must be above 0"),
+        (["--gpus-per-node", "0"], "--gpus-per-node 0 must be at least 1"),
+        (["--node-memory", "-4"], "--node-memory -4.0 must be above 0"),
+        (["--interruptions", "-0.1"], "--interruptions -0.1 must be at least 0"),
+        (["--announced", "2"], "--announced 2.0 is a share"),
+        (["--price-file", "/nothing.yaml"], "--price-file /nothing.yaml cannot be read: No such file or directory"),
+    ],
+)
+def test_impossible_numbers_and_files_are_refused(plan, words, says):
+    status, said, _ = plan("paper", "--film", TOUR, *words)
+    assert status == 2
+    assert says in said
+
+
+def test_without_a_film_both_ways_to_give_one_are_told(plan):
+    status, said, _ = plan("paper")
+    assert status == 2
+    assert "data.videos=[walk.mp4]" in said
+    assert "--film 6600s" in said
+
+
+def test_without_a_recipe_all_are_named(plan):
+    said = plan("--film", TOUR)[1]
+    assert all(name in said for name in recipe_names())
 
 
 def test_what_does_not_fit_is_warned_of(plan):
