@@ -18,7 +18,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 from dora_ray import files
 from dora_ray.errors import VideoError
@@ -56,6 +57,13 @@ class IngestProgress:
 
 
 Progress = Callable[[IngestProgress], None]
+
+
+class Turn(NamedTuple):
+    """Group of segments that is done before the next one begins: their number, and a limit of concurrent tasks."""
+
+    segments: int
+    max_tasks: int | None
 
 
 def ingest(
@@ -150,7 +158,7 @@ def ingest_work(
     progress: Progress | None = None,
     num_videos: int,
     commit_seconds: float,
-    max_tasks: int | None = None,
+    turns: Sequence[Turn] = (),
     stop: threading.Event | None = None,
 ) -> dict[str, str]:
     """Decode segments into the store, in order; see `ingest`.
@@ -164,7 +172,7 @@ def ingest_work(
         progress: called at the start and after every segment.
         num_videos: number of videos of the whole ingest, for its progress.
         commit_seconds: interval at which readers see new frames.
-        max_tasks: limit of concurrent tasks, to leave CPUs for other work; None: no limit.
+        turns: groups of segments, in order, with a limit of concurrent tasks each; empty: one group without a limit.
         stop: set by another thread to stop the ingest.
 
     Returns:
@@ -179,18 +187,30 @@ def ingest_work(
         datasets.create_dataset(uri)
     with ray_cluster():
         task = functools.partial(ingest_segment, store=store, decoder=decoder, form=form)
-        items = [json.dumps(vars(part)) for part in work]
-        patience = STALL_LIMITS * max(part.limit_seconds for part in work)
-        results = run_tasks(
-            items,
-            task,
+        run = functools.partial(
+            run_tasks,
+            task=task,
             node_label=node_label,
-            patience_seconds=patience,
-            max_tasks=max_tasks,
+            patience_seconds=STALL_LIMITS * max(part.limit_seconds for part in work),
             variables=blanked([store, *(part.path for part in work)], os.environ),
             stop=stop,
         )
+        results = _in_turns(run, work, turns or [Turn(len(work), None)], stop)
         return _commit_results(work, results, num_videos=num_videos, commit_seconds=commit_seconds, progress=progress)
+
+
+def _in_turns(
+    run: Callable[..., Iterator[dict[str, Any]]],
+    work: Sequence[Work],
+    turns: Sequence[Turn],
+    stop: threading.Event | None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the results of one turn after the other."""
+    rest = iter(work)
+    for turn in turns:
+        items = [json.dumps(vars(part)) for part in islice(rest, turn.segments)]
+        if items and not (stop and stop.is_set()):
+            yield from run(items, max_tasks=turn.max_tasks)
 
 
 def _commit_results(

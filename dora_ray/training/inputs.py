@@ -1,16 +1,14 @@
 """From videos to what a run trains on: the plan, what of it can be read, and what must still be ingested.
 
 With clip.shuffle=global everything is ingested first, and the plan is over what can be read. With `window` the plan
-follows from the videos' indexes alone, and the ingest goes on in a thread beside the training, in the order in which
-the plan's windows want the segments.
+follows from the videos' indexes alone, and the ingest goes on beside the training (`ingest_beside`), in the order in
+which the plan's windows want the segments.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,27 +20,19 @@ from dora_ray.clips.plan import Plan, Video
 from dora_ray.clips.starts import no_clip, refuse_without_clips
 from dora_ray.config import Config, DataConfig
 from dora_ray.config_source import flatten
-from dora_ray.errors import ClusterError, ConfigError, DoRAError, VideoError
+from dora_ray.errors import ClusterError, ConfigError
 from dora_ray.store.frames import ComingVideo, FrameFormat, StoredVideo, coming_video
 from dora_ray.store.indexes import known_index, load_index
-from dora_ray.store.ingest import Progress, find_indexes, ingest, ingest_work
+from dora_ray.store.ingest import Progress, find_indexes, ingest
 from dora_ray.store.losses import whole_videos
-from dora_ray.store.ray_tasks import ray_cluster
 from dora_ray.store.segments import Work, find_work
 from dora_ray.video.index import VideoIndex, index_video
-from dora_ray.video.several import index_all, refuse_unreadable
+from dora_ray.video.several import index_all
 from dora_ray.video.sources import find_videos
 
 logger = logging.getLogger(__name__)
 
 AnyVideo = TypeVar("AnyVideo", bound=Video)
-
-# Each segment is committed as it comes: training waits for it.
-COMMIT_SECONDS = 0.0
-# Of the CPUs that no training worker has, kept for reading clips while segments are decoded.
-READING_SHARE = 0.25
-# How long a run that has ended waits for its ingest to end, too: Ray may go next.
-STOP_SECONDS = 60.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +43,14 @@ class Inputs:
         plan: the plan.
         contents: what of it can be read.
         work: segments that the store still lacks, in the order in which the plan wants them.
+        awaited: of these, the first ones, without which no step can be made.
         stored: the videos, where all of them are ingested.
     """
 
     plan: Plan
     contents: Contents
     work: Sequence[Work] = ()
+    awaited: int = 0
     stored: Sequence[StoredVideo] = ()
 
 
@@ -89,14 +81,19 @@ def _coming_inputs(config: Config, store: str) -> Inputs:
     work = find_work(
         indexes, store=store, form=form, segment_seconds=data.segment_seconds, decode_seconds=data.decode_seconds
     )
-    return Inputs(plan, GrowingContents(plan, videos), in_order_of_need(work, plan, videos))
+    return Inputs(plan, GrowingContents(plan, videos), *in_order_of_need(work, plan, videos))
 
 
-def in_order_of_need(work: Sequence[Work], plan: Plan, videos: Sequence[ComingVideo]) -> list[Work]:
-    """Sort segments by the first window of the first epoch that needs one of their frames; the rest comes last."""
+def in_order_of_need(work: Sequence[Work], plan: Plan, videos: Sequence[ComingVideo]) -> tuple[list[Work], int]:
+    """Sort segments by the first unit of the first epoch that needs one of their frames; the rest comes last.
+
+    Returns:
+        The segments, and how many of them the first window needs.
+    """
     numbers = {video.video_id: number for number, video in enumerate(videos)}
     needed: dict[tuple[int, int], int] = {}
-    units = [unit for window in plan.windows(0) for unit in window.units.tolist()] if plan.clips_per_epoch else []
+    windows = plan.windows(0) if plan.clips_per_epoch else []
+    units = [unit for window in windows for unit in window.units.tolist()]
     for place, unit in enumerate(units):
         video, first, last = plan.unit_frames(unit)
         begin, end = np.searchsorted(videos[video].edges, [first, last], side="right").tolist()
@@ -109,7 +106,9 @@ def in_order_of_need(work: Sequence[Work], plan: Plan, videos: Sequence[ComingVi
         segment = int(np.searchsorted(videos[number].edges, frame, side="right"))
         return needed.get((number, segment), len(units))
 
-    return sorted(work, key=need)
+    ordered = sorted(work, key=need)
+    in_first = len(windows[0].units) if windows else 0
+    return ordered, sum(need(part) < in_first for part in work)
 
 
 def plan_order(videos: Sequence[AnyVideo]) -> tuple[AnyVideo, ...]:
@@ -169,98 +168,6 @@ def ingest_videos(config: Config, store: str, on_ingest: Progress | None = None)
         progress=on_ingest,
     )
     return whole_videos(stored, max_bad_fraction=data.max_bad_fraction, skip_unreadable=data.skip_unreadable)
-
-
-class Ingest:
-    """The ingest of a run that trains meanwhile, in a thread of its own.
-
-    Args:
-        config: the run's.
-        store: the frame store.
-        work: segments, in order.
-        on_ingest: told of its progress.
-        on_end: told once, what it failed with, or None.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        store: str,
-        work: Sequence[Work],
-        on_ingest: Progress | None,
-        on_end: Callable[[DoRAError | None], None],
-    ) -> None:
-        self._config, self._store, self._work = config, store, work
-        self._on_ingest, self._on_end = on_ingest, on_end
-        self._stop, self._ended = threading.Event(), threading.Event()
-        self._failure: DoRAError | None = None
-        self._thread = threading.Thread(target=self._run, name="ingest", daemon=True)
-
-    def _run(self) -> None:
-        data = self._config.data
-        try:
-            failed = ingest_work(
-                self._work,
-                store=self._store,
-                decoder=data.decoder,
-                form=frame_format(self._config.data),
-                node_label=self._config.cluster.decode_label,
-                progress=self._on_ingest,
-                num_videos=len({part.uri for part in self._work}),
-                commit_seconds=COMMIT_SECONDS,
-                max_tasks=tasks_beside(self._config),
-                stop=self._stop,
-            )
-            if self._stop.is_set():
-                return
-            # A video that is left out after all would change the plan of a run that has begun.
-            refuse_unreadable(list(failed.values()), len({part.uri for part in self._work}), skip_unreadable=False)
-        except DoRAError as error:
-            self._failure = error
-        except Exception as error:  # noqa: BLE001  the run that waits for segments must hear of it
-            self._failure = VideoError(f"the ingest ended with {type(error).__name__}: {error}")
-        self._ended.set()
-        self._on_end(self._failure)
-
-    def has_ended(self) -> bool:
-        """Return whether all is stored; raise what the ingest failed with."""
-        ended = self._ended.is_set()
-        if self._failure is not None:
-            raise self._failure
-        return ended
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Ingest for as long as the context is open."""
-        if not self._work:
-            # No thread, and no Ray in a training that needs none.
-            self._ended.set()
-            self._on_end(None)
-            yield
-            return
-        with ray_cluster():
-            self._thread.start()
-            try:
-                yield
-            finally:
-                self._stop.set()
-                self._thread.join(STOP_SECONDS)
-
-
-def tasks_beside(config: Config) -> int | None:
-    """Return how many segments are decoded at a time beside training and reading; None where the cluster can grow."""
-    import ray
-
-    from dora_ray.clips.dataset import nodes
-    from dora_ray.ray_internals import has_node_types
-
-    if has_node_types():
-        return None
-    label = config.cluster.decode_label
-    cpus = sum(node["Resources"].get("CPU", 0.0) for node in nodes(label))
-    if label is None and config.cluster.num_workers != 0:
-        cpus = ray.cluster_resources().get("CPU", 0.0) - config.max_workers * config.cluster.cpus_per_worker
-    return max(1, int(cpus - max(config.cluster.decode_cpus, READING_SHARE * cpus)))
 
 
 def store_of(config: Config, run: str) -> str:

@@ -26,7 +26,8 @@ from dora_ray.store.ingest import IngestProgress
 from dora_ray.store.losses import losses
 from dora_ray.training.beginning import with_resolved_init
 from dora_ray.training.elastic.requests import caught_signals
-from dora_ray.training.inputs import Ingest, Inputs, check_videos, make_inputs, require_decode_nodes, store_of
+from dora_ray.training.ingest_beside import Ingest
+from dora_ray.training.inputs import Inputs, check_videos, make_inputs, require_decode_nodes, store_of
 from dora_ray.training.measuring import prepare
 from dora_ray.training.records.checkpoint import require_plan
 from dora_ray.training.records.heartbeat import Heartbeat
@@ -262,14 +263,14 @@ def _execute(job: Job, inputs: Inputs, store: str, on_ingest: OnIngest | None) -
     config = job.config
     try:
         if config.cluster.num_workers == 0:
-            ingest = Ingest(config, store, inputs.work, on_ingest, lambda _: None)
+            ingest = Ingest(config, store, inputs, on_ingest, lambda _: None)
             with caught_signals(signal.SIGINT, signal.SIGTERM), ingest.running():
                 train_loop(job, LocalWorld(job, inputs.contents, ingest.has_ended))
             return
         from dora_ray.clips.dataset import forget_ingest, say_ingest_ended
 
         forget_ingest(job.run)
-        ingest = Ingest(config, store, inputs.work, on_ingest, functools.partial(say_ingest_ended, job.run))
+        ingest = Ingest(config, store, inputs, on_ingest, functools.partial(say_ingest_ended, job.run))
         with ingest.running():
             run_on_ray(job, inputs.contents)
     except OneRankError as error:

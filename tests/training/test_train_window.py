@@ -12,7 +12,7 @@ import pytest
 import dora_ray
 from dora_ray.errors import CheckpointError, VideoError
 from dora_ray.store import ingest as store_ingest
-from dora_ray.training import inputs
+from dora_ray.training import ingest_beside, inputs
 from dora_ray.training.inputs import in_order_of_need
 from dora_ray.training.records.journal import read_history
 from dora_ray.video.synthetic import make_video
@@ -54,22 +54,22 @@ def test_training_waits_for_no_more_than_its_windows(
     film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ingest stops after the segments of the first window, and the first step is done all the same."""
-    done, stopped = threading.Event(), []
+    done, turns = threading.Event(), []
     plain = store_ingest.run_tasks
 
     def stops(items: Any, *arguments: Any, **options: Any) -> Any:
-        for number, result in enumerate(plain(items, *arguments, **options)):
-            yield result
-            if number == 3:
-                stopped.append(len(items))
-                assert done.wait(120)
+        if turns:  # of the first window: the next one waits
+            assert done.wait(120)
+        turns.append(len(items))
+        yield from plain(items, *arguments, **options)
 
     monkeypatch.setattr(store_ingest, "run_tasks", stops)
-    monkeypatch.setattr(inputs, "tasks_beside", lambda config: 1)  # one after the other, in order
     config = dora_ray.load_config("tiny", *WINDOW, f"data.videos=[{film}]", "optim.steps=1", "optim.warmup_steps=0")
     run = dora_ray.train(config, out=tmp_path / "run", on_metrics=lambda _: done.set())
     assert run.metrics["step"] == 1
-    assert stopped == [10]
+    assert len(turns) == 2
+    assert turns[0] <= 4
+    assert sum(turns) == 10
 
 
 def test_a_run_over_a_full_store_is_the_run_that_filled_it(finished: Path, film: Path, tmp_path: Path) -> None:
@@ -148,14 +148,18 @@ def test_the_ingest_takes_segments_in_the_order_of_the_windows(film: Path, tmp_p
         ready |= {int(frame) for frame in range(len(video.pts)) if int(video.pts[frame]) in set(part.pts)}
     assert needed <= ready
     assert sorted(part.segment for part in found.work) == list(range(10))
-    assert in_order_of_need(list(reversed(found.work)), plan, [video])[0].segment in {p.segment for p in found.work[:2]}
+    ordered, awaited = in_order_of_need(list(reversed(found.work)), plan, [video])
+    assert ordered[0].segment in {p.segment for p in found.work[:2]}
+    assert awaited == found.awaited
+    pts_needed = {int(video.pts[frame]) for frame in needed}
+    assert [bool(pts_needed & set(part.pts)) for part in found.work] == [i < awaited for i in range(10)]
 
 
 def test_a_training_with_nothing_to_ingest_asks_nothing_of_ray(
     finished: Path, film: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(inputs, "tasks_beside", lambda config: pytest.fail("the cluster was looked at"))
-    monkeypatch.setattr(inputs, "ray_cluster", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(ingest_beside, "tasks_beside", lambda config, reading: pytest.fail("the cluster was looked at"))
+    monkeypatch.setattr(ingest_beside, "ray_cluster", lambda: pytest.fail("Ray was started"))
     store = f"data.store={finished.parent / 'store'}"
     config = dora_ray.load_config(
         "tiny", *WINDOW, f"data.videos=[{film}]", store, "optim.steps=1", "optim.warmup_steps=0"
