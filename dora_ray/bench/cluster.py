@@ -11,7 +11,6 @@ from typing import Any
 from dora_ray.cluster.starting import SYSTEM_CONFIG
 
 CORES = 2
-STORE_BYTES = 2 * 2**30
 # Titles of processes that run tasks: idle, or named after a Ray Data operator.
 TASKS = ("IDLE", "Map", "Read", "_read_elsewhere")
 
@@ -31,7 +30,6 @@ def cluster() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
-        object_store_memory=STORE_BYTES,
         _system_config=SYSTEM_CONFIG,
     )
     try:

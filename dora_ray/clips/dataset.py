@@ -30,6 +30,7 @@ from ray.data.block import BlockMetadata
 from dora_ray import errors, ray_internals
 from dora_ray.clips import reading
 from dora_ray.clips.contents import Contents, SlotKey, pack, slot_keys, unpack
+from dora_ray.clips.room import READY_SHARE, has_room, store_bytes
 from dora_ray.clips.slot import SlotBatch, read_slots
 from dora_ray.errors import DoRAError
 from dora_ray.store.hangs import TaskWatch
@@ -54,8 +55,6 @@ EXECUTION_ROWS = 8_000
 LEAST_ROW_BYTES = 128 * 1024
 # Options of a retry.
 READ_AGAIN = {"num_cpus": 0, "scheduling_strategy": "SPREAD", "runtime_env": reading.ENVIRONMENT}
-# Share of the object store for slots that are ready or in flight.
-READY_SHARE = 0.3
 # Concurrent tasks when no CPU is free for them.
 CROWDED_TASKS = 2
 
@@ -293,9 +292,8 @@ def make_clips(contents: Any, settings: StreamSettings) -> Dataset:
     context.target_max_block_size = 1  # one block per row
     context.enable_progress_bars = context.print_on_execution_start = False
     ray_internals.pace_execution(context)
-    memory = READY_SHARE * ray.cluster_resources().get("object_store_memory", 0.0)
     # gpu=0: decoding never requests a GPU node.
-    limits = ExecutionResources(object_store_memory=memory, gpu=0)
+    limits = ExecutionResources(object_store_memory=READY_SHARE * store_bytes(), gpu=0)
     context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=limits)
     return dataset
 
@@ -314,37 +312,3 @@ def deal(dataset: Dataset, world_size: int) -> list[DataIterator]:
     """Return each rank's shard of a dataset made by `make_clips`."""
     shards: list[DataIterator] = dataset.streaming_split(world_size, equal=False)
     return shards
-
-
-def nodes(label: str | None) -> list[dict[str, Any]]:
-    """Return the living nodes; with a label, only those whose label `role` has that value."""
-    return [node for node in ray.nodes() if node["Alive"] and label in (None, node["Labels"].get("role"))]
-
-
-def free_cpus() -> dict[str, float]:
-    """Return each node's CPUs that no placement group (such as the training workers') reserves.
-
-    Computed from reservations, because the CPUs free at this moment do not predict those free later.
-    """
-    from ray.util import placement_group_table
-
-    left = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in nodes(None)}
-    for group in placement_group_table().values():
-        for index, node in group["bundles_to_node_id"].items() if group["state"] == "CREATED" else ():
-            if node in left:
-                left[node] -= group["bundles"][index].get("CPU", 0.0)
-    return left
-
-
-def has_room(cpus: float) -> bool:
-    """Return whether some node has this many unreserved CPUs.
-
-    If the training workers reserve every CPU, a task that asks for one would never start; it runs beside them.
-    """
-    if max(free_cpus().values(), default=0.0) >= cpus:
-        return True
-    logger.warning(
-        "the training workers reserve every CPU, so clip reading shares their CPUs; lower "
-        "cluster.cpus_per_worker, or add decode nodes"
-    )
-    return False

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dora_ray import errors
 from dora_ray.clips.dataset import (
     AHEAD_SLOTS,
+    LEAST_ROW_BYTES,
     Begin,
     StreamSettings,
     execution_end,
@@ -19,6 +20,7 @@ from dora_ray.clips.dataset import (
     say_taken,
 )
 from dora_ray.clips.plan import Plan, slots_of_rank
+from dora_ray.clips.room import rows_that_fit, store_bytes
 from dora_ray.clips.slot import SlotBatch
 from dora_ray.errors import ClusterError, DoRAError
 from dora_ray.ray_internals import blocked_seconds
@@ -72,10 +74,14 @@ class RankStream:
         """Start reading. Only rank 0's `step` takes effect."""
         if self._rank == 0:
             say_begin(self._settings.run, Begin(step, self._size))
-        self._rows = iter(
-            self._shard.iter_batches(batch_size=1, prefetch_batches=self._settings.prefetch, batch_format="numpy")
-        )
+        prefetch = rows_that_fit(self._settings.prefetch, self._row_bytes(), self._size, store_bytes())
+        self._rows = iter(self._shard.iter_batches(batch_size=1, prefetch_batches=prefetch, batch_format="numpy"))
         self._ask()
+
+    def _row_bytes(self) -> int:
+        plan = self._plan
+        clip_bytes = plan.num_frames * plan.clip_size**2 * 3
+        return max(LEAST_ROW_BYTES, self._settings.slots_per_task * plan.clips_per_slot * clip_bytes)
 
     def _ask(self) -> None:
         self._next = self._thread.submit(next, self._rows, None)

@@ -114,7 +114,7 @@ def tasks_beside(config: Config, *, reading: bool) -> int | None:
     """
     import ray
 
-    from dora_ray.clips.dataset import nodes
+    from dora_ray.clips.room import nodes
     from dora_ray.ray_internals import has_node_types
 
     if has_node_types():

@@ -234,7 +234,7 @@ def require_decode_nodes(config: Config) -> None:
     """
     import ray
 
-    from dora_ray.clips.dataset import nodes
+    from dora_ray.clips.room import nodes
     from dora_ray.ray_internals import has_node_types
 
     label = config.cluster.decode_label

@@ -38,7 +38,6 @@ FAST_RECOVERY = {
 FAST_ELASTIC_RECOVERY = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "5"}
 # Time out a hanging collective this much later than the stall watch, which dumps the stacks of all workers first.
 COLLECTIVE_MARGIN_SECONDS = 30
-OBJECT_STORE_BYTES = 2**30
 
 
 @contextmanager
@@ -86,7 +85,6 @@ def _start_here(config: Config) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="warning",
-            object_store_memory=OBJECT_STORE_BYTES,
             _system_config=SYSTEM_CONFIG,
         )
     except (ConnectionError, RuntimeError) as error:
