@@ -104,13 +104,13 @@ def run(
     # The first call compiles; on a GPU it also selects kernels and allocates memory.
     first = list(paths) if device.type == "cuda" else ["ours"] if config.optim.compile else []
     num_rounds = 2 if quick else 5
-    told = _told(paths, report, total=len(first) + num_rounds * len(paths))
-    failed = _call_once(told, first, options)
+    announced = _announced(paths, report, total=len(first) + num_rounds * len(paths))
+    failed = _call_once(announced, first, options)
     with tempfile.TemporaryDirectory() as folder:
         saving = Saving(ours, timed.state, config, folder)
-        told |= _told({"saving": saving.seconds}, None, total=0)
-        counts = dict.fromkeys(told, num_rounds)
-        seconds, of_process = timed.rounds(told, counts | ({"saving": 1} if quick else {}))
+        announced |= _announced({"saving": saving.seconds}, None, total=0)
+        counts = dict.fromkeys(announced, num_rounds)
+        seconds, of_process = timed.rounds(announced, counts | ({"saving": 1} if quick else {}))
     # The reference's first step allocates memory that ours did not need.
     seconds["reference"] = seconds["reference"][1:]
     checkpoints = cost(saving.written, seconds["ours"][: len(saving.written)])
@@ -124,7 +124,7 @@ def run(
     return _without_noise(result, seconds) | sums | failed
 
 
-def _told(
+def _announced(
     paths: dict[str, Callable[[], float]], report: Report | None, *, total: int
 ) -> dict[str, Callable[[], float]]:
     """Wrap paths so that each announces its start."""

@@ -130,11 +130,11 @@ def judge(
     """Return a row for each fault, in the order of injection."""
     return [
         _row(hit, after, tries, _clips(history, reference, steps, clips_per_slot))
-        for hit, after, steps in zip(hits, _answers(hits, tries), _spans(hits, tries), strict=True)
+        for hit, after, steps in zip(hits, _attempts_of_faults(hits, tries), _spans(hits, tries), strict=True)
     ]
 
 
-def _answers(hits: Sequence[Hit], tries: Sequence[Attempt]) -> list[list[Attempt]]:
+def _attempts_of_faults(hits: Sequence[Hit], tries: Sequence[Attempt]) -> list[list[Attempt]]:
     """Return the attempts that each fault accounts for."""
     ends = [*(hit.time for hit in hits), math.inf][1:]
     return [
@@ -144,7 +144,7 @@ def _answers(hits: Sequence[Hit], tries: Sequence[Attempt]) -> list[list[Attempt
 
 def _spans(hits: Sequence[Hit], tries: Sequence[Attempt]) -> list[range]:
     """Return the steps that each fault accounts for: from its first restart (the first: step 0) to the next one's."""
-    answers = zip(hits, _answers(hits, tries), strict=True)
+    answers = zip(hits, _attempts_of_faults(hits, tries), strict=True)
     begins = [min((attempt.begin for attempt in after), default=hit.step) for hit, after in answers]
     bounds = [0, *begins[1:], sys.maxsize] if hits else []
     return [range(first, last) for first, last in pairwise(bounds)]

@@ -92,23 +92,23 @@ class Begin:
     world_size: int
 
 
-def say_begin(run: str, begin: Begin) -> None:
+def publish_begin(run: str, begin: Begin) -> None:
     """Publish where the next execution of the run's dataset begins."""
-    say_taken(run, 0)
+    publish_taken(run, 0)
     _publish(run, "begin", [begin.step, begin.world_size])
 
 
-def say_taken(run: str, slots: int) -> None:
+def publish_taken(run: str, slots: int) -> None:
     """Publish the number of slots trained since the stream began, so that the source may continue."""
     _publish(run, "taken", slots)
 
 
-def say_ingest_ended(run: str, error: DoRAError | None) -> None:
+def publish_ingest_end(run: str, error: DoRAError | None) -> None:
     """Publish that the ingest has ended, with its error if it failed."""
     _publish(run, "ingest", None if error is None else [type(error).__name__, str(error)])
 
 
-def forget_ingest(run: str) -> None:
+def clear_ingest_end(run: str) -> None:
     """Clear the end of an earlier ingest under this run's name."""
     ray_internals.delete_value(f"ingest {run}", namespace=NAMESPACE)
 

@@ -16,8 +16,8 @@ from dora_ray.clips.dataset import (
     execution_end,
     from_row,
     is_waiting,
-    say_begin,
-    say_taken,
+    publish_begin,
+    publish_taken,
 )
 from dora_ray.clips.plan import Plan, slots_of_rank
 from dora_ray.clips.room import rows_that_fit, store_bytes
@@ -73,7 +73,7 @@ class RankStream:
     def start(self, step: int) -> None:
         """Start reading. Only rank 0's `step` takes effect."""
         if self._rank == 0:
-            say_begin(self._settings.run, Begin(step, self._size))
+            publish_begin(self._settings.run, Begin(step, self._size))
         prefetch = rows_that_fit(self._settings.prefetch, self._row_bytes(), self._size, store_bytes())
         self._rows = iter(self._shard.iter_batches(batch_size=1, prefetch_batches=prefetch, batch_format="numpy"))
         self._ask()
@@ -129,7 +129,7 @@ class RankStream:
             taken = (step + 1 - begin) * self._plan.slots
             if self._rank == 0 and taken - said >= AHEAD_SLOTS // 8:
                 said = taken
-                say_taken(self._settings.run, taken)
+                publish_taken(self._settings.run, taken)
             yield found
         self._rows = iter(())  # ends Ray's iteration, whose last row was taken but whose end was not requested
 

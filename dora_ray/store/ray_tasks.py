@@ -19,7 +19,7 @@ Task = Callable[[str], dict[str, Any]]
 
 # Jobs whose caller has stopped waiting, by name: Ray Data copies the state of its callbacks, so an event would not
 # work.
-_GIVEN_UP: set[str] = set()
+_ABANDONED: set[str] = set()
 LOOK_SECONDS = 0.5
 # Time that an abandoned job gets to end its tasks; the caller may shut Ray down next.
 END_SECONDS = 20.0
@@ -90,7 +90,7 @@ def run_tasks(
         thread.join()
     finally:
         if thread.is_alive():
-            _GIVEN_UP.add(job)
+            _ABANDONED.add(job)
             thread.join(END_SECONDS)
 
 
@@ -120,19 +120,19 @@ def _consume(
 ) -> None:
     try:
         dataset = _dataset(items, task, options, max_tasks)
-        call_each_turn(dataset.context, lambda: _end_if_given_up(job))
+        call_each_turn(dataset.context, lambda: _abort_if_abandoned(job))
         for row in dataset.iter_rows():
             results.put(row)
     except Exception as error:  # noqa: BLE001  re-raised in run_tasks, by the consumer
         results.put(error)
     finally:
-        _GIVEN_UP.discard(job)
+        _ABANDONED.discard(job)
 
 
-def _end_if_given_up(job: str) -> None:
+def _abort_if_abandoned(job: str) -> None:
     """Abort a job whose caller has stopped waiting; otherwise it could wait for nodes forever."""
-    if job in _GIVEN_UP:
-        raise ClusterError("the job was given up")
+    if job in _ABANDONED:
+        raise ClusterError("the job was abandoned")
 
 
 def _options(node_label: str | None, variables: Mapping[str, str]) -> dict[str, Any]:

@@ -267,10 +267,10 @@ def _execute(job: Job, inputs: Inputs, store: str, on_ingest: OnIngest | None) -
             with caught_signals(signal.SIGINT, signal.SIGTERM), ingest.running():
                 train_loop(job, LocalWorld(job, inputs.contents, ingest.has_ended))
             return
-        from dora_ray.clips.dataset import forget_ingest, say_ingest_ended
+        from dora_ray.clips.dataset import clear_ingest_end, publish_ingest_end
 
-        forget_ingest(job.run)
-        ingest = Ingest(config, store, inputs, on_ingest, functools.partial(say_ingest_ended, job.run))
+        clear_ingest_end(job.run)
+        ingest = Ingest(config, store, inputs, on_ingest, functools.partial(publish_ingest_end, job.run))
         with ingest.running():
             run_on_ray(job, inputs.contents)
     except OneRankError as error:

@@ -70,7 +70,7 @@ def test_reports_all_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"ours", "packed", "every_second", "reference"} < {name for _, _, name in told}
 
 
-def test_a_busy_machine_is_told_in_place_of_nonsense() -> None:
+def test_a_busy_machine_is_reported_instead_of_meaningless_figures() -> None:
     seconds = {"ours": [1.0, 1.1, 1.05], "packed": [0.5, 0.9, 0.9], "reference": [2.0, 2.0]}
     assert noise(seconds["packed"]) == pytest.approx(0.8)
     assert noisy_paths(seconds) == {"packed"}
@@ -169,7 +169,7 @@ def test_every_second_step_has_no_objects() -> None:
     assert parts(0) - parts(1) == {"tracker"}
 
 
-def test_what_a_checkpoint_costs() -> None:
+def test_cost_of_a_checkpoint() -> None:
     """Blocked for 0.5 s, and two steps of 2 s that took 3 s and 2.2 s."""
     found = cost([Written(held=0.5, steps=[3.0, 2.2], seconds=4.0)], [2.0])
     assert found["checkpoint_slowdown_seconds"] == pytest.approx(1.2)

@@ -146,7 +146,7 @@ def _of_folder(folder: Path) -> dict[Any, str]:
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_end_the_program_leaves_nothing_behind(number, status, tmp_path):
+def test_a_terminated_program_leaves_no_processes(number, status, tmp_path):
     short = Path(tempfile.mkdtemp(prefix="end-"))  # Ray's sockets need a short path
     environment = os.environ | {"TMPDIR": str(short), "RAY_TMPDIR": str(short)}
     command = [sys.executable, "-m", "dora_ray.chaos.autoscaling", "--cluster", str(ROOT / "cluster.yaml")]

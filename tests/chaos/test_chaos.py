@@ -49,7 +49,7 @@ def test_the_table_tells_what_a_fault_cost(call):
     assert out.endswith("All checks passed.\n")
 
 
-def test_what_does_not_hold_is_printed_and_ends_with_status_1(call, capsys):
+def test_violated_requirements_are_printed_and_give_status_1(call, capsys):
     bad = replace(GOOD, max_difference=0.25, problems=["weights differ"], rows=[replace(ROW, recovered_seconds=None)])
     with pytest.raises(DoRAError, match="1 checks failed; the runs' files are in /runs") as caught:
         call(GOOD, bad)

@@ -54,7 +54,7 @@ def test_an_undisturbed_run_that_fails_is_a_problem_of_its_trial(lab: Laboratory
     assert lab.run_live("none", [], seed=0) == Trial("none", problems=["it did not end"])
 
 
-def test_what_failed_first_is_told_first(lab: Laboratory, monkeypatch) -> None:
+def test_the_first_failure_is_reported_first(lab: Laboratory, monkeypatch) -> None:
     monkeypatch.setattr(Ended, "finish", lambda self, **_: 1)
     monkeypatch.setattr(Ended, "tail", lambda self: "out of memory", raising=False)
     ended = "the training ended with status 1: out of memory"

@@ -91,7 +91,7 @@ def test_the_parts_of_a_recovery_are_told():
     assert row.parts == {"detection": 3.0, "reservation": 3.0, "worker_start": 20.0}
 
 
-def test_nothing_follows():
+def test_a_fault_without_a_later_step():
     tries = attempts(*journal((2, 0, range(1, 6), 100.0)))
     (row,) = judge([Hit("join", 5, 115.0)], tries, history=SLOTS, reference=SLOTS, clips_per_slot=2)
     assert row.recovered_seconds is None
@@ -125,7 +125,7 @@ def test_clips_are_counted_by_the_fault_that_lost_them():
         ("stall", 20, 7.0, False),
     ],
 )
-def test_what_a_fault_may_cost(fault, steps, seconds, holds):
+def test_limits_of_a_faults_cost(fault, steps, seconds, holds):
     row = Row(fault, 30, (2, 3), 12.0, steps, seconds, 0, 0, {})
     assert (limits(row) == []) == holds
 

@@ -55,7 +55,7 @@ def test_a_comparison_repeats_what_strikes_a_living_run():
     ]
 
 
-def test_which_faults_there_are_without_names():
+def test_default_faults():
     assert check((), count=1) == list(FAULTS)
     assert check((), count=1, quick=True) == list(QUICK)
     assert check((), count=1, compare=True) == list(OF_WORKERS)

@@ -85,7 +85,7 @@ def growing(plan: Plan, store: Store, monkeypatch: pytest.MonkeyPatch) -> Growin
     return GrowingContents(plan, plan.videos)
 
 
-def test_a_slot_is_ready_when_all_that_its_window_could_need_was_tried(monkeypatch) -> None:
+def test_a_slot_is_ready_once_all_frames_of_its_window_were_tried(monkeypatch) -> None:
     video = coming()
     plan, store = plan_of(video), Store(video)
     there = growing(plan, store, monkeypatch)
@@ -109,7 +109,7 @@ def test_a_slot_is_ready_when_all_that_its_window_could_need_was_tried(monkeypat
     cuts=st.sets(st.integers(1, 59), max_size=4),
     missing=st.sets(st.integers(0, 59), max_size=6),
 )
-def test_what_a_clip_is_read_from_does_not_depend_on_the_order_of_the_ingest(seed, cuts, missing) -> None:
+def test_rows_of_a_clip_do_not_depend_on_the_order_of_the_ingest(seed, cuts, missing) -> None:
     video = coming()
     plan = plan_of(video)
     found = []
@@ -152,7 +152,7 @@ def test_clips_move_off_cuts_and_holes_within_their_window(monkeypatch) -> None:
     assert moved > 0
 
 
-def test_a_window_without_anything_to_read_says_so(monkeypatch) -> None:
+def test_a_window_without_readable_clips(monkeypatch) -> None:
     video = coming()
     plan, store = plan_of(video), Store(video, missing=tuple(range(60)))
     there = growing(plan, store, monkeypatch)

@@ -154,7 +154,7 @@ class Waiting:
 @pytest.mark.ray
 def test_a_source_whose_ingest_failed_ends_the_stream_with_the_reason(inputs: Inputs) -> None:
     (stream,) = streams(Inputs(inputs.plan, Waiting(inputs)), 1)
-    dataset.say_ingest_ended(stream._settings.run, VideoError("walk.mp4: the disk is gone"))
+    dataset.publish_ingest_end(stream._settings.run, VideoError("walk.mp4: the disk is gone"))
     stream.start(0)
     with pytest.raises(VideoError, match=r"^walk\.mp4: the disk is gone$"):
         next(stream.steps(0))
@@ -177,7 +177,7 @@ def test_a_rank_that_waits_for_the_ingest_is_alive(inputs: Inputs, monkeypatch: 
     waiting = threading.Thread(target=wait)
     waiting.start()
     assert alive.wait(600)
-    dataset.say_ingest_ended(stream._settings.run, VideoError("over"))
+    dataset.publish_ingest_end(stream._settings.run, VideoError("over"))
     waiting.join(600)
     assert ended == ["over"]
 

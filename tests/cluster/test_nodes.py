@@ -16,7 +16,7 @@ from tests.cluster.heads import BIN, background, call, free_ports, ray_head
 from tests.conftest import BIKES, SMALL
 
 
-def test_what_cannot_be_read_is_told(tmp_path):
+def test_unreadable_paths_are_reported(tmp_path):
     (tmp_path / "walk.mp4").write_bytes(b"film")
     found = look_here([str(tmp_path / "walk.mp4"), str(tmp_path / "other.mp4")])
     assert list(found["unreachable"]) == [str(tmp_path / "other.mp4")]

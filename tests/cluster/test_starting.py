@@ -13,7 +13,7 @@ from dora_ray.ray_internals import token_logger
 from tests.cluster.heads import free_ports
 
 
-def test_nobody_listens_and_ray_is_not_even_asked():
+def test_without_a_listener_ray_init_is_not_called():
     """Ray itself would kill the process after a minute."""
     (port,) = free_ports(1)
     with pytest.raises(ClusterError, match=rf"127.0.0.1:{port}: nothing listens there"):

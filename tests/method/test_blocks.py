@@ -43,7 +43,7 @@ def test_sequences_do_not_see_each_other():
     torch.testing.assert_close(cls_of_blocks(vit, torch.cat(sequences), layout), torch.cat(cls))
 
 
-def test_what_comes_out_of_gelu_is_not_kept_for_the_backward():
+def test_the_output_of_gelu_is_not_saved_for_the_backward():
     """GELU's output is 4 D of the 18 D numbers per token that a float32 block would save."""
     vit = build_small(0, dtype=torch.float32).backbone.train()
     block, layout = vit.blocks[0], Layout(((1, 1000),), CPU)

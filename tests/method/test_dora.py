@@ -276,7 +276,7 @@ def test_bfloat16_autocast_keeps_the_tracker_and_the_loss_in_float32(settings):
         ({"globals_": torch.zeros(2, 2, 2, 3, 32, 32)}, {}, "2 global views"),
     ],
 )
-def test_what_cannot_be_is_refused(slot_changes, settings, message):
+def test_invalid_combinations_are_refused(slot_changes, settings, message):
     slot = draw_slot(num_frames=2, num_objects=3) | slot_changes
     with pytest.raises(ValueError, match=message):
         run(slot_forward, slot, PAPER | settings)

@@ -54,7 +54,7 @@ def test_a_layer_is_the_product_of_its_rounded_operands():
     torch.testing.assert_close(outputs.double(), product.unflatten(0, (2, 5)), rtol=2**-8, atol=1e-6)
 
 
-def test_what_the_gpu_kernel_wants(monkeypatch):
+def test_operands_match_the_gpu_kernels_layout(monkeypatch):
     """Row-major tokens, column-major weights, float32 scales per row and column, bias in the output's type."""
     plain = F.scaled_mm
 

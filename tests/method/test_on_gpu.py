@@ -64,14 +64,14 @@ def forward(*overrides: str) -> tuple[SlotOutput, Counter[str]]:
     return output, operators.counts
 
 
-def test_masked_views_keep_nobody_waiting():
+def test_masked_views_never_synchronize_the_host():
     output, _ = forward()
     assert output.loss.device.type == "cuda"
     assert {measure.dtype for measure in output.measures.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("teacher", ["same", "fp8"])
-def test_packed_views_wait_for_their_lengths_alone(monkeypatch, teacher):
+def test_packed_views_synchronize_only_for_their_lengths(monkeypatch, teacher):
     options = ("tracking.views=packed", f"optim.teacher_precision={teacher}")
     with pytest.raises(DataDependentOutputException):
         forward(*options)

@@ -67,6 +67,6 @@ def test_has_no_gradient_and_stays_precise_in_half_precision():
 
 
 @pytest.mark.parametrize(("epsilon", "num_iterations", "named"), [(0.05, 0, "num_iterations"), (0.0, 3, "epsilon")])
-def test_refuses_what_is_no_iteration(epsilon, num_iterations, named):
+def test_refuses_too_few_iterations(epsilon, num_iterations, named):
     with pytest.raises(ValueError, match=f"{named}=0"):
         sinkhorn_knopp(torch.zeros(1, 4, 2), epsilon=epsilon, num_iterations=num_iterations)

@@ -125,7 +125,7 @@ def test_a_vit_with_other_parts_is_read_too():
         ({"name": "vit_small_patch14_reg4_dinov2", "patch_size": 8}, "not a plain ViT"),
     ],
 )
-def test_what_is_no_plain_vit_is_refused(changes, message):
+def test_a_vit_that_is_not_plain_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         build_vit(**({"name": "vit_tiny_patch16_224"} | SIZES | changes))
 

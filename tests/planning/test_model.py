@@ -114,12 +114,12 @@ def test_interruptions_stretch_the_run_as_a_simulation_of_them_does(announced, i
     assert found.hours * 3600 == pytest.approx(clock, rel=0.02)
 
 
-def test_a_run_that_never_ends_is_said_so():
+def test_a_run_that_never_ends_is_a_warning():
     found = estimate(WORK, RATES, Cluster(8, True, 64, workers_per_node=1, interruptions=60.0))
     assert math.isinf(found.hours)
 
 
-def test_what_limits_1_to_1024_gpus():
+def test_bottlenecks_of_1_to_1024_gpus():
     def limit(workers: int, work: Workload = WORK, **rates: float) -> str:
         return estimate(work, replace(RATES, **rates), Cluster(workers, True, cores=1e6)).limit
 

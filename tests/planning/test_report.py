@@ -48,7 +48,7 @@ def test_a_tour_on_eight_gpus(plan):
     assert "1,016 idle, there are 8 slots" in said
 
 
-def test_what_nobody_gave_is_said(plan):
+def test_defaulted_options_are_named(plan):
     said = plan("paper", "--film", TOUR, "--gpus", "8", "--interruptions", "0.5")[1]
     assert "--cpus and --node-memory not given: this machine's were taken" in said
     assert "0.5 interruptions a node and hour, which take 0.1% of the time" in said
@@ -84,7 +84,7 @@ def test_without_a_recipe_all_are_named(plan):
     assert all(name in said for name in recipe_names())
 
 
-def test_what_does_not_fit_is_warned_of(plan):
+def test_too_little_memory_is_a_warning(plan):
     _, said, found = plan("paper", f"data.videos=[{BIKES}]", "clip.stride_seconds=0.5", "--node-memory", "23.5")
     assert any("need 25.1 GiB, and it has 23.5 GiB" in text for text in found["warnings"]), found["warnings"]
     assert any("epochs of 10 s of video" in text for text in found["warnings"])
@@ -100,11 +100,11 @@ def test_what_does_not_fit_is_warned_of(plan):
         (["--gpus", "8", "--gpus-per-node", "1", "--interruptions", "100"], "the run never finishes"),
     ],
 )
-def test_waste_is_warned_of(plan, words, says):
+def test_waste_is_a_warning(plan, words, says):
     assert any(says in text for text in plan("paper", "--film", TOUR, "--node-memory", "999", *words)[2]["warnings"])
 
 
-def test_money_counts_what_idles(plan, tmp_path):
+def test_idle_machines_cost_money(plan, tmp_path):
     (tmp_path / "prices.yaml").write_text("currency: EUR\ngpu_hour: 2.0\ncpu_hour: 0.05\nstorage_gb_month: 0.02\n")
     words = ["paper", "--film", TOUR, "--cpus", "32", "--price-file", str(tmp_path / "prices.yaml"), "--gpus"]
     _, said, found = plan(*words, "16")
@@ -143,7 +143,7 @@ def test_every_shipped_figure_says_where_it_is_from():
         assert entry["from"].startswith(("measured ", "assumed, not measured: ")), name
 
 
-def test_ones_own_benches_replace_them(tmp_path):
+def test_own_benchmarks_replace_the_shipped_figures(tmp_path):
     before = load_figures()
     data = {
         "store_clips_per_core_second": 100.0,

@@ -118,7 +118,7 @@ def test_a_video_without_a_readable_frame_is_an_error(film):
         open_videos([index], store=store, form=FORM)
 
 
-def test_what_is_lacking_is_counted(film):
+def test_missing_frames_are_counted(film):
     store, index = film
     with pytest.raises(VideoError, match="14 of 14 frames are missing from the store"):
         open_videos([index], store=store, form=FORM)

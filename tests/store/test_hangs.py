@@ -92,7 +92,7 @@ def test_attempts_are_told_apart_by_how_long_they_lasted(again) -> None:
 
 
 @pytest.mark.ray
-def test_an_attempt_that_ends_before_its_first_item_is_no_end_of_the_last_ones(again) -> None:
+def test_an_attempt_without_an_item_adds_no_end(again) -> None:
     again(100.0)
     note(again(100.0), 7)
     again(100.0)
@@ -110,7 +110,7 @@ def test_a_late_restart_is_no_hang(again, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.ray
-def test_what_is_done_is_forgotten(again) -> None:
+def test_finished_tasks_leave_no_record(again) -> None:
     again(100.0)
     with again(100.0) as watch:
         watch.begin(4)

@@ -216,7 +216,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(segments, "TaskWatch", lambda seconds: nullcontext(UNWATCHED))
 
 
-def test_what_cannot_be_read_or_decoded_is_left_out_on_demand(in_this_process, tmp_path, caplog):
+def test_unreadable_videos_are_skipped_on_request(in_this_process, tmp_path, caplog):
     """One video cannot be opened, one disappears while it waits, one is good."""
     good, gone, empty = videos.h264(tmp_path), videos.vp9(tmp_path), videos.empty(tmp_path)
     load_index(str(gone), store=str(tmp_path / "store"))

@@ -31,7 +31,7 @@ def films(tmp_path):
     return store, open_videos([torn, whole], store=store, form=FORM)
 
 
-def test_what_is_missing_is_a_sentence(films):
+def test_missing_frames_are_described_in_a_sentence(films):
     store, (torn, whole) = films
     assert losses([torn, whole]) == {
         torn.path: "2 of 14 frames (14.3%) are missing: they cannot be decoded, or damage may have reached them"
@@ -71,7 +71,7 @@ def by_older_rules(uri: str) -> None:
     lance.write_dataset(datasets.SCHEMA.empty_table(), uri, mode="create")
 
 
-def test_frames_that_older_rules_showed_wrong_are_offered_for_another_ingest(tmp_path):
+def test_frames_stored_by_harmful_older_rules_are_refused(tmp_path):
     store = str(tmp_path / "store")
     index = load_index(str(odd_videos.marked_mpeg4(tmp_path)), store=store)
     assert index.rules == DECODING_RULES == 2
@@ -85,7 +85,7 @@ def test_frames_that_older_rules_showed_wrong_are_offered_for_another_ingest(tmp
         frame_store.unstored_frames(index, uri, FORM)
 
 
-def test_frames_that_older_rules_showed_right_are_read_with_a_word(tmp_path, caplog):
+def test_frames_stored_by_harmless_older_rules_are_read_with_a_warning(tmp_path, caplog):
     store = str(tmp_path / "store")
     index = load_index(str(videos.h264(tmp_path)), store=store)
     by_older_rules(uri_of(index, store))

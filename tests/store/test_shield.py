@@ -17,7 +17,7 @@ from tests.video import videos
 GIB = 2**30
 
 
-def test_what_looks_like_a_secret_is_blanked_wherever_it_is():
+def test_variables_that_look_like_secrets_are_blanked():
     mine = {"MY_DB_PASSWORD": "a", "stripe_api_key": "b", "HOME": "/root", "RAY_AUTH_TOKEN": "c"}
     found = blanked(["/films/a.mp4", "/store"], mine)
     assert set(found) == {*USUAL, "MY_DB_PASSWORD", "stripe_api_key"}
@@ -25,7 +25,7 @@ def test_what_looks_like_a_secret_is_blanked_wherever_it_is():
 
 
 @pytest.mark.parametrize("paths", [["s3://bucket/a.mp4", "/store"], ["/a.mp4", "gs://bucket/store"]])
-def test_what_is_read_with_credentials_keeps_them(paths):
+def test_remote_paths_keep_the_credentials(paths):
     assert blanked(paths, {"AWS_SECRET_ACCESS_KEY": "a"}) == {}
 
 
@@ -65,7 +65,7 @@ print(len(video))
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_film_is_decoded_where_no_secret_is(tmp_path: Path):
+def test_a_film_is_decoded_without_secrets(tmp_path: Path):
     secrets = {"AWS_SECRET_ACCESS_KEY": "s3cr3t-of-aws", "MY_DB_PASSWORD": "s3cr3t-of-mine", "OUR_CITY": "Venice"}
     words = [str(videos.h264(tmp_path)), str(tmp_path / "store"), str(tmp_path / "seen")]
     done = subprocess.run(

@@ -70,7 +70,7 @@ def test_any_choice_of_frames_gives_the_pixels_of_the_whole(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", sorted(SPARSE))
-def test_pictures_that_nothing_needs_are_not_decoded(kind, tmp_path, monkeypatch):
+def test_unneeded_pictures_are_not_decoded(kind, tmp_path, monkeypatch):
     path, decoded, sound_frames = SPARSE[kind](tmp_path), [], pyav_decoder._sound_frames
 
     def noted(packets):
@@ -109,7 +109,7 @@ def test_any_bytes_have_an_answer(packet, configuration, codec):
     assert reference_test(codec, configuration)(packet) in (True, False)
 
 
-def test_doubt_means_leant_on(tmp_path):
+def test_unusual_headers_count_as_references(tmp_path):
     """A truncated packet, one with a parameter set, and one without any unit."""
     size = (5).to_bytes(4, "big")
     leant_on = reference_test("h264", b"\x01\x64\x00\x34\xff")

@@ -34,7 +34,7 @@ def by_segments(name: str, index: VideoIndex, *, every: int = 1) -> dict[int, in
 
 
 @pytest.mark.parametrize("kind", READ, ids=READ_IDS)
-def test_the_frames_and_times_of_a_whole_decode_or_a_word_on_why_not(kind, tmp_path):
+def test_frames_and_times_equal_a_full_decode(kind, tmp_path):
     index = index_video(str(kind.make(tmp_path)))
     found = by_segments("pyav", index)
     shown = sorted(found)
@@ -49,7 +49,7 @@ def test_the_frames_and_times_of_a_whole_decode_or_a_word_on_why_not(kind, tmp_p
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.refused], ids=lambda kind: kind.words)
-def test_what_no_decoder_reads_is_refused_in_a_sentence(kind, tmp_path):
+def test_unreadable_kinds_are_refused_in_one_sentence(kind, tmp_path):
     path = kind.make(tmp_path)
     with pytest.raises(VideoError, match=kind.refused) as caught:
         index_video(str(path))
@@ -87,7 +87,7 @@ def test_decord_is_exact_or_refused(kind, tmp_path):
         by_segments("decord", index)
 
 
-def test_the_table_for_people_is_this_one():
+def test_the_table_in_the_docs_is_up_to_date():
     text = Path(__file__).parents[2].joinpath("docs", "data.md").read_text(encoding="utf-8")
     assert "\n".join(conformance.table()) in text
 

@@ -225,7 +225,7 @@ def test_nothing_wanted_is_nothing_decoded(tmp_path):
     assert list(get_decoder("pyav").decode(index, [], short_side=64)) == []
 
 
-def test_another_library_of_the_same_module_name_is_refused(tmp_path, monkeypatch):
+def test_decord2_is_refused(tmp_path, monkeypatch):
     facts = tmp_path / "decord2-3.4.0.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: decord2\nVersion: 3.4.0\n")

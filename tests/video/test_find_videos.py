@@ -61,7 +61,7 @@ def test_hidden_files_behind_a_uri_are_left_out():
     assert names(f"{root}/*.mp4") == ["a.mp4"]
 
 
-def test_the_file_beside_a_video_that_macos_makes_is_called_by_what_it_is(tmp_path):
+def test_macos_metadata_files_are_named_as_such(tmp_path):
     (tmp_path / "._walk.mp4").write_bytes(bytes.fromhex("0005160700020000") + bytes(4088))
     with pytest.raises(VideoError, match=r"macOS metadata of walk\.mp4"):
         index_video(str(tmp_path / "._walk.mp4"))

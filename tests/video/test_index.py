@@ -266,7 +266,7 @@ def test_a_truncated_stream_is_read_to_its_end(tmp_path):
     assert 40 <= len(index.pts) <= 80
 
 
-def test_the_digest_is_of_what_is_shown(tmp_path):
+def test_the_digest_covers_the_display_transform(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     digests = {

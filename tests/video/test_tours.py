@@ -194,7 +194,7 @@ def test_a_long_film_needs_no_more_memory_than_a_short_one(tmp_path):
     ("changes", "told"),
     [({"width": 97}, "must be even"), ({"num_frames": 1}, "2 frames"), ({"labels_per_second": 0}, "above 0")],
 )
-def test_what_cannot_be_made_is_refused(tmp_path, changes, told):
+def test_invalid_tours_are_refused(tmp_path, changes, told):
     settings = {"width": 96, "height": 64, "num_frames": 10, "frames_per_second": 6.0, "seed": 0}
     with pytest.raises(ConfigError, match=told):
         make_tour(tmp_path / "x", photographs=flat_photographs(), **(settings | changes))
@@ -224,7 +224,7 @@ class TestOwnPhotographs:
         shares = [np.mean(np.asarray(cutout.mask) > 127) for cutout in found.cutouts]
         assert all(0.4 < share < 1 for share in shares)
 
-    def test_what_is_wrong_is_said(self, tmp_path):
+    def test_invalid_folders_are_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="not a folder of photographs"):
             photographs_of(tmp_path)
         (tmp_path / "a.png").write_bytes(b"no picture")

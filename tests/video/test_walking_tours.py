@@ -46,7 +46,7 @@ def test_without_yt_dlp_the_extra_is_named(tmp_path, capsys):
     assert "pip install 'dora-ray[fetch]'" in capsys.readouterr().err
 
 
-def test_what_is_asked_for(tmp_path):
+def test_download_options(tmp_path):
     """Video only, up to the height, AV1 first, and continuing a stopped download."""
     options = download_options(tmp_path, "venice", 2160, "av01", None)
     assert (options["format"], options["format_sort"]) == ("bestvideo", ["res:2160", "fps", "vcodec:av01"])
@@ -72,7 +72,7 @@ def test_decord_is_given_what_it_reads(tmp_path, monkeypatch):
     assert paths[3:] == paths[:3]
 
 
-def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
+def test_finished_downloads_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr("dora_ray.video.walking_tours._library", lambda: None)
     (tmp_path / "venice-2160.webm").write_bytes(b"x")
     (tmp_path / "venice-2160.json").write_text(json.dumps({"file": "venice-2160.webm"}))
