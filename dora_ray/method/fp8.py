@@ -55,8 +55,8 @@ def use_fp8(vit: VisionTransformer) -> None:
     """Make the linear layers of all blocks but the last compute in fp8; parameters and their names are unchanged.
 
     The patch embedding stays in bf16, and so do the queries and keys that objects are tracked with, which are computed
-    from a layer's weights rather than by the layer. The last block stays in bf16 because it computes all tokens of the
-    first frame, but CLS alone of the others, and all frames should be rounded alike. Widths must be multiples of 16.
+    from a layer's weights rather than by the layer. The last block stays in bf16, too: it uses the weights directly for
+    all frames but the first, and all frames should be rounded alike. Widths must be multiples of 16.
     """
     for block in vit.blocks[:-1]:
         for layer in block.modules():
