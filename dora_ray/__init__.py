@@ -1,6 +1,6 @@
 """Self-supervised learning of image encoders from long videos with DoRA, on Ray.
 
-The public names are imported when first used, so that `import dora_ray` costs neither torch nor ray.
+Public names are imported on first use, so that `import dora_ray` imports neither torch nor ray.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m dora_ray` is `dora-ray`."""
+"""Run the command line: `python -m dora_ray` equals `dora-ray`."""
 
 import sys
 

@@ -1,16 +1,16 @@
-"""The folders of a run's checkpoints: names, what is complete, newest or damaged, and how they are written and read.
+"""Checkpoint folders of a run: naming, lookup, writing, reading and pruning.
 
     checkpoints/
-        latest                  name of the newest one; written after it
+        latest                  name of the newest checkpoint; written after it
         step-00001234/
             model.safetensors   student.backbone.*  student.head.*  teacher.backbone.*  teacher.head.*
             state.pt            optimizer, center and scales
             meta.json           format, step, configuration, plan, versions, digests of the other two; written last
-        damaged-step-00001200/  one that could not be read
+        damaged-step-00001200/  a checkpoint that could not be read
 
-A folder without meta.json is incomplete and never read. What the files hold is the business of `dora_ray.weights` (the
-encoder) and `dora_ray.training.records.checkpoint` (the training state); nothing here imports torch. All folders may
-live behind a URI such as s3://.
+A folder without meta.json is incomplete and never read. `dora_ray.weights` handles the encoder in these files, and
+`dora_ray.training.records.checkpoint` the training state; this module does not import torch. All folders may be URIs
+such as s3://.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from dora_ray.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
 MODEL, STATE, META, LATEST = "model.safetensors", "state.pt", "meta.json", "latest"
-# Beside MODEL in the folder that `export` writes.
+# Configuration file beside MODEL in an exported encoder's folder.
 EXPORT_CONFIG = "config.json"
 DAMAGED = "damaged-"
 FORMAT = 3
-# Weights that are no folder of ours: a file, or a model of timm's, whose name follows.
+# Weights from elsewhere: suffixes of weight files, and the prefix of timm model names.
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 TIMM = "timm:"
 _KINDS = (
-    "Give a checkpoint (step-00001234), a run's folder, a folder that `dora-ray export` wrote, a file of weights "
+    "Give a checkpoint (step-00001234), a run's folder, a folder written by `dora-ray export`, a file of weights "
     "(.pth), or timm:NAME."
 )
 _STEP_NAME = re.compile(r"step-\d+")
@@ -52,13 +52,13 @@ class Meta:
 
     Attributes:
         step: Optimizer steps done.
-        config: The run's configuration, as `Config.model_dump(mode="json")` gave it.
-        plan: The parts of the configuration and of the videos' index that shape the slots' content.
-        plan_digest: Hash of `plan`; a resume with another one is refused.
-        world_size: Number of train workers that wrote the checkpoint.
+        config: The run's configuration, from `Config.model_dump(mode="json")`.
+        plan: Parts of the configuration and of the videos' indexes that determine the content of slots.
+        plan_digest: Hash of `plan`; a resume with another digest is refused.
+        world_size: Number of training workers when the checkpoint was written.
         bad_clips: Clips that could not be decoded and got weight 0.
-        versions: Versions of the packages that wrote it.
-        files: Hash of the content of each of the other files.
+        versions: Package versions when the checkpoint was written.
+        files: Content hash of each of the other files.
     """
 
     step: int
@@ -72,37 +72,37 @@ class Meta:
 
 
 def checkpoint_name(step: int) -> str:
-    """Return the name of the folder of a checkpoint after `step` steps."""
+    """Return the folder name of a checkpoint after `step` steps."""
     return f"step-{step:08d}"
 
 
 def is_complete(folder: str) -> bool:
-    """Tell if the writer of a checkpoint finished it."""
+    """Return whether a checkpoint was written completely."""
     return files.exists(files.join(folder, META))
 
 
 def is_export(names: list[str]) -> bool:
-    """Tell if a folder with these names in it is an exported encoder (a timm model)."""
+    """Return whether a folder with these file names is an exported encoder (a timm model)."""
     return {EXPORT_CONFIG, MODEL} <= set(names)
 
 
 def is_weights_file(path: str) -> bool:
-    """Tell if a path names a file of weights, such as the released code writes."""
+    """Return whether a path is a weights file by its suffix, as the released code writes."""
     return path.endswith(WEIGHT_SUFFIXES)
 
 
 def resolve_checkpoint(path: PathLike) -> str:
-    """Return what `path` means: a checkpoint, an export or a file of weights itself, or a run's newest checkpoint.
+    """Resolve a path: a checkpoint, an export or a weights file to itself, a run to its newest checkpoint.
 
-    A name such as timm:vit_small_patch16_224.dino stays as it is.
+    Names such as timm:vit_small_patch16_224.dino are returned unchanged.
 
     Raises:
-        CheckpointError: nothing is there, or it is none of these, or a run without a complete checkpoint.
+        CheckpointError: the path does not exist, is none of these, or is a run without a complete checkpoint.
     """
     if str(path).startswith(TIMM):
         return str(path)
     folder = files.absolute(path)
-    # Before listing: what a web server lists of a file may be the whole of it.
+    # Check this before listing: to list a file, a web server may send all of it.
     if is_weights_file(folder) and not os.path.isdir(folder) and files.exists(folder):
         return folder
     names = files.list_names(folder)
@@ -122,7 +122,7 @@ def resolve_checkpoint(path: PathLike) -> str:
 
 
 def _newest_of(run: str, checkpoints: str) -> str:
-    """The complete checkpoint that `latest` names, else the newest complete one."""
+    """Return the checkpoint in `latest` if it is complete, else the newest complete one."""
     names = files.list_names(checkpoints)
     if LATEST in names:
         latest = files.join(checkpoints, files.read_text(files.join(checkpoints, LATEST)).strip())
@@ -138,41 +138,41 @@ def _newest_of(run: str, checkpoints: str) -> str:
 
 
 def step_names(checkpoints: str) -> list[str]:
-    """Names of all checkpoints in a run's folder of checkpoints, complete or not, oldest first."""
+    """Return the names of all checkpoints, complete or not, oldest first."""
     return [name for name in files.list_names(checkpoints) if _STEP_NAME.fullmatch(name)]
 
 
 def complete_checkpoints(checkpoints: str) -> Iterator[str]:
-    """Folders of the complete checkpoints in a run's folder of checkpoints, newest first."""
+    """Yield the folders of complete checkpoints, newest first."""
     for name in reversed(step_names(checkpoints)):
         if is_complete(files.join(checkpoints, name)):
             yield files.join(checkpoints, name)
 
 
 def advise(checkpoint: str) -> str:
-    """Name a checkpoint to use in place of one that cannot be read."""
+    """Suggest a checkpoint to use in place of one that cannot be read."""
     parent, _, name = checkpoint.rpartition("/")
     good = next((other for other in complete_checkpoints(parent) if not other.endswith(f"/{name}")), None)
     if good is not None:
-        return f"The last complete checkpoint beside it is {good}: use that one."
+        return f"Use the last complete checkpoint of this run: {good}."
     return _KINDS
 
 
 class DamagedError(CheckpointError):
-    """The content of a checkpoint is not what was written."""
+    """The content of a checkpoint differs from what was written."""
 
 
 def read_meta(checkpoint: PathLike) -> Meta:
-    """Return what the checkpoint says about itself.
+    """Read a checkpoint's meta.json.
 
     Raises:
-        CheckpointError: As `resolve_checkpoint`; and an export, a damaged meta.json, or a format that this version
-            does not know.
+        CheckpointError: As `resolve_checkpoint`; or the checkpoint is an export, its meta.json is damaged, or its
+            format is unknown to this version.
     """
     folder = resolve_checkpoint(checkpoint)
     path = files.join(folder, META)
     if not files.exists(path):
-        raise CheckpointError(f"{folder} is an encoder alone, which has no meta.json. Give a run's checkpoint.")
+        raise CheckpointError(f"{folder} is an exported encoder, which has no meta.json. Give a run's checkpoint.")
     try:
         content = json.loads(files.read_text(path))
         version = content["format"]
@@ -190,7 +190,7 @@ def read_meta(checkpoint: PathLike) -> Meta:
 
 
 def newest_meta(checkpoints: str) -> tuple[str, Meta] | None:
-    """Return the newest complete checkpoint that can say what it is, and what it says; None where there is none."""
+    """Return the newest complete checkpoint with a readable meta.json, and its meta; None without one."""
     for folder in complete_checkpoints(checkpoints):
         with suppress(DamagedError):
             return folder, read_meta(folder)
@@ -198,13 +198,13 @@ def newest_meta(checkpoints: str) -> tuple[str, Meta] | None:
 
 
 def write_checkpoint(checkpoints: str, name: str, contents: Mapping[str, bytes], meta: Mapping[str, Any]) -> str:
-    """Write a checkpoint and make it the newest; what a killed writer left under the name is removed first.
+    """Write a checkpoint and make it the newest; first remove leftovers of a killed writer under this name.
 
     Args:
         checkpoints: The run's folder of checkpoints.
-        name: The checkpoint's folder in it.
-        contents: Its files but for meta.json.
-        meta: The fields of `Meta` but for `files`.
+        name: Name of the checkpoint's folder.
+        contents: Its files, except meta.json.
+        meta: The fields of `Meta`, except `files`.
 
     Returns:
         The checkpoint's folder.
@@ -221,15 +221,15 @@ def write_checkpoint(checkpoints: str, name: str, contents: Mapping[str, bytes],
 
 
 def _digest(content: bytes) -> str:
-    # The fastest hash of the standard library on processors that have instructions for it: half of blake2b's time.
+    # The standard library's fastest hash on CPUs with SHA instructions: half of blake2b's time.
     return hashlib.sha256(content).hexdigest()
 
 
 def read_checked(folder: str, name: str, meta: Meta) -> bytes:
-    """Return a file of a checkpoint, if it is what was written.
+    """Read a file of a checkpoint and verify its digest.
 
     Raises:
-        DamagedError: it is missing, or its content is another.
+        DamagedError: the file is missing, or its content has changed.
     """
     path = files.join(folder, name)
     try:
@@ -237,12 +237,12 @@ def read_checked(folder: str, name: str, meta: Meta) -> bytes:
     except FileNotFoundError as error:
         raise DamagedError(f"{folder} has no {name}.") from error
     if _digest(content) != meta.files[name]:
-        raise DamagedError(f"{path} is damaged: its {len(content)} bytes are not those that were written.")
+        raise DamagedError(f"{path} is damaged: its {len(content)} bytes do not match the digest.")
     return content
 
 
 def prune(checkpoints: str, *, keep: int) -> None:
-    """Remove all but the newest few complete checkpoints, and what failed writers left."""
+    """Remove all but the `keep` newest complete checkpoints, and leftovers of failed writers."""
     complete = itertools.islice(complete_checkpoints(checkpoints), keep)
     kept = {path.rsplit("/", 1)[-1] for path in complete}
     for name in step_names(checkpoints):
@@ -251,10 +251,10 @@ def prune(checkpoints: str, *, keep: int) -> None:
 
 
 def set_newest(checkpoints: str, kept: str | None) -> None:
-    """Make `kept` (None: no checkpoint) the newest: point `latest` at it and take newer folders away.
+    """Make `kept` (None: no checkpoint) the newest: point `latest` to it and move newer folders out of the way.
 
-    A writer that is killed between a checkpoint and `latest` leaves it at the one before. A killed writer may leave a
-    folder half written, which is removed; a damaged one is only renamed.
+    A writer killed before it updates `latest` leaves it at the previous checkpoint. Newer incomplete folders are
+    removed; newer complete ones, which are damaged, are renamed.
     """
     name = kept.rstrip("/").rsplit("/", 1)[-1] if kept is not None else ""
     newer = [other for other in step_names(checkpoints) if other > name]

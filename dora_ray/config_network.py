@@ -23,25 +23,25 @@ class ModelConfig(Section):
     """The encoder: a timm VisionTransformer."""
 
     name: str = "vit_small_patch16_224"
-    """timm architecture; gives the four sizes below where they are not set (released: ViT-S/16)."""
+    """timm architecture; sets the four sizes below unless they are given (released: ViT-S/16)."""
     init: str | None = None
-    """Weights to begin with: a run, a checkpoint, an exported encoder, a file of weights (.pth, as the released DoRA
-    and DINO have them), or timm:NAME; not set: drawn from the seed."""
+    """Initial weights: a run, a checkpoint, an exported encoder, a weights file (.pth of the released DoRA or DINO), or
+    timm:NAME; default: random weights from the seed."""
     width: Count = 384
     """Embedding width D."""
     depth: Count = 12
     """Number of blocks."""
     num_heads: Count = 6
-    """Attention heads a block: the pool that objects are drawn from."""
+    """Attention heads per block, from which objects are drawn."""
     patch_size: Count = 16
     """Side of a patch, pixels."""
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Stochastic depth of the last block of the student, rising linearly from 0 (released)."""
     position_interpolation: Literal["antialiased", "released"] = "antialiased"
-    """Resize of the position embedding to a local view's grid: bicubic and antialiased (timm's), or as in the
-    released code, not antialiased and at a scale computed with 0.1 patch too many."""
+    """Resizing of the position embedding to a local view's grid. antialiased: bicubic and antialiased, as in timm;
+    released: not antialiased, and with a scale computed from 0.1 patch too many."""
     cls_token_std: Positive = 1e-6
-    """Standard deviation of the CLS token's first values (timm's; released: 0.02)."""
+    """Standard deviation of the CLS token's initial values (timm's; released: 0.02)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -72,5 +72,5 @@ class HeadConfig(Section):
     num_outputs: Count = 65536
     """Outputs O."""
     last_layer_init: Literal["normal", "uniform"] = "normal"
-    """First values of the last layer: of deviation 0.02, rows 0.32 long with a bottleneck of 256; or uniform
-    (released), rows 0.577 long, which AdamW turns 1.8 times as slowly."""
+    """Initial values of the last layer. normal: standard deviation 0.02, rows of norm 0.32 with a bottleneck of 256;
+    uniform (released): rows of norm 0.577, which AdamW rotates 1.8 times as slowly."""

@@ -1,4 +1,4 @@
-"""Rules between the sections of a configuration: a sentence for each that is broken."""
+"""Consistency rules between the sections of a configuration."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dora_ray.config import Config
 
-# How often a task that hangs is begun before it is given up: twice for each of two clips.
+# Attempts before a hanging task is given up: two for each of two clips.
 DECODE_ATTEMPTS = 4
-# What products in fp8 want the lengths of rows to be a multiple of (method.fp8).
+# Row lengths of fp8 matrix products must be a multiple of this (method.fp8).
 FP8_MULTIPLE = 16
 
 
 def broken_rules(config: Config) -> list[str]:
-    """Say of each broken rule what was given, what is allowed, and what to change."""
+    """Return a message for each broken rule: what was given, what is allowed, what to change."""
     return [*_of_objects(config), *_of_views(config), *_of_data(config), *_of_steps(config), *_of_sizes(config)]
 
 
@@ -23,15 +23,15 @@ def _of_objects(config: Config) -> Iterator[str]:
     model, tracking, num_locals = config.model, config.tracking, config.crops.num_locals
     if tracking.kind != "none" and tracking.num_objects > model.num_heads:
         yield (
-            f"tracking.num_objects={tracking.num_objects} is more than the encoder's {model.num_heads} attention heads,"
-            f" of which each object needs its own: use at most {model.num_heads}, or raise model.num_heads"
+            f"tracking.num_objects={tracking.num_objects} exceeds the encoder's {model.num_heads} attention heads, and"
+            f" each object needs its own: use at most {model.num_heads}, or raise model.num_heads"
         )
     if -tracking.block > model.depth:
         yield (
             f"tracking.block={tracking.block} is outside the encoder's {model.depth} blocks: use -{model.depth} to -1"
         )
     if tracking.views == "packed" and tracking.threshold == "soft":
-        yield "tracking.views=packed with tracking.threshold=soft: a soft mask leaves nothing out; use clip or batch"
+        yield "tracking.views=packed with tracking.threshold=soft: a soft mask drops no patches; use clip or batch"
     if tracking.every_steps > 1 and tracking.kind != "none" and num_locals == 0:
         yield (
             f"tracking.every_steps={tracking.every_steps} with crops.num_locals=0: the steps without objects would have"
@@ -39,8 +39,8 @@ def _of_objects(config: Config) -> Iterator[str]:
         )
     if tracking.every_steps > 1 and config.loss.reduction != "mean":
         yield (
-            f"tracking.every_steps={tracking.every_steps} with loss.reduction=released: its running sum needs the"
-            " objects of every step"
+            f"tracking.every_steps={tracking.every_steps} with loss.reduction=released: its running sum needs objects"
+            " in every step"
         )
 
 
@@ -62,19 +62,19 @@ def _of_data(config: Config) -> Iterator[str]:
     data, clip = config.data, config.clip
     if clip.shuffle == "window" and data.cache is not None:
         yield (
-            f"data.cache={data.cache} with clip.shuffle=window: a store that grows cannot be copied; ingest first"
+            f"data.cache={data.cache} with clip.shuffle=window: a growing store cannot be copied; ingest first"
             " (dora-ray data ingest) and use clip.shuffle=global, or leave data.cache out"
         )
     if data.frames_per_second * clip.stride_seconds < 1:
         yield (
             f"clip.stride_seconds={clip.stride_seconds} is shorter than the time between the"
-            f" {data.frames_per_second:g} frames a second that are kept: raise one of the two"
+            f" {data.frames_per_second:g} frames per second that are kept: raise one of the two"
         )
     longest = DECODE_ATTEMPTS * data.decode_seconds
     if config.cluster.stall_seconds <= longest:
         yield (
             f"cluster.stall_seconds={config.cluster.stall_seconds:g} with data.decode_seconds={data.decode_seconds:g}:"
-            f" a step may wait for {DECODE_ATTEMPTS} attempts that hang before its clips are given up; set more than"
+            f" a step may wait for {DECODE_ATTEMPTS} hanging attempts before its clips are given up; set more than"
             f" {longest:g}, or lower data.decode_seconds"
         )
 
@@ -83,7 +83,7 @@ def _of_steps(config: Config) -> Iterator[str]:
     optim, workers = config.optim, config.cluster.num_workers
     if optim.num_warmup_steps > optim.steps:
         yield (
-            f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}: lower the warm-up too, or"
+            f"optim.warmup_steps={optim.warmup_steps} exceeds optim.steps={optim.steps}: lower the warm-up too, or"
             " give it as a share of the run, such as optim.warmup_steps=0.2"
         )
     if config.max_workers > optim.slots:
@@ -99,7 +99,7 @@ def _of_sizes(config: Config) -> Iterator[str]:
     model, crops = config.model, config.crops
     if config.optim.teacher_precision == "fp8" and model.width % FP8_MULTIPLE:
         yield (
-            f"optim.teacher_precision=fp8 with model.width={model.width}: products in fp8 want a multiple of"
+            f"optim.teacher_precision=fp8 with model.width={model.width}: matrix products in fp8 need a multiple of"
             f" {FP8_MULTIPLE}; use bf16, or another width"
         )
     for name, size in {"crops.global_size": crops.global_size, "crops.local_size": crops.local_size}.items():

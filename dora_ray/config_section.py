@@ -1,4 +1,4 @@
-"""Parts that configurations are made of, and one way to say what is wrong with a value."""
+"""Building blocks of configurations: types, the base class of sections, validation with readable errors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Interval = tuple[float, float]
-# A number of steps, or a share of the run: below 1, so that no number means two things.
+# A number of steps, or a share of the run if below 1, so the meaning is unambiguous.
 Span = Natural | Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _listed(value: Any) -> Any:
-    """Make a list of the one path that stands alone."""
+    """Turn a single path into a list."""
     if isinstance(value, str | PathLike):
         return (str(value),)
     if isinstance(value, list | tuple):
@@ -33,12 +33,12 @@ def _listed(value: Any) -> Any:
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-# An error lists all keys where they are no more than these.
+# An error lists all keys if there are at most this many.
 MOST_LISTED = 30
 
 
 class Section(BaseModel):
-    """A part of a configuration: frozen, and closed to unknown keys."""
+    """A section of a configuration: frozen, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -47,20 +47,21 @@ S = TypeVar("S", bound=Section)
 
 
 def span_steps(span: float, num_steps: int) -> int:
-    """Return a span in steps: itself, or the share of so many steps that it is, rounded."""
+    """Return a span in steps; a share below 1 is multiplied by `num_steps` and rounded."""
     return round(span * num_steps) if 0 < span < 1 else int(span)
 
 
 def checked(kind: type[S], values: Mapping[str, Any], noun: str) -> S:
-    """A section with these values.
+    """Build a section from values.
 
     Args:
-        kind: of section.
+        kind: class of the section.
         values: nested mappings of keys.
-        noun: what an error calls one of its keys, such as "configuration key".
+        noun: name of a key in error messages, such as "configuration key".
 
     Raises:
-        ConfigError: a sentence for each value: its key, what it got, what is allowed, the nearest known key.
+        ConfigError: some values are invalid; one line for each with its key, the value, what is allowed, and the
+            nearest known key.
     """
     try:
         return kind.model_validate(values)
@@ -74,14 +75,14 @@ def _explain(detail: ErrorDetails, kind: type[Section], noun: str) -> str:
         return unknown_key(key, kind, noun)
     if detail["type"] == "value_error":
         return str(detail.get("ctx", {}).get("error", detail["msg"]))
-    # Between the keys pydantic names the members of unions.
+    # pydantic's locations also contain names of union members, which are not keys.
     words = {word for key in keys_of(kind) for word in key.split(".")}
     key = ".".join(str(part) for part in detail["loc"] if str(part) in words)
     return f"{key}={detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 
 def keys_of(kind: type[Section]) -> list[str]:
-    """All dotted keys of a section and the sections in it."""
+    """Return all dotted keys of a section and its subsections."""
     found = []
     for name, field in kind.model_fields.items():
         inner = field.annotation
@@ -93,7 +94,7 @@ def keys_of(kind: type[Section]) -> list[str]:
 
 
 def unknown_key(key: str, kind: type[Section], noun: str) -> str:
-    """The sentence about a key that there is not: with the nearest one, or those that there are."""
+    """Return the message for an unknown key: with the nearest known key, or the list of keys."""
     known = keys_of(kind)
     tail = key.rsplit(".", 1)[-1]
     close = [name for name in known if name.rsplit(".", 1)[-1] == tail]
@@ -101,7 +102,7 @@ def unknown_key(key: str, kind: type[Section], noun: str) -> str:
     if close:
         hint = f"Did you mean {close[0]}?"
     elif len(known) <= MOST_LISTED:
-        hint = f"There are {', '.join(known)}."
+        hint = f"Known keys: {', '.join(known)}."
     else:
         hint = "`dora-ray config` lists all keys."
     return f"unknown {noun} {key}. {hint}"

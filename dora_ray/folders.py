@@ -1,4 +1,4 @@
-"""Find files below a local folder, through linked folders, each folder once."""
+"""Find files below a local folder, following symbolic links, each folder once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ logger = logging.getLogger(__name__)
 
 
 def visible_files(folder: str | os.PathLike[str], suffixes: Collection[str]) -> list[Path]:
-    """Return the files whose suffix is one of those given, in lower case, to the bottom of a folder, sorted by path.
+    """Return the files below a folder with one of these suffixes (lower case), recursively, sorted by path.
 
-    Linked folders are entered, each folder once, whatever links lead to it, and never one that holds `folder` itself:
-    that is a loop. Hidden files and folders are left out, and so the files `._NAME` that macOS puts beside NAME on
-    other systems' disks. A link to a file that is gone is found too, so that whoever reads it says so.
+    Symbolic links to folders are followed; each folder is visited once, and parents of `folder` never, which would be a
+    loop. Hidden files and folders are skipped, including the `._NAME` files that macOS writes on foreign disks. Broken
+    links are returned, so that the reader reports them.
     """
     found = [
         path
@@ -27,7 +27,7 @@ def visible_files(folder: str | os.PathLike[str], suffixes: Collection[str]) -> 
 
 
 def is_hidden(name: str) -> bool:
-    """Tell a file or folder that people do not see and did not mean."""
+    """Return whether a file or folder is hidden."""
     return name.startswith(".")
 
 
@@ -36,7 +36,7 @@ def _is_broken(path: Path) -> bool:
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """Yield the folders to look into: those that are really below first, so that a link never takes their place."""
+    """Yield the folders to search, real subfolders before linked ones, so that a link never hides a real path."""
     above = set(root.resolve().parents)
     seen: set[Path] = set()
     linked = [root]
@@ -57,9 +57,9 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def _inner_folders(place: Path) -> list[Path] | None:
-    """Return the visible folders in a folder, by name; None, and a warning, for one that may not be read."""
+    """Return the visible subfolders, sorted; log a warning and return None if the folder cannot be listed."""
     try:
         return sorted(path for path in place.iterdir() if not is_hidden(path.name) and path.is_dir())
     except OSError as error:
-        logger.warning("%s is left out: it cannot be listed (%s)", place, error.strerror or error)
+        logger.warning("%s is skipped: it cannot be listed (%s)", place, error.strerror or error)
         return None

@@ -1,10 +1,10 @@
-"""Progress of a long job: a bar on a terminal, a line in a notebook, a log line now and then anywhere else.
+"""Progress of a long job: a bar on a terminal, a line in a notebook, elsewhere a log line now and then.
 
     with Progress("train", unit="steps") as progress:
         progress.update(step=12, total=3000, loss=5.1, clips_per_second=9.7, data_wait=0.02)
 
-Without a terminal (a batch system, a container's log, a pipe) a line goes to this module's logger, at level INFO, at
-most every ten seconds and once at the end. Imports neither torch nor ray.
+Without a terminal (batch system, container log, pipe) a line goes to this module's logger at level INFO, at most every
+ten seconds and once at the end. Imports neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 10.0
 REFRESH_SECONDS = 0.1
-# The remaining time follows the speed of this many updates, so that a change in the number of workers soon shows.
+# Number of updates behind the ETA; few enough that it adapts quickly to a new number of workers.
 SPEED_UPDATES = 100
 
 Value = float | int | str | None
@@ -41,11 +41,11 @@ _FORMATS: dict[str, Callable[[Value], str]] = {
 
 
 class Progress:
-    """Shows one job's progress; a context manager, entered once.
+    """Progress display of one job; a context manager, entered once.
 
     Attributes:
-        title: what is going on, in a word or two.
-        unit: what is counted, in the plural: "steps", "segments".
+        title: name of the job, in a word or two.
+        unit: plural of the counted unit: "steps", "segments".
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepares the display; nothing is shown before the first update.
+        """Prepare the display; nothing is shown before the first update.
 
         Args:
             title: see the attributes.
             unit: see the attributes.
-            console: where a bar would go; standard error by default, which leaves standard output to results.
-            clock: seconds from any origin.
+            console: console of the bar; stderr by default, as stdout is for results.
+            clock: returns seconds from any origin.
         """
         self.title = title
         self.unit = unit
         self._clock = clock
-        # Here, because scripts/gpu_check.py evaluates encoders on machines without rich.
+        # Imported here because scripts/gpu_check.py runs on machines without rich.
         from rich.console import Console
 
         self._console = Console(stderr=True) if console is None else console
@@ -78,12 +78,12 @@ class Progress:
         self._shown_at = -float("inf")
 
     def __enter__(self) -> Self:
-        """Opens the bar, if the console is a terminal that can move its cursor."""
+        """Open the bar if the console is a terminal that can move its cursor."""
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
         if not self._open_notebook() and self._console.is_terminal and not self._console.is_dumb_terminal:
-            # Without rich's refreshing thread: each update draws, and nothing runs beside the job.
+            # No refresh thread: each update draws, and nothing runs in the background.
             self._bar = RichProgress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -96,7 +96,7 @@ class Progress:
         return self
 
     def _open_notebook(self) -> bool:
-        """Open a line in a notebook's cell, where rich's bar would need ipywidgets."""
+        """Open a text line in a notebook cell, where rich's bar would need ipywidgets."""
         if self._console.is_jupyter:
             display: Any = importlib.import_module("IPython.display")
             self._notebook = display.display({"text/plain": f"{self.title}: ..."}, raw=True, display_id=True)
@@ -105,19 +105,19 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Shows the last update, whatever ended the job, and closes the bar."""
+        """Show the last update, even after an error, and close the bar."""
         self._show()
         if self._bar is not None:
             self._bar.stop()
 
     def update(self, *, step: int, total: int | None, **fields: Value) -> None:
-        """Takes note of the job's state; shows it unless the last one is too recent.
+        """Update the job's state, and show it unless the last display is too recent.
 
         Args:
-            step: how many are done. A smaller number than before (a restart from a checkpoint) is fine.
-            total: how many there are, None if that is not known.
-            **fields: more to show, in this order; None is left out. ``loss``, ``clips_per_second``,
-                ``frames_per_second`` and ``data_wait`` (a share of 1) get their units, others become ``name value``.
+            step: number done. It may decrease (restart from a checkpoint).
+            total: total number; None if unknown.
+            **fields: more values to show, in this order; None is left out. ``loss``, ``clips_per_second``,
+                ``frames_per_second`` and ``data_wait`` (a share of 1) are shown with units, others as ``name value``.
         """
         remaining = self._remaining_seconds(step, total)
         details = [_count(step, total, self.unit), *_describe(fields)]
@@ -131,7 +131,7 @@ class Progress:
             self._show()
 
     def say(self, words: str) -> None:
-        """Show words at once, in place of a count: nothing can be counted yet."""
+        """Show a text immediately instead of a count, when there is nothing to count yet."""
         self._pending = words
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], details=words)
@@ -160,7 +160,7 @@ class Progress:
 
 
 class Stages:
-    """Progress of one stage after the other: the first update of the next one closes the last."""
+    """Progress of successive stages; starting a stage closes the previous one."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -174,7 +174,7 @@ class Stages:
         self._stack.close()
 
     def at(self, title: str, unit: str) -> Progress:
-        """Return the progress of a stage, which begins if it has not."""
+        """Return the progress of a stage; start the stage if needed."""
         if self._progress is None or title != self._title:
             self._stack.close()
             self._progress = self._stack.enter_context(Progress(title, unit=unit))
@@ -189,7 +189,7 @@ def _count(step: int, total: int | None, unit: str) -> str:
 
 
 def _describe(fields: dict[str, Value]) -> list[str]:
-    """Each field that has a value, in words."""
+    """Return a description of each field that has a value."""
     described = []
     for name, value in fields.items():
         if value is None:

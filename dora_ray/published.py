@@ -1,13 +1,14 @@
-"""Encoders from elsewhere: files of the released DoRA code, of DINO and of others in their layouts, and timm's models.
+"""Load encoders from elsewhere: weights files of the released DoRA, DINO and compatible code, and timm models.
 
 A file (.pth, .pt, .bin: a pickle, read without running code; or .safetensors) holds one of
 
-    {"teacher": {...}, "student": {...}, ...}   a training's checkpoint, of which the teacher is taken
+    {"teacher": {...}, "student": {...}, ...}   a training checkpoint, of which the teacher is loaded
     {"state_dict": {...}} or {"model": {...}}   one network
     {...}                                       one network
 
-whose tensors are named, after `module.` or `_orig_mod.`, backbone.* and head.* or as the encoder's own. Tensors that
-are missing, unknown or of another shape are errors: an encoder that lost some still gives features, useless ones.
+whose tensors are named backbone.* and head.*, or as in the encoder, optionally after `module.` or `_orig_mod.`.
+Tensors that are missing, unknown or of another shape are errors: an encoder without some of them would still produce
+features, but useless ones.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
-# A file does not say how many heads an encoder has; those of all published ViTs are so wide.
+# Width of an attention head in all published ViTs; a weights file does not store the number of heads.
 HEAD_WIDTH = 64
-# Names of the projection head's tensors, in both of torch's ways to normalize weights, and ours.
+# Names of the projection head's tensors in both of torch's weight-norm implementations -> our names.
 _HEAD_NAMES = {
     "mlp.weight": "mlp.0.weight",
     "mlp.bias": "mlp.0.bias",
@@ -54,12 +55,12 @@ SHOWN_NAMES = 6
 
 @dataclass(frozen=True)
 class Published:
-    """Content of a file of weights.
+    """Content of a weights file.
 
     Attributes:
-        arguments: the keyword arguments of `build_vit`, read from the tensors' shapes.
+        arguments: keyword arguments of `build_vit`, derived from the tensors' shapes.
         backbone: the encoder's tensors.
-        head: the projection head's, under the names of `DINOHead`; empty where the file has none.
+        head: the projection head's tensors, under the names of `DINOHead`; empty if the file has none.
     """
 
     arguments: dict[str, Any]
@@ -68,10 +69,10 @@ class Published:
 
 
 def read_published(path: str) -> Published:
-    """Read a file of weights.
+    """Read a weights file.
 
     Raises:
-        CheckpointError: it is damaged, asks to run code, or holds no plain ViT.
+        CheckpointError: the file is damaged, would run code when loaded, or holds no plain ViT.
     """
     content = _load_tensors(path) if path.endswith(".safetensors") else _unpickle(path)
     tensors = _network(content, path)
@@ -80,7 +81,7 @@ def read_published(path: str) -> Published:
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
     unknown = [name for name in tensors if name.partition(".")[0] not in parts]
     if unknown:
-        raise CheckpointError(f"{path} has tensors beside backbone.* and head.*: {shown(unknown)}.")
+        raise CheckpointError(f"{path} has tensors other than backbone.* and head.*: {shown(unknown)}.")
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][_HEAD_NAMES.get(rest, rest) if part == "head" else rest] = tensor
@@ -88,7 +89,7 @@ def read_published(path: str) -> Published:
 
 
 def shown(names: list[str]) -> str:
-    """Join the first few names, and say how many there are if that is not all."""
+    """Join the first few names, and add the number of the others."""
     rest = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     return ", ".join(names[:SHOWN_NAMES]) + rest
 
@@ -101,7 +102,7 @@ def _load_tensors(path: str) -> dict[str, Tensor]:
 
 
 def _unpickle(path: str) -> Any:
-    """Load a pickle of tensors and plain values, the options of the program that wrote it (a Namespace) included."""
+    """Load a pickle of tensors and plain values; an argparse Namespace (the writer's options) is allowed too."""
     import torch
 
     source = io.BytesIO(files.read_bytes(path)) if files.is_remote(path) else path
@@ -111,10 +112,10 @@ def _unpickle(path: str) -> Any:
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted is None:
-            raise CheckpointError(f"{path} is no file of weights, or damaged. Fetch it again.") from error
+            raise CheckpointError(f"{path} is not a weights file, or is damaged. Fetch it again.") from error
         raise CheckpointError(
-            f"{path} asks to run code when it is loaded ({wanted[1]}), so it was not loaded. If you trust its "
-            "author, keep the tensors alone: "
+            f"{path} would run code when loaded ({wanted[1]}), so it was not loaded. If you trust its author, keep "
+            "only the tensors: "
             f"torch.save(torch.load({path!r}, weights_only=False)['teacher'], 'teacher.pth')"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError) as error:
@@ -123,15 +124,15 @@ def _unpickle(path: str) -> Any:
 
 
 def _network(content: Any, path: str) -> dict[str, Tensor]:
-    """Find the teacher, or the only network, and name its tensors without the wrappers' prefixes.
+    """Return the tensors of the teacher or the only network, without prefixes of wrappers.
 
     Raises:
-        CheckpointError: there is none, or it holds something else than finite tensors.
+        CheckpointError: there is no network, or it holds something other than finite tensors.
     """
     import torch
 
     if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{path} holds {type(content).__name__}, not tensors by name.")
+        raise CheckpointError(f"{path} holds {type(content).__name__}, not a mapping of names to tensors.")
     if "student" in content and "teacher" not in content:
         raise CheckpointError(f"{path} has a student but no teacher, which is the network to load.")
     wrapper = next((key for key in ("teacher", "state_dict", "model") if isinstance(content.get(key), Mapping)), None)
@@ -142,33 +143,33 @@ def _network(content: Any, path: str) -> dict[str, Tensor]:
     tensors = {_WRAPPERS.sub("", str(name)): value for name, value in network.items()}
     broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise CheckpointError(f"{path} has numbers that are not finite in {shown(broken)}.")
+        raise CheckpointError(f"{path} has values that are not finite in {shown(broken)}.")
     return tensors
 
 
 def _arguments(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
-    """Read an encoder's sizes from its tensors' shapes.
+    """Derive an encoder's sizes from its tensors' shapes.
 
     Raises:
-        CheckpointError: it is no ViT, or one of which the heads or the grid of patches cannot be told.
+        CheckpointError: it is not a ViT, or its heads or patch grid cannot be derived.
     """
     projection, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
     if projection is None or positions is None or projection.ndim != 4 or positions.ndim != 3:
         raise CheckpointError(
-            f"{path} holds no ViT: patch_embed.proj.weight (D, 3, P, P) and pos_embed (1, 1 + N, D) are looked for, "
-            f"it has {shown(sorted(tensors))}."
+            f"{path} holds no ViT: expected patch_embed.proj.weight (D, 3, P, P) and pos_embed (1, 1 + N, D), found "
+            f"{shown(sorted(tensors))}."
         )
     width, patch_size = int(projection.shape[0]), int(projection.shape[-1])
     grid = math.isqrt(positions.shape[1] - 1)
     if grid**2 != positions.shape[1] - 1:
         raise CheckpointError(
-            f"{path} has a position embedding of {positions.shape[1]} tokens: 1 for CLS and a square of patches are "
-            "looked for."
+            f"{path} has a position embedding of {positions.shape[1]} tokens; expected 1 for CLS and a square number "
+            "of patches."
         )
     if width % HEAD_WIDTH:
         raise CheckpointError(
-            f"{path} holds a ViT {width} wide; the number of heads is not in its tensors, and heads of {HEAD_WIDTH}, "
-            "as in all published ViTs, do not divide it."
+            f"{path} holds a ViT of width {width}, which is not a multiple of {HEAD_WIDTH}, the head width of all "
+            "published ViTs; the tensors do not tell the number of heads."
         )
     depth = len({match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))})
     sizes = {"width": width, "depth": depth, "num_heads": width // HEAD_WIDTH, "patch_size": patch_size}
@@ -177,13 +178,13 @@ def _arguments(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
 
 
 def load_timm(source: str, *, pretrained: bool = True) -> VisionTransformer:
-    """Build timm:NAME, a model of timm's with its published weights, or without.
+    """Build a timm model (timm:NAME), with its published weights or without.
 
-    It takes images normalized with ImageNet's mean and standard deviation, as all encoders here: where its own are
-    others, they are folded into its patch embedding.
+    Like all encoders here it takes images normalized with ImageNet's mean and standard deviation; if the model was
+    trained with others, the difference is folded into its patch embedding.
 
     Raises:
-        CheckpointError: timm does not know it, cannot fetch it, or it is no plain ViT.
+        CheckpointError: timm does not know the model or cannot fetch it, or it is not a plain ViT.
     """
     import timm
 
@@ -214,10 +215,10 @@ def load_timm(source: str, *, pretrained: bool = True) -> VisionTransformer:
 
 
 def fold_normalization(vit: torch.nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Make an encoder of images normalized with `mean` and `std` one of images normalized with ImageNet's.
+    """Convert an encoder of images normalized with `mean` and `std` to ImageNet's normalization.
 
-    With pixels p, it sees x = (p - mean) / std of each channel. Given y = (p - m) / s in its place,
-    x = (s y + m - mean) / std is linear in y, and the patch embedding is linear in x.
+    For pixels p it expects x = (p - mean) / std per channel but gets y = (p - m) / s. Then x = (s y + m - mean) / std
+    is affine in y, so the patch embedding, linear in x, can absorb the change.
 
     Raises:
         CheckpointError: the patch embedding has no bias.
@@ -229,8 +230,8 @@ def fold_normalization(vit: torch.nn.Module, *, mean: tuple[float, ...], std: tu
     projection = cast(Any, vit).patch_embed.proj
     if projection.bias is None:
         raise CheckpointError(
-            f"The encoder wants images normalized with mean {tuple(mean)}, not ImageNet's {IMAGENET_MEAN}, and its "
-            "patch embedding has no bias that could take the difference. Use another one."
+            f"The encoder expects images normalized with mean {tuple(mean)}, not ImageNet's {IMAGENET_MEAN}, and its "
+            "patch embedding has no bias to absorb the difference. Use another encoder."
         )
     with torch.no_grad():
         theirs = [torch.tensor(values, dtype=torch.float64) for values in (mean, std)]

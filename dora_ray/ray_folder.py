@@ -1,7 +1,7 @@
-"""Check that Ray can make its sockets in the folder for temporary files, before Ray is started.
+"""Check, before Ray starts, that the path of its temporary folder is short enough for its sockets.
 
-A socket's address is a path of at most 107 bytes (103 on macOS), and Ray puts its own below a folder named by the time.
-Batch systems give jobs folders that leave no room for that.
+A socket's path has at most 107 bytes (103 on macOS), and Ray creates its own below a folder named after the time.
+Temporary folders of batch systems are often too long for that.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import sys
 from dora_ray.errors import ClusterError
 
 LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
-# The longest path that Ray makes in its folder: process numbers have seven digits at most.
+# Longest path that Ray creates in its folder; process ids have at most seven digits.
 LONGEST_NAME = "ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 
 
 def ray_folder() -> str:
-    """Return the folder in which a Ray that is started here keeps its files, as Ray chooses it."""
+    """Return the temporary folder that Ray chooses when it is started on this machine."""
     fallback = os.environ.get("TMPDIR", "/tmp") if sys.platform.startswith("linux") else "/tmp"
     return os.environ.get("RAY_TMPDIR", fallback)
 
 
 def long_folder() -> str | None:
-    """Return a sentence about a folder that is too long for Ray's sockets; None where it will do."""
+    """Return a message if the folder's path is too long for Ray's sockets; else None."""
     folder = ray_folder()
     longest = LONGEST_SOCKET - len(LONGEST_NAME) - 1
     length = len(os.fsencode(os.path.abspath(folder)))
@@ -34,11 +34,11 @@ def long_folder() -> str | None:
 
 
 def check_ray_folder() -> None:
-    """Refuse to start Ray where its sockets could not be made.
+    """Refuse to start Ray if it could not create its sockets.
 
     Raises:
-        ClusterError: The folder for temporary files has too long a name.
+        ClusterError: The path of the temporary folder is too long.
     """
     sentence = long_folder()
     if sentence:
-        raise ClusterError(f"Ray cannot be started here: {sentence}.")
+        raise ClusterError(f"Ray cannot start: {sentence}.")

@@ -1,8 +1,8 @@
 """Private and developer interfaces of Ray; no other file of the package uses any.
 
-Ray may change these in any release, hence the pinned minor version; tests/test_ray_internals.py holds a contract for
-each. Every docstring says what the call is for and what a public interface would give instead. Ray is imported by the
-calls: a decode process that wants one of them does not pay for the others.
+Ray may change these in any release, hence the pinned minor version; tests/test_ray_internals.py has a contract test for
+each. Every docstring gives the purpose and the public fallback. Ray is imported inside the functions, so that a decode
+process pays only for what it uses.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ __all__ = [
     "WorkerGroupState",
 ]
 
-# The environment variable that names what a worker process calls before anything else. Publicly it is set for all of a
-# job (runtime_env={"worker_process_setup_hook": ...}); the variable sets it for the training workers alone.
+# Environment variable with the setup function of a worker process. The public option
+# (runtime_env={"worker_process_setup_hook": ...}) applies to a whole job; the variable to the training workers alone.
 SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
-# The cloud whose nodes are raylets of this machine, for a cluster's file. Publicly: a cloud, and its bill.
+# Node provider whose nodes are raylets on this machine, for cluster files. Public fallback: a real cloud.
 FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 ANSWER_SECONDS = 5.0
 PACE_SECONDS = 0.005
 
-# Classes and constants of Ray's own, by where they are. The public fallback of those of Ray Train is
-# `ray.train.UserCallback`, which hears of failures and reports but not of resizes, drains and aborts, so that each of
-# these would lose the steps since the last checkpoint; that of ExecutionCallback is to stop iterating over the dataset.
+# Ray's classes and constants, by module. Public fallback of those of Ray Train: `ray.train.UserCallback`, which is told
+# of failures and reports but not of resizes, drains and aborts, so that each of these would lose the steps since the
+# last checkpoint. Public fallback of ExecutionCallback: stop iterating over the dataset.
 _RAYS_OWN = {
     "ReservedResources": "ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator",
     "ExecutionCallback": "ray.data._internal.execution.execution_callback",
@@ -66,7 +66,7 @@ _RAYS_OWN = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import one of Ray's own when it is first asked for."""
+    """Import one of Ray's names on first use."""
     if name not in _RAYS_OWN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_RAYS_OWN[name]), name)
@@ -76,9 +76,9 @@ def __getattr__(name: str) -> Any:
 
 
 def hide_preemption(status: WorkerGroupPollStatus) -> None:
-    """Take out of what a health check has found that nodes are drained, before Ray Train's controller looks.
+    """Remove the drain information from a health check before Ray Train's controller sees it.
 
-    Public fallback: none; the controller then waits for the deadline of the drain, while nobody trains.
+    Public fallback: none; the controller then waits for the deadline of the drain without training.
     """
     for worker in status.worker_statuses.values():
         worker.preemption_info = None
@@ -88,13 +88,13 @@ def hide_preemption(status: WorkerGroupPollStatus) -> None:
 
 
 def call_each_turn(context: DataContext, call: Callable[[], object]) -> None:
-    """Have `call` called in each turn of the loop that schedules a dataset's tasks; what it raises ends the execution.
+    """Run `call` in each iteration of a dataset's scheduling loop; an exception from it ends the execution.
 
     Public fallback: none; an execution that waits for nodes which never come cannot be ended from outside.
 
     Args:
-        context: of the dataset, before it is iterated over.
-        call: pickled with the context where the loop runs in an actor of its own, as `streaming_split` has it.
+        context: the dataset's context, before iteration.
+        call: function to run; pickled with the context if the loop runs in its own actor (`streaming_split`).
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
@@ -106,10 +106,10 @@ def call_each_turn(context: DataContext, call: Callable[[], object]) -> None:
 
 
 def pace_execution(context: DataContext) -> None:
-    """Have the scheduling loop sleep 5 ms a turn, and begin as soon as the cluster's resources are known.
+    """Make the scheduling loop sleep 5 ms per iteration, and start as soon as the cluster's resources are known.
 
-    Where the consumer is slower than the tasks, the loop spins on a core. And it looks at the resources once a second,
-    at first before it is told of any: nothing is begun in the first second.
+    If the consumer is slower than the tasks, the loop would busy-wait on a core. It also polls the resources only once
+    a second, the first time before any are known, so nothing would start in the first second.
 
     Public fallback: leave it out, at the cost of that core and that second.
     """
@@ -141,22 +141,22 @@ def blocked_seconds(shard: DataIterator) -> dict[str, float]:
 
 
 def quiet_data() -> None:
-    """Leave out Ray Data's note that its progress bars are off, and its last line.
+    """Silence Ray Data's note that its progress bars are off, and its final line.
 
-    Public fallback: leave it out; the lines stand between ours.
+    Public fallback: leave it out; the lines appear between ours.
     """
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
 
 
-# Tasks, and what outlives their processes
+# Tasks, and values that outlive their processes
 
 
 def attempt_number() -> int:
-    """Return how many times Ray has begun the task that runs here before; 0 in its first attempt.
+    """Return the number of earlier attempts of the current task; 0 in the first one.
 
-    Public fallback: none for tasks; note the beginning of each attempt in `put_value`'s store, at the price of a call
-    to the head for every task.
+    Public fallback: none for tasks; record the start of each attempt with `put_value`, at the cost of a call to the
+    head for every task.
     """
     from ray._private.worker import global_worker
 
@@ -164,9 +164,9 @@ def attempt_number() -> int:
 
 
 def put_value(key: str, value: str | bytes, *, namespace: str) -> None:
-    """Store a small value on the head node, where it outlives every worker; replaces what was there.
+    """Store a small value on the head node, where it outlives every worker; replace an existing one.
 
-    Public fallback of these three: a detached actor with a dict, which is a process more.
+    Public fallback of these three: a detached actor with a dict, which costs another process.
     """
     _values().internal_kv_put(
         key.encode(), value.encode() if isinstance(value, str) else value, True, namespace.encode()
@@ -174,20 +174,20 @@ def put_value(key: str, value: str | bytes, *, namespace: str) -> None:
 
 
 def get_value(key: str, *, namespace: str) -> bytes | None:
-    """Look up what `put_value` stored; None where there is nothing."""
+    """Return a value stored by `put_value`; None if there is none."""
     value: bytes | None = _values().internal_kv_get(key.encode(), namespace.encode())
     return value
 
 
 def delete_value(key: str, *, namespace: str) -> None:
-    """Forget what `put_value` stored, if anything."""
+    """Delete a value stored by `put_value`, if it exists."""
     _values().internal_kv_del(key.encode(), False, namespace.encode())
 
 
 def _values() -> Any:
-    """Return the head's client of the cluster that this process is connected to.
+    """Return the client of the head of the cluster that this process is connected to.
 
-    `ray.experimental.internal_kv` has the same, but a local Cluster in this process takes it along when it ends.
+    `ray.experimental.internal_kv` offers the same, but loses it when a local Cluster in this process ends.
     """
     from ray._private.worker import global_worker
 
@@ -198,9 +198,9 @@ def _values() -> Any:
 
 
 def draining_nodes() -> dict[str, float]:
-    """Ids of nodes that are being drained, each with the time.time() at which it goes; inf where nobody said when.
+    """Return draining nodes: id -> deadline as time.time(), inf without a deadline.
 
-    Public fallback: `ray.train.get_preemption_info()` in the workers, which is a barrier and tells seconds later.
+    Public fallback: `ray.train.get_preemption_info()` in the workers, which is a barrier and reports seconds later.
     """
     import ray
 
@@ -209,18 +209,18 @@ def draining_nodes() -> dict[str, float]:
 
 
 def drain_node(address: str, node_id: str, *, deadline: float, reason: str) -> str | None:
-    """Have Ray drain a node for a preemption.
+    """Ask Ray to drain a node for a preemption.
 
-    Public fallback: the command `ray drain-node`, which does the same in a process that takes a second to start.
+    Public fallback: the command `ray drain-node`, in a process that takes a second to start.
 
     Args:
         address: host:port of the cluster's control plane.
         node_id: the node's id, in hexadecimal.
-        deadline: when the node goes away, as time.time().
-        reason: said in Ray's own messages.
+        deadline: time.time() at which the node goes away.
+        reason: reason for Ray's own messages.
 
     Returns:
-        None when Ray has taken note; the reason when it refuses.
+        None if Ray accepts; its reason if it refuses.
     """
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
@@ -231,13 +231,13 @@ def drain_node(address: str, node_id: str, *, deadline: float, reason: str) -> s
 
 
 def living_nodes_at(address: str, ip: str) -> list[str]:
-    """Ids of the living nodes at an IP address.
+    """Return the ids of live nodes at an IP address.
 
     Public fallback: `ray.nodes()`, for which this process would have to connect as a driver.
 
     Args:
         address: host:port of the cluster's control plane.
-        ip: of the machine asked for.
+        ip: IP address of the machine.
     """
     from ray._raylet import GcsClient
     from ray.core.generated.gcs_pb2 import GcsNodeInfo
@@ -247,9 +247,9 @@ def living_nodes_at(address: str, ip: str) -> list[str]:
 
 
 def has_node_types() -> bool:
-    """Return whether an autoscaler with its own node types runs here; without one, a node's type is named after its id.
+    """Return whether the cluster has an autoscaler with node types; without one, a node's type is named after its id.
 
-    Public fallback: take every cluster to be able to grow, and wait for what may never come.
+    Public fallback: assume that every cluster can grow, and wait for nodes that may never come.
     """
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status
@@ -260,9 +260,9 @@ def has_node_types() -> bool:
 
 
 def most_resources() -> dict[str, float]:
-    """Resources that the cluster has with all nodes that its autoscaler's node types allow; empty without one.
+    """Return the resources with all nodes that the autoscaler's node types allow; empty without an autoscaler.
 
-    Public fallback: `ray.cluster_resources()`, those of the nodes that are there.
+    Public fallback: `ray.cluster_resources()`, the resources of the present nodes.
     """
     import ray
 
@@ -271,7 +271,7 @@ def most_resources() -> dict[str, float]:
 
 
 def token_logger() -> logging.Logger:
-    """The logger that says at every start that Ray uses a token.
+    """Return the logger that reports at every start that Ray uses a token.
 
     Public fallback: leave the line in.
     """
@@ -279,18 +279,18 @@ def token_logger() -> logging.Logger:
 
 
 def start_processes(node: Mapping[str, Any], runtime_environment: str, count: int, *, keep_seconds: int) -> str | None:
-    """Have a node start worker processes ahead of time, which it gives to the next actors with that environment.
+    """Start worker processes on a node ahead of time, for the next actors with this environment.
 
-    Public fallback: leave it out; those actors then take as long to start as the first ones did.
+    Public fallback: leave it out; those actors then take as long to start as the first ones.
 
     Args:
-        node: as `ray.nodes()` describes it.
-        runtime_environment: as `ray.get_runtime_context().get_runtime_env_string()` says it in such a worker.
-        count: processes.
-        keep_seconds: before an idle one may be ended.
+        node: the node's entry in `ray.nodes()`.
+        runtime_environment: `ray.get_runtime_context().get_runtime_env_string()` of such a worker.
+        count: number of processes.
+        keep_seconds: time before an idle process may be stopped.
 
     Returns:
-        None when they are started; the reason when they are not.
+        None on success; else the reason.
     """
     import grpc
     import ray
@@ -315,15 +315,15 @@ def start_processes(node: Mapping[str, Any], runtime_environment: str, count: in
 
 
 def count_resources_again(*, wait: bool) -> None:
-    """Have the resources that a training may reserve counted now, rather than at the next tick.
+    """Refresh the resources that a training may reserve now, rather than at the coordinator's next tick.
 
     Public fallback: leave it out and wait for the tick, which comes every 20 seconds.
 
     Args:
-        wait: return when it is done.
+        wait: wait until it is done.
 
     Raises:
-        RayError: no answer. ValueError: nobody has reserved anything on this cluster.
+        RayError: no answer. ValueError: nothing is reserved on this cluster.
     """
     import ray
 
@@ -337,9 +337,9 @@ def count_resources_again(*, wait: bool) -> None:
 
 
 def known_address() -> str | None:
-    """Address of the cluster that `ray start` noted on this machine, for those that connect with address="auto".
+    """Return the cluster address that `ray start` recorded on this machine, for connections with address="auto".
 
-    Public fallback of these two: none; a cluster that ends here makes the other one be found by its address only.
+    Public fallback of these two: none; after a local cluster ends, the other one is found only by its address.
     """
     from ray._private.utils import read_ray_address
 
@@ -348,27 +348,27 @@ def known_address() -> str | None:
 
 
 def note_address(address: str) -> None:
-    """Note a cluster's address as `ray start` does."""
+    """Record a cluster's address as `ray start` does."""
     from ray._private.utils import write_ray_address
 
     write_ray_address(address)
 
 
 def nodes_of(cluster: Cluster) -> set[str]:
-    """Ids of a local cluster's living nodes.
+    """Return the ids of a local cluster's live nodes.
 
-    Public fallback of these three: `ray.nodes()` and `ray.util.state`, in a process that is connected to it.
+    Public fallback of these three: `ray.nodes()` and `ray.util.state`, in a process that is connected to the cluster.
     """
     return set(cluster.global_state._live_node_ids())
 
 
 def draining_nodes_of(cluster: Cluster) -> dict[str, int]:
-    """Ids of a local cluster's nodes that are being drained, with the deadline in milliseconds since the epoch."""
+    """Return a local cluster's draining nodes: id -> deadline in milliseconds since the epoch."""
     return dict(cluster.global_state.get_draining_nodes())
 
 
 def actors_of(cluster: Cluster, class_suffix: str) -> list[tuple[str, int]]:
-    """Node and process id of a local cluster's living actors of classes whose names end so."""
+    """Return (node id, process id) of a local cluster's live actors whose class name ends with `class_suffix`."""
     actors = cluster.global_state.actor_table(None, None, "ALIVE").values()
     return [
         (actor["Address"]["NodeID"], actor["Pid"]) for actor in actors if actor["ActorClassName"].endswith(class_suffix)

@@ -1,7 +1,7 @@
-"""Refusals of object stores and web servers, in sentences for people.
+"""Readable messages for errors of object stores and web servers.
 
-Each library behind fsspec has errors of its own (botocore's, aiohttp's, Google's). They are told apart by the names of
-their classes, so that none of those libraries need be installed. Lance has one class for all, and words.
+Each library behind fsspec (botocore, aiohttp, Google's) has its own errors. They are recognized by class name, so that
+none of these libraries needs to be installed. Lance has one class for all errors, which differ by message.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REFUSALS = (
 CUT_SHORT = ("ClientPayloadError", "IncompleteReadError", "ResponseStreamingError")
 NOT_FOUND = 404
 LANCE = "LanceError"
-# The errors of the other libraries that Lance's words amount to.
+# Parts of Lance's messages -> equivalent errors of the other libraries.
 LANCE_WORDS = {
     "CredentialsNotLoaded": "NoCredentialsError",
     "status code": "ClientError",
@@ -41,11 +41,11 @@ UNREACHABLE = ("EndpointConnectionError", "HTTPClientError", "ClientConnectionEr
 
 
 def refusal(path: str, error: BaseException) -> str | None:
-    """Why the place that `path` names did not serve, and what to do; None where the error says something else."""
+    """Return why a remote path could not be accessed, and what to do; None for other errors."""
     scheme, separator, _ = path.partition("://")
     if not separator or scheme == "file":
         return None
-    # fsspec calls whatever a web server answers "not found", and keeps the answer as the cause.
+    # fsspec reports any answer of a web server as "not found" and keeps the actual answer as the cause.
     link: BaseException | None = error
     while link is not None:
         reason = _reason(scheme, link)
@@ -63,24 +63,24 @@ def _reason(scheme: str, error: BaseException) -> str | None:
     if LANCE in text:
         names, text, status = _lance_words(str(error))
     if names & set(NO_CREDENTIALS):
-        return f"no credentials were found ({text}); give them on every node: {ways}"
+        return f"no credentials were found ({text}); provide them on every node: {ways}"
     refused = status in (401, 403) if status else any(word in text for word in REFUSALS)
     if "PermissionError" in names or (names & set(REFUSED) and refused):
-        return f"access is refused ({text}); the credentials are wrong, or lack the right to this place: {ways}"
+        return f"access was denied ({text}); the credentials are wrong, or lack permission for this path: {ways}"
     if names & set(UNREACHABLE):
         variable = " and AWS_ENDPOINT_URL" if scheme.startswith("s3") else ""
         return f"cannot be reached ({text}); check the address{variable}, and the network on every node"
     if names & set(CUT_SHORT) or (status and status != NOT_FOUND and names & set(REFUSED)):
-        return f"the server failed to answer ({text}); try again, and see whether it is overloaded"
+        return f"the server failed to answer ({text}); try again, and check whether it is overloaded"
     if "NoSuchBucket" in text or "bucket does not exist" in text:
         return f"there is no such bucket ({text}); create it, or correct the address"
     return None
 
 
 def _lance_words(message: str) -> tuple[set[str], str, int | None]:
-    """Names, words and status as of another library's error.
+    """Return class names, text and HTTP status as for another library's error.
 
-    What the server said is behind the address, which is long, and before places in Lance's source.
+    The server's message comes after the address, which is long, and before locations in Lance's source.
     """
     text = " ".join(message.partition(", /")[0].rpartition(" - ")[2].split())[:200]
     status = re.search(r"status code: (\d+)", text)
@@ -89,10 +89,10 @@ def _lance_words(message: str) -> tuple[set[str], str, int | None]:
 
 @contextmanager
 def named_refusals(path: str) -> Iterator[None]:
-    """Turn what a place refuses into ConfigError; every other error passes.
+    """Turn access errors of a remote path into ConfigError; other errors pass unchanged.
 
     Raises:
-        ConfigError: no credentials, no rights, no bucket, or no answer.
+        ConfigError: no credentials, no permission, no bucket, or no answer.
     """
     try:
         yield

@@ -1,17 +1,16 @@
-"""The spot watcher: tells Ray that this node is about to be taken away, as soon as the cloud tells the node.
+"""Spot watcher: drain this Ray node as soon as the cloud announces that it will be terminated.
 
     python -m dora_ray.spot --provider aws
 
-runs on every spot node, beside Ray (cluster.yaml starts it). It asks the provider every few seconds whether there is a
-termination notice; when there is one, it has Ray drain the node with the deadline of the notice, and ends. Ray then
-places nothing new there, and training writes a checkpoint before the node is gone. Nothing that is built into Ray reads
-these notices.
+runs on every spot node beside Ray (cluster.yaml starts it). It polls the provider every few seconds for a termination
+notice. When there is one, it asks Ray to drain the node with the notice's deadline, and exits. Ray then places nothing
+new on the node, and training writes a checkpoint before the node is gone. Ray itself does not read these notices.
 
-The notice, as each provider gives it:
+Notices by provider:
     aws    169.254.169.254/latest/meta-data/spot/instance-action (IMDSv2): 404, or JSON with the time; 120 s ahead
     gcp    metadata.google.internal/computeMetadata/v1/instance/preempted: FALSE or TRUE; 30 s ahead
-    file   a file that is not there, or is; it may hold the seconds that are left
-    url    404, or 200; the body may be the seconds that are left
+    file   a file that appears; it may hold the remaining seconds
+    url    404, then 200; the body may be the remaining seconds
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ logger = logging.getLogger(__name__)
 AWS_URL, GCP_URL = "http://169.254.169.254", "http://metadata.google.internal"
 AWS_TOKEN_SECONDS = 21600
 GCP_NOTICE_SECONDS = 30.0
-# What a file or a URL announces when it names no time: the shorter of the two clouds' notices.
+# Notice period of a file or URL without a time: the shorter one of the two clouds.
 OTHER_NOTICE_SECONDS = 30.0
 REQUEST_SECONDS = 2.0
 RETRY_SECONDS = 1.0
@@ -50,7 +49,7 @@ NODE_ID = re.compile("[0-9a-f]{56}")
 
 @dataclass(frozen=True)
 class Notice:
-    """The cloud takes this node away at `deadline`, as time.time()."""
+    """Notice that the cloud terminates this node at `deadline`, as time.time()."""
 
     deadline: float
 
@@ -59,10 +58,10 @@ Look = Callable[[], Notice | None]
 
 
 def aws(url: str) -> Look:
-    """Looks for the notice of EC2, through IMDSv2; the session's token is renewed when it is refused.
+    """Return a check for EC2's notice, through IMDSv2; the session token is renewed when it is refused.
 
     Args:
-        url: of the metadata service.
+        url: URL of the metadata service.
     """
     token = ""
 
@@ -88,10 +87,10 @@ def aws(url: str) -> Look:
 
 
 def gcp(url: str) -> Look:
-    """Looks for the notice of Compute Engine.
+    """Return a check for Compute Engine's notice.
 
     Args:
-        url: of the metadata service.
+        url: URL of the metadata service.
     """
 
     def look() -> Notice | None:
@@ -103,12 +102,12 @@ def gcp(url: str) -> Look:
 
 
 def from_url(url: str) -> Look:
-    """Looks for the notice at a URL of one's own."""
+    """Return a check for a notice at a custom URL."""
     return lambda: _announced(_request(url, {}))
 
 
 def from_file(path: str) -> Look:
-    """Looks for the notice in a file."""
+    """Return a check for a notice in a file."""
 
     def look() -> Notice | None:
         try:
@@ -129,7 +128,7 @@ def _announced(text: str | None) -> Notice | None:
 
 
 def _request(url: str, headers: Mapping[str, str], *, method: str = "GET") -> str | None:
-    """The body, or None for 404. A proxy must not answer for this very machine, so none is asked."""
+    """Return the body, or None for 404. Bypass proxies, which must not answer for this machine."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, headers=dict(headers), method=method)
     try:
@@ -142,7 +141,7 @@ def _request(url: str, headers: Mapping[str, str], *, method: str = "GET") -> st
 
 
 def wait_for_notice(look: Look, *, poll_seconds: float) -> Notice:
-    """The notice, once there is one. A provider that does not answer, or not in its own form, has given none."""
+    """Poll until there is a notice, and return it. A missing or malformed answer counts as no notice."""
     complained = False
     while True:
         try:
@@ -150,7 +149,7 @@ def wait_for_notice(look: Look, *, poll_seconds: float) -> Notice:
         except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
             notice = None
             if not complained:
-                logger.warning("no answer that can be read, asking on: %s", error)
+                logger.warning("no readable answer, polling again: %s", error)
             complained = True
         else:
             complained = False
@@ -160,32 +159,32 @@ def wait_for_notice(look: Look, *, poll_seconds: float) -> Notice:
 
 
 def drain(address: str, node_id: str, *, seconds: float, reason: str) -> None:
-    """Have Ray drain a node that goes away in so many seconds; ends when Ray has taken note.
+    """Ask Ray to drain a node that goes away in `seconds`; return when Ray has accepted.
 
     Args:
         address: host:port of the cluster's control plane.
         node_id: the node's id, in hexadecimal.
-        seconds: until the node goes away.
-        reason: said in Ray's own messages.
+        seconds: time until the node goes away.
+        reason: reason for Ray's own messages.
 
     Raises:
         ClusterError: Ray does not answer, or refuses.
     """
     if NODE_ID.fullmatch(node_id) is None:  # Ray would accept it, and drain nothing
-        raise ClusterError(f"{node_id!r} is not the id of a node of Ray, which has 56 hexadecimal digits")
+        raise ClusterError(f"{node_id!r} is not a Ray node id, which has 56 hexadecimal digits")
     try:
         refusal = drain_node(address, node_id, deadline=time.time() + max(0.0, seconds), reason=reason)
     except Exception as error:  # its errors have no common class below Exception
         raise ClusterError(f"Ray at {address} does not answer: {error}") from error
     if refusal is not None:
-        raise ClusterError(f"Ray at {address} does not drain node {node_id}: {refusal}")
+        raise ClusterError(f"Ray at {address} refuses to drain node {node_id}: {refusal}")
 
 
 def find_node(address: str) -> str:
-    """The id of the living node at this machine's address.
+    """Return the id of the live node at this machine's address.
 
     Raises:
-        ClusterError: there is none, or there are several; or Ray does not answer.
+        ClusterError: there is no such node or more than one, or Ray does not answer.
     """
     import ray
 
@@ -196,16 +195,16 @@ def find_node(address: str) -> str:
         raise ClusterError(f"Ray at {address} does not answer: {error}") from error
     if len(found) != 1:
         raise ClusterError(
-            f"{len(found)} living nodes of Ray at {address} have this machine's address {here}: give --node-id"
+            f"{len(found)} live nodes of Ray at {address} have this machine's address {here}: give --node-id"
         )
     return found[0]
 
 
 def drain_until_accepted(address: str, node_id: str | None, notice: Notice) -> None:
-    """Drain this node, trying again until the notice's deadline.
+    """Drain this node, with retries until the notice's deadline.
 
     Raises:
-        ClusterError: the last reason why it was not possible.
+        ClusterError: the last failure.
     """
     while True:
         seconds = notice.deadline - time.time()
@@ -217,12 +216,12 @@ def drain_until_accepted(address: str, node_id: str | None, notice: Notice) -> N
             logger.warning("%s; trying again", error)
             time.sleep(RETRY_SECONDS)
         else:
-            logger.warning("drained: this node is taken away in %.0f s", seconds)
+            logger.warning("drained: this node will be terminated in %.0f s", seconds)
             return
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Watch until the notice, drain, and end."""
+    """Wait for a notice, drain the node, and return the exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     looks = {"aws": aws, "gcp": gcp, "url": from_url, "file": from_file}
@@ -243,19 +242,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dora_ray.spot",
-        description="Drain this Ray node when the cloud announces that it takes it away.",
+        description="Drain this Ray node when the cloud announces its termination.",
     )
-    parser.add_argument("--provider", choices=("aws", "gcp", "url", "file"), required=True, help="who gives the notice")
-    parser.add_argument("--source", metavar="URL | FILE", help="where it is given; aws and gcp know their own")
+    parser.add_argument("--provider", choices=("aws", "gcp", "url", "file"), required=True, help="source of the notice")
+    parser.add_argument("--source", metavar="URL | FILE", help="location of the notice (has a default for aws and gcp)")
     parser.add_argument(
         "--address",
         metavar="HOST:PORT",
         default=os.environ.get("RAY_ADDRESS"),
         required="RAY_ADDRESS" not in os.environ,
-        help="the cluster's head; not given: RAY_ADDRESS",
+        help="the cluster's head (default: RAY_ADDRESS)",
     )
-    parser.add_argument("--node-id", metavar="HEX", help="this node; not given: the one at this machine's address")
-    parser.add_argument("--poll-seconds", type=float, default=2.0, metavar="N", help="between two looks (2)")
+    parser.add_argument("--node-id", metavar="HEX", help="this node's id (default: found by this machine's address)")
+    parser.add_argument("--poll-seconds", type=float, default=2.0, metavar="N", help="polling interval in seconds (2)")
     return parser
 
 

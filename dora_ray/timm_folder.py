@@ -1,7 +1,7 @@
-"""An encoder as a timm model folder: what other programs load, on disk or after an upload to a model hub.
+"""Encoder as a timm model folder, which other programs can load from disk or from a model hub.
 
-model.safetensors holds the weights under timm's names, config.json the arguments that rebuild the model and how images
-are prepared for it, README.md the model card.
+model.safetensors holds the weights under timm's names, config.json the model's arguments and image preprocessing,
+README.md the model card.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def state_inputs(vit: nn.Module, *, architecture: str) -> None:
-    """Make the model's `pretrained_cfg` say what images it takes, which timm's own of the same name does not know.
+    """Set the model's `pretrained_cfg` to its actual image preprocessing, which differs from timm's default.
 
-    `timm.data.resolve_model_data_config(vit)` then gives the size it was trained on and ImageNet's mean and standard
+    `timm.data.resolve_model_data_config(vit)` then returns the training size and ImageNet's mean and standard
     deviation.
     """
     size = image_size(vit)
@@ -49,12 +49,12 @@ def state_inputs(vit: nn.Module, *, architecture: str) -> None:
 
 
 def input_facts(vit: nn.Module) -> dict[str, Any]:
-    """Return what a timm model says of the images that it takes: its `pretrained_cfg`."""
+    """Return a timm model's image preprocessing, its `pretrained_cfg`."""
     return dict(cast(Any, vit).pretrained_cfg)
 
 
 def image_size(vit: nn.Module) -> int:
-    """Return the side of the images that the position embedding is made for, in pixels."""
+    """Return the image size of the position embedding, in pixels."""
     return int(cast(Any, vit).patch_embed.img_size[0])
 
 
@@ -69,7 +69,7 @@ def sizes(vit: VisionTransformer) -> dict[str, int]:
 
 
 def describe(vit: VisionTransformer) -> str:
-    """Return one line about an encoder that `state_inputs` has seen."""
+    """Return a one-line description of an encoder prepared by `state_inputs`."""
     known = sizes(vit)
     return (
         f"{input_facts(vit)['architecture']}, {known['width']} wide, {known['depth']} deep, {known['num_heads']} "
@@ -81,9 +81,9 @@ def save_timm_folder(vit: VisionTransformer, folder: Path, *, origin: str) -> No
     """Write the three files into an existing folder.
 
     Args:
-        vit: An encoder that `state_inputs` has seen.
-        folder: Where to.
-        origin: Where its weights are from, for the model card: continues "A Vision Transformer, ".
+        vit: An encoder prepared by `state_inputs`.
+        folder: Target folder.
+        origin: Origin of its weights, for the model card; continues "A Vision Transformer, ".
     """
     safetensors.torch.save_file(vit.state_dict(), folder / MODEL, metadata={"format": "pt"})
     (folder / EXPORT_CONFIG).write_text(json.dumps(_timm_config(vit), indent=2) + "\n")
@@ -91,25 +91,25 @@ def save_timm_folder(vit: VisionTransformer, folder: Path, *, origin: str) -> No
 
 
 def read_timm_config(folder: str) -> dict[str, Any]:
-    """The folder's config.json.
+    """Read the folder's config.json.
 
     Raises:
-        CheckpointError: It is none of timm's.
+        CheckpointError: It is not a timm configuration.
     """
     path = files.join(folder, EXPORT_CONFIG)
     try:
         config = json.loads(files.read_text(path))
         config["architecture"], config["model_args"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no timm configuration ({error!r}). Export the encoder again.") from error
+        raise CheckpointError(f"{path} is not a timm configuration ({error!r}). Export the encoder again.") from error
     return dict(config)
 
 
 def build_from_timm_config(config: dict[str, Any]) -> VisionTransformer:
-    """Build a new encoder of the configuration's architecture.
+    """Build a new encoder with the configuration's architecture.
 
     Raises:
-        CheckpointError: timm cannot build it, or it is no plain ViT.
+        CheckpointError: timm cannot build it, or it is not a plain ViT.
     """
     import timm
 
@@ -127,7 +127,7 @@ def build_from_timm_config(config: dict[str, Any]) -> VisionTransformer:
 
 
 def _timm_config(vit: VisionTransformer) -> dict[str, Any]:
-    """Return what `create_model` passes to the architecture's constructor, and how to prepare images."""
+    """Return the arguments of the architecture's constructor, and the image preprocessing."""
     known = sizes(vit)
     return {
         "architecture": input_facts(vit)["architecture"],
@@ -158,7 +158,7 @@ tags: [image-feature-extraction, self-supervised, dora]
 # An image encoder in dora_ray's form
 
 A Vision Transformer ({describe(vit)}; {num_parameters / 1e6:.1f} M parameters), {origin}.
-Nothing here says how good it is: measure it with `dora-ray eval knn`.
+This card makes no claim about its quality: measure it with `dora-ray eval knn`.
 
 ```python
 import timm, torch

@@ -1,9 +1,8 @@
-"""From a training's checkpoint, or weights from elsewhere, to an encoder that anything can use: check, load, export it.
+"""Load, check and export encoders from training checkpoints or from weights from elsewhere.
 
-Everything below takes a checkpoint, a run's folder (its newest checkpoint) and, where only the encoder is needed, the
-folder that `export` wrote, a file of weights (.pth), local or behind a URI such as s3://, or timm:NAME. What is
-evaluated and exported is the teacher (equation 7). Every encoder takes images normalized with ImageNet's mean and
-standard deviation.
+All functions take a checkpoint or a run's folder (its newest checkpoint) and, if only the encoder is needed, an
+exported folder, a weights file (.pth) or timm:NAME; all may be local or URIs such as s3://. The encoder is the
+teacher's (equation 7). Every encoder takes images normalized with ImageNet's mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -54,15 +53,14 @@ Module = TypeVar("Module", bound="nn.Module")
 def load_backbone(checkpoint: PathLike) -> VisionTransformer:
     """Return the teacher's encoder, as a timm VisionTransformer in evaluation mode on the CPU.
 
-    Its `pretrained_cfg` is true: ImageNet's mean and standard deviation, and the size it was trained on.
+    Its `pretrained_cfg` describes its actual inputs: ImageNet's mean and standard deviation, and the training size.
 
     Args:
-        checkpoint: A checkpoint, a run's folder, a folder that `export` wrote, a file of weights as the released DoRA
-            and DINO have them (.pth), local or a URI; or timm:NAME.
+        checkpoint: A checkpoint, a run's folder, a folder written by `export`, or a weights file of the released DoRA
+            or DINO (.pth), each local or a URI; or timm:NAME.
 
     Raises:
-        CheckpointError: It is missing, incomplete, damaged, of another architecture than its configuration says, or
-            lacks a tensor, or has one too many.
+        CheckpointError: It is missing, incomplete or damaged, or its tensors do not match its configuration.
     """
     source = resolve_checkpoint(checkpoint)
     if source.startswith(TIMM):
@@ -78,7 +76,7 @@ def load_backbone(checkpoint: PathLike) -> VisionTransformer:
 
 
 def load_head(checkpoint: PathLike) -> dict[str, Tensor]:
-    """Return the tensors of the teacher's projection head, under `DINOHead`'s names; none where there is no head."""
+    """Return the tensors of the teacher's projection head, under `DINOHead`'s names; empty if there is no head."""
     source = resolve_checkpoint(checkpoint)
     if source.startswith(TIMM):
         return {}
@@ -88,7 +86,7 @@ def load_head(checkpoint: PathLike) -> dict[str, Tensor]:
 
 
 def random_backbone(checkpoint: PathLike, *, seed: int) -> VisionTransformer:
-    """Return an encoder of the checkpoint's architecture with newly drawn weights: what an evaluation compares with."""
+    """Return an encoder of the checkpoint's architecture with random weights, as a baseline for evaluations."""
     import torch
 
     source = resolve_checkpoint(checkpoint)
@@ -105,12 +103,12 @@ def random_backbone(checkpoint: PathLike, *, seed: int) -> VisionTransformer:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an encoder is from.
+    """Origin of an encoder.
 
     Attributes:
-        config: a dumped configuration: the run's, or for an encoder without one the recipe `released` with its sizes.
-        words: "the teacher after 7 steps", or the name of what was loaded.
-        is_run: it is a checkpoint of a training.
+        config: dumped configuration: the run's; for an encoder without one, the recipe `released` with its sizes.
+        words: "the teacher after 7 steps", or the name of the loaded file or model.
+        is_run: True for a checkpoint of a training.
     """
 
     config: dict[str, Any]
@@ -119,7 +117,7 @@ class Origin:
 
 
 def read_origin(checkpoint: PathLike, vit: VisionTransformer) -> Origin:
-    """Say where an encoder that `load_backbone` gave is from."""
+    """Return the origin of an encoder that was loaded by `load_backbone`."""
     from dora_ray.config import load_config
 
     source = resolve_checkpoint(checkpoint)
@@ -134,23 +132,23 @@ def read_origin(checkpoint: PathLike, vit: VisionTransformer) -> Origin:
 
 
 def vit_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `build_vit`, from a dumped configuration."""
+    """Return the keyword arguments of `build_vit` from a dumped configuration."""
     model = config["model"]
     names = ("name", "width", "depth", "num_heads", "patch_size", "drop_path")
     arguments = {name: model[name] for name in names} | {"image_size": config["crops"]["global_size"]}
-    # Checkpoints from before this setting do not have it.
+    # Older checkpoints lack this setting.
     return arguments | {"position_interpolation": model.get("position_interpolation", "antialiased")}
 
 
 def network_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `build_network`, from a dumped configuration."""
+    """Return the keyword arguments of `build_network` from a dumped configuration."""
     head = config["head"]
     names = ("hidden_width", "bottleneck_width", "num_layers", "num_outputs")
     return vit_arguments(config) | {name: head[name] for name in names}
 
 
 def initial_values(config: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `build_network` that shape new weights alone."""
+    """Return the keyword arguments of `build_network` that affect only initial weights."""
     return {
         "cls_token_std": config["model"]["cls_token_std"],
         "last_layer_init": config["head"]["last_layer_init"],
@@ -158,7 +156,7 @@ def initial_values(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_architecture(config: dict[str, Any]) -> str:
-    """One line that says which encoder a dumped configuration builds."""
+    """Describe in one line the encoder of a dumped configuration."""
     model = config["model"]
     return (
         f"{model['name']}, {model['width']} wide, {model['depth']} deep, {model['num_heads']} heads, "
@@ -167,10 +165,10 @@ def describe_architecture(config: dict[str, Any]) -> str:
 
 
 def require_architecture(checkpoint: PathLike, config: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose networks are not those that the dumped configuration `config` builds.
+    """Refuse a checkpoint whose networks do not match the dumped configuration `config`.
 
     Raises:
-        CheckpointError: Naming both architectures.
+        CheckpointError: The architectures differ; the message names both.
     """
     saved = read_meta(checkpoint).config
     ours, theirs = network_arguments(config), network_arguments(saved)
@@ -180,8 +178,8 @@ def require_architecture(checkpoint: PathLike, config: dict[str, Any]) -> None:
         differences = ", ".join(f"{name} {theirs[name]} (here {ours[name]})" for name in other)
         raise CheckpointError(
             f"{files.absolute(checkpoint)} holds another architecture ({describe_architecture(saved)}) than the "
-            f"configuration asks for ({describe_architecture(config)}); different: {differences}. "
-            "Give the configuration that the checkpoint was trained with, or start a new run."
+            f"configuration ({describe_architecture(config)}); different: {differences}. "
+            "Use the configuration that the checkpoint was trained with, or start a new run."
         )
 
 
@@ -198,18 +196,18 @@ def _build(arguments: dict[str, Any]) -> VisionTransformer:
 
 
 def _load_published(path: str) -> VisionTransformer:
-    """Build the encoder that a file's tensors are of, and put them in."""
+    """Build the encoder that matches a weights file, and load its tensors."""
     found = read_published(path)
     vit = _build(found.arguments)
     wrong = differences(vit.state_dict(), found.backbone)
     if wrong:
-        raise CheckpointError(f"{path} is not the encoder that its sizes name ({describe(vit)}): {wrong}.")
+        raise CheckpointError(f"{path} does not match the encoder of its sizes ({describe(vit)}): {wrong}.")
     vit.load_state_dict(found.backbone)
     return vit.eval()
 
 
 def _read_tensors(folder: str, prefix: str) -> dict[str, Tensor]:
-    """The tensors of model.safetensors whose names begin with `prefix`, without it."""
+    """Read the tensors of model.safetensors whose names start with `prefix`, and strip the prefix."""
     path = files.join(folder, MODEL)
     try:
         if files.is_remote(path):
@@ -228,7 +226,7 @@ def _read_tensors(folder: str, prefix: str) -> dict[str, Tensor]:
 
 
 def _fill(module: Module, folder: str, *, prefix: str, expected: str) -> Module:
-    """Put the saved tensors into a newly built module, which must have exactly their names and shapes."""
+    """Load the saved tensors into a new module, whose names and shapes must match exactly."""
     saved = _read_tensors(folder, prefix)
     wrong = differences(module.state_dict(), saved)
     if wrong:
@@ -241,7 +239,7 @@ def _fill(module: Module, folder: str, *, prefix: str, expected: str) -> Module:
 
 
 def differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Name the tensors that are missing, unknown or of another shape; empty where there are none."""
+    """List the tensors that are missing, unknown or of another shape; empty if there are none."""
     common = wanted.keys() & found.keys()
     kinds = {
         "missing": sorted(wanted.keys() - found.keys()),
@@ -256,7 +254,7 @@ def differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> st
 
 
 def _describe_tensors(tensors: dict[str, Tensor]) -> str:
-    """Describe an encoder by its tensors' shapes (the number of heads leaves no trace in them)."""
+    """Describe an encoder by its tensors' shapes, which do not tell the number of heads."""
     projection = next((tensors[name] for name in tensors if name.endswith("patch_embed.proj.weight")), None)
     if projection is None:
         return "no ViT" if tensors else "no tensors under the expected names"
@@ -267,11 +265,11 @@ def _describe_tensors(tensors: dict[str, Tensor]) -> str:
 def export(checkpoint: PathLike, out: PathLike) -> Path:
     """Write the teacher's encoder as a timm model folder: model.safetensors, config.json and a README.md.
 
-    `timm.create_model("local-dir:OUT", pretrained=True)` reloads it bit for bit, and so does `load_backbone`.
+    `timm.create_model("local-dir:OUT", pretrained=True)` and `load_backbone` reload it bit for bit.
 
     Args:
-        checkpoint: What `load_backbone` takes.
-        out: A local folder, new or empty.
+        checkpoint: Any checkpoint that `load_backbone` accepts.
+        out: A new or empty local folder.
 
     Returns:
         The folder.
@@ -284,12 +282,12 @@ def export(checkpoint: PathLike, out: PathLike) -> Path:
         raise ConfigError(f"export writes to a local folder, not to {out}. Export locally, then copy the folder.")
     target = Path(files.absolute(out))
     if target.is_file() or files.list_names(target):
-        raise ConfigError(f"{target} exists and is not empty. Give a new or an empty folder.")
+        raise ConfigError(f"{target} is not empty. Give a new or empty folder.")
     backbone = load_backbone(checkpoint)
     origin = read_origin(checkpoint, backbone)
     history = "trained with DoRA (Discover and tRAck, arXiv 2310.08584) on video without labels: "
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A neighbor that is renamed when complete: an interrupted export leaves no half folder under the asked name.
+    # Write to a temporary folder and rename it, so that an interrupted export leaves no partial folder behind.
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         partial.chmod(0o755)

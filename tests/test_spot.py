@@ -195,7 +195,7 @@ def test_a_notice_drains_this_node_and_no_other(tmp_path):
         finally:
             watcher.kill()
         assert watcher.returncode == 0, said
-        assert "drained: this node is taken away in" in said
+        assert "drained: this node will be terminated in" in said
         # An idle node ends itself once it is drained, so it may be gone already.
         assert mine in nodes.draining() or mine not in nodes.node_ids(alive=True)
         assert other not in nodes.draining()

@@ -15,7 +15,7 @@ def report(failures, num_files=9, *, skip=False, kind=VideoError):
 
 def test_one_or_several_failures_are_one_error_of_the_callers_kind():
     report([])
-    with pytest.raises(VideoError, match=r"^a: bad\. data\.skip_unreadable=true leaves out what cannot be read\.$"):
+    with pytest.raises(VideoError, match=r"^a: bad\. data\.skip_unreadable=true skips unreadable files\.$"):
         report(["a: bad"])
     with pytest.raises(ConfigError, match=r"^2 of 9 files: a: bad\. b: worse\. data\.skip_unreadable=true"):
         report(["a: bad", "b: worse."], kind=ConfigError)
@@ -25,7 +25,7 @@ def test_one_or_several_failures_are_one_error_of_the_callers_kind():
 
 def test_failures_that_are_left_out_are_warned_of_unless_they_are_all(caplog):
     report(["a: bad"], skip=True)
-    assert "1 of 9 files are left out: a: bad." in caplog.text
+    assert "1 of 9 files are skipped: a: bad." in caplog.text
     with pytest.raises(VideoError, match=r"^2 of 2 files: a\. b\.$"):
         report(["a", "b"], 2, skip=True)
 

@@ -140,10 +140,10 @@ def test_a_failed_export_leaves_nothing(checkpoint, tmp_path):
 
 def test_an_export_has_no_meta(checkpoint, tmp_path):
     out = export(checkpoint, tmp_path / "export")
-    with pytest.raises(CheckpointError, match="an encoder alone"):
+    with pytest.raises(CheckpointError, match="an exported encoder"):
         read_meta(out)
     (out / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no timm configuration"):
+    with pytest.raises(CheckpointError, match="not a timm configuration"):
         load_backbone(out)
 
 

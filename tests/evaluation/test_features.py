@@ -115,7 +115,7 @@ def test_all_unreadable_images_are_named_and_can_be_left_out(labeled, vit, caplo
         extract(final_cls(vit), images, **options)
     with caplog.at_level("WARNING"):
         features, kept = extract(final_cls(vit), images, skip_unreadable=True, **options)
-    assert "2 of 8 files are left out" in caplog.text
+    assert "2 of 8 files are skipped" in caplog.text
     assert kept.num_unreadable == 2
     assert kept.paths == tuple(path for number, path in enumerate(images.paths) if number not in (1, 6))
     assert kept.labels.tolist() == [0, 0, 0, 1, 1, 1]

@@ -84,7 +84,7 @@ def test_a_runs_page_says_what_its_videos_lack(tmp_path):
     line = {"time": 1.0, "event": "missing_frames", "video": "/films/a.mp4", "missing": "3 of 90 frames are missing"}
     with (run / "events.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
-    assert "Not whole: /films/a.mp4: 3 of 90 frames are missing" in read_page(report(run)).texts
+    assert "Missing frames: /films/a.mp4: 3 of 90 frames are missing" in read_page(report(run)).texts
 
 
 def _first_line(run):

@@ -228,8 +228,8 @@ def test_unreadable_videos_are_skipped_on_request(in_this_process, tmp_path, cap
         paths = [str(path) for path in (good, gone, empty)]
         (video,) = ingest(paths, store=str(tmp_path / "store"), progress=remove, skip_unreadable=True, **SETTING)
     assert (video.path, len(video)) == (str(good), 14)
-    assert f"1 of 3 files are left out: {empty}: is empty" in caplog.text
-    assert "1 of 2 files are left out: " in caplog.text
+    assert f"1 of 3 files are skipped: {empty}: is empty" in caplog.text
+    assert "1 of 2 files are skipped: " in caplog.text
     assert "vp9.webm: no such file" in caplog.text
 
 

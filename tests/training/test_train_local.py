@@ -268,7 +268,7 @@ def test_ingest_names_the_training_that_uses_its_frames(tmp_path: Path, capsys: 
     words = ["data", "ingest", str(film), "data.short_side=48", "--recipe", "tiny", "--store", store]
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert "12 frames a second, short side 48, quality 85 (recipe tiny)" in printed
+    assert "12 frames per second, short side 48, quality 85 (recipe tiny)" in printed
     config = load_words(shlex.split(printed.partition("dora-ray train ")[2].splitlines()[0]))
     assert config is not None
     assert (config.data.videos, config.data.store) == ((str(film),), store)

@@ -169,7 +169,7 @@ def test_failed_checkpoints_push_no_good_one_out(tmp_path: Path, monkeypatch: py
 
     def refused(snapshot: Any, checkpoints: str) -> str:
         Path(checkpoints, snapshot.name).mkdir(parents=True)
-        raise ConfigError("access is refused")
+        raise ConfigError("access was denied")
 
     for step, does in ((2, write), (4, refused), (6, refused), (8, write)):
         monkeypatch.setattr(checkpoint, "write_snapshot", does)
@@ -180,7 +180,7 @@ def test_failed_checkpoints_push_no_good_one_out(tmp_path: Path, monkeypatch: py
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000008"]
     warnings = [line["message"] for line in read_events(str(run)) if line["event"] == "warning"]
     assert len(warnings) == 2
-    assert all("access is refused" in text and "are kept" in text for text in warnings)
+    assert all("access was denied" in text and "are kept" in text for text in warnings)
 
 
 class Ranks:
