@@ -1,7 +1,7 @@
-"""Asks pip-audit whether a locked version has a known vulnerability. Run it through `make audit`.
+"""Check the locked versions for known vulnerabilities with pip-audit. Run it with `make audit`.
 
-Exit status 1 names what was found and is not excepted in audit-exceptions.toml, where each exception has its reason.
-Where the database of vulnerabilities cannot be reached (a machine without a way out), it says so and passes.
+Exit status 1: there are vulnerabilities without an exception (and its reason) in audit-exceptions.toml. If the database
+cannot be reached, as on a machine without network access, the script says so and passes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ LOCK, EXCEPTIONS = Path("requirements.lock"), Path("audit-exceptions.toml")
 
 
 def judge(dependencies: list[dict[str, Any]], exceptions: dict[str, str]) -> tuple[int, list[str]]:
-    """Return the exit status and what to say.
+    """Return the exit status and the lines to print.
 
     Args:
-        dependencies: as pip-audit writes them: name, and either skip_reason or version and vulns.
-        exceptions: reasons by a vulnerability's id.
+        dependencies: output of pip-audit: name, and either skip_reason or version and vulns.
+        exceptions: vulnerability id -> reason.
     """
     audited = [one for one in dependencies if "skip_reason" not in one]
     if not audited:
@@ -43,15 +43,15 @@ def judge(dependencies: list[dict[str, Any]], exceptions: dict[str, str]) -> tup
 
 
 def known_exceptions(path: Path) -> dict[str, str]:
-    """Reasons by a vulnerability's id."""
+    """Return the reasons of exceptions by vulnerability id."""
     return {one["id"]: one["reason"] for one in tomllib.loads(path.read_text(encoding="utf-8")).get("exception", [])}
 
 
 def ask(command: list[str]) -> list[dict[str, Any]] | None:
-    """What pip-audit found of each package; None where its database cannot be reached."""
+    """Return pip-audit's result for each package; None if its database cannot be reached."""
     with tempfile.TemporaryDirectory() as folder:
         pins, result = Path(folder, "pins.txt"), Path(folder, "result.json")
-        # Markers of a platform are left out: what any platform installs is looked at.
+        # Drop platform markers, so that the packages of all platforms are checked.
         lines = LOCK.read_text(encoding="utf-8").splitlines()
         pins.write_text("\n".join(line.partition(" ;")[0] for line in lines if not line.startswith("#")))
         options = [
@@ -74,7 +74,7 @@ def ask(command: list[str]) -> list[dict[str, Any]] | None:
 
 
 def main(command: list[str]) -> int:
-    """Audit the lock with pip-audit, whose command is given."""
+    """Audit the lock file with the given pip-audit command."""
     dependencies = ask(command)
     if dependencies is None:
         print("audit: the database of vulnerabilities cannot be reached from here; nothing was checked")

@@ -20,7 +20,7 @@ WHEELS = ROOT / ".gpu-kit" / "wheels"
 
 
 def main() -> int:
-    """Put the checkout, and the wheels that are needed, on the path of this process and its children."""
+    """Put the checkout and the required wheels on the path of this process and its children, and run the check."""
     sys.path.insert(0, str(ROOT))
     needed = [wheel for wheel in sorted(WHEELS.glob("*.whl")) if is_needed(wheel)]
     if not needed and has("pydantic") is None:
@@ -35,14 +35,14 @@ def main() -> int:
 
 
 def is_needed(wheel: Path) -> bool:
-    """Whether a wheel's package is missing here, or older than the wheel."""
+    """Return whether a wheel's package is missing or older than the wheel."""
     name, number = wheel.name.split("-")[:2]
     found = has(name)
     return found is None or found < numbers(number)
 
 
 def has(package: str) -> tuple[int, ...] | None:
-    """The version of a package that is installed."""
+    """Return the version of an installed package; None if it is missing."""
     try:
         return numbers(version(package))
     except PackageNotFoundError:
@@ -50,7 +50,7 @@ def has(package: str) -> tuple[int, ...] | None:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """The numbers that a version begins with: 2.11.0+cu130 is (2, 11, 0)."""
+    """Return the leading numbers of a version: 2.11.0+cu130 is (2, 11, 0)."""
     return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0]))
 
 

@@ -1,4 +1,4 @@
-"""Make the clips file that scripts/gpu_check.py learns from, of folders on this machine; `make gpu-kit` calls it."""
+"""Pack folders on this machine into the clips file for scripts/gpu_check.py; called by `make gpu-kit`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Prints requirements.lock: exact versions of what pyproject.toml asks for, as installed where this runs.
+"""Print requirements.lock: the exact installed versions of the requirements in pyproject.toml.
 
-Walks the requirements of dora-ray and of the extras that CI uses, so that what somebody installed by hand stays out.
-Run it through `make lock`.
+Follows the requirements of dora-ray and of the extras that CI uses, so that packages installed by hand are left out.
+Run it with `make lock`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 EXTRAS = ("demo", "dev", "optuna", "s3")
-# Wheels that exist for one platform only. Elsewhere pip takes what torch's own metadata asks for there.
+# Packages with wheels for one platform only. On others pip follows torch's own metadata.
 X86_LINUX = "platform_machine == 'x86_64' and sys_platform == 'linux'"
 PLATFORM_BOUND = ("nvidia-", "cuda-", "triton", "decord")
 HEADER = "# Exact versions that CI runs, without addresses. Written by `make lock`; the ranges are in pyproject.toml."
 
 
 def wanted(requirement: Requirement, extras: set[str]) -> bool:
-    """Whether the requirement's marker holds here for any of the extras."""
+    """Return whether the requirement's marker holds on this machine for any of the extras."""
     return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras | {""})
 
 
 def closure(roots: list[Requirement]) -> set[str]:
-    """Canonical names of everything that the roots need, extras included."""
+    """Return the canonical names of all transitive requirements, extras included."""
     seen: dict[str, set[str]] = {}
     stack = list(roots)
     while stack:
@@ -41,14 +41,14 @@ def closure(roots: list[Requirement]) -> set[str]:
 
 
 def line(name: str) -> str:
-    """One line of the lock."""
+    """Return one line of the lock file."""
     found = distribution(name)
     pin = f"{canonicalize_name(found.metadata['Name'])}=={found.version.split('+')[0]}"
     return f"{pin} ; {X86_LINUX}" if name.startswith(PLATFORM_BOUND) else pin
 
 
 def main() -> None:
-    """Print the lock."""
+    """Print the lock file."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     texts = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
     for extra in EXTRAS:

@@ -1,4 +1,4 @@
-"""Write docs/tutorial.ipynb from docs/tutorial.md, its only source: text as it stands, commands as cells.
+"""Generate docs/tutorial.ipynb from docs/tutorial.md: text as Markdown cells, commands as code cells.
 
 Usage: python scripts/notebook.py [--check]
 """
@@ -16,7 +16,7 @@ INDENT = "    "
 
 
 def cells(page: str) -> list[tuple[str, str]]:
-    """Split a page into ("markdown" or "code", text): a block of indented lines is code, one cell a command."""
+    """Split a page into ("markdown" or "code", text); each indented line is a command with its own cell."""
     found: list[tuple[str, str]] = []
     text: list[str] = []
 
@@ -39,12 +39,12 @@ def cells(page: str) -> list[tuple[str, str]]:
 
 
 def in_a_cell(command: str) -> str:
-    """Return a shell command as a notebook runs it: pip in the kernel's own environment, the rest in a shell."""
+    """Return a shell command in notebook syntax: pip runs in the kernel's environment, other commands in a shell."""
     return f"%{command}" if command.startswith("pip ") else f"!{command}"
 
 
 def notebook(page: str) -> str:
-    """Return a page as the JSON of a notebook, format 4.5."""
+    """Convert a page to notebook JSON, format 4.5."""
     made = []
     for number, (kind, text) in enumerate(cells(page)):
         cell: dict[str, Any] = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}}
@@ -57,12 +57,12 @@ def notebook(page: str) -> str:
 
 
 def main(words: list[str]) -> int:
-    """Write the notebook, or with --check tell whether it is the page's; the exit status."""
+    """Write the notebook, or with --check verify it; return the exit status."""
     made = notebook(PAGE.read_text(encoding="utf-8"))
     if words == ["--check"]:
         if NOTEBOOK.is_file() and NOTEBOOK.read_text(encoding="utf-8") == made:
             return 0
-        print(f"{NOTEBOOK} is not what {PAGE} says: run python scripts/notebook.py")
+        print(f"{NOTEBOOK} does not match {PAGE}: run python scripts/notebook.py")
         return 1
     NOTEBOOK.write_text(made, encoding="utf-8")
     return 0

@@ -1,4 +1,4 @@
-"""Analysis of a sweep's table: the verdict in words, and the figures that the page draws."""
+"""Analysis of a sweep's results: the verdict in words, and the values that the page draws."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SHARES = ("knn", "linear", "iou", "view_matching", "corloc", "top1", "j_and_f")
 
 @dataclass(frozen=True)
 class Analysis:
-    """A sweep's table, seen through its metric.
+    """Analysis of a sweep's results by one metric.
 
     Attributes:
         spec: the sweep's file.
         rows: all trials.
-        comparison: of the points.
-        observations: what both follow from.
-        effects: factor -> how much each of its values moves the metric.
-        references: point -> what its figure stands beside.
-        images: test images behind each trial's figure.
+        comparison: ranking of the points.
+        observations: metric values behind comparison and effects.
+        effects: factor -> effect of each of its values on the metric.
+        references: point -> random encoders and chance to compare with.
+        images: number of test images behind each trial's metric.
     """
 
     spec: SweepSpec
@@ -43,7 +43,7 @@ class Analysis:
 
     @cached_property
     def groups(self) -> dict[Hashable, list[Row]]:
-        """Trials that ended with the metric, by point."""
+        """Finished trials that have the metric, by point."""
         found: dict[Hashable, list[Row]] = {}
         for point, rows in group_points(self.rows, self.spec.metric).items():
             found[point] = rows
@@ -51,43 +51,43 @@ class Analysis:
 
     @cached_property
     def shared(self) -> Reference:
-        """What the figures of all points stand beside."""
+        """Reference that all points share."""
         return shared_reference(self.references.values())
 
     @property
     def done(self) -> list[Row]:
-        """Trials that ended with the metric."""
+        """Finished trials that have the metric."""
         return [row for members in self.groups.values() for row in members]
 
     def show(self, value: float) -> str:
-        """Return a figure of the metric for reading: a percentage where it is a share."""
+        """Format a value of the metric, as a percentage if it is a share."""
         return f"{100 * value:.1f} %" if is_share(self.spec.metric) else f"{value:.4g}"
 
     def show_change(self, change: Estimate, *, sign: bool = False) -> str:
-        """Return a difference and its interval for reading: in points of a percentage where the metric is a share."""
+        """Format a difference and its interval, in percentage points if the metric is a share."""
         plus, half = "+" if sign else "", self.show_half(change.half)
         if is_share(self.spec.metric):
             return f"{100 * change.value:{plus}.1f} ± {half} points"
         return f"{change.value:{plus}.4g} ± {half}"
 
     def show_half(self, half: float) -> str:
-        """Return a half width for reading."""
+        """Format a half width."""
         if not math.isfinite(half):
             return "unknown"
         return f"{100 * half:.1f}" if is_share(self.spec.metric) else f"{half:.2g}"
 
     def outer(self, value: float) -> float:
-        """Return the half width over test images of a figure; 0 where they are not known."""
+        """Return a value's half width over test images; 0 if their number is unknown."""
         return share_half(min(1.0, max(0.0, value)), self.images) if self.images else 0.0
 
     def label(self, point: Hashable) -> str:
-        """Return a point in words: the last part of each key, and its value."""
+        """Return a point's label: the last part of each varied key, and its value."""
         keys = {key for axis in self.factors for key in keys_of_axis(axis)}
         varied = [(key, value) for key, value in _pairs(point) if key in keys or not keys]
         return ", ".join(f"{key.rsplit('.', 1)[-1]} {_word(value)}" for key, value in varied) or "the only point"
 
     def value_of(self, key: str) -> Callable[[Hashable], Any]:
-        """Return what reads a factor's value from a point."""
+        """Return a function that reads a factor's value from a point."""
         return _reader(key)
 
 
@@ -101,7 +101,7 @@ def _word(value: Any) -> str:
 
 
 def is_share(metric: str) -> bool:
-    """Return whether a metric is a share of 1, which is read as a percentage."""
+    """Return whether a metric is a share of 1, shown as a percentage."""
     return any(word in metric for word in SHARES)
 
 
@@ -138,7 +138,7 @@ def _reader(key: str) -> Callable[[Hashable], Any]:
 
 
 def verdict(found: Analysis) -> str:
-    """Answer the sweep's question in a few sentences that claim no more than seeds and test images carry."""
+    """Answer the sweep's question in a few sentences that claim no more than the seeds and test images support."""
     spec, comparison = found.spec, found.comparison
     if not comparison.points:
         return f"No trial has finished with a {spec.metric} yet."
@@ -190,7 +190,7 @@ def _beside(found: Analysis) -> str:
 
 
 def _beside_random(estimate: Estimate, low: float, high: float, *, most: bool) -> str:
-    """Return where an estimate's interval lies beside the span of random encoders, of which more is better or less."""
+    """Describe an estimate's interval relative to the range of random encoders; `most`: higher values are better."""
     above, below = estimate.low > high, estimate.high < low
     return (
         "beyond" if (above if most else below) else "worse than" if (below if most else above) else "not clearly beyond"
@@ -201,7 +201,7 @@ OTHER_MEASURES = ("j_and_f", "knn", "object_iou", "tracking_iou", "view_matching
 
 
 def other_verdicts(rows: Sequence[Row], spec: SweepSpec, baseline: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Answer the question by each other measure that the trials have: a choice that only one measure makes is weak."""
+    """Answer the question by each other measure, since a choice supported by a single measure is weak."""
     found = []
     for metric in OTHER_MEASURES:
         if metric != spec.metric and any(metric in row.metrics for row in rows):
@@ -211,7 +211,7 @@ def other_verdicts(rows: Sequence[Row], spec: SweepSpec, baseline: Mapping[str, 
 
 
 def caution(spec: SweepSpec) -> str:
-    """Say why the metric may not mean what the reader hopes; empty for a figure that is measured on other data."""
+    """Return a caution about the metric; empty for metrics measured on held-out data."""
     if is_share(spec.metric) or spec.metric == "rankme":
         return ""
     return (
@@ -222,7 +222,7 @@ def caution(spec: SweepSpec) -> str:
 
 
 def costs(found: Analysis) -> dict[Hashable, float]:
-    """Return the mean worker-seconds of each point's trials, where they are known."""
+    """Return the mean worker-seconds of each point's trials, if known."""
     known = {
         point: [row.metrics["worker_seconds"] for row in rows if "worker_seconds" in row.metrics]
         for point, rows in found.groups.items()

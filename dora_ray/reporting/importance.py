@@ -1,4 +1,4 @@
-"""Importance of a sweep's factors: each one's share of what moves the metric, where anything does."""
+"""Importance of a sweep's factors: the share of each one in the variation of the metric."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dora_ray.tuning.axes import value_at
 from dora_ray.tuning.results import Row
 from dora_ray.tuning.statistics import ROUNDING
 
-# PED-ANOVA needs that many trials to say anything.
+# Fewest trials for a meaningful PED-ANOVA.
 MIN_IMPORTANCE_TRIALS = 20
 
 
 def importances(found: Analysis) -> tuple[dict[str, float], str]:
-    """Return each factor's share of what moves the metric, and how it was found; no shares where nothing is told apart.
+    """Return each factor's importance and a note on the method; no values if nothing is significant.
 
-    PED-ANOVA asks what tells the best trials from all; with few trials the range of a factor's effects says as much.
-    Both split noise among the factors as readily as effects.
+    PED-ANOVA measures what separates the best trials from all trials; with few trials the range of a factor's effects
+    is used instead. Both would distribute mere noise among the factors.
     """
     rows = found.done
     if len(found.factors) < 2 or not found.comparison.behind:
@@ -42,7 +42,7 @@ def importances(found: Analysis) -> tuple[dict[str, float], str]:
 
 
 def _nothing_told_apart(found: Analysis) -> str:
-    """Say why shares of importance would be those of noise; empty where the best and the worst point are told apart."""
+    """Return why importances would only show noise; empty if the best and the worst point differ significantly."""
     comparison, moves = found.comparison, any(_moves(found, key) for key in found.effects)
     # Without repetitions points have no intervals, and the effects' are what there is.
     if next(reversed(comparison.points)) not in comparison.tied or (moves and not comparison.repeated):
@@ -56,13 +56,13 @@ def _nothing_told_apart(found: Analysis) -> str:
 
 
 def _moves(found: Analysis, key: str) -> bool:
-    """Tell whether the interval of an effect of a factor leaves out 0, rounding left aside."""
+    """Return whether the interval of one of a factor's effects excludes 0 by more than rounding."""
     rounding = ROUNDING * max(abs(estimate.value) for estimate in found.comparison.points.values())
     return any(abs(level.effect.value) - level.effect.half > rounding for level in found.effects[key])
 
 
 def _noise(found: Analysis) -> str:
-    """Name the factors whose shares say nothing."""
+    """Name the factors without a significant effect."""
     still = [key for key in found.effects if not _moves(found, key)]
     if not still:
         return ""

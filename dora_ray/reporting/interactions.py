@@ -1,4 +1,4 @@
-"""Pairs of a sweep's factors: whether they act on each other, in words."""
+"""Interactions between pairs of a sweep's factors, in words."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MAX_PAIRS, MAX_VALUES = 6, 8
 
 
 def factor_pairs(found: Analysis) -> list[tuple[str, str]]:
-    """Return the pairs of factors with few enough values to be shown."""
+    """Return the pairs of factors with few enough values to show."""
     points = found.comparison.points
     few = [key for key in found.factors if len({str(found.value_of(key)(point)) for point in points}) <= MAX_VALUES]
     return list(combinations(few, 2))[:MAX_PAIRS]
 
 
 def describe_interaction(found: Analysis, first: str, second: str) -> str:
-    """Say how much the effect of the second factor depends on the first, with its 95 % interval; empty if unknown."""
+    """Describe how the second factor's effect depends on the first, with a 95 % interval; empty if unknown."""
     others = [found.value_of(key) for key in found.factors if key not in (first, second)]
     joint = joint_effect(
         found.observations,

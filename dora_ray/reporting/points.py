@@ -1,4 +1,4 @@
-"""The drawing of a sweep's points: intervals, best first, beside random encoders and chance."""
+"""Chart of a sweep's points: intervals, best first, with random encoders and chance."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dora_ray.reporting import charts
 from dora_ray.reporting.analysis import Analysis, is_share
 from dora_ray.reporting.charts import Bar
 
-# Of many points the best are drawn.
+# Only this many of the best points are drawn.
 MAX_POINTS = 40
 
 
 def percent(found: Analysis) -> float:
-    """Return what the metric's figures are multiplied by for a drawing."""
+    """Return the factor for drawing the metric: 100 for shares, else 1."""
     return 100.0 if is_share(found.spec.metric) else 1.0
 
 
 def draw_points(found: Analysis, *, title: str) -> str:
-    """Draw the points; blue are the best and those that cannot be told from it."""
+    """Draw the points; the best one and those not significantly worse are blue."""
     scale, comparison = percent(found), found.comparison
     tied = {*comparison.tied, *list(comparison.points)[:1]}
     shared = found.shared
@@ -44,7 +44,7 @@ def draw_points(found: Analysis, *, title: str) -> str:
 
 
 def describe_references(found: Analysis) -> str:
-    """Say what the colors and the marks beside the points mean."""
+    """Explain the colors and the reference marks."""
     parts, every = [], [beside for beside in found.references.values() if beside.random]
     if len(found.comparison.points) > 1 and found.comparison.repeated:
         parts.append("Blue: the best and what cannot be told from it.")

@@ -1,4 +1,4 @@
-"""What a point's figure stands beside: random encoders with its settings, and guessing."""
+"""References for a point's metric: random encoders with its settings, and chance."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dora_ray.tuning.results import Row
 
 @dataclass(frozen=True)
 class Reference:
-    """Figures that a point is compared with.
+    """Values to compare a point with.
 
     Attributes:
-        random: of encoders that were never trained, one a seed.
-        chance: of guessing; None where it is not known.
+        random: values of untrained encoders, one per seed.
+        chance: value of guessing; None if unknown.
     """
 
     random: tuple[float, ...] = ()
@@ -27,12 +27,12 @@ class Reference:
 def find_references(
     groups: Mapping[tuple[tuple[str, Any], ...], Sequence[Row]], metric: str, facts: Mapping[str, Any]
 ) -> dict[Hashable, Reference]:
-    """Return what each point stands beside.
+    """Return the reference of each point.
 
     Args:
         groups: the trials of each point.
-        metric: its name.
-        facts: those of the metric in baseline.json.
+        metric: name of the metric.
+        facts: the metric's entry in baseline.json.
     """
     of_point = {_key(known["values"]): known["random"] for known in facts.get("points", ())}
     return {
@@ -49,13 +49,13 @@ def _key(values: Mapping[str, Any]) -> str:
 
 
 def _measured_chance(rows: Sequence[Row], metric: str) -> float | None:
-    """Guessing, where each trial has measured it on its own images: masks of as many random patches."""
+    """Return the chance level measured by the trials themselves, with masks of random patches; None without one."""
     found = [row.metrics[f"{metric}_random_masks"] for row in rows if f"{metric}_random_masks" in row.metrics]
     return fmean(found) if found else None
 
 
 def shared_reference(references: Iterable[Reference]) -> Reference:
-    """Return what all of them have; neither figures nor chance where points differ in them."""
+    """Return the reference that all points share; a part in which they differ stays empty."""
     found = list(references)
     random, chance = {one.random for one in found}, {one.chance for one in found}
     return Reference(random.pop() if len(random) == 1 else (), chance.pop() if len(chance) == 1 else None)

@@ -1,4 +1,4 @@
-"""The page of a sweep: the verdict first, then what it rests on."""
+"""Report page of a sweep: the verdict first, then the evidence."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ CURVES = ("knn", "j_and_f", "object_iou", "view_matching", "loss", "object_agree
 
 
 def sweep_page(folder: str) -> str:
-    """Return the page of the sweep in a folder."""
+    """Return the report page of a sweep as HTML."""
     spec = read_spec(folder)
     table = files.join(folder, "results.csv")
     rows = read_csv(table) if files.exists(table) else []
@@ -105,7 +105,7 @@ def _mark(html: str) -> Markup:
 
 
 def _tiles(rows: Sequence[Row], spec: SweepSpec) -> list[tuple[str, str, str]]:
-    """The figures at the top: label, figure, a remark."""
+    """Return the tiles at the top as (label, value, remark)."""
     counts = {name: sum(row.status == name for row in rows) for name in ("done", "stopped", "failed", "missing")}
     tiles = [("trials done", f"{counts['done']} of {max(spec.count, len(rows))}", f"{len(spec.seeds)} seeds a point")]
     if counts["stopped"]:
@@ -119,7 +119,7 @@ def _tiles(rows: Sequence[Row], spec: SweepSpec) -> list[tuple[str, str, str]]:
 
 
 def _command(folder: str, found: Analysis) -> str:
-    """The command that trains the best point again, first seed."""
+    """Return the command that trains the best point again with the first seed."""
     best = _best_rows(found)
     if not best:
         return ""
@@ -159,7 +159,7 @@ def _maps(found: Analysis) -> list[tuple[str, str, Markup]]:
 
 
 def _curves(folder: str, found: Analysis) -> dict[str, Any]:
-    """Overlaid curves of the trials, and the legends of the factors that color them."""
+    """Draw overlaid curves of the trials, with a legend for each factor that can color them."""
     rows = [row for row in found.rows if row.status in ("done", "stopped", "missing")]
     lines = {row.name: read_metrics(files.join(folder, row.path)) for row in rows}
     keys = list(found.factors) or list(found.spec.space)[:1]
@@ -172,7 +172,7 @@ def _curves(folder: str, found: Analysis) -> dict[str, Any]:
     for metric in dict.fromkeys((found.spec.metric, *CURVES)):
         measured = {name: series(of_trial, metric) for name, of_trial in lines.items()}
         curves = {name: curve for name, curve in measured.items() if curve[1]}
-        # A column of dots at the last step is no curve: what is measured at the end alone stands above.
+        # Skip measures taken only at the last step: a column of dots is no curve, and their values are shown above.
         if any(len(values) > 1 for _, values in curves.values()):
             drawn.append((metric, Markup(overlay(curves, groups, metric))))
     return {"curves": drawn, "factors": keys, "legends": legends}
@@ -223,7 +223,7 @@ def _draw_rays(found: Analysis) -> str:
 
 
 def _pictures(folder: str, found: Analysis) -> list[Picture]:
-    """The first clip as the first finished trial of each point sees it, best points first."""
+    """Return each point's picture of the first clip, from its first finished trial, best points first."""
     pictures = []
     for point in list(found.comparison.points)[:MAX_PICTURES]:
         row = found.groups[point][0]
@@ -250,7 +250,7 @@ class _TableRow:
 
 
 def _table(folder: str, found: Analysis) -> dict[str, Any]:
-    """Columns and rows of the sortable table."""
+    """Return the columns and rows of the sortable table."""
     measures = [name for name in (found.spec.metric, *SHOWN_MEASURES) if any(name in row.metrics for row in found.rows)]
     measures = list(dict.fromkeys(measures))
     keys = [*(key for axis in found.spec.space for key in keys_of_axis(axis)), SEED_KEY]

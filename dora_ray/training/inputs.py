@@ -1,8 +1,8 @@
-"""From videos to what a run trains on: the plan, what of it can be read, and what must still be ingested.
+"""Inputs of a run, made from its videos: the plan, its readable contents, and the remaining ingest work.
 
-With clip.shuffle=global everything is ingested first, and the plan is over what can be read. With `window` the plan
-follows from the videos' indexes alone, and the ingest goes on beside the training (`ingest_beside`), in the order in
-which the plan's windows want the segments.
+With clip.shuffle=global everything is ingested first, and the plan covers the readable frames. With `window` the plan
+follows from the videos' indexes alone, and the ingest continues during training (`ingest_beside`), in the order in
+which the plan's windows need the segments.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Inputs:
 
     Attributes:
         plan: the plan.
-        contents: what of it can be read.
-        work: segments that the store still lacks, in the order in which the plan wants them.
-        awaited: of these, the first ones, without which no step can be made.
-        stored: the videos, where all of them are ingested.
+        contents: its readable contents.
+        work: segments missing in the store, in the order in which the plan needs them.
+        awaited: number of leading segments in `work` that the first step needs.
+        stored: the videos, if all of them are ingested.
     """
 
     plan: Plan
@@ -55,7 +55,7 @@ class Inputs:
 
 
 def make_inputs(config: Config, store: str, on_ingest: Progress | None) -> Inputs:
-    """Plan a run, once everything is ingested unless it trains meanwhile.
+    """Plan a run, after the complete ingest unless clip.shuffle=window.
 
     Raises:
         VideoError: a video cannot be read, or no clip fits.
@@ -85,10 +85,10 @@ def _coming_inputs(config: Config, store: str) -> Inputs:
 
 
 def in_order_of_need(work: Sequence[Work], plan: Plan, videos: Sequence[ComingVideo]) -> tuple[list[Work], int]:
-    """Sort segments by the first unit of the first epoch that needs one of their frames; the rest comes last.
+    """Sort segments by the first unit of the first epoch that needs one of their frames; unneeded ones come last.
 
     Returns:
-        The segments, and how many of them the first window needs.
+        The segments, and the number that the first window needs.
     """
     numbers = {video.video_id: number for number, video in enumerate(videos)}
     needed: dict[tuple[int, int], int] = {}
@@ -112,12 +112,12 @@ def in_order_of_need(work: Sequence[Work], plan: Plan, videos: Sequence[ComingVi
 
 
 def plan_order(videos: Sequence[AnyVideo]) -> tuple[AnyVideo, ...]:
-    """Sort videos by content, so that neither names nor folders matter to what a slot is made of."""
+    """Sort videos by content, so that the content of slots does not depend on names or folders."""
     return tuple(sorted(videos, key=lambda video: video.video_id))
 
 
 def make_plan(config: Config, videos: Sequence[Video]) -> Plan:
-    """Return the plan of a configuration over its videos."""
+    """Return the plan of a configuration for its videos."""
     whole = flatten(config.model_dump(mode="json"))
     shaping: tuple[str, ...] = ("clip.", "crops.", "tracking.", "data.frames_per_second", "data.short_side")
     shaping += ("data.jpeg_quality", "optim.slots", "optim.clips_per_slot", "model.num_heads")
@@ -144,15 +144,15 @@ def make_plan(config: Config, videos: Sequence[Video]) -> Plan:
 
 
 def frame_format(data: DataConfig) -> FrameFormat:
-    """Return what the configuration keeps of a video."""
+    """Return the frame format of the configuration: frame rate, short side, JPEG quality."""
     return FrameFormat(data.frames_per_second, data.short_side, data.jpeg_quality)
 
 
 def ingest_videos(config: Config, store: str, on_ingest: Progress | None = None) -> list[StoredVideo]:
-    """Bring the configuration's videos into the store.
+    """Ingest the configuration's videos into the store.
 
     Raises:
-        VideoError: a video cannot be read, or too much of one is missing.
+        VideoError: a video cannot be read, or too many of its frames are missing.
     """
     data = config.data
     stored = ingest(
@@ -171,22 +171,22 @@ def ingest_videos(config: Config, store: str, on_ingest: Progress | None = None)
 
 
 def store_of(config: Config, run: str) -> str:
-    """Return the frame store: as set, or the folder `store` beside the run's."""
+    """Return the frame store: as configured, or the folder `store` beside the run's."""
     if config.data.store is not None:
         return files.absolute(config.data.store)
     return files.join(run.rstrip("/").rsplit("/", 1)[0], "store")
 
 
 def check_videos(config: Config, *, store: str | None = None) -> list[VideoIndex]:
-    """Index every video, and not again where the store has its index.
+    """Index every video, reusing indexes in the store, and check that some are long enough.
 
     Args:
         config: the run's.
-        store: where new indexes are kept; None: nothing is written.
+        store: frame store to keep new indexes in; None: write nothing.
 
     Raises:
-        ConfigError: no video is named.
-        VideoError: naming all that cannot be read, or none gives a clip.
+        ConfigError: no video is given.
+        VideoError: videos cannot be read (the message names all of them), or all are too short for a clip.
     """
     if not config.data.videos:
         raise ConfigError(
@@ -205,10 +205,10 @@ def check_videos(config: Config, *, store: str | None = None) -> list[VideoIndex
 
 
 def _check_lengths(config: Config, indexes: list[VideoIndex]) -> list[VideoIndex]:
-    """The videos, if one gives a clip: found out before anything is decoded.
+    """Return the videos if at least one is long enough for a clip, before anything is decoded.
 
     Raises:
-        VideoError: none does; it says what helps.
+        VideoError: all are too short; the message has a remedy.
     """
     reasons = {}
     for index in indexes:
@@ -227,10 +227,10 @@ def _check_lengths(config: Config, indexes: list[VideoIndex]) -> list[VideoIndex
 
 
 def require_decode_nodes(config: Config) -> None:
-    """Refuse a label that no node of the cluster has, nor can have.
+    """Refuse a decode label that no node of the cluster has or can get.
 
     Raises:
-        ClusterError: naming the labels that nodes have.
+        ClusterError: no node has the label; the message lists the existing ones.
     """
     import ray
 

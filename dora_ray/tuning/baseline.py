@@ -1,4 +1,4 @@
-"""Baselines of a sweep's figures: random encoders with the settings of its points, and chance."""
+"""Baselines of a sweep: random encoders with the settings of its points, and chance."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ logger = logging.getLogger(__name__)
 
 BASELINE = "baseline.json"
 RANDOM_SEEDS = (1, 2, 3, 4, 5, 6)
-# More test images than that, or more settings, take minutes on the machine that only waits for the trials.
+# Limits on test images and settings: more take minutes on the machine that launched the sweep.
 MOST_IMAGES, MOST_SETTINGS = 5000, 12
 OBJECT_METRICS = ("object_iou", "tracking_iou")
 Facts = dict[str, Any]
 
 
 def measure_baseline(folder: str, trials: Sequence[Trial]) -> None:
-    """Write baseline.json: metric -> figures of random encoders, of chance, and test images. What it has is kept.
+    """Write baseline.json: metric -> values of random encoders, chance, number of test images. Keep existing entries.
 
-    The figures stand under "random" where they hold for the whole sweep. Where a figure depends on what the sweep
-    varies, as the IoU of k masks depends on k, they stand under "points": each with its values and its own figures.
+    Values under "random" hold for the whole sweep. If a value depends on what the sweep varies, as the IoU of k masks
+    depends on k, it is under "points", with the settings of each point.
 
     Args:
-        folder: the sweep's.
-        trials: those that are done; their checkpoints have the architectures.
+        folder: the sweep's folder.
+        trials: finished trials; their checkpoints define the architectures.
     """
     facts = read_baseline(folder)
     try:
@@ -46,7 +46,7 @@ def measure_baseline(folder: str, trials: Sequence[Trial]) -> None:
         for tasks in ((KNN, PROPAGATION, VIEWS), (OBJECTS,)):
             _add_random(folder, facts, trials, tasks)
     except (DoRAError, OSError) as error:
-        logger.warning("random encoders cannot be measured: %s", error)
+        logger.warning("random encoders could not be evaluated: %s", error)
     if facts:
         files.write_text(files.join(folder, BASELINE), json.dumps(facts, indent=1) + "\n")
 
@@ -62,7 +62,7 @@ def _add_knn(facts: Facts, trials: Sequence[Trial]) -> None:
 
 
 def _add_random(folder: str, facts: Facts, trials: Sequence[Trial], tasks: Sequence[str]) -> None:
-    """Measure random encoders once for each setting that the tasks depend on."""
+    """Evaluate random encoders once for each setting that the tasks depend on."""
     if facts.get("knn", {}).get("images", 0) > MOST_IMAGES:
         tasks = [task for task in tasks if task != KNN]
     groups: dict[str, list[Trial]] = {}
@@ -82,7 +82,7 @@ def _add_random(folder: str, facts: Facts, trials: Sequence[Trial], tasks: Seque
 
 
 def _settings(config: Config, tasks: Sequence[str]) -> str:
-    """What a random encoder's figures depend on."""
+    """Return the settings that a random encoder's results depend on, as JSON."""
     parts = [config.model.model_dump_json(), config.crops.global_size, config.evaluation.model_dump_json()]
     if OBJECTS in tasks:
         parts.append(config.tracking.model_dump_json(include=set(TRACKING_OPTIONS)))
@@ -94,7 +94,7 @@ def _point(trial: Trial) -> dict[str, Any]:
 
 
 def _has(facts: Facts, tasks: Sequence[str], point: dict[str, Any] | None) -> bool:
-    """Tell whether figures of these tasks are there: for a point, or for the whole sweep."""
+    """Return whether the baseline has values of these tasks, for a point or (None) for the whole sweep."""
     of_tasks = [fact for metric, fact in facts.items() if metric.startswith(OBJECT_METRICS) == (OBJECTS in tasks)]
     if point is None:
         return any("random" in fact for fact in of_tasks)
@@ -102,7 +102,7 @@ def _has(facts: Facts, tasks: Sequence[str], point: dict[str, Any] | None) -> bo
 
 
 def _measure(folder: str, trial: Trial, tasks: Sequence[str]) -> dict[str, list[float]]:
-    """Metric -> figures of random encoders with a trial's settings, one a seed."""
+    """Evaluate random encoders with a trial's settings; return metric -> values, one per seed."""
     where = ", ".join(f"{key} {value}" for key, value in _point(trial).items())
     logger.info("measuring %d random encoders by %s, as the trials at %s", len(RANDOM_SEEDS), ", ".join(tasks), where)
     checkpoint = resolve_checkpoint(trial_folder(folder, trial.name))
@@ -114,6 +114,6 @@ def _measure(folder: str, trial: Trial, tasks: Sequence[str]) -> dict[str, list[
 
 
 def read_baseline(folder: str) -> Facts:
-    """Return what `measure_baseline` has written; nothing before that."""
+    """Return the contents of baseline.json; empty if there is none."""
     path = files.join(folder, BASELINE)
     return dict(json.loads(files.read_text(path))) if files.exists(path) else {}
