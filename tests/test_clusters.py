@@ -210,6 +210,7 @@ def test_a_fresh_machine_can_pull_the_images(path, has_docker, tmp_path):
     for command in commands:
         subprocess.run(["/bin/bash", "-c", command], env={"PATH": str(tools), "HOME": str(tmp_path)}, check=has_docker)
     lines = said.read_text().splitlines()
+    assert any(line.startswith("sudo chgrp ") and line.endswith(" /var/run/docker.sock") for line in lines)
     installs = [line for line in lines if "install -y -qq docker.io" in line]
     if path.name == "gcp.yaml":
         assert bool(installs) is not has_docker, lines
