@@ -1,7 +1,7 @@
 """Cost of the ingest's shield: the same decoding in processes with blanked variables, and in ordinary ones.
 
-`python -m dora_ray.bench.shield [ROUNDS]` prints seconds of both on one film, each in a new Ray, in turn. Ray keeps
-ordinary processes ready and has to start those with variables of their own, which is what is paid for.
+`python -m dora_ray.bench.shield [ROUNDS]` prints the seconds of both on one film, alternating, each in a new
+Ray cluster. Ray keeps ordinary processes ready, but must start processes with their own variables; that is the cost.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ PATIENCE_SECONDS = 600.0
 
 
 def run(*, rounds: int = ROUNDS, size: Mapping[str, Any] = FILM, loops: int = LOOPS) -> dict[str, Any]:
-    """Return medians of the seconds with and without, what the first is longer, and microseconds of a memory limit.
+    """Return the median seconds with and without the shield, their difference, and microseconds of a memory limit.
 
     Args:
-        rounds: of both.
-        size: of the film's first part, see `films.film`.
-        loops: how often the film repeats it.
+        rounds: number of rounds of both.
+        size: size and length of the film's unit, see `films.film`.
+        loops: number of repetitions of the unit in the film.
     """
     path = film(**size, loops=loops)
     seconds: dict[str, list[float]] = {"shielded": [], "plain": []}
@@ -54,7 +54,7 @@ def run(*, rounds: int = ROUNDS, size: Mapping[str, Any] = FILM, loops: int = LO
 
 
 def _ingest_seconds(path: str, *, shielded: bool) -> float:
-    """Seconds from the first task sent to the last result, in a Ray that has just started."""
+    """Return the seconds from the first task to the last result, in a freshly started Ray cluster."""
     config = load_config("paper", f"data.videos=[{path}]")
     with tempfile.TemporaryDirectory() as store, ray_cluster():
         items = _items(config, path, store)
@@ -71,7 +71,7 @@ def _ingest_seconds(path: str, *, shielded: bool) -> float:
 
 
 def _items(config: Config, path: str, store: str) -> list[str]:
-    """Return the ingest's tasks, a store for them made."""
+    """Create the store, and return the tasks of the ingest."""
     data = config.data
     work = find_work(
         find_indexes([path], store=store, decoder=data.decoder),
@@ -86,7 +86,7 @@ def _items(config: Config, path: str, store: str) -> list[str]:
 
 
 def _limit_seconds() -> float:
-    """Seconds of setting the memory limit and taking it back, once a task."""
+    """Return the seconds of setting and lifting the memory limit, which every task does once."""
     started = time.perf_counter()
     for _ in range(LIMITS):
         with memory_limit():

@@ -295,9 +295,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = timeline.misplaced()
     sys.stdout.write("".join(f"{line}\n" for line in wrong))
     if not timeline.grew():
-        sys.stdout.write(f"the training was to begin on {FEWEST} and grow: {timeline.workers}\n")
+        sys.stdout.write(f"training should start on {FEWEST} worker and grow, but ran on: {timeline.workers}\n")
     if not timeline.replaced():
-        sys.stdout.write("a decode node was to be killed and replaced by another\n")
+        sys.stdout.write("no decode node was killed and replaced\n")
     good = timeline.status == 0 and not wrong and timeline.replaced() and timeline.grew()
     return int(not good)
 

@@ -29,7 +29,7 @@ MOST = {"decode": 3, "train": 2}
 # that it cannot meet in full, such as an elastic trainer's maximum, so the first node is requested explicitly.
 FEW = {"decode": 3, "train": 1}
 STORE_BYTES = 200_000_000
-# A train node waits, idle, for the workers to save before they are resized onto it: half a minute on a busy machine.
+# A new train node idles until the workers have saved and are resized onto it: half a minute on a busy machine.
 IDLE_MINUTES = 0.75
 END_SECONDS = 30.0
 

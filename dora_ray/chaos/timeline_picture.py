@@ -7,7 +7,7 @@ from html import escape
 from typing import Protocol
 
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 860, 320, 46, 16, 40
-# The legend, then as many rows of what happened as there must be for no two to touch.
+# Legend, followed by as many rows of event labels as needed to avoid overlaps.
 LEGEND, ROW, LETTER = 18, 16, 6.2
 COLORS = {"decode": "#2f7ebc", "train": "#c2571a"}
 
@@ -80,9 +80,9 @@ def picture(timeline: Line) -> str:
 
 
 def _in_rows(marks: Sequence[tuple[float, str]]) -> list[tuple[float, float, str, int]]:
-    """Return mark, left end, words and row of each label: beside its mark, in the first row with room."""
+    """Return mark, left end, text and row of each label, placed beside its mark in the first row with room."""
     placed: list[tuple[float, float, str, int]] = []
-    ends: list[float] = []  # of the last label of each row
+    ends: list[float] = []  # right end of the last label in each row
     for here, words in marks:
         width = LETTER * len(words)
         left = here + 4 if here + 4 + width < WIDTH else here - 4 - width

@@ -1,4 +1,4 @@
-"""CPUs and memory that the cluster has for the clip stream."""
+"""CPUs and memory of the cluster available to the clip stream."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 
 # Share of the object store for slots that are ready or in flight.
 READY_SHARE = 0.3
-# Share of what may be ready in the object store that the ranks prefetch; the rest is for tasks, without which the
-# prefetched rows would keep new ones from being read.
+# Share of READY_SHARE that the ranks may prefetch. The rest is for tasks: prefetched rows that filled it would block
+# the reading of new ones.
 PREFETCHED_SHARE = 0.5
 
 

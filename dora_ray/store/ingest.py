@@ -60,7 +60,7 @@ Progress = Callable[[IngestProgress], None]
 
 
 class Turn(NamedTuple):
-    """Group of segments that is done before the next one begins: their number, and a limit of concurrent tasks."""
+    """Group of segments to finish before the next group begins: number of segments, and a limit of concurrent tasks."""
 
     segments: int
     max_tasks: int | None

@@ -1,4 +1,4 @@
-"""Tests that a GPU has to answer; GPU_TESTS_DEVICE=cpu rehearses what a CPU can. They need torch, timm and pydantic."""
+"""Tests for GPUs; GPU_TESTS_DEVICE=cpu rehearses those that a CPU can run. They need torch, timm and pydantic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 @pytest.fixture
 def device() -> Iterator[torch.device]:
-    """Where to compute, float32 products exact and kernels deterministic; afterwards torch is as it was."""
+    """Yield the device, with exact float32 products and deterministic kernels; restore torch's settings afterwards."""
     rehearses = os.environ.get("GPU_TESTS_DEVICE") == "cpu"
     if not rehearses and not torch.cuda.is_available():
         pytest.skip("needs a GPU; GPU_TESTS_DEVICE=cpu rehearses what a CPU can")
@@ -28,7 +28,7 @@ def device() -> Iterator[torch.device]:
 
 @pytest.fixture
 def gpu(device: torch.device) -> torch.device:
-    """A GPU: for what a CPU cannot even rehearse."""
+    """Return the GPU, for tests that a CPU cannot even rehearse."""
     if device.type != "cuda":
         pytest.skip("needs a GPU: a CPU has nothing like it")
     return device

@@ -1,4 +1,4 @@
-"""A training of heads and lengths as a ViT-S/16 has them, few of them, and its slots."""
+"""Small training with the heads and sequence lengths of a ViT-S/16, and its slots."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ OVERRIDES = (
 
 
 def config_of(*overrides: str) -> Config:
-    """Of 4 slots of 2 clips of 2 frames."""
+    """Return the configuration of 4 slots of 2 clips of 2 frames."""
     return load_config("tiny", *SMALL, *OVERRIDES, *overrides)
 
 
 def batch_of(config: Config, step: int, slot: int) -> Any:
-    """A slot's clips: smooth noise, so that a crop of one resembles the others."""
+    """Return a slot's clips: smooth noise, so that crops of one clip resemble each other."""
     size, count = config.crops.clip_size, config.optim.clips_per_slot
     rng = np.random.default_rng([step, slot])
     coarse = rng.integers(0, 256, (count, config.clip.num_frames, size // 16, size // 16, 3), dtype=np.uint8)
@@ -39,7 +39,7 @@ def batch_of(config: Config, step: int, slot: int) -> Any:
 
 
 def masks_of(config: Config, share: float) -> Tensor:
-    """(M, K, T, N): each keeps a random share of its patches, up to the given one, and one patch at least."""
+    """Return (M, K, T, N) masks, each with a random share of its patches up to `share`, and at least one patch."""
     shape = (config.optim.clips_per_slot, config.tracking.num_objects, config.clip.num_frames, 196)
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(shape, generator=generator) < share * torch.rand((*shape[:3], 1), generator=generator)
@@ -48,6 +48,6 @@ def masks_of(config: Config, share: float) -> Tensor:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Euclidean distance over the expected length."""
+    """Return the Euclidean distance relative to the expected length."""
     ours, theirs = ours.double(), theirs.double()
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))

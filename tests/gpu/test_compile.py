@@ -1,4 +1,4 @@
-"""Compiled blocks on a GPU: the numbers of plain ones, and equal bits for equal slots. It compiles, so it is slow."""
+"""Compiled blocks on a GPU: the results of plain ones, and equal bits for equal slots. Slow, since it compiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward and its gradients on a GPU: the loop's in float32, and near them in bf16 and fp8."""
+"""Forward and gradients on a GPU: equal to the loop in float32, and close to it in bf16 and fp8."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.method.networks import PAPER, RELEASED, build_small, call, draw_slot
 pytestmark = pytest.mark.gpu
 
 VIEWS = pytest.mark.parametrize("views", ["masked", "packed"])
-# Bounds of the loss and of a gradient, relative. On a CPU bf16 was off by 0.004 and 0.022.
+# Relative bounds of the loss and of a gradient. On a CPU, the errors in bf16 were 0.004 and 0.022.
 BF16 = (0.02, 0.1)
-# Sums in another order.
+# The sums are in another order.
 FLOAT32 = (1e-5, 1e-3)
 
 
 def of_slot(forward: Any, slot: dict[str, Tensor], settings: dict[str, Any], device: torch.device, dtype: torch.dtype):
-    """Loss and gradients of a forward of small networks, always the same ones."""
+    """Return loss and gradients of a forward of fixed small networks."""
     student, teacher = (build_small(seed, dtype=dtype).to(device) for seed in (0, 1))
     moved = {name: tensor.to(device) for name, tensor in slot.items()}
     output = call(forward, student.train(), teacher, moved, settings)
@@ -42,7 +42,7 @@ def of_slot(forward: Any, slot: dict[str, Tensor], settings: dict[str, Any], dev
 @pytest.mark.parametrize("settings", [PAPER, RELEASED], ids=["paper", "released"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str)
 def test_equals_the_loop(device, settings, views, dtype, tolerance):
-    """Objects are found anew by each, so their masks are equal, too."""
+    """Each discovers the objects anew, so the masks are equal, too."""
     slot, settings = draw_slot(num_frames=4, num_objects=3, dtype=dtype), settings | {"views": views}
     ours, gradients = of_slot(slot_forward, slot, settings, device, dtype)
     theirs, expected = of_slot(reference_slot_forward, slot, settings, device, dtype)
@@ -53,7 +53,7 @@ def test_equals_the_loop(device, settings, views, dtype, tolerance):
 
 
 def of_large(forward: Any, device: torch.device, masks: Tensor, *overrides: str, half: bool = False):
-    """Loss and gradients at the lengths of a ViT-S/16."""
+    """Return loss and gradients at the lengths of a ViT-S/16."""
     config = config_of("model.depth=4", *overrides)
     state, generator = initial_state(config, device), torch.Generator().manual_seed(1)
     clips, frames, count = config.optim.clips_per_slot, config.clip.num_frames, config.crops.num_locals
@@ -83,7 +83,7 @@ def assert_near(ours: tuple, theirs: tuple, loss: float, gradient: float) -> Non
     errors = {
         name: relative_error(one, theirs[1][name])
         for name, one in ours[1].items()
-        # The rounding of a gradient that is nearly nothing is all that there is of it: the bias of keys has none.
+        # A nearly zero gradient consists of rounding errors only: the bias of keys has none.
         if theirs[1][name].norm() > 1e-3 * largest
     }
     assert len(errors) > 10
@@ -112,7 +112,7 @@ def test_packed_views_that_keep_everything_are_the_masked_ones(device, half):
 
 @VIEWS
 def test_bf16_is_near_float32(device, views):
-    """On a GPU packed views of so many lengths go through attention's kernel for unlike lengths."""
+    """On a GPU, packed views of many lengths use the variable-length attention kernel."""
     masks = masks_of(config_of(), 0.8)
     half, full = (of_large(slot_forward, device, masks, f"tracking.views={views}", half=half) for half in (True, False))
     assert half[0] != full[0], "bf16 was not used"
@@ -120,7 +120,7 @@ def test_bf16_is_near_float32(device, views):
 
 
 def scaled_mm_runs(device: torch.device) -> bool:
-    """Some versions of torch multiply fp8 on a GPU alone."""
+    """Some versions of torch have fp8 products on GPUs only."""
     try:
         layer = torch.nn.Linear(16, 16, device=device)
         layer.__class__ = Fp8Linear
@@ -153,7 +153,7 @@ def test_a_teacher_in_fp8_is_near_one_in_float32_and_falls_back_to_it(device):
 
 
 def test_the_loss_over_65536_outputs_is_the_loops_in_tf32(gpu):
-    """The last layer's product alone is rounded to TF32's eleven bits, as in a training in bf16."""
+    """Only the last layer's product is rounded to TF32's eleven bits, as in bf16 training."""
     of_outputs = partial(of_large, slot_forward, gpu, masks_of(config_of(), 0.5))
     exact = of_outputs("head.num_outputs=65536")
     torch.backends.cuda.matmul.allow_tf32 = True

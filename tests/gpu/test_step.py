@@ -1,4 +1,4 @@
-"""A step on a GPU: equal bits, whoever adds the slots and however often; nobody waits for the GPU in between."""
+"""Step on a GPU: equal bits for any order and grouping of slots, and no host synchronization in between."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VIEWS = pytest.mark.parametrize("views", ["masked", "packed"])
 
 @pytest.fixture
 def worker(device: torch.device) -> torch.device:
-    """The device, set up as in a worker that trains in bf16."""
+    """Return the device, configured as in a worker that trains in bf16."""
     prepare_torch(device, config_of("optim.precision=bf16").optim, deterministic=True)
     return device
 
@@ -35,7 +35,7 @@ def worker(device: torch.device) -> torch.device:
 def train(
     config: Config, device: torch.device, orders: Sequence[Sequence[int]], all_reduce: Any = None
 ) -> list[Tensor]:
-    """Weights, center and measures after a step for each order of the slots."""
+    """Return weights, center and measures after a step for each order of the slots."""
     state, measures = initial_state(config, device), {}
     for step, order in enumerate(orders):
         batches = [batch_of(config, step, slot) for slot in order]
@@ -60,7 +60,7 @@ def test_exact_sums_give_equal_bits_twice_and_for_two_orders_of_the_slots(worker
 @pytest.mark.parametrize("share", [0.3, 0.9])
 @VIEWS
 def test_a_slot_repeats_bit_for_bit(worker, monkeypatch, views, share):
-    """Packed views of many lengths, some over 128 tokens, go through attention's kernel for unlike lengths."""
+    """Packed views of many lengths, some over 128 tokens, use the variable-length attention kernel."""
     config = config_of("optim.precision=bf16", f"tracking.views={views}")
     state, one = initial_state(config, worker), batch_of(config, 0, 0)
     forward = partial(slot_forward, masks=masks_of(config, share).to(worker))
@@ -79,7 +79,7 @@ def test_a_slot_repeats_bit_for_bit(worker, monkeypatch, views, share):
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_host_does_not_wait_within_a_slot_of_masked_views(gpu):
-    """The first slot may: it copies constants, and cuDNN and cuBLAS set themselves up."""
+    """The first slot may synchronize: it copies constants, and initializes cuDNN and cuBLAS."""
     config = config_of("optim.precision=bf16")
     prepare_torch(gpu, config.optim, deterministic=True)
     state = initial_state(config, gpu)
@@ -92,7 +92,7 @@ def test_the_host_does_not_wait_within_a_slot_of_masked_views(gpu):
 
 
 def test_the_host_waits_once_a_step(gpu):
-    """For the sums; whoever reads the measures waits, too."""
+    """The host waits once, for the sums; reading the measures waits, too."""
     config = config_of("optim.precision=bf16", "optim.reduction=exact")
     prepare_torch(gpu, config.optim, deterministic=True)
     state = initial_state(config, gpu)
@@ -114,7 +114,7 @@ def test_the_host_waits_once_a_step(gpu):
 
 
 def test_exact_sums_through_the_collective_are_those_without(worker, tmp_path):
-    """One rank alone, so that one GPU is enough: that NCCL adds int64 is what is seen."""
+    """A single rank, so that one GPU suffices; the test shows that NCCL adds int64."""
     config = config_of("optim.precision=bf16", "optim.reduction=exact")
     alone = train(config, worker, [[0, 1, 2, 3]])
     backend = "nccl" if worker.type == "cuda" else "gloo"

@@ -1,4 +1,4 @@
-"""Views rendered on a GPU: those of the CPU to the rounding, and nobody waits."""
+"""Views rendered on a GPU: equal to the CPU's up to rounding, without host synchronization."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 
 def draw() -> augment.ViewParameters:
-    """Of 2 clips x 3 views x 4 frames of 40 px; everything is jittered."""
+    """Draw parameters of 2 clips x 3 views x 4 frames of 40 px that jitter everything."""
     arguments: dict[str, Any] = {"num_clips": 2, "num_views": 3, "num_frames": 4, "clip_size": 40}
     return augment.draw_views(
         np.random.default_rng(0),
@@ -37,18 +37,18 @@ def clips() -> np.ndarray:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_agree_with_the_cpus(gpu, interpolation):
-    # A cubic kernel overshoots; what is clamped between the CPU's two passes shows at full contrast.
+    # A cubic kernel overshoots; the clamping between the CPU's two passes is visible at full contrast.
     pixels = torch.from_numpy(clips() if interpolation == "bilinear" else 90 + clips() // 4)
     expected = augment.render(pixels, draw(), size=16, interpolation=interpolation)
     views = augment.render(pixels.to(gpu), draw(), size=16, interpolation=interpolation)
-    # Whole levels on one side, up to 1.2 of them apart; brightness and contrast at most double that.
+    # One side is rounded to whole levels, up to 1.2 levels apart; brightness and contrast at most double that.
     torch.testing.assert_close(views.cpu(), expected, atol=0.06, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_the_host_waits_for_nothing(gpu, interpolation):
-    """The first rendering may: it copies the constants."""
+    """The first rendering may synchronize: it copies the constants."""
     rows = np.arange(2)
     augment.render(augment.upload_clips(clips(), rows, gpu), draw(), size=16, interpolation=interpolation)
     torch.cuda.set_sync_debug_mode("error")
@@ -59,7 +59,7 @@ def test_the_host_waits_for_nothing(gpu, interpolation):
 
 
 def test_clips_that_are_uploaded_while_the_gpu_computes_arrive_whole(gpu):
-    """Each is used up and its memory given back before the next comes, with much work queued in between."""
+    """Each tensor is consumed and its memory freed before the next one, with much work queued in between."""
     busy = torch.randn(2048, 2048, device=gpu)
     sums, expected = [], []
     for number in range(30):

@@ -15,13 +15,13 @@ Array = NDArray[np.float64]
 
 
 def softmax(values: Array) -> Array:
-    """Of a vector."""
+    """Apply softmax to a vector."""
     exponentials = np.exp(values - values.max())
     return exponentials / exponentials.sum()
 
 
 def sinkhorn_knopp(scores: Array, epsilon: float, num_iterations: int) -> Array:
-    """(N, K) -> (N, K): masses 1/K for objects, then 1/N for patches, in turn; at last times N."""
+    """Balance (N, K): normalize columns to 1/K, then rows to 1/N, in turn; finally multiply by N."""
     num_patches, num_objects = scores.shape
     kernel = np.exp((scores - scores.max()) / epsilon)
     for _ in range(num_iterations):
@@ -78,7 +78,7 @@ def object_masks(maps: Array, threshold: str) -> Array:
 def cross_entropy(
     student: Array, teacher: Array, center: Array, student_temperature: float, teacher_temperature: float
 ):
-    """H(teacher, student) of two output vectors (O,), nats."""
+    """Return the cross-entropy H(teacher, student) of two output vectors (O,), nats."""
     target = softmax((teacher - center) / teacher_temperature)
     return -sum(p * math.log(q) for p, q in zip(target, softmax(student / student_temperature), strict=True))
 
@@ -86,7 +86,7 @@ def cross_entropy(
 def dora_loss(
     objects: Array, locals_: Array, teacher: Array, center: Array, temperatures: tuple[float, float]
 ) -> float:
-    """(B, K, T, O), (B, L, T, O), (B, T, O), (O,) -> mean over clips and frames of half objects, half locals."""
+    """Average half objects and half locals over clips and frames: (B, K, T, O), (B, L, T, O), (B, T, O), (O,)."""
     losses = []
     for b, t in np.ndindex(*teacher.shape[:2]):
         of_objects = [cross_entropy(view, teacher[b, t], center, *temperatures) for view in objects[b, :, t]]
@@ -99,7 +99,7 @@ def dora_loss(
 def released_loss(
     objects: Array, locals_: Array, teacher: Array, center: Array, temperatures: tuple[float, float]
 ) -> float:
-    """The released code's sum: a loss divided by T, but not reset, after each object; local 0 is skipped."""
+    """Compute the released code's sum: divided by T, but not reset, after each object; local 0 is skipped."""
     num_clips, num_objects, num_frames = objects.shape[:3]
     running, collected = 0.0, []
     for j in range(num_objects):
@@ -118,7 +118,7 @@ def released_loss(
 
 
 def dino_loss(students: Array, teacher: Array, center: Array, temperatures: tuple[float, float]) -> float:
-    """(B, V, T, O), (B, G, T, O), (O,) -> mean over clips, frames and pairs of different views."""
+    """Average over clips, frames and pairs of different views: (B, V, T, O), (B, G, T, O), (O,) -> scalar."""
     terms = [
         cross_entropy(students[b, v, t], teacher[b, g, t], center, *temperatures)
         for b, v, t in np.ndindex(*students.shape[:3])
@@ -129,18 +129,18 @@ def dino_loss(students: Array, teacher: Array, center: Array, temperatures: tupl
 
 
 def linear(inputs: Array, weight: Array, bias: Array) -> Array:
-    """Of each row."""
+    """Apply a linear layer to each row."""
     return inputs @ weight.T + bias
 
 
 def layer_norm(rows: Array, weight: Array, bias: Array, epsilon: float) -> Array:
-    """Of each row."""
+    """Normalize each row."""
     centered = rows - rows.mean(axis=-1, keepdims=True)
     return centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + epsilon) * weight + bias
 
 
 def cls_attention(tokens: Array, weights: dict[str, Array], num_heads: int) -> tuple[Array, Array, Array]:
-    """Queries (N, D), keys (N, D) and CLS attention (H, N) of a block's input (1 + N, D), head by head (equation 1).
+    """Return queries (N, D), keys (N, D) and CLS attention (H, N) of a block's input (1 + N, D), by head (equation 1).
 
     `weights` are the block's state: norm1.weight, norm1.bias, attn.qkv.weight, attn.qkv.bias.
     """
@@ -157,7 +157,7 @@ def cls_attention(tokens: Array, weights: dict[str, Array], num_heads: int) -> t
 
 
 def cosine_schedule(start: float, end: float, num_steps: int, warmup_steps: int, warmup_start: float) -> Array:
-    """All values of a run."""
+    """Return all values of a run."""
     warmup = np.linspace(warmup_start, start, warmup_steps)
     count = num_steps - warmup_steps
     rest = [end + 0.5 * (start - end) * (1 + math.cos(math.pi * i / count)) for i in range(count)]
