@@ -25,8 +25,9 @@ from dora_ray.store.cuts import find_cuts
 from dora_ray.store.datasets import Dataset
 from dora_ray.store.frames import ComingVideo, Stored, StoredVideo, look_up
 
-# Polling interval of the store. One poll reads about half a kilobyte per stored frame.
-LOOK_SECONDS = 1.0
+# Shortest polling interval of the store. One poll reads about half a kilobyte per stored frame, over a network perhaps,
+# so that polls are also this many times their own duration apart.
+LOOK_SECONDS, LOOK_TIMES = 0.1, 10.0
 # Grace period after the ingest has ended, in which its last rows become visible.
 LAST_LOOK_SECONDS = 10.0
 
@@ -138,7 +139,7 @@ class GrowingContents:
     def __init__(self, plan: Plan, videos: Sequence[ComingVideo]) -> None:
         self.plan, self.videos = plan, videos
         self._stored: dict[int, Stored] = {}
-        self._looked_at: dict[int, float] = {}
+        self._next_look: dict[int, float] = {}
         self._valid: dict[int, NDArray[np.bool_]] = {}
         # For each cached window: the row of `Plan.starts` read at each of its places.
         self._moves: dict[int, NDArray[np.int64]] = {}
@@ -183,10 +184,11 @@ class GrowingContents:
         return bool(stored.tried[first : last + 1].all())
 
     def _look_up(self, video: int) -> Stored:
-        now = time.monotonic()
-        if now - self._looked_at.get(video, -np.inf) > LOOK_SECONDS:
-            self._looked_at[video] = now
+        begun = time.monotonic()
+        if begun > self._next_look.get(video, -np.inf):
             self._stored[video] = look_up(self.videos[video])
+            ended = time.monotonic()
+            self._next_look[video] = ended + max(LOOK_SECONDS, LOOK_TIMES * (ended - begun))
         return self._stored[video]
 
     def _valid_rows(self, unit: int) -> NDArray[np.bool_]:

@@ -20,7 +20,7 @@ from dora_ray.clips.slot import SlotBatch, read_slots
 from dora_ray.config_rules import DECODE_ATTEMPTS
 from dora_ray.store.hangs import EVERYTHING
 
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.1
 # Time that closing waits for threads to finish their current clip; a hung one is abandoned.
 CLOSE_SECONDS = 5.0
 

@@ -121,8 +121,10 @@ def _consume(
     try:
         dataset = _dataset(items, task, options, max_tasks)
         call_each_turn(dataset.context, lambda: _abort_if_abandoned(job))
-        for row in dataset.iter_rows():
-            results.put(row)
+        # With a batch to prefetch, a result is handed over no sooner than the next one.
+        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+            for row in batch.to_pylist():
+                results.put(row)
     except Exception as error:  # noqa: BLE001  re-raised in run_tasks, by the consumer
         results.put(error)
     finally:

@@ -78,6 +78,7 @@ class Store:
 @pytest.fixture(autouse=True)
 def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contents, "LOOK_SECONDS", -1.0)
+    monkeypatch.setattr(contents, "LOOK_TIMES", -1.0)
 
 
 def growing(plan: Plan, store: Store, monkeypatch: pytest.MonkeyPatch) -> GrowingContents:
@@ -115,6 +116,7 @@ def test_rows_of_a_clip_do_not_depend_on_the_order_of_the_ingest(seed, cuts, mis
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contents, "LOOK_SECONDS", -1.0)
+        patch.setattr(contents, "LOOK_TIMES", -1.0)
         for order in (np.arange(6), np.random.default_rng(seed).permutation(6)):
             store = Store(video, tuple(cuts), tuple(missing))
             there = growing(plan, store, patch)
