@@ -27,6 +27,8 @@ RANDOM_SEEDS = (1, 2, 3, 4, 5, 6)
 # Limits on test images and settings: more take minutes on the machine that launched the sweep.
 MOST_IMAGES, MOST_SETTINGS = 5000, 12
 OBJECT_METRICS = ("object_iou", "tracking_iou")
+# The key of `evaluation` that names a task's data.
+DATA = {KNN: "images", OBJECTS: "tour", PROPAGATION: "tour", VIEWS: "video"}
 Facts = dict[str, Any]
 
 
@@ -103,6 +105,9 @@ def _has(facts: Facts, tasks: Sequence[str], point: dict[str, Any] | None) -> bo
 
 def _measure(folder: str, trial: Trial, tasks: Sequence[str]) -> dict[str, list[float]]:
     """Evaluate random encoders with a trial's settings; return metric -> values, one per seed."""
+    tasks = [task for task in tasks if getattr(trial.config.evaluation, DATA[task])]
+    if not tasks:
+        return {}
     where = ", ".join(f"{key} {value}" for key, value in _point(trial).items())
     logger.info("measuring %d random encoders by %s, as the trials at %s", len(RANDOM_SEEDS), ", ".join(tasks), where)
     checkpoint = resolve_checkpoint(trial_folder(folder, trial.name))

@@ -8,7 +8,7 @@ import pytest
 
 from dora_ray.config import load_config
 from dora_ray.training.launch import train
-from dora_ray.training.measuring import KNN, OBJECTS, PROPAGATION, VIEWS
+from dora_ray.training.measuring import OBJECTS, PROPAGATION, VIEWS
 from dora_ray.tuning import baseline
 from dora_ray.tuning.baseline import RANDOM_SEEDS, measure_baseline, read_baseline
 from dora_ray.tuning.space import Trial, expand, load_sweep, make_trial
@@ -51,12 +51,13 @@ def asked(monkeypatch) -> list[tuple[int, tuple[str, ...]]]:
     return found
 
 
-def _trials(space: dict[str, list[int | float]]) -> list[Trial]:
+def _trials(space: dict[str, list[int | float]], *keys: str) -> list[Trial]:
     spec = load_sweep({"space": space, "seeds": [0, 1], "metric": "j_and_f", "mode": "max"})
-    return [make_trial(load_config("tiny"), trial.values) for trial in expand(spec)]
+    base = load_config("tiny", "evaluation.tour=/films/tour", "evaluation.video=/films/other", *keys)
+    return [make_trial(base, trial.values) for trial in expand(spec)]
 
 
-OTHERS = (KNN, PROPAGATION, VIEWS)
+OTHERS = (PROPAGATION, VIEWS)
 
 
 def test_masks_are_measured_at_each_setting_and_encoders_once(asked, tmp_path):
@@ -67,6 +68,11 @@ def test_masks_are_measured_at_each_setting_and_encoders_once(asked, tmp_path):
     found = {(p["values"]["tracking.num_objects"], p["values"]["loss.teacher_temperature"]): p["random"] for p in
              facts["object_iou"]["points"]}  # fmt: skip
     assert found == {(count, heat): 6 * [float(count)] for count in (1, 3) for heat in (0.02, 0.08)}
+
+
+def test_what_no_trial_was_measured_by_is_not_measured(asked, tmp_path):
+    measure_baseline(str(tmp_path), _trials({"tracking.num_objects": [1, 3]}, "evaluation.tour=null"))
+    assert asked == 6 * [(1, (VIEWS,))]
 
 
 def test_a_grown_sweep_measures_what_is_new(asked, tmp_path):
