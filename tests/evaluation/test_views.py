@@ -85,7 +85,7 @@ def test_a_change_of_light_keeps_colors_apart():
 
 
 def test_what_is_too_short_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no frames in it"):
+    with pytest.raises(ConfigError, match="has no frames"):
         views.read_views(tmp_path, **READING)
     make_video(tmp_path / "v.mp4", width=96, height=64, num_frames=20, frames_per_second=10, seed=0)
     with pytest.raises(VideoError, match="4 scenes need more"):
