@@ -1,7 +1,8 @@
 """Cost of the ingest's shield: the same decoding in processes with blanked variables, and in ordinary ones.
 
-`python -m dora_ray.bench.shield [ROUNDS]` prints the seconds of both on one film, alternating, each in a new
-Ray cluster. Ray keeps ordinary processes ready, but must start processes with their own variables; that is the cost.
+`python -m dora_ray.bench.shield [ROUNDS]` prints the time and CPU seconds of both on one film, alternating, each in a
+new Ray cluster. Other processes disturb CPU seconds less. Ray keeps ordinary processes ready, but must start processes
+with their own variables; that is the cost.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from dora_ray.bench.cluster import cpu_of_all
 from dora_ray.bench.films import film
 from dora_ray.config import Config, load_config
 from dora_ray.store import datasets
@@ -30,7 +32,7 @@ PATIENCE_SECONDS = 600.0
 
 
 def run(*, rounds: int = ROUNDS, size: Mapping[str, Any] = FILM, loops: int = LOOPS) -> dict[str, Any]:
-    """Return the median seconds with and without the shield, their difference, and microseconds of a memory limit.
+    """Return the medians with and without the shield, ratio and difference, and microseconds of a memory limit.
 
     Args:
         rounds: number of rounds of both.
@@ -38,46 +40,43 @@ def run(*, rounds: int = ROUNDS, size: Mapping[str, Any] = FILM, loops: int = LO
         loops: number of repetitions of the unit in the film.
     """
     path = film(**size, loops=loops)
-    seconds: dict[str, list[float]] = {"shielded": [], "plain": []}
+    measured: dict[str, list[tuple[float, float]]] = {"shielded": [], "plain": []}
     for number in range(rounds):
-        for name in sorted(seconds, reverse=number % 2 == 0):
-            seconds[name].append(_ingest_seconds(path, shielded=name == "shielded"))
-    medians = {f"{name}_seconds": statistics.median(each) for name, each in seconds.items()}
-    return {
-        **medians,
-        "film_seconds": size["seconds"] * loops,
-        "extra_seconds": medians["shielded_seconds"] - medians["plain_seconds"],
-        "ratio": medians["shielded_seconds"] / medians["plain_seconds"],
-        "memory_limit_us": 1e6 * _limit_seconds(),
-        "rounds": {name: [round(each, 2) for each in values] for name, values in seconds.items()},
-    }
+        for name in sorted(measured, reverse=number % 2 == 0):
+            measured[name].append(_ingest(path, size["seconds"], shielded=name == "shielded"))
+    found: dict[str, Any] = {"film_seconds": size["seconds"] * loops, "memory_limit_us": 1e6 * _limit_seconds()}
+    for place, unit in enumerate(("seconds", "cpu_seconds")):
+        shielded, plain = (statistics.median(each[place] for each in measured[name]) for name in measured)
+        found |= {f"shielded_{unit}": shielded, f"plain_{unit}": plain, f"extra_{unit}": shielded - plain}
+        found[f"ratio_of_{unit}"] = shielded / plain
+    return found | {"rounds": measured}
 
 
-def _ingest_seconds(path: str, *, shielded: bool) -> float:
-    """Return the seconds from the first task to the last result, in a freshly started Ray cluster."""
+def _ingest(path: str, segment_seconds: float, *, shielded: bool) -> tuple[float, float]:
+    """Return time and CPU seconds from the first task to the last result, in a freshly started Ray cluster."""
     config = load_config("paper", f"data.videos=[{path}]")
     with tempfile.TemporaryDirectory() as store, ray_cluster():
-        items = _items(config, path, store)
+        items = _items(config, path, store, segment_seconds)
         task = functools.partial(
             ingest_segment, store=store, decoder=config.data.decoder, form=frame_format(config.data)
         )
         variables = blanked([path, store], {}) if shielded else None
-        started = time.perf_counter()
+        used, started = cpu_of_all(), time.perf_counter()
         results = list(run_tasks(items, task, node_label=None, patience_seconds=PATIENCE_SECONDS, variables=variables))
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, cpu_of_all() - used
     assert len(results) == len(items)
     assert all(result["frames"] and not result["error"] for result in results), results
-    return seconds
+    return round(seconds, 2), round(cpu_seconds, 2)
 
 
-def _items(config: Config, path: str, store: str) -> list[str]:
+def _items(config: Config, path: str, store: str, segment_seconds: float) -> list[str]:
     """Create the store, and return the tasks of the ingest."""
     data = config.data
     work = find_work(
         find_indexes([path], store=store, decoder=data.decoder),
         store=store,
         form=frame_format(data),
-        segment_seconds=FILM["seconds"],
+        segment_seconds=segment_seconds,
         decode_seconds=data.decode_seconds,
     )
     for uri in sorted({part.uri for part in work}):

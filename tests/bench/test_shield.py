@@ -14,6 +14,9 @@ def test_both_ways_are_measured(monkeypatch, tmp_path):
     size = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 4, "group_size": 48}
     found = shield.run(rounds=1, size=size, loops=2)
     assert found["film_seconds"] == 8
-    assert found["ratio"] == found["shielded_seconds"] / found["plain_seconds"] > 0
+    for unit in ("seconds", "cpu_seconds"):
+        shielded, plain = found[f"shielded_{unit}"], found[f"plain_{unit}"]
+        assert found[f"ratio_of_{unit}"] == shielded / plain > 0
+        assert found[f"extra_{unit}"] == shielded - plain
     assert 0 < found["memory_limit_us"] < 1e5
     assert {name: len(each) for name, each in found["rounds"].items()} == {"plain": 1, "shielded": 1}
