@@ -12,13 +12,13 @@ import pytest
 
 from tests.cluster.heads import BIN, call, ray_head
 
-WAIT_SECONDS, JOB_SECONDS = 240, 400
+WAIT_SECONDS, JOB_SECONDS = 900, 1200  # on a busy machine a process of Ray takes minutes to start
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.ray
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_a_job_goes_on_on_a_new_cluster(small: tuple[str, ...], tmp_path: Path):
     run = tmp_path / "shared" / "run"
     words = ["submit", "train", "tiny", *small, "cluster.num_workers=1", "optim.steps=300", "optim.warmup_steps=20"]

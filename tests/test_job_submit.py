@@ -12,7 +12,8 @@ import pytest
 from dora_ray.cluster.jobs import NO_AGENT
 from tests.cluster.heads import BIN, Head, ask, call, ray_head
 
-JOB_SECONDS = 400
+JOB_SECONDS = 1200
+pytestmark = pytest.mark.timeout(3600)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
-START_SECONDS, STOP_SECONDS = 120, 10
+START_SECONDS, STOP_SECONDS = 600, 10
 OWN_VARIABLES = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_TMPDIR")
 
 
@@ -120,7 +120,7 @@ def background(command: Sequence[str], environment: dict[str, str], log: Path) -
 
 
 def call(
-    words: Sequence[str], environment: dict[str, str], *, timeout: float = 300, cwd: Path | None = None
+    words: Sequence[str], environment: dict[str, str], *, timeout: float = 900, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to completion."""
     return subprocess.run(
