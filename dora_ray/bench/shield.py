@@ -2,14 +2,17 @@
 
 `python -m dora_ray.bench.shield [ROUNDS]` prints the time and CPU seconds of both on one film, alternating, each in a
 new Ray cluster. Other processes disturb CPU seconds less. Ray keeps ordinary processes ready, but must start processes
-with their own variables; that is the cost.
+with their own variables; that is the cost. With 0 rounds it prints what needs no Ray: the CPU seconds of such a start
+and the microseconds of a memory limit.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +32,7 @@ from dora_ray.training.inputs import frame_format
 FILM: dict[str, Any] = {"width": 3840, "height": 2160, "frames_per_second": 60, "seconds": 10, "group_size": 250}
 LOOPS, ROUNDS, LIMITS = 6, 3, 10_000
 PATIENCE_SECONDS = 600.0
+STARTS, IMPORTS = 5, "ray.data, dora_ray.store.segments, av, lance, simplejpeg"
 
 
 def run(*, rounds: int = ROUNDS, size: Mapping[str, Any] = FILM, loops: int = LOOPS) -> dict[str, Any]:
@@ -39,17 +43,19 @@ def run(*, rounds: int = ROUNDS, size: Mapping[str, Any] = FILM, loops: int = LO
         size: size and length of the film's unit, see `films.film`.
         loops: number of repetitions of the unit in the film.
     """
+    found: dict[str, Any] = {"start_cpu_seconds": _start_cpu_seconds(), "memory_limit_us": 1e6 * _limit_seconds()}
+    if not rounds:
+        return found
     path = film(**size, loops=loops)
     measured: dict[str, list[tuple[float, float]]] = {"shielded": [], "plain": []}
     for number in range(rounds):
         for name in sorted(measured, reverse=number % 2 == 0):
             measured[name].append(_ingest(path, size["seconds"], shielded=name == "shielded"))
-    found: dict[str, Any] = {"film_seconds": size["seconds"] * loops, "memory_limit_us": 1e6 * _limit_seconds()}
     for place, unit in enumerate(("seconds", "cpu_seconds")):
         shielded, plain = (statistics.median(each[place] for each in measured[name]) for name in measured)
         found |= {f"shielded_{unit}": shielded, f"plain_{unit}": plain, f"extra_{unit}": shielded - plain}
         found[f"ratio_of_{unit}"] = shielded / plain
-    return found | {"rounds": measured}
+    return found | {"film_seconds": size["seconds"] * loops, "rounds": measured}
 
 
 def _ingest(path: str, segment_seconds: float, *, shielded: bool) -> tuple[float, float]:
@@ -82,6 +88,17 @@ def _items(config: Config, path: str, store: str, segment_seconds: float) -> lis
     for uri in sorted({part.uri for part in work}):
         datasets.create_dataset(uri)
     return [json.dumps(vars(part)) for part in work]
+
+
+def _start_cpu_seconds() -> float:
+    """Return the median CPU seconds of starting a process and importing what an ingest's task needs."""
+    used = []
+    for _ in range(STARTS):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", f"import {IMPORTS}"], check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return statistics.median(used)
 
 
 def _limit_seconds() -> float:

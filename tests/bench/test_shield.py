@@ -7,6 +7,13 @@ import pytest
 from dora_ray.bench import shield
 
 
+def test_without_rounds_nothing_needs_ray():
+    found = shield.run(rounds=0)
+    assert set(found) == {"start_cpu_seconds", "memory_limit_us"}
+    assert found["start_cpu_seconds"] > 0.1, "Ray and Lance are imported"
+    assert found["memory_limit_us"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_both_ways_are_measured(monkeypatch, tmp_path):
