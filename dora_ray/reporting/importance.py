@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +30,7 @@ def importances(found: Analysis) -> tuple[dict[str, float], str]:
     if reason := _nothing_told_apart(found):
         return {}, reason
     noise = _noise(found)
-    if len(rows) >= MIN_IMPORTANCE_TRIALS and importlib.util.find_spec("optuna"):
+    if len(rows) >= MIN_IMPORTANCE_TRIALS and _is_even(found) and importlib.util.find_spec("optuna"):
         how = f"PED-ANOVA (Optuna) over {len(rows)} trials: what tells the best from all."
         return _ped_anova(found, rows), how + noise
     spans = {
@@ -59,6 +60,15 @@ def _moves(found: Analysis, key: str) -> bool:
     """Return whether the interval of one of a factor's effects excludes 0 by more than rounding."""
     rounding = ROUNDING * max(abs(estimate.value) for estimate in found.comparison.points.values())
     return any(abs(level.effect.value) - level.effect.half > rounding for level in found.effects[key])
+
+
+def _is_even(found: Analysis) -> bool:
+    """Return whether a grid is whole: PED-ANOVA takes values that were tried more often for values that matter."""
+    if any("grid" not in found.spec.space[key] for key in found.factors):
+        return True
+    values = [{str(value_at(row.values, key)) for row in found.done} for key in found.factors]
+    whole = math.prod(len(distinct) for distinct in values) == len(found.groups)
+    return whole and len({len(rows) for rows in found.groups.values()}) == 1
 
 
 def _noise(found: Analysis) -> str:

@@ -123,6 +123,15 @@ def test_an_effect_over_points_that_are_not_told_apart_is_not_denied():
     assert "an effect whose interval leaves out 0" in how
 
 
+def test_values_that_were_tried_more_often_are_not_important_for_that():
+    whole = _crossed(6, noise=0.01)
+    worst = [row for row in whole.rows if row.values["tracking.num_objects"] > 1 or not row.values["run.seed"]]
+    for rows in (worst, [row for row in whole.rows if row.values["tracking.num_iterations"] or row in worst]):
+        shares, how = importances(analyze(rows, whole.spec))
+        assert "PED-ANOVA" not in how
+        assert shares["tracking.num_objects"] > 0.8
+
+
 def test_one_seed_a_point_has_the_effects_errors():
     shares, _ = importances(_crossed(1, noise=0.01))
     assert shares["tracking.num_objects"] > 0.9
