@@ -17,7 +17,7 @@ from tests.conftest import SMALL
 def test_demo_makes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for words in ("kNN, trained", "kNN, random", "clips/s", "waiting for data", "It cannot show more"):
+    for words in ("kNN, trained", "kNN, random", "clips/s", "waiting for data", "The demo cannot show more"):
         assert words in printed
     run = tmp_path / "run"
     assert (run / "report.html").stat().st_size > 1_000_000

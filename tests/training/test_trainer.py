@@ -48,7 +48,7 @@ def test_what_makes_recovery_fast_reaches_ray_trains_controller() -> None:
     [
         ("2", 0, None, False, None),
         ("2", 2, None, True, None),
-        ("2", 8, None, True, "6 of 8 GPUs will idle: there is one for each of 2 workers"),
+        ("2", 8, None, True, "6 of 8 GPUs will idle: each of the 2 workers has one"),
         ("2", 1, None, False, "1 of 1 GPUs will idle: 2 workers need one each; lower cluster.num_workers to 1"),
         ("2", 1, "false", False, "cluster.use_gpu=false; leave it out"),
         ("2", 0, "true", True, None),

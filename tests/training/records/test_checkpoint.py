@@ -104,7 +104,7 @@ def test_all_damaged_is_an_error_and_not_a_new_beginning(checkpoints: Path) -> N
 def test_unknown_format_names_the_last_good_one(checkpoints: Path) -> None:
     path = checkpoints / "step-00000006" / META
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(CheckpointError, match=r"has format 99; .*reads format \d.*beside it is .*step-00000004"):
+    with pytest.raises(CheckpointError, match=r"has format 99; .*reads format \d.*the last complete .*step-00000004"):
         load(checkpoints)
 
 
