@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make demo       the main job on a real video: train, evaluate, export, report (about 5 minutes)"
-	@echo "make test       all tests but those of make test-long"
+	@echo "make test       all tests but those of make test-long, two at a time (AT_ONCE=0: one)"
 	@echo "make test-long  those that take minutes each: killed sweeps, ray up, autoscaling, images"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make coverage   lines that no test reaches, in htmlcov/ (COVERED=\"tests/clips\": by these tests)"
@@ -33,8 +33,10 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m dora_ray.demo
 
+# Two at a time: tests with Ray mostly wait for its processes. The tests of a file stay together and share its fixtures.
+AT_ONCE ?= 2
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n $(AT_ONCE) --dist loadscope
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long
