@@ -32,6 +32,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 
+from dora_ray.cluster.starting import listens
 from dora_ray.errors import ClusterError, DoRAError
 from dora_ray.ray_internals import drain_node, living_nodes_at
 
@@ -172,6 +173,8 @@ def drain(address: str, node_id: str, *, seconds: float, reason: str) -> None:
     """
     if NODE_ID.fullmatch(node_id) is None:  # Ray would accept it, and drain nothing
         raise ClusterError(f"{node_id!r} is not a Ray node id, which has 56 hexadecimal digits")
+    if not listens(address):  # Ray's client would look for 40 seconds, a third of a notice
+        raise ClusterError(f"Ray at {address} does not answer: nothing listens there")
     try:
         refusal = drain_node(address, node_id, deadline=time.time() + max(0.0, seconds), reason=reason)
     except Exception as error:  # its errors have no common class below Exception

@@ -211,8 +211,6 @@ def test_what_is_no_id_of_a_node_is_refused():
         spot.drain("127.0.0.1:9", "not hexadecimal", seconds=1, reason="test")
 
 
-@pytest.mark.slow
-@pytest.mark.ray
 def test_nobody_answers_at_the_address():
-    with pytest.raises(ClusterError, match="does not answer"):
+    with pytest.raises(ClusterError, match="does not answer: nothing listens there"):
         spot.drain("127.0.0.1:9", "ab" * 28, seconds=1, reason="test")

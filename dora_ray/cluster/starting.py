@@ -74,6 +74,30 @@ def token_source() -> str | None:
     return str(path) if path.is_file() and path.stat().st_size else None
 
 
+def start_cluster(**options: Any) -> Any:
+    """Start a Ray cluster on this machine, without a dashboard, and return Ray's context.
+
+    Args:
+        options: further options of ray.init.
+
+    Raises:
+        ClusterError: Ray does not start.
+    """
+    import ray
+
+    prepare_ray(starts=True)
+    try:
+        return ray.init(
+            address="local", include_dashboard=False, log_to_driver=False, logging_level="warning", **options
+        )
+    except Exception as error:  # a node that starts too slowly is an error without a class of its own
+        reason = str(error).rstrip(".")
+        raise ClusterError(
+            f"Ray does not start on this machine: {reason}. Is it busy with other work, or short of memory or of space "
+            "in Ray's folder (dora-ray doctor)? Try again, or join a cluster that runs: RAY_ADDRESS=host:port"
+        ) from error
+
+
 def join_cluster(address: str, **options: Any) -> Any:
     """Connect this process to a running cluster, and return Ray's context.
 
@@ -89,7 +113,7 @@ def join_cluster(address: str, **options: Any) -> Any:
 
     prepare_ray(starts=False)
     # Without a listener, Ray would kill this very process after a minute.
-    if not _listens(address):
+    if not listens(address):
         raise ClusterError(
             f"no Ray cluster answers at {address}: nothing listens there. Is the head up (ray status), is this its "
             "address, and may this machine reach it?"
@@ -100,7 +124,7 @@ def join_cluster(address: str, **options: Any) -> Any:
         raise explain_refusal(address, error) from error
 
 
-def _listens(address: str) -> bool:
+def listens(address: str) -> bool:
     """Return False if an address of the form host:port certainly has no listener."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
@@ -126,7 +150,7 @@ def explain_refusal(address: str, error: BaseException) -> ClusterError:
             "the same requirements.lock here and in the cluster's images"
         )
     # Ray's control plane gives no reason: it listens, but rejects this process.
-    if "uthentication" in text or (isinstance(error, ConnectionError) and _listens(address)):
+    if "uthentication" in text or (isinstance(error, ConnectionError) and listens(address)):
         found = token_source()
         had = f"the token of {found} is not this cluster's" if found else "no token was found here"
         return ClusterError(

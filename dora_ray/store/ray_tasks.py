@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from dora_ray.cluster.starting import prepare_ray
+from dora_ray.cluster.starting import start_cluster
 from dora_ray.errors import ClusterError
 from dora_ray.ray_internals import call_each_turn, quiet_data
 
@@ -33,8 +33,7 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    prepare_ray(starts=True)
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
+    start_cluster()
     try:
         yield
     finally:

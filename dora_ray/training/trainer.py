@@ -16,7 +16,7 @@ import torch
 from dora_ray.checkpoints import CHECKPOINTS
 from dora_ray.clips.contents import Contents
 from dora_ray.cluster.growth import resources_within_reach
-from dora_ray.cluster.starting import SYSTEM_CONFIG, join_cluster, prepare_ray
+from dora_ray.cluster.starting import SYSTEM_CONFIG, join_cluster, start_cluster
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
 from dora_ray.ray_internals import has_node_types, most_resources
@@ -71,24 +71,11 @@ def connect(config: Config) -> Iterator[None]:
 
 
 def _start_here(config: Config) -> None:
-    import ray
-
-    prepare_ray(starts=True)
     # With window shuffle the ingest continues during training: reserve a CPU for one of its tasks.
     ingest_cpus = 1.0 if config.clip.shuffle == "window" else 0.0
     workers_cpus = config.max_workers * config.cluster.cpus_per_worker
     needed = math.ceil(workers_cpus + config.cluster.decode_cpus + ingest_cpus)
-    try:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, needed),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
-            _system_config=SYSTEM_CONFIG,
-        )
-    except (ConnectionError, RuntimeError) as error:
-        raise ClusterError(f"Ray does not start on this machine: {error}") from error
+    start_cluster(num_cpus=max(os.cpu_count() or 1, needed), _system_config=SYSTEM_CONFIG)
 
 
 def on_devices(config: Config) -> Config:

@@ -20,6 +20,20 @@ def test_without_a_listener_ray_init_is_not_called():
         starting.join_cluster(f"127.0.0.1:{port}")
 
 
+def test_a_ray_that_does_not_start_is_no_traceback(monkeypatch):
+    """Ray gives a busy machine 30 seconds, and then raises a plain Exception."""
+    import ray
+
+    def times_out(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", times_out)
+    with pytest.raises(
+        ClusterError, match=r"does not start on this machine: The current node timed out during startup\. "
+    ):
+        starting.start_cluster()
+
+
 def test_a_token_that_is_not_the_clusters_is_named(tmp_path, monkeypatch):
     (tmp_path / "token").write_text("other")
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
