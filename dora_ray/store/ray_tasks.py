@@ -132,8 +132,11 @@ def _consume(
 
 def _abort_if_abandoned(job: str) -> None:
     """Abort a job whose caller has stopped waiting; otherwise it could wait for nodes forever."""
+    from ray.data.exceptions import ExecutionTimeoutError
+
     if job in _ABANDONED:
-        raise ClusterError("the job was abandoned")
+        # If there is no result yet, Ray Data shows users the stack of any other error.
+        raise ExecutionTimeoutError("the job was abandoned")
 
 
 def _options(node_label: str | None, variables: Mapping[str, str]) -> dict[str, Any]:

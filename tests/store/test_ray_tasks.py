@@ -52,14 +52,28 @@ with ray_cluster():
     assert [thread.name for thread in threading.enumerate() if thread.name == "dora-ray-tasks"] == []
 print("left")
 """
+LEFT_AT_ONCE = """
+import threading
+from dora_ray.store.ray_tasks import ray_cluster, run_tasks
+
+def never(item):
+    raise AssertionError
+
+stop = threading.Event()
+stop.set()
+with ray_cluster():
+    assert list(run_tasks(["0"], never, node_label="nowhere", patience_seconds=3600.0, stop=stop)) == []
+print("left")
+"""
 
 
 @pytest.mark.ray
-def test_a_job_that_is_left_ends_before_ray_does() -> None:
+@pytest.mark.parametrize("program", [LEFT, LEFT_AT_ONCE])
+def test_a_job_that_is_left_ends_before_ray_does(program: str) -> None:
     """Otherwise the loop of the abandoned job searches for Ray for a minute, and then kills the whole process."""
     environment = {**os.environ, "RAY_worker_niceness": "0"}
-    command = [sys.executable, "-c", LEFT]
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("left")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
