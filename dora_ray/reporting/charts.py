@@ -94,7 +94,7 @@ def _draw_bar(bar: Bar, scale: Scale, y: float) -> list[str]:
 
 
 def _legend_of_own_marks(bars: Sequence[Bar]) -> str:
-    """What rings and strokes mean, where lines have their own."""
+    """Return the legend of rings and strokes; empty if no line has its own."""
     parts, x = [], 10.0
     for name, there in (("random encoder", "random"), ("chance", "chance")):
         if any(getattr(bar, there) is not None for bar in bars):

@@ -39,7 +39,7 @@ def summarize(folder: str) -> str:
 
 
 def _importance(found: Analysis) -> str:
-    """How much of what moves the metric each factor has, the most first."""
+    """Return the line of the factors' importances, the largest first."""
     shares, how = importances(found)
     told = ", ".join(
         f"`{key}` {100 * share:.0f} %" for key, share in sorted(shares.items(), key=lambda entry: -entry[1])

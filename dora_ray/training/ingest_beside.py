@@ -1,7 +1,7 @@
-"""The ingest of a run that trains meanwhile (clip.shuffle=window).
+"""Ingest of a run that trains meanwhile (clip.shuffle=window).
 
-No step can be made before the first window is there, so its segments are decoded on all CPUs that no training worker
-has; later ones leave a share of them to the reading of clips.
+No step can start before the first window is stored, so its segments are decoded on all CPUs that no training worker
+reserves; later segments leave a share of these CPUs for reading clips.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from dora_ray.store.ray_tasks import ray_cluster
 from dora_ray.training.inputs import Inputs, frame_format
 from dora_ray.video.several import refuse_unreadable
 
-# Each segment is committed as it comes: training waits for it.
+# Commit each segment when it arrives: training waits for it.
 COMMIT_SECONDS = 0.0
-# Of the CPUs that no training worker has, kept for reading clips while segments are decoded.
+# Share of the CPUs that no training worker reserves; kept for reading clips while segments are decoded.
 READING_SHARE = 0.25
-# How long a run that has ended waits for its ingest to end, too: Ray may go next.
+# Longest time that a finished run waits for its ingest to stop; the caller may shut Ray down next.
 STOP_SECONDS = 60.0
 
 
 class Ingest:
-    """The ingest of a run that trains meanwhile, in a thread of its own.
+    """Ingest of a run that trains meanwhile, in its own thread.
 
     Args:
-        config: the run's.
-        store: the frame store.
-        inputs: of the run.
-        on_ingest: told of its progress.
-        on_end: told once, what it failed with, or None.
+        config: configuration of the run.
+        store: folder or URI of the frame store.
+        inputs: inputs of the run.
+        on_ingest: called with the progress.
+        on_end: called once, with the error of a failed ingest, else with None.
     """
 
     def __init__(
@@ -53,15 +53,16 @@ class Ingest:
 
     def _run(self) -> None:
         data = self._config.data
+        num_videos = len({part.uri for part in self._work})
         try:
             failed = ingest_work(
                 self._work,
                 store=self._store,
                 decoder=data.decoder,
-                form=frame_format(self._config.data),
+                form=frame_format(data),
                 node_label=self._config.cluster.decode_label,
                 progress=self._on_ingest,
-                num_videos=len({part.uri for part in self._work}),
+                num_videos=num_videos,
                 commit_seconds=COMMIT_SECONDS,
                 turns=[
                     Turn(self._awaited, tasks_beside(self._config, reading=False)),
@@ -71,17 +72,17 @@ class Ingest:
             )
             if self._stop.is_set():
                 return
-            # A video that is left out after all would change the plan of a run that has begun.
-            refuse_unreadable(list(failed.values()), len({part.uri for part in self._work}), skip_unreadable=False)
+            # Skipping a video now would change the plan of a run that has begun.
+            refuse_unreadable(list(failed.values()), num_videos, skip_unreadable=False)
         except DoRAError as error:
             self._failure = error
-        except Exception as error:  # noqa: BLE001  the run that waits for segments must hear of it
+        except Exception as error:  # noqa: BLE001  passed on to the run that waits for segments
             self._failure = VideoError(f"the ingest ended with {type(error).__name__}: {error}")
         self._ended.set()
         self._on_end(self._failure)
 
     def has_ended(self) -> bool:
-        """Return whether all is stored; raise what the ingest failed with."""
+        """Return whether everything is stored; raise the error of a failed ingest."""
         ended = self._ended.is_set()
         if self._failure is not None:
             raise self._failure
@@ -89,9 +90,9 @@ class Ingest:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Ingest for as long as the context is open."""
+        """Ingest while the context is open."""
         if not self._work:
-            # No thread, and no Ray in a training that needs none.
+            # A training without workers then starts no Ray.
             self._ended.set()
             self._on_end(None)
             yield
@@ -106,11 +107,11 @@ class Ingest:
 
 
 def tasks_beside(config: Config, *, reading: bool) -> int | None:
-    """Return how many segments are decoded at a time beside training; None where the cluster can grow.
+    """Return the limit of segments decoded concurrently beside training; None if the cluster can grow.
 
     Args:
-        config: the run's.
-        reading: clips are read meanwhile.
+        config: configuration of the run.
+        reading: leave CPUs for reading clips.
     """
     import ray
 

@@ -8,6 +8,7 @@ which the plan's windows need the segments.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -108,7 +109,7 @@ def in_order_of_need(work: Sequence[Work], plan: Plan, videos: Sequence[ComingVi
 
     ordered = sorted(work, key=need)
     in_first = len(windows[0].units) if windows else 0
-    return ordered, sum(need(part) < in_first for part in work)
+    return ordered, bisect_left(ordered, in_first, key=need)
 
 
 def plan_order(videos: Sequence[AnyVideo]) -> tuple[AnyVideo, ...]:

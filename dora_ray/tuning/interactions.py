@@ -25,7 +25,7 @@ def interaction(
 
 @dataclass(frozen=True)
 class Joint:
-    """How much more one factor moves the figure at one value of another factor than at a second value.
+    """Difference of a factor's effects on the figure at two values of another factor.
 
     Attributes:
         change: values of the first factor, from and to.
