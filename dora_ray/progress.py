@@ -74,7 +74,7 @@ class Progress:
         self._bar: RichProgress | None = None
         self._notebook: Any = None
         self._speed: deque[tuple[float, int]] = deque(maxlen=SPEED_UPDATES)
-        self._pending = ""
+        self._pending = self._said = ""
         self._shown_at = -float("inf")
 
     def __enter__(self) -> Self:
@@ -121,6 +121,7 @@ class Progress:
         """
         remaining = self._remaining_seconds(step, total)
         details = [_count(step, total, self.unit), *_describe(fields)]
+        self._said = ""
         if remaining is not None:
             details.append(f"ETA {datetime.timedelta(seconds=round(remaining))}")
         self._pending = ", ".join(details)
@@ -131,8 +132,10 @@ class Progress:
             self._show()
 
     def say(self, words: str) -> None:
-        """Show a text immediately instead of a count, when there is nothing to count yet."""
-        self._pending = words
+        """Show a text immediately, and once, instead of a count: there is nothing to count yet."""
+        if words == self._said:
+            return
+        self._pending = self._said = words
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], details=words)
         self._show()

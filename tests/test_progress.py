@@ -81,6 +81,7 @@ def test_words_are_shown_at_once_where_nothing_can_be_counted(terminal, pipe, cl
     for console in (terminal, pipe):
         with Progress("train", unit="steps", console=console, clock=clock) as progress:
             progress.say("starting 2 workers")
+            progress.say("starting 2 workers")
             progress.say("reading the first clips")
     assert "starting 2 workers" in terminal.file.getvalue()
     assert caplog.messages == ["train: starting 2 workers", "train: reading the first clips"]
