@@ -177,7 +177,7 @@ def compiled_run(cache: Path, slots: list[list[int]]) -> tuple[int, int, str]:
     return int(missed), int(found), digest
 
 
-@pytest.mark.long  # inductor compiles everything twice
+@pytest.mark.long  # compiles everything twice
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_equal_slots_give_equal_bits_whatever_a_process_compiled_for_and_the_next_compiles_nothing(tmp_path):
     slot = [3, 4, 4, 17]

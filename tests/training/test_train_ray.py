@@ -38,7 +38,7 @@ def test_three_workers_that_do_not_divide_the_slots(undisturbed: Path, tmp_path:
     assert same(weights_of(tmp_path / "run"), weights_of(undisturbed))
     assert read_history(result.path) == read_history(str(undisturbed))
     check_waits(read_metrics(result.path))
-    dora_ray.train(out=tmp_path / "run", resume=True)
+    dora_ray.train(dora_ray.load_config(config, "cluster.num_workers=1"), out=tmp_path / "run", resume=True)
     assert same(weights_of(tmp_path / "run"), weights_of(undisturbed))
 
 

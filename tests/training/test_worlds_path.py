@@ -106,7 +106,7 @@ def test_every_path_through_the_worlds_is_the_same_training(undisturbed, inputs:
         assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(value)), name
 
 
-@pytest.mark.slow
+@pytest.mark.long  # shows why sums are exact; it guards no code
 def test_float32_sums_drift(undisturbed, inputs: Inputs, tmp_path: Path, capsys) -> None:
     """What `exact` is for: the same path with float32 sums ends elsewhere; how far is printed."""
     state, ledger = train(inputs, config("optim.reduction=float32"), PATH, tmp_path / "path")

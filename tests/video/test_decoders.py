@@ -100,6 +100,7 @@ def test_damage_in_a_stream_that_is_renewed_bit_by_bit_ends_when_it_is_renewed(t
 
 @pytest.mark.parametrize("seed", range(6))
 def test_flipped_bits_never_show_wrong_frames(seed, tmp_path):
+    """In these six files. H.264 has no checksums: a flip after which all still decodes cannot be noticed."""
     path = videos.h264_b_frames(tmp_path)
     index = index_video(str(path))
     content = bytearray(path.read_bytes())
