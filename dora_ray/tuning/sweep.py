@@ -35,7 +35,6 @@ import yaml
 
 from dora_ray import files
 from dora_ray.config import Config, load_config
-from dora_ray.config_source import parse_yaml
 from dora_ray.errors import ConfigError
 from dora_ray.reporting.pages import report
 from dora_ray.store.ingest import IngestProgress
@@ -155,15 +154,18 @@ def _run(
         if len(progress.ended) < progress.trials:
             run = functools.partial(
                 run_trials,
-                *(folder, spec, base, trials, progress, lambda: _write_pages(folder, known())),
+                *(folder, spec, base, trials, progress, lambda: _write_pages(folder, collect(folder, known()))),
                 on_progress=on_progress,
             )
             run_through_lost_memory(run, base.cluster.max_failures)
         measure_baseline(folder, [trial for trial in known() if trial_status(folder, trial.name) == "done"])
-        finished = _finish(folder, spec, trials)
-        missing = sum(row.status == "missing" for row in finished.results) or progress.trials - len(finished.results)
-        failed = any(row.status == "failed" for row in finished.results)
-        state = "interrupted" if missing else "failed" if failed else "done"
+        rows = collect(folder, known())
+        missing = sum(row.status == "missing" for row in rows) or progress.trials - len(rows)
+        failed = any(row.status == "failed" for row in rows)
+        end = "interrupted" if missing else "failed" if failed else "done"
+        progress.write(end, [], force=True)  # first, because the page shows it
+        _write_pages(folder, rows)
+        state = end
     except KeyboardInterrupt:
         state = "interrupted"
         raise
@@ -173,7 +175,7 @@ def _run(
         # Ray Tune catches Ctrl-C and returns its partial results.
         logger.warning("%d of %d trials are missing: run them with --resume --out %s", missing, progress.trials, folder)
         raise KeyboardInterrupt
-    return finished
+    return Sweep(folder, rows, best_point(rows, spec.metric, spec.mode))
 
 
 def check_folder(folder: str, spec: SweepSpec, *, resume: bool) -> None:
@@ -269,20 +271,11 @@ def known_trials(folder: str, spec: SweepSpec, base: Config, trials: Sequence[Tr
     return [make_trial(base, values) for values in read_points(folder)]
 
 
-def _write_pages(folder: str, trials: Sequence[Trial]) -> list[Row]:
-    """Write the tables and pages in their current state."""
-    rows = collect(folder, trials)
+def _write_pages(folder: str, rows: Sequence[Row]) -> None:
+    """Write the tables and pages."""
     write_csv(files.join(folder, "results.csv"), rows)
     write_parquet(files.join(folder, "results.parquet"), rows)
     try:
         report(folder)
     except Exception as error:  # noqa: BLE001  a failing report must not end the sweep
         logger.warning("the report could not be written: %s", "".join(traceback.format_exception(error)))
-    return rows
-
-
-def _finish(folder: str, spec: SweepSpec, trials: Sequence[Trial]) -> Sweep:
-    """Write the tables and pages, and return the results."""
-    base = load_config(parse_yaml(files.read_text(files.join(folder, BASE)), BASE))
-    rows = _write_pages(folder, known_trials(folder, spec, base, trials))
-    return Sweep(folder, rows, best_point(rows, spec.metric, spec.mode))

@@ -49,7 +49,9 @@ def test_a_failed_trial_is_kept_and_the_others_finish(objects, tmp_path):
     assert read_csv(str(folder / "results.csv")) == result.results
     assert 0 < good.metrics["loss"] < 10
     assert (folder / good.path / "checkpoints" / "latest").is_file()
-    assert good.name in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert good.name in page
+    assert 'class="badge failed"' in page, "the page that stays shows how the sweep ended"
     assert load_sweep(folder / "sweep.yaml") == load_sweep(objects)
 
     before = _times(folder)
