@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo       the main job on a real video: train, evaluate, export, report (about 5 minutes)"
 	@echo "make test       all tests but those of make test-long, two at a time (AT_ONCE=0: one)"
-	@echo "make test-long  those that take minutes each: killed sweeps, ray up, autoscaling, images"
+	@echo "make test-long  those that take long: killed sweeps, ray up, autoscaling, compilations, full-size steps"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make coverage   lines that no test reaches, in htmlcov/ (COVERED=\"tests/clips\": by these tests)"
 	@echo "make notebook   docs/tutorial.ipynb from docs/tutorial.md"
