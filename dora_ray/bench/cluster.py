@@ -15,6 +15,10 @@ CORES = 2
 TASKS = ("IDLE", "Map", "Read", "_read_elsewhere")
 
 
+Cpu = dict[tuple[int, float], float]
+"""CPU seconds of processes, by number and time of start."""
+
+
 @contextmanager
 def cluster() -> Iterator[None]:
     """Use the connected cluster, or start one of CORES CPUs that ends with the block."""
@@ -50,16 +54,21 @@ def _processes() -> Iterator[Any]:
     yield from (this, *this.children(recursive=True))
 
 
-def cpu_of_all() -> float:
-    """Return the CPU seconds so far of this process and of its whole Ray cluster: workers, raylet, head."""
+def cpu_of_all() -> Cpu:
+    """Return the CPU seconds so far of this process and of each process of its Ray cluster: workers, raylet, head."""
     import psutil
 
-    total = 0.0
+    found: Cpu = {}
     for process in _processes():
         with suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-            total += times.user + times.system
-    return total
+            found[process.pid, process.create_time()] = times.user + times.system
+    return found
+
+
+def cpu_between(before: Cpu, after: Cpu) -> float:
+    """Return the CPU seconds between two looks, without what processes used that ended in between: no sum has it."""
+    return sum(seconds - before.get(process, 0.0) for process, seconds in after.items())
 
 
 def memory_by_role() -> dict[str, list[float]]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from dora_ray.bench.cluster import cpu_of_all
+from dora_ray.bench.cluster import cpu_between, cpu_of_all
 from dora_ray.bench.films import film
 from dora_ray.config import Config, load_config
 from dora_ray.store import datasets
@@ -69,7 +69,7 @@ def _ingest(path: str, segment_seconds: float, *, shielded: bool) -> tuple[float
         variables = blanked([path, store], {}) if shielded else None
         used, started = cpu_of_all(), time.perf_counter()
         results = list(run_tasks(items, task, node_label=None, patience_seconds=PATIENCE_SECONDS, variables=variables))
-        seconds, cpu_seconds = time.perf_counter() - started, cpu_of_all() - used
+        seconds, cpu_seconds = time.perf_counter() - started, cpu_between(used, cpu_of_all())
     assert len(results) == len(items)
     assert all(result["frames"] and not result["error"] for result in results), results
     return round(seconds, 2), round(cpu_seconds, 2)

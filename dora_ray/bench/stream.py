@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dora_ray.bench.cluster import CORES, cluster, cpu_of_all
+from dora_ray.bench.cluster import CORES, Cpu, cluster, cpu_between, cpu_of_all
 from dora_ray.bench.films import film, film_inputs
 from dora_ray.bench.growth import measure, small_inputs
 from dora_ray.clips.slot import SlotBatch, read_slot
@@ -154,7 +154,7 @@ def through_ray(inputs: Inputs, slots: int, *, size: int, slots_per_task: int) -
     reference = (ray.put(inputs.contents),)
     started = time.perf_counter()
     moments: list[float] = []
-    cpu: list[float] = []
+    cpu: list[Cpu] = []
 
     def look() -> None:
         # Sampling all processes takes as long as reading a clip, so only two steps sample.
@@ -176,7 +176,7 @@ def through_ray(inputs: Inputs, slots: int, *, size: int, slots_per_task: int) -
     clips = (steps - 1 - settled) * plan.slots * plan.clips_per_slot
     return {
         "clips_per_second": clips / (moments[-1] - moments[settled]),
-        "cpu_seconds_a_clip": (cpu[-1] - cpu[0]) / clips,
+        "cpu_seconds_a_clip": cpu_between(cpu[0], cpu[-1]) / clips,
         "first_seconds": moments[0] - started,
     }
 
