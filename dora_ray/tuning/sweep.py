@@ -146,7 +146,6 @@ def _run(
     """Ingest, run the trials and write the results, after all checks and with Ray connected."""
     progress = _progress(folder, spec, base, trials)
     progress.write("starting", [], force=True)
-    state = "failed"
     try:
         ingest_all(configs, on_ingest)
         logger.info("%d of %d trials to run", progress.trials - len(progress.ended), progress.trials)
@@ -162,15 +161,12 @@ def _run(
         rows = collect(folder, known())
         missing = sum(row.status == "missing" for row in rows) or progress.trials - len(rows)
         failed = any(row.status == "failed" for row in rows)
-        end = "interrupted" if missing else "failed" if failed else "done"
-        progress.write(end, [], force=True)  # first, because the page shows it
+        # Before the pages, which show it.
+        progress.write("interrupted" if missing else "failed" if failed else "done", [], force=True)
         _write_pages(folder, rows)
-        state = end
-    except KeyboardInterrupt:
-        state = "interrupted"
+    except BaseException as error:
+        progress.write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", [], force=True)
         raise
-    finally:
-        progress.write(state, [], force=True)
     if missing:
         # Ray Tune catches Ctrl-C and returns its partial results.
         logger.warning("%d of %d trials are missing: run them with --resume --out %s", missing, progress.trials, folder)
