@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from dora_ray.cluster.starting import SYSTEM_CONFIG
+from dora_ray.cluster.starting import start_cluster
 
 CORES = 2
 # Titles of processes that run tasks: idle, or named after a Ray Data operator.
@@ -28,14 +28,7 @@ def cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(
-        address="local",
-        num_cpus=CORES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        _system_config=SYSTEM_CONFIG,
-    )
+    start_cluster(num_cpus=CORES)
     try:
         yield
     finally:

@@ -88,7 +88,12 @@ def start_cluster(**options: Any) -> Any:
     prepare_ray(starts=True)
     try:
         return ray.init(
-            address="local", include_dashboard=False, log_to_driver=False, logging_level="warning", **options
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+            _system_config=SYSTEM_CONFIG,
+            **options,
         )
     except Exception as error:  # a node that starts too slowly is an error without a class of its own
         reason = str(error).rstrip(".")

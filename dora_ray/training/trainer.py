@@ -16,7 +16,7 @@ import torch
 from dora_ray.checkpoints import CHECKPOINTS
 from dora_ray.clips.contents import Contents
 from dora_ray.cluster.growth import resources_within_reach
-from dora_ray.cluster.starting import SYSTEM_CONFIG, join_cluster, start_cluster
+from dora_ray.cluster.starting import join_cluster, start_cluster
 from dora_ray.config import Config
 from dora_ray.errors import ClusterError, DoRAError
 from dora_ray.ray_internals import has_node_types, most_resources
@@ -75,7 +75,7 @@ def _start_here(config: Config) -> None:
     ingest_cpus = 1.0 if config.clip.shuffle == "window" else 0.0
     workers_cpus = config.max_workers * config.cluster.cpus_per_worker
     needed = math.ceil(workers_cpus + config.cluster.decode_cpus + ingest_cpus)
-    start_cluster(num_cpus=max(os.cpu_count() or 1, needed), _system_config=SYSTEM_CONFIG)
+    start_cluster(num_cpus=max(os.cpu_count() or 1, needed))
 
 
 def on_devices(config: Config) -> Config:
