@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,14 +36,15 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_submitted_job_trains(head: Head, small: tuple[str, ...], tmp_path: Path):
+def test_a_submitted_job_trains_and_submitted_again_goes_on(
+    head: Head, small: tuple[str, ...], project: Path, tmp_path: Path
+):
+    """By Ray's own command first, then by ours, as after a lost head: the same words, and the same folder."""
     assert ask(head.url, None) == 401, "without the token nobody gets in"
-    working = tmp_path / "job"
-    working.mkdir()
-    (working / "mine.yaml").write_text("base: tiny\noptim: {lr: 2.0e-3}\n")
     run = tmp_path / "run"
-    command = [str(BIN / "ray"), "job", "submit", "--address", head.url, "--working-dir", str(working), "--"]
-    command += ["dora-ray", "train", "mine.yaml", *small, "cluster.num_workers=1", "optim.steps=2", "--out", str(run)]
+    words = ["train", "mine.yaml", *small, "--out", str(run)]
+    command = [str(BIN / "ray"), "job", "submit", "--address", head.url, "--working-dir", str(_shared(project)), "--"]
+    command += ["dora-ray", *words, "cluster.num_workers=1", "optim.steps=2"]
     done = call(command, head.environment, timeout=JOB_SECONDS)
     while NO_AGENT in done.stderr:  # on a busy machine the agent starts later than the dashboard; ours waits for it
         time.sleep(1)
@@ -53,26 +55,23 @@ def test_a_submitted_job_trains(head: Head, small: tuple[str, ...], tmp_path: Pa
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000002"
     assert "lr: 0.002" in (run / "config.yaml").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_submitted_twice_a_training_goes_on(head: Head, small: tuple[str, ...], project: Path, tmp_path: Path):
-    """As after a lost head: the same command, and the same folder."""
-    run = tmp_path / "run"
-    words = ["submit", "train", "mine.yaml", *small, "cluster.num_workers=0", "--out", str(run)]
-    words += ["--address", head.url, "--working-dir", str(project)]
-    first = call([str(BIN / "dora-ray"), *words, "optim.steps=2"], head.environment, timeout=JOB_SECONDS)
-    assert first.returncode == 0, first.stdout[-4000:] + first.stderr[-2000:]
-    assert "--resume" in first.stdout.splitlines()[0]
-    assert "checkpoint  " in first.stdout, "what training prints reaches the submitter"
-    again = call([str(BIN / "dora-ray"), *words, "optim.steps=4"], head.environment, timeout=JOB_SECONDS)
+    words += ["cluster.num_workers=0", "optim.steps=4", "--address", head.url, "--working-dir", str(project)]
+    again = call([str(BIN / "dora-ray"), "submit", *words], head.environment, timeout=JOB_SECONDS)
     assert again.returncode == 0, again.stdout[-4000:] + again.stderr[-2000:]
+    assert "--resume" in again.stdout.splitlines()[0]
+    assert "checkpoint  " in again.stdout, "what training prints reaches the submitter"
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "start"] == [0, 2]
     uploaded = {path.name for folder in _working_dirs(head) for path in folder.rglob("*") if path.is_file()}
     assert "mine.yaml" in uploaded
     assert uploaded.isdisjoint({".env", "walk.mp4", "my_auth_token", "server.pem", "config.yaml"})
+
+
+def _shared(project: Path) -> Path:
+    """Return a copy of a project with nothing but its recipe, for Ray's command, which uploads all of a folder."""
+    (project.parent / "shared").mkdir()
+    shutil.copy(project / "mine.yaml", project.parent / "shared")
+    return project.parent / "shared"
 
 
 def _working_dirs(head: Head) -> list[Path]:

@@ -98,6 +98,8 @@ def ray_head(folder: Path, *, num_cpus: int = 3, variables: dict[str, str] | Non
                 time.sleep(0.5)
             yield Head(url, f"127.0.0.1:{gcs}", environment, token, Path(sockets), process)
     finally:
+        for logs in Path(sockets).glob("session_2*/logs"):  # pytest keeps the folders of its last runs
+            shutil.copytree(logs, folder / "logs", dirs_exist_ok=True)
         shutil.rmtree(sockets, ignore_errors=True)
 
 

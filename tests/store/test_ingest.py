@@ -332,38 +332,28 @@ NEVER = "-1"
 
 
 @pytest.mark.slow
-def test_one_cpu_is_enough_and_a_kill_loses_what_was_not_committed(tmp_path):
-    """Three of twenty segments were committed before the kill; the next ingest decodes the other seventeen."""
+def test_a_kill_loses_what_was_not_committed_and_two_processes_go_on(tmp_path):
+    """With one CPU each: three of twenty segments were committed before the kill, and every frame is stored once."""
     path = make_video(
-        tmp_path / "v.mp4", width=640, height=360, num_frames=600, frames_per_second=30, seed=1, group_size=30
+        tmp_path / "v.mp4", width=320, height=192, num_frames=600, frames_per_second=30, seed=1, group_size=30
     )
     setting = json.dumps(SETTING | {"form": vars(FORM), "segment_seconds": 1.0})
     arguments = [sys.executable, "-c", SMALL_CLUSTER, str(path), str(tmp_path / "store"), setting]
     first = subprocess.run([*arguments, "3"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert first.returncode == -signal.SIGKILL, first.stderr[-2000:]
-    second = subprocess.run([*arguments, NEVER], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert second.stdout.strip().endswith("200 170"), second.stderr[-2000:]
-
-
-@pytest.mark.slow
-def test_two_processes_that_ingest_one_video_at_once(tmp_path):
-    """Each has its own cluster; both succeed, and every frame is stored once."""
-    path, store = videos.h264(tmp_path), str(tmp_path / "store")
-    arguments = [
-        sys.executable,
-        "-c",
-        SMALL_CLUSTER,
-        str(path),
-        store,
-        json.dumps(SETTING | {"form": vars(FORM)}),
-        NEVER,
+    both = [
+        subprocess.Popen([*arguments, NEVER], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
     ]
-    both = [subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    lacking = []
     for process in both:
-        out, error = process.communicate(timeout=300)
-        assert out.decode().split()[-2:-1] == ["14"], error.decode()[-2000:]
-    (video,) = open_videos([str(path)], store=store, form=FORM)
-    assert [read_counter(frame) for frame in read_frames(video, range(14))] == list(range(0, 40, 3))
+        out, error = process.communicate(timeout=600)
+        stored, missed = out.decode().split()[-2:]
+        assert stored == "200", error.decode()[-2000:]
+        lacking.append(int(missed))
+    assert max(lacking) == 170, "whoever looked first had to decode the other seventeen segments"
+    (video,) = open_videos([str(path)], store=str(tmp_path / "store"), form=FORM)
+    assert [read_counter(frame) for frame in read_frames(video, range(200))] == list(range(0, 600, 3))
 
 
 MEMORY = """
@@ -385,13 +375,13 @@ sys.stdout.write(json.dumps([len(part.pts), peak_mb() - idle]))
 
 @pytest.mark.slow
 def test_a_4k_segment_takes_less_than_300_mb(tmp_path):
-    """The film has only 120 frames in 20 s, so memory is that of the decoder and of 120 JPEG files."""
+    """The film has only 40 frames in 20 s, so memory is that of the decoder and of 40 JPEG files."""
     path = make_video(
-        tmp_path / "v.mp4", width=3840, height=2160, num_frames=120, frames_per_second=6, seed=1, group_size=60
+        tmp_path / "v.mp4", width=3840, height=2160, num_frames=40, frames_per_second=2, seed=1, group_size=20
     )
     arguments = [sys.executable, "-c", MEMORY, str(path), str(tmp_path / "store")]
     ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
     num_frames, megabytes = json.loads(ended.stdout)
-    assert num_frames == 120
+    assert num_frames == 40
     assert 50 < megabytes < 300

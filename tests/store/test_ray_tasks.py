@@ -43,36 +43,29 @@ def nap(item):
     time.sleep(float(item))
     return {"slept": item}
 
-stop = threading.Event()
+def never(item):
+    raise AssertionError
+
 with ray_cluster():
+    stop = threading.Event()
     results = run_tasks([*"000000", "3600"], nap, node_label=None, patience_seconds=3600.0, stop=stop)
     assert next(results) == {"slept": "0"}
     stop.set()
     assert len(list(results)) < 6
-    assert [thread.name for thread in threading.enumerate() if thread.name == "dora-ray-tasks"] == []
-print("left")
-"""
-LEFT_AT_ONCE = """
-import threading
-from dora_ray.store.ray_tasks import ray_cluster, run_tasks
-
-def never(item):
-    raise AssertionError
-
-stop = threading.Event()
-stop.set()
-with ray_cluster():
     assert list(run_tasks(["0"], never, node_label="nowhere", patience_seconds=3600.0, stop=stop)) == []
+    assert [thread.name for thread in threading.enumerate() if thread.name == "dora-ray-tasks"] == []
 print("left")
 """
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("program", [LEFT, LEFT_AT_ONCE])
-def test_a_job_that_is_left_ends_before_ray_does(program: str) -> None:
-    """Otherwise the loop of the abandoned job searches for Ray for a minute, and then kills the whole process."""
+def test_a_job_that_is_left_ends_before_ray_does() -> None:
+    """Amid its work, and before it began.
+
+    Otherwise the loop of the abandoned job searches for Ray for a minute, and then kills the whole process.
+    """
     environment = {**os.environ, "RAY_worker_niceness": "0"}
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-c", LEFT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("left")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dora_ray.training.records.journal import read_history, read_lines, read_met
 from tests.training.test_train_local import same, weights_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+LONG = "optim.steps=60"  # room for three faults
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +27,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, store: Path, ray_clust
     from tests.conftest import BIKES, SMALL
 
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    config = dora_ray.load_config("tiny", *SMALL, f"data.videos=[{BIKES}]", f"data.store={store}", "optim.steps=30")
+    config = dora_ray.load_config("tiny", *SMALL, f"data.videos=[{BIKES}]", f"data.store={store}", LONG)
     dora_ray.train(config, out=run)
     return run
 
 
 def test_three_workers_that_do_not_divide_the_slots(undisturbed: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
-    config = dora_ray.load_config("tiny", *small, "optim.steps=30", "cluster.num_workers=3")
+    config = dora_ray.load_config("tiny", *small, LONG, "cluster.num_workers=3")
     result = dora_ray.train(config, out=tmp_path / "run")
     assert result.metrics["world_size"] == 3
     assert same(weights_of(tmp_path / "run"), weights_of(undisturbed))
     assert read_history(result.path) == read_history(str(undisturbed))
     check_waits(read_metrics(result.path))
-    dora_ray.train(dora_ray.load_config(config, "cluster.num_workers=1"), out=tmp_path / "run", resume=True)
-    assert same(weights_of(tmp_path / "run"), weights_of(undisturbed))
 
 
 def check_waits(lines: list[dict[str, Any]]) -> None:
@@ -61,17 +60,22 @@ def train_workers() -> set[int]:
 
 
 @contextmanager
-def rank_gets(number: signal.Signals, run: Path, *, rank: int, when: Callable[[], bool]) -> Iterator[list[int]]:
-    """A signal to the process of a run's first rank 0 or 1, once, while the block trains; the processes that got it."""
+def faults(run: Path, *planned: tuple[signal.Signals, int, int]) -> Iterator[list[int]]:
+    """Signals to workers of a run while the block trains, one after another; yields the processes that got one.
+
+    Each fault is a signal, the rank that gets it (of two), and the number of steps that must have been done.
+    """
     struck: list[int] = []
 
     def strike() -> None:
-        while not struck and not stop.wait(0.05):
-            if when():
-                events = read_lines(str(run / "events.jsonl"))
-                first = next(event["pid"] for event in events if event["event"] == "start")
-                struck.append(first if rank == 0 else next(iter(train_workers() - {first})))
-                os.kill(struck[0], number)
+        for number, rank, steps in planned:
+            while len(read_lines(str(run / "metrics.jsonl"))) <= steps:
+                if stop.wait(0.05):
+                    return
+            starts = [event for event in read_lines(str(run / "events.jsonl")) if event["event"] == "start"]
+            first = starts[-1]["pid"]
+            struck.append(first if rank == 0 else next(iter(train_workers() - {first, *struck})))
+            os.kill(struck[-1], number)
 
     stop = threading.Event()
     striker = threading.Thread(target=strike)
@@ -83,65 +87,29 @@ def rank_gets(number: signal.Signals, run: Path, *, rank: int, when: Callable[[]
         striker.join()
 
 
-def test_killed_worker_costs_nothing_but_time(undisturbed: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
+def test_a_run_whose_workers_end_is_the_undisturbed_run(
+    undisturbed: Path, tmp_path: Path, small: tuple[str, ...]
+) -> None:
+    """A preemption's SIGTERM and the loss of rank 1 cost no step; that of rank 0 costs those since the checkpoint."""
     run = tmp_path / "run"
-    config = dora_ray.load_config(
-        "tiny",
-        *small,
-        "optim.steps=30",
-        "cluster.num_workers=[1, 2]",
-        "run.checkpoint_seconds=0.05",
-        "data.slots_per_task=2",
-    )
-
-    def has_a_checkpoint() -> bool:
-        return any(event["event"] == "checkpoint" for event in read_lines(str(run / "events.jsonl")))
-
-    with rank_gets(signal.SIGKILL, run, rank=0, when=has_a_checkpoint) as killed:
-        dora_ray.train(config, out=run)
-    events = read_lines(str(run / "events.jsonl"))
-    assert killed
-    assert [event["event"] for event in events].count("start") >= 2
-    assert any(event["event"] == "failure" for event in events)
-    assert same(weights_of(run), weights_of(undisturbed))
-    assert read_history(str(run)) == read_history(str(undisturbed))
-
-
-def test_sigterm_to_a_worker_loses_no_step(undisturbed: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
-    """As a preemption does: it saves first, the run goes on, and no step is done again."""
-    run = tmp_path / "run"
-    words = (*small, "optim.steps=30", "run.checkpoint_seconds=600", "cluster.num_workers=[1, 2]")
-    with rank_gets(signal.SIGTERM, run, rank=0, when=lambda: len(read_lines(str(run / "metrics.jsonl"))) > 5) as told:
+    words = (*small, LONG, "run.checkpoint_seconds=600", "cluster.num_workers=[1, 2]", "data.slots_per_task=2")
+    planned = [(signal.SIGTERM, 0, 5), (signal.SIGKILL, 1, 20), (signal.SIGKILL, 0, 40)]
+    with faults(run, *planned) as struck:
         dora_ray.train(dora_ray.load_config("tiny", *words), out=run)
-    assert told
+    assert len(set(struck)) == 3
     events = read_lines(str(run / "events.jsonl"))
     starts = [event for event in events if event["event"] == "start"]
     saved = [event for event in events if event["event"] == "checkpoint"]
-    assert [event["world_size"] for event in starts] == [2, 2]
-    assert [event["reason"] for event in saved] == ["SIGTERM", "end"]
-    assert starts[1]["step"] == saved[0]["step"] < 30
+    assert [event["world_size"] for event in starts] == [2, 2, 2, 2]
+    assert [event["reason"] for event in saved] == ["SIGTERM", "lost worker", "end"]
+    assert [event["event"] for event in events].count("failure") == 3
+    terminated, lost = saved[0]["step"], saved[1]["step"]
+    assert 5 < terminated < lost < 60
+    assert [event["step"] for event in starts] == [0, terminated, lost, lost]
     done = [line["step"] for line in read_lines(str(run / "ledger.jsonl")) if "step" in line]
-    assert done == list(range(30)), "a step was done twice"
-    assert same(weights_of(run), weights_of(undisturbed))
-    assert read_history(str(run)) == read_history(str(undisturbed))
-
-
-def test_a_worker_killed_beside_rank_0_costs_no_step(undisturbed: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
-    """Rank 0 misses it in the next sum, and saves what both had."""
-    run = tmp_path / "run"
-    words = (*small, "optim.steps=30", "run.checkpoint_seconds=600", "cluster.num_workers=[1, 2]")
-    done_5 = lambda: len(read_lines(str(run / "metrics.jsonl"))) > 5  # noqa: E731
-    with rank_gets(signal.SIGKILL, run, rank=1, when=done_5) as killed:
-        dora_ray.train(dora_ray.load_config("tiny", *words), out=run)
-    assert killed
-    events = read_lines(str(run / "events.jsonl"))
-    starts = [event for event in events if event["event"] == "start"]
-    saved = [event for event in events if event["event"] == "checkpoint"]
-    assert [event["reason"] for event in saved] == ["lost worker", "end"]
-    assert len(starts) == 2
-    assert 0 < starts[1]["step"] == saved[0]["step"] < 30
-    done = [line["step"] for line in read_lines(str(run / "ledger.jsonl")) if "step" in line]
-    assert done == list(range(30)), "a step was done twice"
+    before = len(done) - (60 - lost)
+    assert before > lost
+    assert done == [*range(before), *range(lost, 60)], "only steps since the last checkpoint were done twice"
     assert same(weights_of(run), weights_of(undisturbed))
     assert read_history(str(run)) == read_history(str(undisturbed))
 

@@ -235,13 +235,23 @@ def test_what_one_rank_alone_has_met_ends_the_run_after_the_restart(
     assert "lower optim.clips_per_slot=2" in str(error)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, store: Path, ray_cluster) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    dora_ray.train(dora_ray.load_config("tiny", *SMALL, *FORTY_STEPS, f"data.store={store}"), out=run)
+    return run
+
+
+FORTY_STEPS = (f"data.videos=[{BIKES}]", "optim.steps=40")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_saves_first(number: signal.Signals, status: int, tmp_path: Path, store: Path, ray_cluster) -> None:
+def test_signal_saves_first(
+    number: signal.Signals, status: int, undisturbed: Path, store: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    words = (*SMALL, f"data.videos=[{BIKES}]", f"data.store={store}", "optim.steps=40", "cluster.num_workers=0")
-    config = dora_ray.load_config("tiny", *words)
-    dora_ray.train(config, out=tmp_path / "undisturbed")
+    words = (*SMALL, *FORTY_STEPS, f"data.store={store}")
     command = [sys.executable, "-m", "dora_ray", "train", "tiny", *words, "--out", str(run)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -256,7 +266,7 @@ def test_signal_saves_first(number: signal.Signals, status: int, tmp_path: Path,
     assert saved[0]["step"] == done[-1] + 1
     assert saved[0]["step"] < 40
     dora_ray.train(out=run, resume=True)
-    assert same(weights_of(run), weights_of(tmp_path / "undisturbed"))
+    assert same(weights_of(run), weights_of(undisturbed))
 
 
 OUT_OF_MEMORY = """
