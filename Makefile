@@ -33,10 +33,11 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m dora_ray.demo
 
-# Two at a time: tests with Ray mostly wait for its processes. The tests of a file stay together and share its fixtures.
+# Two at a time: tests with Ray mostly wait for its processes. The tests of a file stay together and share its fixtures;
+# files run in tests/conftest.py's order.
 AT_ONCE ?= 2
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not long" -n $(AT_ONCE) --dist loadscope
+	$(BIN)/python -m pytest -m "not long" -n $(AT_ONCE) --dist loadscope --no-loadscope-reorder
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long

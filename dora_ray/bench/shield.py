@@ -35,15 +35,18 @@ PATIENCE_SECONDS = 600.0
 STARTS, IMPORTS = 5, "ray.data, dora_ray.store.segments, av, lance, simplejpeg"
 
 
-def run(*, rounds: int = ROUNDS, size: Mapping[str, Any] = FILM, loops: int = LOOPS) -> dict[str, Any]:
+def run(
+    *, rounds: int = ROUNDS, size: Mapping[str, Any] = FILM, loops: int = LOOPS, starts: int = STARTS
+) -> dict[str, Any]:
     """Return the medians with and without the shield, ratio and difference, and microseconds of a memory limit.
 
     Args:
         rounds: number of rounds of both.
         size: size and length of the film's unit, see `films.film`.
         loops: number of repetitions of the unit in the film.
+        starts: number of processes whose start is measured.
     """
-    found: dict[str, Any] = {"start_cpu_seconds": _start_cpu_seconds(), "memory_limit_us": 1e6 * _limit_seconds()}
+    found: dict[str, Any] = {"start_cpu_seconds": _start_cpu_seconds(starts), "memory_limit_us": 1e6 * _limit_seconds()}
     if not rounds:
         return found
     path = film(**size, loops=loops)
@@ -90,10 +93,10 @@ def _items(config: Config, path: str, store: str, segment_seconds: float) -> lis
     return [json.dumps(vars(part)) for part in work]
 
 
-def _start_cpu_seconds() -> float:
+def _start_cpu_seconds(starts: int) -> float:
     """Return the median CPU seconds of starting a process and importing what an ingest's task needs."""
     used = []
-    for _ in range(STARTS):
+    for _ in range(starts):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-c", f"import {IMPORTS}"], check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -8,7 +8,7 @@ from dora_ray.bench import shield
 
 
 def test_without_rounds_nothing_needs_ray():
-    found = shield.run(rounds=0)
+    found = shield.run(rounds=0, starts=1)
     assert set(found) == {"start_cpu_seconds", "memory_limit_us"}
     assert found["start_cpu_seconds"] > 0.1, "Ray and Lance are imported"
     assert found["memory_limit_us"] > 0
@@ -19,7 +19,7 @@ def test_without_rounds_nothing_needs_ray():
 def test_both_ways_are_measured(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     size = {"width": 320, "height": 180, "frames_per_second": 24, "seconds": 4, "group_size": 48}
-    found = shield.run(rounds=1, size=size, loops=2)
+    found = shield.run(rounds=1, size=size, loops=2, starts=1)
     assert found["film_seconds"] == 8
     for unit in ("seconds", "cpu_seconds"):
         shielded, plain = found[f"shielded_{unit}"], found[f"plain_{unit}"]

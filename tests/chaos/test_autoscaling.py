@@ -143,11 +143,10 @@ def _of_folder(folder: Path) -> dict[Any, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_terminated_program_leaves_no_processes(number, status, tmp_path):
     short = Path(tempfile.mkdtemp(prefix="end-"))  # Ray's sockets need a short path
     environment = os.environ | {"TMPDIR": str(short), "RAY_TMPDIR": str(short)}

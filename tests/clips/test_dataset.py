@@ -235,6 +235,7 @@ def test_a_clip_that_hangs_with_the_interpreters_lock_is_given_up(inputs: Inputs
     assert valid[0, 1] == [True, False]
 
 
+HALF_SECONDS = ("clip.stride_seconds=0.5",)
 # Runs a cluster of several nodes in its own process, because this process belongs to the other tests' cluster.
 LOST_NODE = """
 import sys
@@ -243,11 +244,11 @@ import ray
 from ray.cluster_utils import Cluster
 from dora_ray.clips import dataset, rank_stream
 from tests.clips.plans import key_of, stored_inputs
-from tests.clips.test_dataset import SETTINGS, streams
+from tests.clips.test_dataset import HALF_SECONDS, streams
 from dora_ray.clips.slot import read_slot
 
 film, store, places = sys.argv[1:]
-inputs = stored_inputs(store, "clip.stride_seconds=0.5", videos=film)
+inputs = stored_inputs(store, *HALF_SECONDS, videos=film)
 plain = dataset.RowReader.__call__
 
 class Noted(dataset.RowReader):
@@ -256,7 +257,10 @@ class Noted(dataset.RowReader):
         yield from plain(self, rows)
 
 dataset.RowReader = Noted
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200_000_000})
+# A killed node's raylet refuses connections; two refusals suffice, where Ray waits for five.
+quick = {"health_check_period_ms": 1000, "health_check_failure_threshold": 2}
+head = {"num_cpus": 2, "object_store_memory": 200_000_000, "_system_config": quick}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 decoders = [
     cluster.add_node(num_cpus=2, object_store_memory=200_000_000, labels={"role": "decode"}) for _ in range(2)
 ]
@@ -281,10 +285,11 @@ print(outcome, len(digests), "pinned", len(used & pinned), "elsewhere", len(used
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_lost_decode_node_costs_its_rows_once_more(tmp_path: Path) -> None:
+def test_a_lost_decode_node_costs_its_rows_once_more(ray_cluster, tmp_path: Path) -> None:
     film = make_video(
         tmp_path / "walk.mp4", width=160, height=96, num_frames=480, frames_per_second=24, seed=1, group_size=24
     )
+    stored_inputs(tmp_path / "store", *HALF_SECONDS, videos=str(film))
     places = tmp_path / "places"
     places.mkdir()
     words = [sys.executable, "-c", LOST_NODE, str(film), str(tmp_path / "store"), str(places)]
