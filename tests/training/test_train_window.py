@@ -14,7 +14,7 @@ from dora_ray.errors import CheckpointError, VideoError
 from dora_ray.store import ingest as store_ingest
 from dora_ray.training import ingest_beside, inputs
 from dora_ray.training.inputs import in_order_of_need
-from dora_ray.training.records.journal import read_history
+from dora_ray.training.records.journal import read_history, read_metrics
 from dora_ray.video.synthetic import make_video
 from tests.conftest import SMALL
 from tests.training.test_train_local import same, weights_of
@@ -92,13 +92,25 @@ def test_resumed_run_is_the_undisturbed_run(finished: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_same_bits(finished: Path, film: Path, tmp_path: Path) -> None:
-    """With a store of their own, which they fill meanwhile."""
-    config = dora_ray.load_config("tiny", *WINDOW, f"data.videos=[{film}]", "cluster.num_workers=2")
+def test_three_workers_that_do_not_divide_the_slots(finished: Path, film: Path, tmp_path: Path) -> None:
+    """The bits are the same. They fill a store of their own meanwhile."""
+    config = dora_ray.load_config("tiny", *WINDOW, f"data.videos=[{film}]", "cluster.num_workers=3")
     result = dora_ray.train(config, out=tmp_path / "run")
-    assert result.metrics["world_size"] == 2
+    assert result.metrics["world_size"] == 3
     assert same(weights_of(tmp_path / "run"), weights_of(finished))
     assert read_history(result.path) == read_history(str(finished))
+    check_waits(read_metrics(result.path))
+
+
+def check_waits(lines: list[dict[str, Any]]) -> None:
+    """Every line says how long the slowest rank waited, and by Ray Data's stages for what."""
+    stages = ("production_wait", "data_transfer", "batching", "format", "collate", "finalize")
+    blocked = [sum(line[f"blocked_{stage}_seconds"] for stage in stages) for line in lines]
+    exposed = [line["exposed_wait_seconds"] for line in lines]
+    assert min(exposed) >= 0
+    # The first line's stages begin with the stream, while the networks are still made.
+    assert blocked[0] > 0
+    assert sum(blocked[1:]) <= sum(exposed[1:]) + 0.05 * len(lines)
 
 
 def test_an_ingest_that_fails_ends_the_run_with_its_reason(film: Path, tmp_path: Path, monkeypatch) -> None:
