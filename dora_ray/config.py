@@ -203,7 +203,11 @@ class OptimConfig(Section):
     """Keep only the inputs of the student's blocks and recompute the rest in the backward: less memory, more time."""
     compile: bool = False
     """Compile the per-token parts of a block with torch.compile: a minute on each new node, then cached. Faster on a
-    GPU (`dora-ray bench step` prints compiled_speedup), not on a CPU."""
+    GPU together with cuda_graph (`dora-ray bench step` prints compiled_speedup), not on a CPU."""
+
+    cuda_graph: bool = True
+    """Repeat a slot's kernels on a GPU as a CUDA graph, with equal bits and less time between small kernels. Without
+    effect on packed views and with activation checkpointing. Evaluation during the run needs memory of its own."""
 
     @property
     def num_warmup_steps(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dora_ray.bench.products import synchronize
-from dora_ray.config import Config
+from dora_ray.config import Config, load_config
 from dora_ray.method.dora import slot_forward
 from dora_ray.method.parts import watched
 from dora_ray.training.memory import peak_mb
@@ -100,6 +100,7 @@ class Timed:
 
     def parts(self, config: Config) -> dict[str, Any]:
         """Time each part of one step, synchronizing the device around it, and both kinds of reduction."""
+        config = load_config(config, "optim.cuda_graph=false")
         seconds: dict[str, float] = defaultdict(float)
 
         @contextmanager

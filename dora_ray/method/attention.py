@@ -69,6 +69,9 @@ class Layout:
     @cached_property
     def lengths(self) -> Tensor:
         """(S,) int64 on the device, built from the runs without a host synchronization."""
+        if len(self.runs) < RUNS_FOR_KERNEL:
+            # Few runs need no copy from the host, which a CUDA graph could not repeat.
+            return torch.cat([torch.full((count,), length, device=self.device) for count, length in self.runs])
         counts, lengths = upload(torch.tensor(self.runs), self.device).T
         return torch.repeat_interleave(lengths, counts, output_size=self.num_sequences)
 

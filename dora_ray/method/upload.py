@@ -13,7 +13,8 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
     Only copies from pinned memory are asynchronous; before any other copy, the host may wait for all pending GPU work.
     """
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.numel() else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def upload_beside(pinned: Tensor, device: torch.device) -> Tensor:

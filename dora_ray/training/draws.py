@@ -1,20 +1,24 @@
-"""Random draws of a slot: views, attention heads, noise for random masks.
+"""Random draws of a slot: views, attention heads, noise for random masks; and its tensors on the device.
 
 Shapes: M clips a slot, T frames, G global and L local views, K objects, N patches.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dora_ray.clips.plan import Purpose, slot_generator, slot_seed
-from dora_ray.config import Config
-from dora_ray.views.augment import ViewParameters, draw_views
+from dora_ray.config import Config, CropsConfig
+from dora_ray.method.parts import part
+from dora_ray.method.upload import upload
+from dora_ray.views.augment import ViewParameters, draw_views, render, upload_clips
 
 
 def object_weight(config: Config, step: int) -> float:
@@ -91,6 +95,41 @@ def draw_slot(config: Config, step: int, slot: int) -> SlotDraws:
         network_seed=slot_seed(config.run.seed, step, slot, Purpose.NETWORK),
         object_weight=object_weight(config, step),
     )
+
+
+def slot_inputs(
+    clips: NDArray[np.uint8], valid: NDArray[np.bool_], draws: SlotDraws, device: torch.device
+) -> dict[str, Tensor]:
+    """Copy a slot's readable clips, and what was drawn for them, to the device.
+
+    Args:
+        clips: (M, T, H, W, 3) uint8.
+        valid: (M,) mask of the readable clips.
+        draws: the slot's draws.
+        device: the training's.
+
+    Returns:
+        clips, heads, noise (if there is any), and the parameters of `render_slot`, each with a row for a readable clip.
+    """
+    rows = np.flatnonzero(valid)
+    drawn = {"heads": draws.heads} | ({} if draws.noise is None else {"noise": draws.noise})
+    for name, views in (("global", draws.global_views), ("local", draws.local_views)):
+        drawn |= {f"{name} {field}": tensor for field, tensor in vars(views).items()}
+    with part("upload"):
+        copied = {name: upload(tensor[rows], device) for name, tensor in drawn.items()}
+        return copied | {"clips": upload_clips(clips, rows, device)}
+
+
+def render_slot(inputs: Mapping[str, Tensor], crops: CropsConfig) -> tuple[Tensor, Tensor]:
+    """Return the global and the local views of `slot_inputs`, see `render`."""
+    clips = inputs["clips"]
+    globals_ = render(clips, _views(inputs, "global"), size=crops.global_size)
+    locals_ = render(clips, _views(inputs, "local"), size=crops.local_size, interpolation=crops.local_interpolation)
+    return globals_, locals_
+
+
+def _views(inputs: Mapping[str, Tensor], name: str) -> ViewParameters:
+    return ViewParameters(**{field.name: inputs[f"{name} {field.name}"] for field in fields(ViewParameters)})
 
 
 def _mask_noise(config: Config, rng: np.random.Generator) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: M clips a slot, T frames, G global and L local views, K objects, N patch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,12 +24,11 @@ from dora_ray.method.dora import Network, SlotOutput, build_network, slot_forwar
 from dora_ray.method.fp8 import use_fp8
 from dora_ray.method.parts import part
 from dora_ray.method.settings import MethodSettings
-from dora_ray.method.upload import upload
-from dora_ray.training.draws import SlotDraws, draw_slot, object_weight
+from dora_ray.training.draws import SlotDraws, draw_slot, object_weight, render_slot, slot_inputs
+from dora_ray.training.graph import Graphs
 from dora_ray.training.memory import tokens_of_slot
 from dora_ray.training.optim import Rates, clip_each, make_optimizer, rates, set_rates, update_teacher
 from dora_ray.training.reduction import AllReduce, SlotSums, SumResult, next_exponents, raised_exponents
-from dora_ray.views.augment import ViewParameters, render, upload_clips
 from dora_ray.weights import initial_values, network_arguments
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ SlotForward = Callable[..., SlotOutput]
 
 @dataclass
 class TrainState:
-    """Training state: everything that a step updates and a checkpoint stores.
+    """Training state: everything that a step updates, and what a process keeps for its next step.
 
     Attributes:
         student: the trained network.
@@ -50,6 +49,7 @@ class TrainState:
         exponents: (Q,) int32, scale of each summed quantity; see `reduction`.
         step: steps done; it alone is the position in the data.
         bad_clips: numbers of the clips that could not be read and added no loss.
+        graphs: CUDA graphs of the slots, which a checkpoint does not store.
     """
 
     student: Network
@@ -59,6 +59,7 @@ class TrainState:
     exponents: Tensor
     step: int = 0
     bad_clips: list[int] = field(default_factory=list)
+    graphs: Graphs = field(default_factory=Graphs)
 
 
 def initial_state(config: Config, device: torch.device) -> TrainState:
@@ -95,10 +96,6 @@ def measure_names(config: Config, step: int) -> list[str]:
     return names + (tracked if object_weight(config, step) > 0 else [])
 
 
-def _take(parameters: ViewParameters, rows: Tensor) -> ViewParameters:
-    return ViewParameters(parameters.boxes[rows], parameters.flip[rows], parameters.color[rows], parameters.sigma[rows])
-
-
 def slot_output(
     state: TrainState,
     clips: NDArray[np.uint8],
@@ -117,21 +114,20 @@ def slot_output(
         config: the run's.
         forward: `slot_forward`, or an alternative to compare with it.
     """
-    device = state.center.device
-    rows = torch.from_numpy(np.flatnonzero(valid))
-    with part("upload"):
-        pixels = upload_clips(clips, rows.numpy(), device)
-    with part("augment"):
-        globals_ = render(pixels, _take(draws.global_views, rows), size=config.crops.global_size)
-        locals_ = render(
-            pixels,
-            _take(draws.local_views, rows),
-            size=config.crops.local_size,
-            interpolation=config.crops.local_interpolation,
-        )
+    inputs = slot_inputs(clips, valid, draws, state.center.device)
     torch.manual_seed(draws.network_seed)
-    half = device.type == "cuda" and config.optim.precision == "bf16"
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    return _output(state, inputs, draws.object_weight, config, forward)
+
+
+def _output(
+    state: TrainState, inputs: Mapping[str, Tensor], weight: float, config: Config, forward: SlotForward
+) -> SlotOutput:
+    """Render the views and run the forward in the configured precision; `weight` is that of the objects."""
+    kind = state.center.device.type
+    with part("augment"):
+        globals_, locals_ = render_slot(inputs, config.crops)
+    half = kind == "cuda" and config.optim.precision == "bf16"
+    with torch.autocast(kind, torch.bfloat16, enabled=half):
         return forward(
             state.student,
             state.teacher,
@@ -139,9 +135,9 @@ def slot_output(
             method_settings(config),
             globals_=globals_,
             locals_=locals_,
-            heads=upload(draws.heads[rows], device),
-            noise=None if draws.noise is None else upload(draws.noise[rows], device),
-            object_weight=draws.object_weight,
+            heads=inputs["heads"],
+            noise=inputs.get("noise"),
+            object_weight=weight,
         )
 
 
@@ -178,11 +174,32 @@ def slot_quantities(
         return [*map(torch.zeros_like, (*parameters, state.center)), state.center.new_zeros(len(names))]
     with part("augment"):
         draws = draw_slot(config, batch.step, batch.slot)
-    output = slot_output(state, batch.clips, batch.valid, draws, config, forward)
-    with part("backward"):
-        gradients = torch.autograd.grad(output.loss * share, parameters, materialize_grads=True)
-    measures = torch.stack([output.measures[name].float() for name in names]) * share
-    return [*gradients, output.teacher_sum, measures]
+
+    def compute(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        output = _output(state, inputs, draws.object_weight, config, forward)
+        with part("backward"):
+            gradients = torch.autograd.grad(output.loss * share, parameters, materialize_grads=True)
+        measures = torch.stack([output.measures[name].float() for name in names]) * share
+        return [*gradients, output.teacher_sum, measures]
+
+    inputs = slot_inputs(batch.clips, batch.valid, draws, state.center.device)
+    torch.manual_seed(draws.network_seed)
+    if share < 1.0:
+        # Its shapes are its own, and there may be no room for its tensors beside those of the graphs.
+        state.graphs.release()
+    elif forward is slot_forward and has_graph(config, state.center.device):
+        kind = method_settings(config), draws.object_weight
+        weights = [*parameters, *state.teacher.parameters(), state.center]
+        return state.graphs.run(kind, compute, inputs, weights)
+    return compute(inputs)
+
+
+def has_graph(config: Config, device: torch.device) -> bool:
+    """Return whether slots without unreadable clips are computed by a CUDA graph."""
+    optim, tracking = config.optim, config.tracking
+    # Packed views have other shapes in every slot. Recomputed blocks save the state of the random numbers on the host.
+    equal_shapes = tracking.views == "masked" or tracking.kind == "none"
+    return device.type == "cuda" and optim.cuda_graph and equal_shapes and not optim.activation_checkpointing
 
 
 @dataclass(frozen=True)

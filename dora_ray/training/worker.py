@@ -195,10 +195,12 @@ def _named_limits(config: Config) -> Iterator[None]:
         if not _is_out_of_memory(error):
             raise
         said = next(iter(str(error).splitlines()), type(error).__name__)
+        on_gpu = isinstance(error, torch.OutOfMemoryError) and config.optim.cuda_graph
         told = ClusterError(
             f"a worker ran out of memory ({said}): lower optim.clips_per_slot="
             f"{config.optim.clips_per_slot}, the clips of one forward. Fewer clips per slot and more slots "
             "(optim.slots) keep the batch size. Or lower clip.num_frames, crops.num_locals or head.num_outputs."
+            + (" If the GPU is full only while it evaluates, optim.cuda_graph=false." if on_gpu else "")
         )
         raise OneRankError(told) from error
 

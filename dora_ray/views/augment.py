@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dora_ray.clips.crop import Interpolation, Range, random_boxes
 from dora_ray.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from dora_ray.method.upload import upload, upload_beside
+from dora_ray.method.upload import upload_beside
 from dora_ray.views.resample import blur_matrix, resample_by_crop, resample_by_matrix
 
 # ITU-R BT.601, as in PIL.
@@ -33,7 +33,7 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 
 @dataclasses.dataclass(frozen=True)
 class ViewParameters:
-    """Parameters of each view of each frame, for `render`; float32 tensors on the CPU.
+    """Parameters of each view of each frame, for `render`; float32 tensors.
 
     Attributes:
         boxes: (B, V, T, 4) top, left, height, width of the crop, in pixels of the clip.
@@ -168,7 +168,7 @@ def render(
 
     Args:
         clips: (B, T, H, W, 3) uint8, on any device.
-        parameters: the views, see `draw_views`; V may be 0.
+        parameters: the views, see `draw_views`, on the clips' device; V may be 0.
         size: S, in pixels.
         interpolation: kernel of the resize.
 
@@ -192,8 +192,8 @@ def render(
             0, 2
         )
         color = _normalized_color(pixels, parameters.color.flatten(0, 2))
-        _blur(pixels, parameters.sigma.flatten())
-        return _paint(pixels.float(), *color).view(*lead, 3, size, size)
+        blurred = _blur(pixels, parameters.sigma.flatten())
+        return _paint(blurred.float(), *color).view(*lead, 3, size, size)
 
 
 def _hue_rotation(turns: np.ndarray) -> np.ndarray:
@@ -218,25 +218,28 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 def _normalized_color(pixels: Tensor, color: Tensor) -> tuple[Tensor, Tensor]:
     """Return (n, 3, 3) matrices and (n, 3, 1) offsets that map (n, 3, S, S) pixels in [0, 255] to normalized colors."""
-    color = upload(color, pixels.device)
     mean, std, luma = _constants(pixels.device)
     mean_luma = pixels.mean((2, 3), dtype=torch.float32) @ luma / 255
     offset = (color[..., 3:] * mean_luma[:, None, None] - mean) / std
     return color[..., :3] / (255 * std), offset
 
 
-def _blur(pixels: Tensor, sigma: Tensor) -> None:
-    """Blur in place the frames (n, 3, S, S) where sigma (n,) is above 0; sigma is on the CPU."""
+def _blur(pixels: Tensor, sigma: Tensor) -> Tensor:
+    """Blur the frames (n, 3, S, S) by sigma (n,)."""
+    if pixels.device.type != "cpu":
+        # Here sigma's values would have to be waited for, and blurring by 0 is cheap.
+        return _blur_all(pixels, sigma)
     chosen = sigma.nonzero().flatten()
-    if not len(chosen):
-        return
+    return pixels.index_copy(0, chosen, _blur_all(pixels[chosen], sigma[chosen])) if len(chosen) else pixels
+
+
+def _blur_all(pixels: Tensor, sigma: Tensor) -> Tensor:
     size = pixels.shape[-1]
-    matrix = blur_matrix(upload(sigma[chosen], pixels.device), size=size).to(pixels.dtype)
-    chosen = upload(chosen, pixels.device)
-    across = pixels.index_select(0, chosen).view(-1, 3 * size, size) @ matrix.mT
+    matrix = blur_matrix(sigma, size=size).to(pixels.dtype)
+    across = pixels.reshape(-1, 3 * size, size) @ matrix.mT
     # Multiply per channel: a broadcast product would copy the matrices.
     channels = across.view(-1, 3, size, size).unbind(1)
-    pixels.index_copy_(0, chosen, torch.stack([matrix @ channel for channel in channels], dim=1))
+    return torch.stack([matrix @ channel for channel in channels], dim=1)
 
 
 def _paint(pixels: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dora_ray.clips.crop import Interpolation, resize_uint8
-from dora_ray.method.upload import upload
 
 # Beyond four standard deviations, a Gaussian weighs less than a thousandth of one of 255 levels.
 _BLUR_REACH = 4.0
+# So narrow that a neighbor's weight is 0 in float32.
+_LEAST_SIGMA = 0.01
 
 
 def resample_by_matrix(
@@ -29,9 +30,9 @@ def resample_by_matrix(
     """Crop, resize and flip by two batched products: ``rows @ frame @ columns.T`` for each view of each frame.
 
     Args:
-        clips: (B, T, H, W, 3) uint8, on any device.
-        boxes: (B, V, T, 4) top, left, height, width; on the CPU.
-        flip: (B, V, T) 1 to mirror left to right, else 0; on the CPU.
+        clips: (B, T, H, W, 3) uint8, on any device; the other tensors are on the same.
+        boxes: (B, V, T, 4) top, left, height, width.
+        flip: (B, V, T) 1 to mirror left to right, else 0.
         size: S, in pixels.
         interpolation: kernel of the resize.
 
@@ -40,11 +41,11 @@ def resample_by_matrix(
     """
     batch, frames, height, width, _ = clips.shape
     views = boxes.shape[1]
-    top, left, box_height, box_width = upload(boxes, clips.device).unbind(-1)
+    top, left, box_height, box_width = boxes.unbind(-1)
     matrix = resize_matrix if interpolation == "bilinear" else cubic_matrix
     rows = matrix(top, box_height, in_size=height, out_size=size)
     columns = matrix(left, box_width, in_size=width, out_size=size)
-    columns = torch.where(upload(flip, clips.device)[..., None, None] > 0, columns.flip(-2), columns)
+    columns = torch.where(flip[..., None, None] > 0, columns.flip(-2), columns)
     # Stack all views of a frame into one product, which reads the frame once.
     stacked = rows.half().transpose(1, 2).reshape(batch * frames, views * size, height)
     strips = stacked @ clips.reshape(batch * frames, height, width * 3).half()
@@ -135,12 +136,13 @@ def blur_matrix(sigma: Tensor, *, size: int) -> Tensor:
     four standard deviations, or at size - 1.
 
     Args:
-        sigma: (n,) standard deviations in pixels, above 0.
+        sigma: (n,) standard deviations in pixels; 0 gives the identity.
         size: length of the line.
 
     Returns:
         (n, size, size) float32; each row sums to 1.
     """
+    sigma = sigma.clamp_min(_LEAST_SIGMA)
     reach = torch.ceil(_BLUR_REACH * sigma).clamp_max(size - 1)[:, None]
     distance = torch.arange(2 * size - 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2) * (distance <= reach)

@@ -36,3 +36,16 @@ def test_a_slot_repeats_bit_for_bit(device):
     state = initial_state(config, device)
     first, _, again = (slot_quantities(state, batch_of(config, 0, slot), config) for slot in (0, 1, 0))
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_a_graph_of_compiled_blocks_repeats_their_bits(gpu):
+    plain, graph = (config_of("optim.precision=bf16", "optim.compile=true", f"optim.cuda_graph={on}") for on in (0, 1))
+    prepare_torch(gpu, plain.optim, deterministic=True)
+    states = [initial_state(config, gpu) for config in (plain, graph)]
+    for slot in (0, 1, 2, 3, 0):
+        one, other = (
+            slot_quantities(state, batch_of(config, 0, slot), config)
+            for state, config in zip(states, (plain, graph), strict=True)
+        )
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, other, strict=True))
+    assert states[1].graphs.number == 1

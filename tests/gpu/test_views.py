@@ -13,10 +13,10 @@ from dora_ray.views import augment
 pytestmark = pytest.mark.gpu
 
 
-def draw() -> augment.ViewParameters:
+def draw(device: str | torch.device = "cpu") -> augment.ViewParameters:
     """Draw parameters of 2 clips x 3 views x 4 frames of 40 px that jitter everything."""
     arguments: dict[str, Any] = {"num_clips": 2, "num_views": 3, "num_frames": 4, "clip_size": 40}
-    return augment.draw_views(
+    drawn = augment.draw_views(
         np.random.default_rng(0),
         **arguments,
         scale=(0.05, 0.4),
@@ -29,6 +29,7 @@ def draw() -> augment.ViewParameters:
         blur_probability=0.5,
         blur_sigma=(0.1, 2.0),
     )
+    return augment.ViewParameters(**{name: tensor.to(device) for name, tensor in vars(drawn).items()})
 
 
 def clips() -> np.ndarray:
@@ -40,7 +41,7 @@ def test_agree_with_the_cpus(gpu, interpolation):
     # A cubic kernel overshoots; the clamping between the CPU's two passes is visible at full contrast.
     pixels = torch.from_numpy(clips() if interpolation == "bilinear" else 90 + clips() // 4)
     expected = augment.render(pixels, draw(), size=16, interpolation=interpolation)
-    views = augment.render(pixels.to(gpu), draw(), size=16, interpolation=interpolation)
+    views = augment.render(pixels.to(gpu), draw(gpu), size=16, interpolation=interpolation)
     # One side is rounded to whole levels, up to 1.2 levels apart; brightness and contrast at most double that.
     torch.testing.assert_close(views.cpu(), expected, atol=0.06, rtol=0)
 
@@ -50,10 +51,11 @@ def test_agree_with_the_cpus(gpu, interpolation):
 def test_the_host_waits_for_nothing(gpu, interpolation):
     """The first rendering may synchronize: it copies the constants."""
     rows = np.arange(2)
-    augment.render(augment.upload_clips(clips(), rows, gpu), draw(), size=16, interpolation=interpolation)
+    parameters = draw(gpu)
+    augment.render(augment.upload_clips(clips(), rows, gpu), parameters, size=16, interpolation=interpolation)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        augment.render(augment.upload_clips(clips(), rows, gpu), draw(), size=16, interpolation=interpolation)
+        augment.render(augment.upload_clips(clips(), rows, gpu), parameters, size=16, interpolation=interpolation)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

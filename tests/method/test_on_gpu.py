@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dora_ray.config import load_config
 from dora_ray.method import attention
 from dora_ray.method.dora import SlotOutput, slot_forward
+from dora_ray.training.draws import draw_slot, render_slot, slot_inputs
 from dora_ray.training.step import initial_state, method_settings
+from dora_ray.views import augment
 from tests.method.networks import no_numbers, without_numbers
 
 DEPTH = 3
@@ -64,7 +67,9 @@ def forward(*overrides: str) -> tuple[SlotOutput, Counter[str]]:
     return output, operators.counts
 
 
-def test_masked_views_never_synchronize_the_host():
+def test_masked_views_never_synchronize_the_host_nor_copy_from_it(monkeypatch):
+    """A CUDA graph of the forward would repeat a copy from memory that is not there any more."""
+    monkeypatch.delattr(attention, "upload")
     output, _ = forward()
     assert output.loss.device.type == "cuda"
     assert {measure.dtype for measure in output.measures.values()} == {torch.float32}
@@ -87,3 +92,23 @@ def test_packed_views_synchronize_only_for_their_lengths(monkeypatch, teacher):
     assert counts["_varlen_attn"] == DEPTH
     # Four layers in each of the teacher's blocks but the last.
     assert counts["_scaled_mm_v2"] == (4 * (DEPTH - 1) if teacher == "fp8" else 0)
+
+
+def test_views_are_rendered_without_a_wait_or_a_copy_from_the_host():
+    config = load_config("paper", "optim.clips_per_slot=2")
+    draws = draw_slot(config, 0, 0)
+    size, device = config.crops.clip_size, torch.device("cuda")
+    clips, valid = np.zeros((2, config.clip.num_frames, size, size, 3), np.uint8), np.ones(2, bool)
+    inputs = slot_inputs(clips, valid, draws, torch.device("cpu"))
+    augment._constants.cache_clear()
+    try:
+        with no_numbers():
+            fake = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for name, tensor in inputs.items()
+            }
+            globals_, locals_ = render_slot(fake, config.crops)
+    finally:
+        augment._constants.cache_clear()
+    assert globals_.shape == (2, 1, config.clip.num_frames, 3, 224, 224)
+    assert locals_.shape == (2, config.crops.num_locals, config.clip.num_frames, 3, 96, 96)
+    assert globals_.device.type == locals_.device.type == "cuda"

@@ -273,6 +273,15 @@ def test_render_is_the_documented_chain():
         torch.testing.assert_close(views[clip, view, frame], normalized(image), atol=2e-3, rtol=0)
 
 
+def test_blurring_all_frames_as_on_a_gpu_is_blurring_the_drawn_ones():
+    pixels, sigma = (
+        torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0.0, 0.3, 2.0, 0]),
+    )
+    torch.testing.assert_close(augment._blur_all(pixels, sigma), augment._blur(pixels, sigma), atol=1e-6, rtol=0)
+    assert torch.equal(augment._blur_all(pixels, sigma)[0], pixels[0])
+
+
 def test_render_without_color_and_blur_is_torchvisions_normalized_crop():
     clips = random_clips(2, 4, 40, 40)
     parameters = plain(draw())

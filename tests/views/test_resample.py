@@ -122,6 +122,10 @@ def test_blur_of_an_image_smaller_than_the_kernel_reflects_once():
     )
 
 
+def test_blur_by_nothing_is_the_identity():
+    assert torch.equal(resample.blur_matrix(torch.tensor([0.0, 1.0]), size=9)[0], torch.eye(9))
+
+
 def test_blur_of_a_frame_does_not_depend_on_its_neighbors():
     alone = resample.blur_matrix(torch.tensor([0.3]), size=12)[0]
     beside = resample.blur_matrix(torch.tensor([2.0, 0.3]), size=12)[1]

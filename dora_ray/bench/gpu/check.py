@@ -23,7 +23,7 @@ from dora_ray.bench.gpu.figures import read_figures
 from dora_ray.bench.gpu.table import render
 
 # Seconds for each part, most valuable first. A rehearsal on a shared CPU takes longer.
-LIMITS = {"tests": 60.0, "step": 180.0, "profile": 60.0, "learning": 240.0}
+LIMITS = {"tests": 120.0, "step": 150.0, "profile": 60.0, "learning": 240.0}
 REHEARSAL_FACTOR = 5.0
 # Share of the last part's time for each of its four trainings; the rest is for evaluation.
 LEARNING_SHARE = 0.2

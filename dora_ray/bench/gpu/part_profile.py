@@ -12,10 +12,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dora_ray.bench.gpu.figures import Figures
-from dora_ray.bench.gpu.part_step import REHEARSAL
+from dora_ray.bench.gpu.part_step import PLAIN, REHEARSAL
 from dora_ray.bench.gpu.trace import summarize
 from dora_ray.bench.products import synchronize
-from dora_ray.bench.timed import ALONE, Timed
+from dora_ray.bench.timed import Timed
 from dora_ray.config import Config, load_config
 from dora_ray.method.dora import slot_forward
 from dora_ray.training.numerics import prepare_torch
@@ -27,10 +27,12 @@ WARMUP, STEPS = 3, 2
 def run(figures: Figures, *, folder: Path, rehearse: bool) -> None:
     """Trace the plain form, then the packed one; keep the trace of the first if it is small enough."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    paper = load_config("paper", *(REHEARSAL if rehearse else ()), *ALONE)
+    paper = load_config("paper", *(REHEARSAL if rehearse else ()), *PLAIN)
     prepare_torch(device, paper.optim, deterministic=paper.run.deterministic)
     kept = folder / "trace.json.gz"
     figures.attempt("exact", lambda: _traced(paper, device, folder, keep=kept))
+    graph = load_config(paper, "optim.cuda_graph=true")
+    figures.attempt("graph", lambda: _traced(graph, device, folder, keep=None))
     packed = load_config(paper, "tracking.views=packed")
     figures.attempt("packed", lambda: _traced(packed, device, folder, keep=None))
 

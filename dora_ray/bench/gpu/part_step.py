@@ -20,7 +20,7 @@ from dora_ray.config import Config, load_config
 from dora_ray.method.dora import slot_forward
 from dora_ray.method.reference import reference_slot_forward
 from dora_ray.training.numerics import has_fp8, prepare_torch
-from dora_ray.training.step import SlotForward
+from dora_ray.training.step import SlotForward, has_graph
 
 # A form is timed until one of these is reached, but at least three times.
 MOST_STEPS, MOST_SECONDS = 10, 4.0
@@ -35,31 +35,39 @@ REHEARSAL = (
     "head.num_outputs=512",
     "optim.clips_per_slot=2",
 )
+# Launched kernel by kernel, so that parts and products can be told apart.
+PLAIN = (*ALONE, "optim.cuda_graph=false")
 LARGER = {"vit_base": "paper-vit-b", "vit_large": "paper-vit-l"}
 
 
 def run(figures: Figures, *, rehearse: bool) -> None:
     """Measure every form; report one that fails, and continue with the next."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    paper = load_config("paper", *(REHEARSAL if rehearse else ()), *ALONE)
+    paper = load_config("paper", *(REHEARSAL if rehearse else ()), *PLAIN)
     prepare_torch(device, paper.optim, deterministic=paper.run.deterministic)
     figures.put("setting", _setting(paper, device))
     figures.attempt("exact", functools.partial(_exact, figures, paper, device))
     figures.attempt("reference", lambda: _form(paper, device, reference_slot_forward))
-    packed = load_config(paper, "tracking.views=packed")
+    graph, packed = load_config(paper, "optim.cuda_graph=true"), load_config(paper, "tracking.views=packed")
+    figures.attempt("graph", lambda: _form(graph, device, slot_forward))
     figures.attempt("packed", lambda: _form(packed, device, None))
-    second = load_config(paper, "tracking.every_steps=2")
+    second = load_config(graph, "tracking.every_steps=2")
     figures.attempt("every_second", lambda: _form(second, device, slot_forward, number=1))
     if has_fp8(device) or device.type == "cpu":
         figures.attempt("fp8_teacher", functools.partial(_fp8, paper, device))
     figures.attempt("compiled", lambda: _form(load_config(paper, "optim.compile=true"), device, slot_forward))
+    fastest = load_config(graph, "optim.compile=true")
+    figures.attempt("graph_compiled", lambda: _form(fastest, device, slot_forward))
     both = load_config(packed, "optim.compile=true")
     figures.attempt("packed_compiled", lambda: _form(both, device, None))
     for name, recipe in LARGER.items():
-        larger = load_config(recipe, *(REHEARSAL[1:] if rehearse else ()), *ALONE)
+        larger = load_config(recipe, *(REHEARSAL[1:] if rehearse else ()), *PLAIN)
         figures.attempt(name, functools.partial(_larger, larger, device))
+        if has_graph(graph := load_config(larger, "optim.cuda_graph=true"), device):
+            figures.attempt(f"{name}_graph", functools.partial(_form, graph, device, slot_forward))
     torch.use_deterministic_algorithms(False)
-    figures.attempt("not_deterministic", lambda: _form(paper, device, slot_forward))
+    graph = load_config(paper, "optim.cuda_graph=true")
+    figures.attempt("not_deterministic", lambda: _form(graph, device, slot_forward))
 
 
 def _setting(config: Config, device: torch.device) -> dict[str, Any]:
@@ -120,6 +128,9 @@ def _larger(config: Config, device: torch.device) -> dict[str, Any]:
 def _times(step: Callable[[], float], config: Config, device: torch.device) -> dict[str, Any]:
     """Return seconds and memory of a step; the first call compiles, selects kernels and allocates memory."""
     first = step()
+    if config.optim.cuda_graph:
+        # The next call records the graph, which belongs to the peak.
+        step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds, began = [step() for _ in range(2)], time.perf_counter()

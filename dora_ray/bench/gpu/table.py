@@ -13,13 +13,16 @@ TARGETS = "targets: 4 times the reference, 40 % of a large square product's rate
 FORMS = (
     "reference",
     "exact",
+    "graph",
     "compiled",
+    "graph_compiled",
     "packed",
     "packed_compiled",
     "every_second",
     "fp8_teacher",
     "not_deterministic",
     "vit_base",
+    "vit_base_graph",
     "vit_large",
 )
 LEARNT = ("knn", "matching", "j_and_f")
