@@ -39,8 +39,9 @@ def test_a_tour_on_eight_gpus(plan):
     assert found["epochs"] == pytest.approx(309_000 * 128 / 39600)
     assert [row["workers_asked"] for row in found["rows"]] == [1, 8, 64, 64, 1024, 1024]
     assert found["warnings"] == []
-    assert "NOT MEASURED: gpu_tflop, bus_bytes, network_bytes" in said, "nobody measured a GPU for these figures"
-    assert "gpu_tflop 200\n    assumed, not measured: " in said
+    assert "NOT MEASURED: bus_bytes, network_bytes" in said, "nobody measured a network for these figures"
+    assert "network_bytes 1.25e+09\n    assumed, not measured: " in said
+    assert "gpu_tflop 110\n    measured by scripts/gpu_check.py on an NVIDIA H100" in said
     assert "machines    8 GPUs, 8 a node; 32 cores for reading in all;" in said
     assert "no interruptions" in said
     assert "not given" not in said
