@@ -112,11 +112,12 @@ def slot_inputs(
         clips, heads, noise (if there is any), and the parameters of `render_slot`, each with a row for a readable clip.
     """
     rows = np.flatnonzero(valid)
+    chosen = slice(None) if valid.all() else rows
     drawn = {"heads": draws.heads} | ({} if draws.noise is None else {"noise": draws.noise})
     for name, views in (("global", draws.global_views), ("local", draws.local_views)):
         drawn |= {f"{name} {field}": tensor for field, tensor in vars(views).items()}
     with part("upload"):
-        copied = {name: upload(tensor[rows], device) for name, tensor in drawn.items()}
+        copied = {name: upload(tensor[chosen], device) for name, tensor in drawn.items()}
         return copied | {"clips": upload_clips(clips, rows, device)}
 
 
