@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make demo       the main job on a real video: train, evaluate, export, report (about 5 minutes)"
-	@echo "make test       all tests but those of make test-long, two at a time (AT_ONCE=0: one)"
+	@echo "make test       all tests but those of make test-long, three at a time (AT_ONCE=0: one)"
 	@echo "make test-long  those that take long: killed sweeps, ray up, autoscaling, compilations, full-size steps"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make coverage   lines that no test reaches, in htmlcov/ (COVERED=\"tests/clips\": by these tests)"
@@ -33,9 +33,9 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m dora_ray.demo
 
-# Two at a time: tests with Ray mostly wait for its processes. The tests of a file stay together and share its fixtures;
-# files run in tests/conftest.py's order.
-AT_ONCE ?= 2
+# Three at a time on two cores: those with Ray wait for its processes now and then. The tests of a file stay together and
+# share its fixtures; files run in tests/conftest.py's order.
+AT_ONCE ?= 3
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not long" -n $(AT_ONCE) --dist loadscope --no-loadscope-reorder
 

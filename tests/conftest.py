@@ -67,6 +67,8 @@ def ray_cluster() -> Iterator[Any]:
     """One Ray cluster for the whole session, with logical CPUs to spare."""
     import ray
 
+    from dora_ray.cluster.starting import SYSTEM_CONFIG
+
     ray.init(
         address="local",
         num_cpus=4,
@@ -74,6 +76,7 @@ def ray_cluster() -> Iterator[Any]:
         log_to_driver=False,
         logging_level="error",
         object_store_memory=500_000_000,
+        _system_config=SYSTEM_CONFIG,
     )
     yield ray
     ray.shutdown()

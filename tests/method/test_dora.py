@@ -56,9 +56,11 @@ def test_equals_the_loop(settings, views, num_objects, num_frames):
 
 @pytest.mark.slow
 @BOTH
-@pytest.mark.parametrize("num_objects", range(1, 7))
-@pytest.mark.parametrize("num_frames", range(2, 9))
-def test_equals_the_loop_for_every_pair_of_sizes(settings, num_objects, num_frames):
+@pytest.mark.parametrize(
+    ("num_objects", "num_frames"),
+    [(objects, frames) for objects in range(1, 7) for frames in range(2, 9) if (objects + frames) % 3 == 0],
+)
+def test_equals_the_loop_for_pairs_of_sizes(settings, num_objects, num_frames):
     slot = draw_slot(num_frames=num_frames, num_objects=num_objects)
     assert_same(slot, settings, dtype=torch.float64, tolerance=1e-9)
 

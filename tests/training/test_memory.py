@@ -61,7 +61,8 @@ print(status("VmHWM") - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resets the peak through /proc")
-@pytest.mark.parametrize("checkpointing", ["true", "false"])
+# The next test counts both for every recipe.
+@pytest.mark.parametrize("checkpointing", [pytest.param("true", marks=pytest.mark.long), "false"])
 # CPUs emulate bf16; at full size the test below counts it too.
 @pytest.mark.parametrize("precision", ["whole", pytest.param("half", marks=pytest.mark.long)])
 def test_the_estimate_is_near_what_a_step_takes(checkpointing: str, precision: str) -> None:
@@ -109,8 +110,9 @@ class Live(TorchDispatchMode):
 
 def counted_mb(config: Config, forward: SlotForward) -> float:
     """Most megabytes that forward and backward of a slot take in bf16 at full size: tensors without their numbers."""
-    state = initial_state(config, torch.device("cpu"))
     clips, frames, crops = config.optim.clips_per_slot, config.clip.num_frames, config.crops
+    with torch.device("meta"):
+        state = initial_state(config, torch.device("meta"))
     with no_numbers():
         student, teacher = without_numbers(state.student), without_numbers(state.teacher)
         center, live = torch.empty(config.head.num_outputs), Live()

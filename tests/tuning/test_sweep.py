@@ -25,6 +25,7 @@ def objects(small):
         "overrides": list(small),
         "space": {"optim.lr": {"grid": [1.0e-3, 1.0e30]}},
         "seeds": [0],
+        "max_concurrent_trials": 1,
     }
 
 
@@ -204,6 +205,7 @@ def test_optuna_proposes_points_for_all_seeds_and_goes_on_from_those_it_has(smal
         "space": {"optim.lr": {"loguniform": [1.0e-4, 1.0e-2]}, "tracking.num_objects": {"grid": [1, 3]}},
         "num_samples": 1,
         "seeds": [0, 1],
+        "max_concurrent_trials": 1,
         "search": "tpe",
     }
     first = sweep(spec, out=tmp_path / "sweep")

@@ -13,7 +13,7 @@ from dora_ray.bench.gpu.figures import MOST_CHARACTERS, Figures
 # The compiling one takes longest and runs last.
 FILES = ("test_method.py", "test_step.py", "test_views.py", "test_graph.py", "test_compile.py")
 # A rehearsal skips the largest networks.
-SMALL = "equals_the_loop and not large or unlike or collective or views"
+SMALL = "equals_the_loop and not large or collective"
 
 
 class _Recorder:
