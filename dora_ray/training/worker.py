@@ -33,6 +33,8 @@ from dora_ray.training.worlds import Job, OneRankError, RayWorld, World, watch_f
 
 logger = logging.getLogger(__name__)
 
+# Part of CUDA's messages for what a graph cannot record: "when stream is capturing", "error during capture".
+WHILE_RECORDED = "captur"
 # Parts of torch's and CUDA's messages for out-of-memory errors without a class of their own.
 OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory")
 
@@ -181,7 +183,7 @@ def _restore(job: Job, world: World, state: TrainState) -> list[str]:
 
 @contextmanager
 def _named_limits(config: Config) -> Iterator[None]:
-    """Name the setting to change when this process runs out of memory, or torch lacks a deterministic kernel.
+    """Name the setting to change for lack of memory, of a deterministic kernel, or of one that a CUDA graph can record.
 
     Raises:
         OneRankError: replaces such an error.
@@ -192,10 +194,16 @@ def _named_limits(config: Config) -> Iterator[None]:
         if NOT_DETERMINISTIC in str(error):
             told = ClusterError(f"{error}: set run.deterministic=false; two runs may then differ")
             raise OneRankError(told) from error
-        if not _is_out_of_memory(error):
-            raise
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        on_gpu = isinstance(error, torch.OutOfMemoryError) and config.optim.cuda_graph
+        recording = WHILE_RECORDED in str(error)
+        # What ended the recording; the error that follows says only that it ended.
+        first = error.__context__ if recording and isinstance(error.__context__, Exception) else error
+        said = next(iter(str(first).splitlines()), type(first).__name__)
+        if not _is_out_of_memory(first):
+            if not recording:
+                raise
+            told = ClusterError(f"this step cannot be a CUDA graph ({said}): set optim.cuda_graph=false")
+            raise OneRankError(told) from error
+        on_gpu = isinstance(first, torch.OutOfMemoryError) and config.optim.cuda_graph
         told = ClusterError(
             f"a worker ran out of memory ({said}): lower optim.clips_per_slot="
             f"{config.optim.clips_per_slot}, the clips of one forward. Fewer clips per slot and more slots "

@@ -67,10 +67,23 @@ def forward(*overrides: str) -> tuple[SlotOutput, Counter[str]]:
     return output, operators.counts
 
 
-def test_masked_views_never_synchronize_the_host_nor_copy_from_it(monkeypatch):
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tracking.threshold=clip",
+        "tracking.threshold=batch",
+        "tracking.threshold=soft",
+        "tracking.num_iterations=0",
+        "tracking.normalize_patches=true",
+        "tracking.block=-1",
+        "loss.reduction=released",
+        "optim.teacher_precision=fp8",
+    ],
+)
+def test_masked_views_never_synchronize_the_host_nor_copy_from_it(monkeypatch, override):
     """A CUDA graph of the forward would repeat a copy from memory that is not there any more."""
     monkeypatch.delattr(attention, "upload")
-    output, _ = forward()
+    output, _ = forward(override)
     assert output.loss.device.type == "cuda"
     assert {measure.dtype for measure in output.measures.values()} == {torch.float32}
 

@@ -196,6 +196,19 @@ def test_whatever_runs_out_of_memory_names_the_slot_size(error: Exception) -> No
         raise RuntimeError("something else")
 
 
+def test_what_a_graph_cannot_record_names_the_setting() -> None:
+    config = dora_ray.load_config("tiny", *SMALL)
+    with (
+        pytest.raises(OneRankError, match=r"cannot be a CUDA graph \(CUDA error: op.* set optim.cuda_graph=false"),
+        _named_limits(config),
+    ):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+    ended = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    ended.__context__ = torch.OutOfMemoryError("2 GiB asked")
+    with pytest.raises(OneRankError, match=r"ran out of memory \(2 GiB asked\)"), _named_limits(config):
+        raise ended
+
+
 STALLED = """
 import ctypes
 from dora_ray.config import load_config
