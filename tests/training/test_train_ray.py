@@ -71,24 +71,26 @@ def test_a_run_whose_workers_end_is_the_undisturbed_run(
 ) -> None:
     """A preemption's SIGTERM and the loss of rank 1 cost no step; that of rank 0 costs those since the checkpoint."""
     run = tmp_path / "run"
-    words = (*small, LONG, "run.checkpoint_seconds=600", "cluster.num_workers=[1, 2]", "data.slots_per_task=2")
+    # A checkpoint is always being written, so that each fault falls into one.
+    words = (*small, LONG, "run.checkpoint_seconds=0.05", "cluster.num_workers=[1, 2]", "data.slots_per_task=2")
     planned = [(signal.SIGTERM, 0, 5), (signal.SIGKILL, 1, 20), (signal.SIGKILL, 0, 40)]
     with faults(run, *planned) as struck:
         dora_ray.train(dora_ray.load_config("tiny", *words), out=run)
     assert len(set(struck)) == 3
     events = read_lines(str(run / "events.jsonl"))
     starts = [event for event in events if event["event"] == "start"]
-    saved = [event for event in events if event["event"] == "checkpoint"]
+    saved = {event["step"]: event["reason"] for event in events if event["event"] == "checkpoint"}
     assert [event["world_size"] for event in starts] == [2, 2, 2, 2]
-    assert [event["reason"] for event in saved] == ["SIGTERM", "lost worker", "end"]
     assert [event["event"] for event in events].count("failure") == 3
-    terminated, lost = saved[0]["step"], saved[1]["step"]
+    _, terminated, lost, killed = begun = [event["step"] for event in starts]
+    assert begun == sorted(begun)
     assert 5 < terminated < lost < 60
-    assert [event["step"] for event in starts] == [0, terminated, lost, lost]
+    assert {terminated, lost} <= set(saved)
+    assert saved[terminated] == "SIGTERM"
     done = [line["step"] for line in read_lines(str(run / "ledger.jsonl")) if "step" in line]
-    before = len(done) - (60 - lost)
-    assert before > lost
-    assert done == [*range(before), *range(lost, 60)], "only steps since the last checkpoint were done twice"
+    before = len(done) - (60 - killed)
+    assert lost < killed <= before
+    assert done == [*range(before), *range(killed, 60)], "only steps since the last checkpoint were done twice"
     assert same(weights_of(run), weights_of(undisturbed))
     assert read_history(str(run)) == read_history(str(undisturbed))
 
