@@ -16,10 +16,11 @@ import torch
 from dora_ray import files
 from dora_ray.config import Config
 from dora_ray.progress import Progress
+from dora_ray.training.graph import WARM_UP_CALLS
 from dora_ray.training.inputs import check_videos
 from dora_ray.training.memory import MB, estimate_memory_mb
 from dora_ray.training.numerics import prepare_torch
-from dora_ray.training.step import apply_step, initial_state, sum_slots
+from dora_ray.training.step import apply_step, has_graph, initial_state, sum_slots
 from dora_ray.tuning.axes import SEED_KEY
 from dora_ray.tuning.capacity import largest, trials_that_fit
 from dora_ray.tuning.data import distinct_data, place, tours
@@ -115,7 +116,7 @@ def _measured(configs: Sequence[Config]) -> list[float]:
 
 
 def step_seconds(config: Config) -> float:
-    """Return the seconds of one step with all its slots on one device of this machine: best of two after a warm-up.
+    """Return the seconds of one step with all its slots on one device of this machine: the best after a warm-up.
 
     The clips are noise in memory, so the time to read clips during training is not included.
     """
@@ -128,7 +129,8 @@ def step_seconds(config: Config) -> float:
     clips = rng.integers(0, 256, shape, dtype=np.uint8)
     batch: Any = SimpleNamespace(step=0, slot=0, clips=clips, valid=np.ones(shape[0], bool))
     taken = []
-    for _ in range(3):
+    # A CUDA graph is recorded after its warm-up, and quick from the next call on.
+    for _ in range(3 + WARM_UP_CALLS if has_graph(config, device) else 3):
         state.step = 0
         started = time.perf_counter()
         sums = sum_slots(state, [batch], torch.zeros(0, dtype=torch.int64), config, None)
