@@ -106,7 +106,7 @@ def run(
     first = (1 + WARM_UP_CALLS) * list(paths) if device.type == "cuda" else ["ours"] if config.optim.compile else []
     num_rounds = 2 if quick else 5
     announced = _announced(paths, report, total=len(first) + num_rounds * len(paths))
-    failed = _call_once(announced, first, options)
+    failed = _call_first(announced, first, options)
     with tempfile.TemporaryDirectory() as folder:
         saving = Saving(ours, timed.state, config, folder)
         announced |= _announced({"saving": saving.seconds}, None, total=0)
@@ -152,7 +152,9 @@ def _without_noise(result: dict[str, Any], seconds: dict[str, list[float]]) -> d
     }
 
 
-def _call_once(paths: dict[str, Callable[[], float]], names: Iterable[str], options: Collection[str]) -> dict[str, str]:
+def _call_first(
+    paths: dict[str, Callable[[], float]], names: Iterable[str], options: Collection[str]
+) -> dict[str, str]:
     """Call the named paths, some of them repeatedly; drop options that raise, and return their errors."""
     failed = {}
     for name in names:

@@ -165,7 +165,7 @@ def slot_quantities(
     """Compute one slot's quantities: a gradient for each parameter, the teacher's output sum, the measures.
 
     An unreadable clip has weight 0 and the slot still divides by its full size: the means over readable clips are
-    multiplied by the share of readable clips.
+    multiplied by the share of readable clips. On a GPU, a CUDA graph computes slots without unreadable clips.
     """
     parameters = list(state.student.parameters())
     names = measure_names(config, batch.step)

@@ -225,12 +225,12 @@ def _normalized_color(pixels: Tensor, color: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blur(pixels: Tensor, sigma: Tensor) -> Tensor:
-    """Blur the frames (n, 3, S, S) by sigma (n,)."""
+    """Return the frames (n, 3, S, S) blurred by sigma (n,); on a CPU in place."""
     if pixels.device.type != "cpu":
         # Here sigma's values would have to be waited for, and blurring by 0 is cheap.
         return _blur_all(pixels, sigma)
     chosen = sigma.nonzero().flatten()
-    return pixels.index_copy(0, chosen, _blur_all(pixels[chosen], sigma[chosen])) if len(chosen) else pixels
+    return pixels.index_copy_(0, chosen, _blur_all(pixels[chosen], sigma[chosen])) if len(chosen) else pixels
 
 
 def _blur_all(pixels: Tensor, sigma: Tensor) -> Tensor:

@@ -119,10 +119,10 @@ def test_an_option_that_cannot_run_is_named_and_what_must_run_is_not_hidden() ->
         raise AssertionError("no kernel image\nfor this device")
 
     paths = {"ours": lambda: 1.0, "packed": fail}
-    assert step._call_once(paths, list(paths), {"packed"}) == {"packed_failed": "AssertionError: no kernel image"}
+    assert step._call_first(paths, list(paths), {"packed"}) == {"packed_failed": "AssertionError: no kernel image"}
     assert set(paths) == {"ours"}
     with pytest.raises(AssertionError, match="no kernel"):
-        step._call_once({"ours": fail}, ["ours"], {"packed"})
+        step._call_first({"ours": fail}, ["ours"], {"packed"})
 
 
 def test_a_gpu_is_used_whatever_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:

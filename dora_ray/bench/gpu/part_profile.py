@@ -25,7 +25,7 @@ WARMUP, STEPS = 3, 2
 
 
 def run(figures: Figures, *, folder: Path, rehearse: bool) -> None:
-    """Trace the plain form, then the packed one; keep the trace of the first if it is small enough."""
+    """Trace the plain form, its graph and the packed one; keep the trace of the first if it is small enough."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paper = load_config("paper", *(REHEARSAL if rehearse else ()), *PLAIN)
     prepare_torch(device, paper.optim, deterministic=paper.run.deterministic)
