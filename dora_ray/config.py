@@ -204,7 +204,6 @@ class OptimConfig(Section):
     compile: bool = False
     """Compile the per-token parts of a block with torch.compile: a minute on each new node, then cached. Faster on a
     GPU together with cuda_graph (`dora-ray bench step` prints compiled_speedup), not on a CPU."""
-
     cuda_graph: bool = True
     """Repeat a slot's kernels on a GPU as a CUDA graph, with equal bits and less time between small kernels. Without
     effect on packed views and with activation checkpointing. Evaluation during the run needs memory of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,8 @@ OVERRIDES = (
     "crops.num_locals=2",
     "optim.freeze_last_layer_steps=0",
 )
+
+NO_RECORDS = torch.zeros(0, dtype=torch.int64)
 
 
 def config_of(*overrides: str) -> Config:
@@ -45,6 +48,11 @@ def masks_of(config: Config, share: float) -> Tensor:
     masks = torch.rand(shape, generator=generator) < share * torch.rand((*shape[:3], 1), generator=generator)
     masks[..., 0] = True
     return masks.float()
+
+
+def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Assert that two lists of tensors are equal bit for bit."""
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

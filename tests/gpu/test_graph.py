@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,11 +10,10 @@ from dora_ray.config import Config
 from dora_ray.training.graph import WARM_UP_CALLS
 from dora_ray.training.numerics import prepare_torch
 from dora_ray.training.step import TrainState, apply_step, initial_state, slot_quantities, sum_slots
-from tests.gpu.slots import batch_of, config_of
+from tests.gpu.slots import NO_RECORDS, assert_equal, batch_of, config_of
 
 pytestmark = pytest.mark.gpu
 
-NO_RECORDS = torch.zeros(0, dtype=torch.int64)
 DRAWN = ("model.drop_path=0.3", "optim.reduction=exact", "optim.lr=0.01")
 
 
@@ -33,10 +30,6 @@ def trained(device: torch.device, steps: int, *overrides: str) -> list[Tensor]:
         batches = [batch_of(config, step, slot) for slot in range(config.optim.slots)]
         apply_step(state, sum_slots(state, batches, NO_RECORDS, config, None), config)
     return [*(p.detach().clone() for p in state.student.parameters()), state.center.clone()]
-
-
-def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 def slot(state: TrainState, config: Config, step: int, number: int, *, unreadable: int = 0) -> list[Tensor]:
@@ -65,7 +58,7 @@ def test_a_training_has_the_bits_of_one_without_graphs(gpu, overrides):
 
 
 def test_slots_draw_their_own_random_numbers(gpu):
-    """Drop path is the forward's only draw: without it, the two slots differ by their clips alone."""
+    """Each repetition of a graph drops the paths that its slot's seed names."""
     (state, config), (same, plain) = (state_of(gpu, f"optim.cuda_graph={word}") for word in ("true", "false"))
     for number in (0, 1, 2, 3, 0, 3):
         assert_equal(slot(state, config, 0, number), slot(same, plain, 0, number))

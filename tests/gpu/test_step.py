@@ -17,11 +17,10 @@ from dora_ray.method import attention
 from dora_ray.method.dora import slot_forward
 from dora_ray.training.numerics import prepare_torch
 from dora_ray.training.step import apply_step, initial_state, slot_quantities, sum_slots
-from tests.gpu.slots import batch_of, config_of, masks_of
+from tests.gpu.slots import NO_RECORDS, assert_equal, batch_of, config_of, masks_of
 
 pytestmark = pytest.mark.gpu
 
-NO_RECORDS = torch.zeros(0, dtype=torch.int64)
 VIEWS = pytest.mark.parametrize("views", ["masked", "packed"])
 
 
@@ -41,10 +40,6 @@ def train(
         batches = [batch_of(config, step, slot) for slot in order]
         measures, _ = apply_step(state, sum_slots(state, batches, NO_RECORDS, config, all_reduce), config)
     return [*(p.detach().cpu() for p in state.student.parameters()), state.center.cpu(), *measures.values()]
-
-
-def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 @VIEWS

@@ -18,10 +18,12 @@ from dora_ray.bench.products import synchronize
 from dora_ray.bench.timed import Timed
 from dora_ray.config import Config, load_config
 from dora_ray.method.dora import slot_forward
+from dora_ray.training.graph import WARM_UP_CALLS
 from dora_ray.training.numerics import prepare_torch
 
 MOST_BYTES = 8 * 2**20
-WARMUP, STEPS = 3, 2
+# The last call before the traced ones records the graph.
+WARMUP, STEPS = WARM_UP_CALLS + 1, 2
 
 
 def run(figures: Figures, *, folder: Path, rehearse: bool) -> None:

@@ -19,6 +19,7 @@ from dora_ray.bench.yardstick import Yardstick
 from dora_ray.config import Config, load_config
 from dora_ray.method.dora import slot_forward
 from dora_ray.method.reference import reference_slot_forward
+from dora_ray.training.graph import WARM_UP_CALLS
 from dora_ray.training.numerics import has_fp8, prepare_torch
 from dora_ray.training.step import SlotForward, has_graph
 
@@ -63,10 +64,9 @@ def run(figures: Figures, *, rehearse: bool) -> None:
     for name, recipe in LARGER.items():
         larger = load_config(recipe, *(REHEARSAL[1:] if rehearse else ()), *PLAIN)
         figures.attempt(name, functools.partial(_larger, larger, device))
-        if has_graph(graph := load_config(larger, "optim.cuda_graph=true"), device):
-            figures.attempt(f"{name}_graph", functools.partial(_form, graph, device, slot_forward))
+        if has_graph(with_graph := load_config(larger, "optim.cuda_graph=true"), device):
+            figures.attempt(f"{name}_graph", functools.partial(_form, with_graph, device, slot_forward))
     torch.use_deterministic_algorithms(False)
-    graph = load_config(paper, "optim.cuda_graph=true")
     figures.attempt("not_deterministic", lambda: _form(graph, device, slot_forward))
 
 
@@ -129,8 +129,9 @@ def _times(step: Callable[[], float], config: Config, device: torch.device) -> d
     """Return seconds and memory of a step; the first call compiles, selects kernels and allocates memory."""
     first = step()
     if config.optim.cuda_graph:
-        # The next call records the graph, which belongs to the peak.
-        step()
+        # The call after these records the graph, which belongs to the peak.
+        for _ in range(WARM_UP_CALLS - 1):
+            step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds, began = [step() for _ in range(2)], time.perf_counter()
